@@ -1,0 +1,69 @@
+"""Forward time of the two token mixers against the number of tokens, at DiG-S's width.
+
+    python benchmarks/mixer_scaling.py
+
+Prints the minimum over repeats, and how much faster than the number of tokens the time grew from the first
+row on: 1 is linear. Run it on an otherwise idle machine.
+"""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dig_jax.models.mixers import GatedLinearAttention, SoftmaxAttention
+from dig_jax.parallel import prepare_cpu
+
+WIDTH, HEADS = 384, 6
+TOKENS = (1024, 2048, 4096, 8192, 16384)
+# Softmax attention at 16,384 tokens holds 6.4 GB of scores and takes a minute: it stops here.
+SOFTMAX_TOKENS = 8192
+
+
+def seconds(mixer: nnx.Module, tokens: int, budget: float = 6.0) -> float:
+    """Least time of a forward pass over a grid, repeated for `budget` seconds, 5 times at least."""
+    rows = 2 ** (int(math.log2(tokens)) // 2)
+    grid = (rows, tokens // rows)
+    graphdef, params = nnx.split(mixer)
+    forward = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x, grid))
+    x = jax.random.normal(jax.random.key(0), (1, tokens, WIDTH))
+    forward(params, x).block_until_ready()
+    best, repeats, end = math.inf, 0, time.perf_counter() + budget
+    while repeats < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        forward(params, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+        repeats += 1
+    return best
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    prepare_cpu(1)  # as main.py does: else page faults, which grow with the arrays, are measured too
+    rngs = nnx.Rngs(0)
+    options = {"dtype": jnp.float32, "rngs": rngs}
+    gla = {
+        direction: GatedLinearAttention(WIDTH, HEADS, direction=direction, implementation=None, **options)
+        for direction in ("row", "column_reversed")
+    }
+    mixers = {**gla, "softmax": SoftmaxAttention(WIDTH, HEADS, **options)}
+    device = jax.devices()[0].device_kind
+    print(f"{device}, JAX {jax.__version__}, width {WIDTH}, {HEADS} heads, float32, batch 1")
+    print("tokens " + "".join(f"{name + ' ms':>20}{'growth':>8}" for name in mixers))
+    first: dict[str, float] = {}
+    for tokens in TOKENS:
+        row = f"{tokens:6} "
+        for name, mixer in mixers.items():
+            if name == "softmax" and tokens > SOFTMAX_TOKENS:
+                row += f"{'-':>20}{'-':>8}"
+                continue
+            taken = seconds(mixer, tokens)
+            first.setdefault(name, taken)
+            row += f"{taken * 1e3:20.1f}{taken / first[name] * TOKENS[0] / tokens:8.2f}"
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

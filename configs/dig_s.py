@@ -1,0 +1,7 @@
+"""DiG-S/2, the published recipe. The argument is the resolution in pixels: dig_s.py:256 or :512."""
+
+from configs import imagenet
+
+
+def get_config(resolution: str = "256"):
+    return imagenet.get_config("DiG-S/2", resolution)

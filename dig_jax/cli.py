@@ -1,0 +1,135 @@
+"""What happens around a command: the command line, the log, and errors as one line.
+
+Exit status: 0 all is done; 1 a checkpoint, a disk or the like was not as it should be; 2 the command line or
+the config cannot be; 130 interrupted (128 + SIGINT). A traceback is a bug of ours.
+"""
+
+import inspect
+import logging
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dig_jax.config import Config, check_field, from_dict
+from dig_jax.errors import ConfigError, UserError
+from dig_jax.suggest import suggest
+
+
+def run(main: Callable[[Config, str], None], usage: str) -> None:
+    """Calls `main` with the config of the command line; what the user can mend is told in one line.
+
+    Args:
+        main: (config, name of its file) → None; it may read absl's flags.
+        usage: what --help shows above the list of flags.
+    """
+    _start_log()
+    try:
+        if any(argument.lstrip("-") in ("help", "h", "helpfull") for argument in sys.argv[1:]):
+            sys.stdout.write(f"{usage}\n{flags.FLAGS.main_module_help()}\n")
+            return
+        main(*_parse(sys.argv))
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except UserError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+
+
+def numbers(text: str | None, flag: str) -> np.ndarray | None:
+    """ "0,3,5-7" as [0, 3, 5, 6, 7].
+
+    Raises:
+        ConfigError: the text is no such list, or one of more than a million numbers.
+    """
+    if text is None:
+        return None
+    parts = [re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part) for part in text.split(",")]
+    ranges = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+    if None in parts or any(first > last for first, last in ranges):
+        raise ConfigError(f"--{flag}={text!r} is not a list of numbers and ranges such as 0,3,5-7")
+    if sum(last - first + 1 for first, last in ranges) > 10**6:
+        raise ConfigError(f"--{flag}={text!r} is more than a million numbers")
+    return np.concatenate([np.arange(first, last + 1) for first, last in ranges])
+
+
+def _start_log() -> None:
+    """Our progress is wanted; what the libraries tell of themselves is not, unless it is a warning."""
+    # On a terminal a message takes the place of the progress line, which is then written again.
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    logging.basicConfig(format=f"{clear}%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("dig_jax").setLevel(logging.INFO)
+    # When a save fails Orbax raises, but also logs tracebacks, and leaves threads that fail unheard.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+
+
+def _parse(argv: list[str]) -> tuple[Config, str]:
+    """The config that --config and --config.FIELD stand for, and its name; other flags go to absl."""
+    text, argv = _take_config_flag(argv)
+    settings = _load(text)
+    for argument in argv[1:]:
+        if match := re.match(r"--?(?:no)?(config\.[\w.]+)", argument):
+            _check_path(settings, match[1])
+    try:
+        # Not DEFINE_config_file: that loads by a method which Python has deprecated, and without our checks.
+        holder = config_flags.DEFINE_config_dict("config", settings, sys_argv=argv, flag_values=flags.FLAGS)
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    if len(rest) > 1:
+        raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
+    return from_dict(holder.value.to_dict()), Path(text.partition(":")[0]).stem
+
+
+def _take_config_flag(argv: list[str]) -> tuple[str, list[str]]:
+    """The value of --config, written with "=" or as the next argument, and the other arguments."""
+    for position, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            rest = argv[position + 1 :]
+            if not equals and rest:
+                value, *rest = rest
+            if value:
+                return value, argv[:position] + rest
+    raise ConfigError("--config is missing; for example --config=configs/digits.py")
+
+
+def _load(text: str) -> ConfigDict:
+    """What get_config() returns in the file FILE.py or FILE.py:ARGUMENT."""
+    name, _, argument = text.partition(":")
+    if not Path(name).is_file():
+        known = [str(other) for other in Path(name).parent.glob("*.py")] or ["configs/digits.py"]
+        raise ConfigError(f"there is no config file {name!r}{suggest(name, known)}")
+    try:
+        get_config = runpy.run_path(name)["get_config"]
+        if not argument:
+            return get_config()
+        if inspect.signature(get_config).parameters:
+            return get_config(argument)
+    except Exception as error:  # whatever happens in the user's file
+        raise ConfigError(f"--config={text}: {type(error).__name__}: {error}") from error
+    raise ConfigError(f"--config={text}: {name} takes no argument")
+
+
+def _check_path(settings: ConfigDict, path: str) -> None:
+    """Raises unless a dotted path, such as config.model.name, leads to a field."""
+    parent, value = "", settings
+    for name in path.split("."):
+        if parent:
+            check_field(parent, name, list(value) if isinstance(value, ConfigDict) else [])
+            value = value[name]
+        parent = f"{parent}.{name}".lstrip(".")
+
+
+def _fail(message: str, status: int) -> None:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(status)

@@ -1,0 +1,310 @@
+"""The experiment's settings as frozen, checked dataclasses; nothing below this module knows ml_collections.
+
+Every field is described, with its unit and source, in configs/base.py.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from dig_jax.errors import ConfigError
+from dig_jax.suggest import suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Which denoiser; 0 and "none" leave a choice to the name."""
+
+    name: str
+    patch_size: int
+    depth: int
+    hidden_size: int
+    num_heads: int
+    learn_sigma: bool
+    directions: int
+    conv: str
+    norm: str
+    skip: str
+    skip_alignment: str
+    dtype: str
+    remat: str
+
+    def __post_init__(self):
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        not_negative("model", self, "patch_size", "depth", "hidden_size", "num_heads")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Which images, and how many per step."""
+
+    name: str
+    batch_size: int
+    flip: bool
+    options: dict[str, Any]
+
+    def __post_init__(self):
+        positive("data", self, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """The forward process and the loss."""
+
+    schedule: str
+    num_steps: int
+    loss: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How long, and what is done per step beside the optimiser."""
+
+    steps: int
+    accumulation: int
+    label_dropout: float
+    ema_decays: tuple[float, ...]
+
+    def __post_init__(self):
+        not_negative("training", self, "steps")
+        positive("training", self, "accumulation")
+        fraction("training", self, "label_dropout")
+        decays = self.ema_decays
+        if not decays or len(set(decays)) < len(decays) or not all(0 <= decay <= 1 for decay in decays):
+            raise ConfigError(
+                f"config.training.ema_decays={decays} must be one or more different numbers between 0 and 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its learning rate over time."""
+
+    learning_rate: float
+    warmup_steps: int
+    schedule: str
+    final_fraction: float
+    b1: float
+    b2: float
+    weight_decay: float
+    clip_norm: float
+
+    def __post_init__(self):
+        one_of("optimizer.schedule", self.schedule, ("constant", "cosine", "linear"))
+        positive("optimizer", self, "learning_rate")
+        fraction("optimizer", self, "final_fraction", "b1", "b2")
+        not_negative("optimizer", self, "warmup_steps", "weight_decay", "clip_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """When to save and what to keep."""
+
+    every_steps: int
+    keep: int
+    keep_every_steps: int
+
+    def __post_init__(self):
+        positive("checkpoint", self, "every_steps", "keep")
+        not_negative("checkpoint", self, "keep_every_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """When to write metrics, and where besides metrics.jsonl."""
+
+    every_steps: int
+    heldout_every_steps: int
+    tensorboard: bool
+
+    def __post_init__(self):
+        positive("logging", self, "every_steps")
+        not_negative("logging", self, "heldout_every_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How images are drawn, in training and by --mode=sample."""
+
+    every_steps: int
+    images_per_class: int
+    sampler: str
+    steps: int
+    guidance_scale: float
+    guidance_channels: int
+    clip: bool
+    ema: str
+    batch_size: int
+
+    def __post_init__(self):
+        positive("sampling", self, "images_per_class", "steps", "batch_size")
+        not_negative("sampling", self, "every_steps", "guidance_scale", "guidance_channels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How many images the scores are computed from."""
+
+    num_images: int
+
+    def __post_init__(self):
+        not_negative("evaluation", self, "num_images")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices per axis; -1 takes all that there are."""
+
+    data: int
+    cpu_devices: int
+
+    def __post_init__(self):
+        positive("mesh.cpu_devices", self.cpu_devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    seed: int
+    init_from: str
+    model: Model
+    data: Data
+    diffusion: Diffusion
+    training: Training
+    optimizer: Optimizer
+    checkpoint: Checkpoint
+    logging: Logging
+    sampling: Sampling
+    evaluation: Evaluation
+    mesh: Mesh
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"config.seed={self.seed} is not in 0…2³¹-1")
+        if self.data.batch_size % self.training.accumulation:
+            raise ConfigError(
+                f"config.data.batch_size={self.data.batch_size} is not a multiple of"
+                f" config.training.accumulation={self.training.accumulation}"
+            )
+        if self.sampling.ema:
+            one_of("sampling.ema", self.sampling.ema, (*map(str, self.training.ema_decays), "params"))
+
+    @property
+    def sampled_ema(self) -> str:
+        """The average to sample from: the one that `sampling` names, else the first."""
+        return self.sampling.ema or str(self.training.ema_decays[0])
+
+
+def from_dict(settings: Mapping[str, Any]) -> Config:
+    """The dataclasses of a ConfigDict, or of the nested dict in a workdir's config.json.
+
+    Raises:
+        ConfigError: a field is unknown, missing, of a wrong type or of an impossible value.
+    """
+    return _build(Config, settings, "config")
+
+
+# A workdir goes on only with the settings it began with, these excepted.
+_CHANGEABLE = ("training.steps", "logging", "checkpoint", "sampling", "evaluation", "mesh")
+
+
+def check_same(old: Config, new: Config, workdir: object) -> None:
+    """Raises unless only settings that may change differ.
+
+    Raises:
+        ConfigError: names the settings, as "field: old → new".
+    """
+    old_fields, new_fields = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    changed = [
+        f"{name}: {old_fields.get(name)!r} → {new_fields.get(name)!r}"
+        for name in sorted(old_fields | new_fields)
+        if old_fields.get(name) != new_fields.get(name)
+        and name not in _CHANGEABLE
+        and name.split(".")[0] not in _CHANGEABLE
+    ]
+    if changed:
+        raise ConfigError(
+            f"{workdir} began with other settings: {'; '.join(changed)}."
+            " Take another --workdir, or these settings again"
+        )
+
+
+def positive(group: str, settings: Any, *fields: str) -> None:
+    """Raises unless all of these fields are > 0."""
+    _require(group, settings, fields, lambda value: value > 0, "positive")
+
+
+def not_negative(group: str, settings: Any, *fields: str) -> None:
+    """Raises unless all of these fields are ≥ 0."""
+    _require(group, settings, fields, lambda value: value >= 0, "zero or more")
+
+
+def fraction(group: str, settings: Any, *fields: str) -> None:
+    """Raises unless all of these fields are in 0…1."""
+    _require(group, settings, fields, lambda value: 0 <= value <= 1, "between 0 and 1")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises unless value is one of the choices."""
+    if value not in choices:
+        raise ConfigError(f"config.{name}={value!r} is none of {', '.join(choices)}{suggest(value, choices)}")
+
+
+def check_field(path: str, name: str, known: Iterable[str]) -> None:
+    """Raises, and suggests the nearest or lists all, unless `name` is one of the known fields of `path`."""
+    if name not in known:
+        hint = suggest(name, known) or f"; it has {', '.join(known) or 'none'}"
+        raise ConfigError(f"{path} has no field {name!r}{hint}")
+
+
+def _require(
+    group: str, settings: Any, fields: tuple[str, ...], allowed: Callable[[float], bool], what: str
+) -> None:
+    for field in fields:
+        value = getattr(settings, field)
+        if not (allowed(value) and math.isfinite(value)):
+            raise ConfigError(f"config.{group}.{field}={value} is not {what}")
+
+
+def _build(cls: type, settings: Any, path: str) -> Any:
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{path}={settings!r} is no group of fields")
+    fields = typing.get_type_hints(cls)
+    for name in settings:
+        check_field(path, name, fields)
+    values = {}
+    for name, kind in fields.items():
+        if name not in settings:
+            raise ConfigError(f"{path}.{name} is missing")
+        value, here = settings[name], f"{path}.{name}"
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(kind, value, here)
+        else:
+            values[name] = _checked(value, kind, here)
+    return cls(**values)
+
+
+def _checked(value: Any, kind: Any, path: str) -> Any:
+    origin = typing.get_origin(kind) or kind
+    if origin is tuple and isinstance(value, (tuple, list)):
+        return tuple(_checked(item, typing.get_args(kind)[0], path) for item in value)
+    if origin is dict and isinstance(value, Mapping):
+        return dict(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not origin:
+        raise ConfigError(f"{path}={value!r} is not of type {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,159 @@
+"""Batches for training, resumable from the count of examples consumed, and one pass for evaluation.
+
+The n-th example of a run, counted over all processes, is a function of (seed, n) alone: n // len(source) is
+its epoch, each epoch has its own permutation, and n picks the block of random bits that decides its flip.
+A run is therefore continued exactly by `start=n`, with any batch size and any number of processes.
+"""
+
+import functools
+import sys
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Float32, Int, UInt8
+
+from dig_jax.data.sources import Source
+
+Batch = dict[str, np.ndarray]
+
+# The streams of random numbers that one seed gives: each is a function of (seed, stream, counter).
+_ORDER, _FLIP = 0, 1
+
+
+def batches(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    flip: bool = False,
+    num_threads: int = 4,
+    prefetch: int = 8,
+) -> grain.DatasetIterator[Batch]:
+    """Endless training batches of this process.
+
+    Batch j of the run holds examples start + j·batch_size … start + (j+1)·batch_size - 1, of which process p
+    reads the p-th contiguous part. Epochs follow each other without a gap, so a batch may span two or more.
+
+    Args:
+        source: where the examples come from.
+        batch_size: images per step over all processes.
+        seed: non-negative; order and flips depend on it.
+        start: examples consumed so far by all processes.
+        process_index: of this process, counted from 0.
+        process_count: how many processes share a batch.
+        flip: mirror half of the images left to right, drawn anew in each epoch, if `source.flip` allows it.
+        num_threads: batches made at the same time; 0 makes each one when it is asked for.
+        prefetch: batches kept ready.
+
+    Returns:
+        An iterator of {"image": float32 [b, h, w, c] in [-1, 1], "label": int32 [b]}, b = batch_size /
+        process_count. Its `close()` ends the threads.
+
+    Raises:
+        ValueError: if the arguments do not fit together.
+    """
+    share = _share(source, batch_size, process_index, process_count)
+    if seed < 0 or start < 0:
+        raise ValueError(f"seed and start must not be negative, got seed={seed}, start={start}")
+    mirror = flip and source.flip
+
+    def load(first: int) -> Batch:
+        positions = np.arange(first, first + share)
+        batch = _gather(source, _shuffled(len(source), seed, positions))
+        if mirror:
+            flipped = _coins(seed, positions)
+            batch["image"][flipped] = batch["image"][flipped, :, ::-1]
+        return batch
+
+    firsts = grain.MapDataset.range(start + process_index * share, sys.maxsize, batch_size)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(firsts.map(load).to_iter_dataset(options))
+
+
+def epoch(
+    source: Source, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """One pass over a source in its own order, in batches of one shape.
+
+    The last batch is filled up with the last image; `mask` says which entries count. Every process gets
+    the same number of batches, and its contiguous part of each.
+
+    Args:
+        source: where the examples come from.
+        batch_size: images per step over all processes.
+        process_index: of this process, counted from 0.
+        process_count: how many processes share a batch.
+
+    Returns:
+        An iterator of {"image": float32 [b, h, w, c] in [-1, 1], "label": int32 [b], "mask": bool [b]}.
+
+    Raises:
+        ValueError: if the arguments do not fit together.
+    """
+    share = _share(source, batch_size, process_index, process_count)
+
+    def generate() -> Iterator[Batch]:
+        for first in range(process_index * share, len(source) + process_index * share, batch_size):
+            indices = np.arange(first, first + share)
+            batch = _gather(source, np.minimum(indices, len(source) - 1))
+            yield {**batch, "mask": indices < len(source)}
+
+    return generate()
+
+
+def normalize(images: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """Pixels 0 … 255 as -1 … 1."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def _share(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
+    """This process's part of a batch, after checking that there is one."""
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index must be from 0 to process_count - 1 = {process_count - 1}, got {process_index}"
+        )
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size must be a positive multiple of the {process_count} processes, got {batch_size}"
+        )
+    if not len(source):
+        raise ValueError(f"data source {source.name!r} has no images in its {source.split!r} split")
+    return batch_size // process_count
+
+
+def _gather(source: Source, indices: Int[np.ndarray, " b"]) -> Batch:
+    examples = [source[int(index)] for index in indices]
+    return {
+        "image": normalize(np.stack([example["image"] for example in examples])),
+        "label": np.array([example["label"] for example in examples], np.int32),
+    }
+
+
+def _shuffled(length: int, seed: int, positions: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+    """Source indices of these consecutive positions in the endless sequence of shuffled epochs."""
+    epochs, offsets = np.divmod(positions, length)
+    parts = [_permutation(length, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(length: int, seed: int, number: int) -> Int[np.ndarray, " n"]:
+    """The order of epoch `number`: the ranks of raw Philox output, which NumPy promises never to change.
+
+    grain's own `shuffle` computes each index by itself, at 15 µs for a small source; this costs 0.1 µs.
+    """
+    bits = np.random.Philox(np.random.SeedSequence([seed, _ORDER, number]))
+    return np.argsort(bits.random_raw(length), kind="stable")
+
+
+def _coins(seed: int, positions: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
+    """A fair coin for each of these consecutive positions: position n owns block n of a counter-based stream.
+
+    A block of Philox is four words of 64 bits (Salmon et al. 2011), of which the first one's last bit serves.
+    """
+    bits = np.random.Philox(np.random.SeedSequence([seed, _FLIP])).advance(int(positions[0]))
+    return (bits.random_raw(4 * len(positions))[::4] & 1).astype(bool)

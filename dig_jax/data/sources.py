@@ -1,0 +1,236 @@
+"""Sources of labelled images: what can be read by index, and what is known of it."""
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+
+from dig_jax.suggest import suggest
+
+Example = dict[str, np.ndarray | np.int32]
+
+SPLITS = ("train", "heldout")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Labelled images with random access; any thread and any process may read any index.
+
+    name: what `load_source` calls it.
+    split: "train" or "heldout".
+    image_shape: (height, width, channels) of every image.
+    class_names: the name of each label, in order.
+    flip: whether an image keeps its class when it is mirrored left to right.
+    fingerprint: hexadecimal; equal for equal content in equal order, so that a resumed run can tell.
+    """
+
+    name: str
+    split: str
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    flip: bool
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels: they are 0 … num_classes - 1."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """{"image": uint8 [height, width, channels], "label": int32} for 0 ≤ index < len."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ArraySource:
+    """Images and labels that lie in memory."""
+
+    name: str
+    split: str
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, " n"]
+    class_names: tuple[str, ...]
+    flip: bool
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        _, height, width, channels = self.images.shape
+        return height, width, channels
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that an example of this source depends on."""
+        return _fingerprint(
+            self.name, self.split, self.image_shape, self.images.tobytes(), self.labels.tobytes()
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FakeSource:
+    """Images made from their index: a checkerboard of waves for each class, shifted, dimmed and noisy.
+
+    Class k is a product of two cosines, one across and one down, whose frequencies count through k. The one
+    across is even about the middle, so that a mirrored image keeps its class. Needs no storage: a stand-in
+    for data of any size in tests, benchmarks and dry runs.
+    """
+
+    split: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    length: int
+    seed: int
+    name: str = "fake"
+    flip: bool = True
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The labels themselves, as text."""
+        return tuple(map(str, range(self.num_classes)))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that an example of this source depends on."""
+        return _fingerprint(self.name, self.split, self.image_shape, self.num_classes, self.length, self.seed)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index} is outside a source of {self.length} images")
+        height, width, channels = self.image_shape
+        random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+        label = index % self.num_classes
+        down, across = divmod(label, int(np.ceil(np.sqrt(self.num_classes))))
+        phases = random.uniform(-1, 1, channels)
+        rows = np.cos(np.pi * ((down + 1) * np.linspace(-1, 1, height)[:, None] + phases))  # [h, c]
+        columns = np.cos(np.pi * (across + 1) / 2 * np.linspace(-1, 1, width))
+        wave = np.float32(random.uniform(60, 110) * rows[:, None]) * np.float32(columns)[:, None]
+        noise = random.integers(0, 256, self.image_shape, np.uint8) >> 3
+        return {"image": (111.5 + wave).astype(np.uint8) + noise, "label": np.int32(label)}
+
+
+def load_source(name: str, split: str, **options) -> Source:
+    """Opens a source by name.
+
+    Args:
+        name: a key of `SOURCES`.
+        split: "train" or "heldout"; no image is in both.
+        **options: what that source takes: see `digits` (none) and `fake`.
+
+    Raises:
+        ValueError: for an unknown name, split or option.
+    """
+    if name not in SOURCES:
+        hint = suggest(name, SOURCES)
+        raise ValueError(f"data source {name!r} is unknown{hint} (there are: {', '.join(SOURCES)})")
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown (there are: {', '.join(SPLITS)})")
+    accepted = list(inspect.signature(SOURCES[name]).parameters)[1:]
+    for option in options:
+        if option not in accepted:
+            raise ValueError(
+                f"data source {name!r} has no option {option!r} (it takes: {', '.join(accepted) or 'none'})"
+            )
+    return SOURCES[name](split, **options)
+
+
+@functools.cache
+def digits(split: str) -> ArraySource:
+    """Handwritten digits, 8×8 grey: 1,437 to train on and 360 (36 of each class) held out.
+
+    scikit-learn carries them: the test part of "Optical Recognition of Handwritten Digits" (Alpaydin and
+    Kaynak 1998, UCI repository), 0 … 16 per pixel, here spread over 0 … 255. The split is over images, not
+    writers. A mirrored digit is no longer a digit, so they are never flipped.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    held_out = _stratified(labels, per_class=36)
+    chosen = held_out if split == "heldout" else ~held_out
+    images, labels = images[chosen], labels[chosen]
+    images.flags.writeable = labels.flags.writeable = False
+    return ArraySource(
+        name="digits",
+        split=split,
+        images=images,
+        labels=labels,
+        class_names=tuple("0123456789"),
+        flip=False,
+    )
+
+
+def fake(
+    split: str,
+    image_size: int | tuple[int, int] = 32,
+    channels: int = 3,
+    num_classes: int = 10,
+    length: int = 1024,
+    seed: int = 0,
+) -> FakeSource:
+    """Made-up images of any size: `length` to train on and a fifth as many held out.
+
+    Args:
+        split: "train" or "heldout".
+        image_size: height and width in pixels, or one number for both.
+        channels: per pixel.
+        num_classes: labels go round: the label of image i is i mod num_classes.
+        length: number of training images.
+        seed: another seed makes other images of the same classes.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    sizes = {"image_size": min(height, width), "channels": channels, "num_classes": num_classes}
+    for option, size in {**sizes, "length": length}.items():
+        if size < 1:
+            raise ValueError(f"{option} of the fake source must be at least 1, got {size}")
+    return FakeSource(
+        split=split,
+        image_shape=(height, width, channels),
+        num_classes=num_classes,
+        length=length if split == "train" else -(-length // 5),
+        seed=seed,
+    )
+
+
+SOURCES: dict[str, Callable[..., Source]] = {"digits": digits, "fake": fake}
+
+
+def _stratified(labels: Int32[np.ndarray, " n"], per_class: int) -> Bool[np.ndarray, " n"]:
+    """A fixed random choice of `per_class` examples of every class.
+
+    Drawn by sorting raw Philox output, which NumPy promises never to change; its `permutation` may.
+    """
+    ranks = np.random.Philox(np.random.SeedSequence(0)).random_raw(len(labels))
+    chosen = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        chosen[members[np.argsort(ranks[members])[:per_class]]] = True
+    return chosen
+
+
+def _fingerprint(*parts: object) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()[:16]

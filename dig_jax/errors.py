@@ -1,0 +1,27 @@
+"""Errors that are shown to people as one line, without a traceback."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """Something that the user can mend: the message says what is wrong, where, and what would be right."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that cannot be."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is not there, or that cannot be read or written."""
+
+
+@contextlib.contextmanager
+def blaming(setting: str) -> Iterator[None]:
+    """Turns a ValueError or UserError into a ConfigError that names the setting at fault."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, UserError) as error:
+        raise ConfigError(f"{setting}: {error}") from error

@@ -1,0 +1,6 @@
+"""Scores of generated images against real ones."""
+
+from dig_jax.evaluation.digits import nearest_training_images, score_digits
+from dig_jax.evaluation.frechet import frechet_distance
+
+__all__ = ["frechet_distance", "nearest_training_images", "score_digits"]

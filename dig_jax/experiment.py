@@ -1,0 +1,106 @@
+"""The objects that a config describes: model, diffusion and data."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dig_jax.config import Config
+from dig_jax.data import Source, load_source
+from dig_jax.diffusion import GaussianDiffusion
+from dig_jax.errors import blaming
+from dig_jax.models import DiffusionTransformer, create_model
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """Model, diffusion and data of a config, each made once, when it is first needed.
+
+    Parameters are a plain nested dict; the network is the pure function `denoise`.
+    """
+
+    config: Config
+
+    @functools.cached_property
+    def train_source(self) -> Source:
+        """The images to train on."""
+        with blaming("config.data"):
+            return load_source(self.config.data.name, "train", **self.config.data.options)
+
+    @functools.cached_property
+    def heldout_source(self) -> Source:
+        """Images of the same kind that training never sees."""
+        with blaming("config.data"):
+            return load_source(self.config.data.name, "heldout", **self.config.data.options)
+
+    @functools.cached_property
+    def diffusion(self) -> GaussianDiffusion:
+        """The forward process and its loss."""
+        d = self.config.diffusion
+        with blaming("config.diffusion"):
+            return GaussianDiffusion(
+                schedule=d.schedule,
+                num_steps=d.num_steps,
+                learn_sigma=self.config.model.learn_sigma,
+                loss_type=d.loss,
+            )
+
+    def init_params(self, key: Array) -> Params:
+        """Random parameters, float32."""
+        return nnx.to_pure_dict(nnx.split(self._make_model(nnx.Rngs(key)))[1])
+
+    def denoise(
+        self,
+        params: Params,
+        x: Float[Array, "b h w c"],
+        t: Int[Array, " b"],
+        y: Int[Array, " b"] | None,
+        drop: Bool[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w out"]:
+        """The network with these parameters; arguments and result as in `DiffusionTransformer`."""
+        return nnx.merge(self._graphdef, params)(x, t, y, drop=drop)
+
+    @functools.cached_property
+    def _graphdef(self) -> nnx.GraphDef:
+        return nnx.split(nnx.eval_shape(lambda: self._make_model(nnx.Rngs(0))))[0]
+
+    def _make_model(self, rngs: nnx.Rngs) -> DiffusionTransformer:
+        m = self.config.model
+        height, width, channels = self.train_source.image_shape
+        overrides: dict[str, Any] = {"dtype": jnp.dtype(m.dtype), "remat": _optional(m.remat)}
+        for field in ("patch_size", "depth", "hidden_size", "num_heads"):
+            if getattr(m, field):
+                overrides[field] = getattr(m, field)
+        if m.name.startswith("DiG"):
+            overrides |= {
+                "directions": m.directions,
+                "conv": _optional(m.conv),
+                "norm": m.norm,
+                "skip": _optional(m.skip),
+                "skip_alignment": m.skip_alignment,
+            }
+        with blaming("config.model"):
+            return create_model(
+                m.name,
+                input_size=(height, width),
+                num_classes=self.train_source.num_classes,
+                in_channels=channels,
+                learn_sigma=m.learn_sigma,
+                rngs=rngs,
+                **overrides,
+            )
+
+
+def _optional(name: str) -> str | None:
+    return None if name == "none" else name
+
+
+def param_count(params: Params) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

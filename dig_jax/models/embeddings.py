@@ -1,0 +1,84 @@
+"""Patches, positions, timesteps and labels as vectors (DiT, Peebles & Xie 2023, section 3.2)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dig_jax.models.linear import Linear
+
+normal_002 = nnx.initializers.normal(0.02)
+
+
+def patchify(x: Float[Array, "b height width c"], patch_size: int) -> Float[Array, "b t patch"]:
+    """Cuts images into tokens in raster order; inside a token the order is (row, column, channel)."""
+    b, height, width, c = x.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = x.reshape(b, rows, patch_size, columns, patch_size, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, rows * columns, patch_size * patch_size * c)
+
+
+def unpatchify(
+    x: Float[Array, "b t patch"], grid: tuple[int, int], patch_size: int
+) -> Float[Array, "b height width c"]:
+    """Inverse of `patchify` for a grid of (rows, columns) tokens."""
+    b, _, size = x.shape
+    rows, columns = grid
+    c = size // patch_size**2
+    x = x.reshape(b, rows, columns, patch_size, patch_size, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, rows * patch_size, columns * patch_size, c)
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> Float[np.ndarray, "t d"]:
+    """Fixed 2-D positions: the first half of the width encodes the column, the second the row.
+
+    Each half is [sin, cos] of the coordinate times 10000^(-i / (width/4)), as in MAE (He et al. 2022).
+    """
+    rows, columns = grid
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    angles = [coordinate.reshape(-1, 1) * frequencies for coordinate in (column, row)]
+    halves = [np.concatenate([np.sin(a), np.cos(a)], axis=1) for a in angles]
+    return np.concatenate(halves, axis=1).astype(np.float32)
+
+
+def timestep_features(t: Float[Array, " b"] | Int[Array, " b"], size: int = 256) -> Float[Array, "b f"]:
+    """[cos, sin] of t times 10000^(-i / (size/2)): float32, t in 0…1000, fractions welcome."""
+    half = size // 2
+    frequencies = jnp.exp(-math.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Linear-SiLU-Linear of the timestep's 256 frequencies, always in float32 (one row per image)."""
+
+    frequencies = 256
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        options = {"kernel_init": normal_002, "rngs": rngs}
+        self.hidden = Linear(self.frequencies, width, **options)
+        self.out = Linear(width, width, **options)
+
+    def __call__(self, t: Float[Array, " b"] | Int[Array, " b"]) -> Float[Array, "b d"]:
+        """Embeds timesteps in 0…1000."""
+        return self.out(jax.nn.silu(self.hidden(timestep_features(t, self.frequencies))))
+
+
+class LabelEmbedding(nnx.Module):
+    """A table of the classes with one extra row, index `num_classes`: the null class of guidance."""
+
+    def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
+        self.num_classes = num_classes
+        self.table = nnx.Embed(num_classes + 1, width, embedding_init=normal_002, rngs=rngs)
+
+    def __call__(
+        self, y: Int[Array, " b"] | None, drop: Bool[Array, " b"] | None, batch: int
+    ) -> Float[Array, "b d"]:
+        """Embeds labels; `y=None` and `drop` True give the null class."""
+        null = jnp.full(batch, self.num_classes, jnp.int32)
+        y = null if y is None else y
+        return self.table(y if drop is None else jnp.where(drop, null, y))

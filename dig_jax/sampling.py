@@ -1,0 +1,212 @@
+"""Images from a trained model. An image is a function of its seed and label, not of the batch around it."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
+
+from dig_jax.checkpoint import read_params
+from dig_jax.config import Config, check_same
+from dig_jax.diffusion import classifier_free, get_sampler
+from dig_jax.experiment import Experiment, Params
+from dig_jax.parallel import to_global
+
+Numbers = int | Sequence[int] | np.ndarray | None
+
+
+class Sampler:
+    """Draws images from parameters; what a call leaves open is as the config's `sampling` says.
+
+    Attributes:
+        experiment: model, diffusion and data.
+        params: what it draws with.
+        step: how many steps the parameters were trained for.
+    """
+
+    def __init__(self, experiment: Experiment, params: Params, *, step: int, mesh: Mesh | None = None):
+        self.experiment, self.params, self.step = experiment, params, step
+        self._mesh = mesh
+
+    def __call__(
+        self,
+        labels: Numbers = None,
+        *,
+        seeds: Numbers = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        size: int | tuple[int, int] | None = None,
+        return_latents: bool = False,
+    ) -> UInt8[np.ndarray, "n height width c"] | Float[np.ndarray, "n height width c"]:
+        """Draws one image per seed.
+
+        Args:
+            labels: a class for each image, or one for all; by default image of seed s gets s mod classes.
+            seeds: non-negative, one for each image; by default 0, 1, … for as many as there are labels.
+            sampler: "ddim" or "ddpm".
+            steps: of the sampler.
+            guidance_scale: 1 is none; the noise is null + scale·(class - null) (Ho & Salimans 2022).
+            size: height and width, or one number for both; by default the training images'.
+            return_latents: give the model's own space as float32 instead of pixels.
+
+        Raises:
+            ValueError: labels, seeds, sampler, steps or size that cannot be.
+        """
+        x = self._draw(labels, seeds, sampler, steps, guidance_scale, size, trajectory=False)
+        return x if return_latents else to_pixels(x)
+
+    def trajectory(
+        self,
+        labels: Numbers = None,
+        *,
+        seeds: Numbers = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> UInt8[np.ndarray, "steps n height width c"]:
+        """What the model takes the finished image for, at each step; arguments as in a call."""
+        return to_pixels(self._draw(labels, seeds, sampler, steps, guidance_scale, None, trajectory=True))
+
+    def resolve(self, labels: Numbers, seeds: Numbers) -> tuple[np.ndarray, np.ndarray]:
+        """The labels and seeds, int32 [N] each, that a call with these arguments uses.
+
+        Raises:
+            ValueError: a label or seed out of range, or different numbers of them.
+        """
+        classes = max(self.experiment.train_source.num_classes, 1)
+        if labels is not None:
+            labels = _checked("label", labels, classes)
+        if seeds is None:
+            seeds = np.arange(1 if labels is None else len(labels))
+        seeds = _checked("seed", seeds, 2**31)
+        if labels is None:
+            labels = seeds % classes
+        if len(labels) != len(seeds) and 1 not in (len(labels), len(seeds)):
+            raise ValueError(f"{len(labels)} labels and {len(seeds)} seeds: give as many, or one for all")
+        labels, seeds = np.broadcast_arrays(labels, seeds)
+        return labels.astype(np.int32), seeds.astype(np.int32)
+
+    def _draw(self, labels, seeds, sampler, steps, guidance_scale, size, *, trajectory: bool) -> np.ndarray:
+        settings, source = self.experiment.config.sampling, self.experiment.train_source
+        labels, seeds = self.resolve(labels, seeds)
+        scale = settings.guidance_scale if guidance_scale is None else guidance_scale
+        height, width, channels = source.image_shape
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < 1:
+            raise ValueError(f"size={size} is not positive")
+        draw = functools.partial(
+            _generate,
+            self.params,
+            scale=jnp.float32(scale),
+            experiment=self.experiment,
+            shape=(height, width, channels),
+            sampler=settings.sampler if sampler is None else sampler,
+            steps=settings.steps if steps is None else steps,
+            guided=scale != 1 and source.num_classes > 0,
+            trajectory=trajectory,
+        )
+        batch_size = self._batch_size(len(seeds))
+        parts = []
+        for first in range(0, len(seeds), batch_size):
+            numbers = np.minimum(np.arange(first, first + batch_size), len(seeds) - 1)
+            batch = {"labels": labels[numbers], "seeds": seeds[numbers]}
+            x = draw(**(to_global(batch, self._mesh) if self._mesh else batch))
+            parts.append(np.asarray(x))
+        return np.concatenate(parts, axis=-4)[..., : len(seeds), :, :, :]
+
+    def _batch_size(self, count: int) -> int:
+        """The config's, or what suffices where that is less, rounded up to a multiple of the devices."""
+        devices = self._mesh.size if self._mesh else 1
+        return -(-min(count, self.experiment.config.sampling.batch_size) // devices) * devices
+
+
+def load(path: str | Path, ema: str | None = None, *, settings: Config | None = None) -> Sampler:
+    """A sampler of a training run.
+
+    Args:
+        path: a workdir, of which the newest readable checkpoint is taken, or one checkpoint in it.
+        ema: the decay of the average to sample from, such as "0.9999", or "params" for none; by default what
+            the config says.
+        settings: replaces the changeable settings of the checkpoint, such as `sampling`.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it cannot be read.
+        ConfigError: settings that may not change differ.
+    """
+    if ema is None and settings is not None:
+        ema = settings.sampled_ema
+    stored, step, params = read_params(Path(path), ema)
+    if settings is not None:
+        check_same(stored, settings, path)
+    return Sampler(Experiment(settings or stored), params, step=step)
+
+
+def _checked(name: str, numbers: Numbers, limit: int) -> Int[np.ndarray, " n"]:
+    """One or more integers below a limit."""
+    numbers = np.atleast_1d(np.asarray(numbers))
+    if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer) or not len(numbers):
+        raise ValueError(f"{name}s must be one or more integers, got {numbers.tolist()}")
+    wrong = numbers[(numbers < 0) | (numbers >= limit)]
+    if wrong.size:
+        raise ValueError(f"{name} {wrong[0]} is out of range: there are 0…{limit - 1}")
+    return numbers
+
+
+def noise(
+    seeds: Int[Array, " b"], number: Int[Array, ""], shape: tuple[int, int, int]
+) -> Float[Array, "b h w c"]:
+    """Standard normal noise, each image's from its seed alone: number 0 to start from, i + 1 for step i."""
+    key = jax.random.key(0)
+
+    def draw(seed: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, seed), number), shape)
+
+    return jax.vmap(draw)(seeds)
+
+
+def to_pixels(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """-1…1 as 0…255, clipped."""
+    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("experiment", "shape", "sampler", "steps", "guided", "trajectory")
+)
+def _generate(
+    params: Params,
+    *,
+    labels: Int[Array, " b"],
+    seeds: Int[Array, " b"],
+    scale: Float[Array, ""],
+    experiment: Experiment,
+    shape: tuple[int, int, int],
+    sampler: str,
+    steps: int,
+    guided: bool,
+    trajectory: bool,
+) -> Float[Array, "*images"]:
+    """[B, *shape], or [steps, B, *shape] of a trajectory."""
+    settings, classes = experiment.config.sampling, experiment.train_source.num_classes
+    denoiser = classifier_free(
+        functools.partial(experiment.denoise, params),
+        labels,
+        classes,
+        scale if guided else 1,
+        channels=settings.guidance_channels or None,
+    )
+    result = get_sampler(sampler)(
+        experiment.diffusion,
+        denoiser,
+        noise(seeds, jnp.int32(0), shape),
+        lambda step: noise(seeds, step + 1, shape),
+        steps=steps,
+        clip=settings.clip,
+        return_trajectory=trajectory,
+    )
+    return result[1] if trajectory else result

@@ -1,0 +1,10 @@
+import os
+
+import pytest
+
+# Four devices on one CPU, for what is sharded; before JAX starts.
+FLAG = "--xla_force_host_platform_device_count"
+if FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=4"
+
+pytest.register_assert_rewrite("gla_test_base")

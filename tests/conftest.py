@@ -1,0 +1,4 @@
+import os
+
+# Four devices on one CPU, for what is sharded; before JAX starts.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"

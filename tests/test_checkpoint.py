@@ -1,0 +1,319 @@
+import contextlib
+import os
+import resource
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from configs import smoke
+from dig_jax import config
+from dig_jax.checkpoint import Checkpoints, has_checkpoints, read_config, read_params
+from dig_jax.errors import CheckpointError
+from dig_jax.parallel import batch_sharding, make_mesh, replicated
+
+SETTINGS = config.from_dict(smoke.get_config().to_dict())
+
+
+@contextlib.contextmanager
+def not_root():
+    """Root may write everywhere, and so becomes nobody."""
+    user = os.geteuid()
+    if user == 0:
+        if not all(os.stat(place).st_mode & stat.S_IXOTH for place in Path(pytest.__file__).parents):
+            pytest.skip("nobody could import anything: the environment is root's alone")
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def make_state(step: int, size: int = 300) -> dict:
+    """A state with the layout of a real one: averages by decay, integer keys, scalars."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), 3)
+    params, *averages = ({"w": jax.random.normal(key, (size,)), "b": {0: jnp.ones(3)}} for key in keys)
+    ema = {str(decay): average for decay, average in zip((0.9, 0.99), averages, strict=True)}
+    return {
+        "step": jnp.int32(step),
+        "params": params,
+        "ema": ema,
+        "opt_state": ({"count": jnp.int32(step)}, ()),
+    }
+
+
+def abstract(state: dict) -> dict:
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+def save(
+    workdir: Path, *steps: int, size: int = 300, settings: config.Checkpoint = SETTINGS.checkpoint
+) -> None:
+    with contextlib.closing(Checkpoints(workdir, settings)) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step, size), {"examples": 16 * step}, SETTINGS)
+        checkpoints.wait()
+
+
+def restore(workdir: Path, size: int = 300):
+    with contextlib.closing(Checkpoints(workdir, SETTINGS.checkpoint)) as checkpoints:
+        return checkpoints.restore(abstract(make_state(0, size)))
+
+
+def assert_equal(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def names(workdir: Path) -> list[str]:
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with checkpoints 1 and 2, not to be written to."""
+    workdir = tmp_path_factory.mktemp("saved")
+    save(workdir, 1, 2)
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def test_what_is_restored_is_what_was_saved(saved):
+    state, data = restore(saved)
+    assert_equal(state, make_state(2))
+    assert jax.tree.structure(state) == jax.tree.structure(make_state(2))
+    assert data == {"examples": 32}
+    assert read_config(saved) == SETTINGS
+
+
+def test_an_empty_workdir_has_nothing_to_restore(tmp_path):
+    assert not has_checkpoints(tmp_path)
+    assert restore(tmp_path) is None
+    with pytest.raises(CheckpointError, match=f"there is no checkpoint in {tmp_path}"):
+        read_params(tmp_path)
+
+
+@pytest.mark.parametrize(("ema", "pick"), [(None, "0.9"), ("", "0.9"), ("0.99", "0.99"), ("params", None)])
+def test_parameters_are_read_by_the_name_of_their_average(saved, ema, pick):
+    settings, step, params = read_params(saved, ema)
+    state = make_state(2)
+    assert (settings, step) == (SETTINGS, 2)
+    assert_equal(params, state["ema"][pick] if pick else state["params"])
+
+
+def test_one_checkpoint_can_be_named(saved):
+    _, step, params = read_params(saved / "checkpoints" / "1", "params")
+    assert step == 1
+    assert_equal(params, make_state(1)["params"])
+
+
+def test_an_average_that_is_not_there_is_refused(saved):
+    with pytest.raises(CheckpointError, match=r"has no average '0.5'; it has 0.9, 0.99 and params"):
+        read_params(saved, "0.5")
+
+
+def test_checkpoints_move_between_meshes(tmp_path):
+    size = 4 * 32
+    mesh = make_mesh(config.Mesh(data=4, cpu_devices=1), 4)
+    layouts = {"spread": batch_sharding(mesh), "whole": replicated(mesh)}
+    with contextlib.closing(Checkpoints(tmp_path, SETTINGS.checkpoint)) as checkpoints:
+        state = make_state(1, size)
+        state["params"]["w"] = jax.device_put(state["params"]["w"], layouts["spread"])
+        checkpoints.save(1, state, {}, SETTINGS)
+        checkpoints.wait()
+    _, _, params = read_params(tmp_path, "params")
+    assert params["w"].sharding.device_set == {jax.devices()[0]}
+    assert_equal(params, make_state(1, size)["params"])
+
+    target = abstract(make_state(1, size))
+    target["params"]["w"] = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=layouts["whole"])
+    with contextlib.closing(Checkpoints(tmp_path, SETTINGS.checkpoint)) as checkpoints:
+        restored, _ = checkpoints.restore(target)
+    assert restored["params"]["w"].sharding.is_equivalent_to(layouts["whole"], 1)
+    assert_equal(restored, make_state(1, size))
+
+
+def test_old_checkpoints_go_as_the_config_says(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, 5, settings=config.Checkpoint(every_steps=1, keep=2, keep_every_steps=3))
+    assert names(tmp_path) == ["3", "4", "5"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_damage_to_any_file_is_noticed(workdir, damage, caplog):
+    directory = workdir / "checkpoints" / "2"
+    items = [path for path in directory.rglob("*") if path.is_file() and path.parent != directory]
+    for path in [directory / "SHA256SUMS", *items]:
+        content = path.read_bytes()
+        damage(path)
+        with pytest.raises(CheckpointError, match=f"all checkpoints in {directory.parent} are damaged: 2"):
+            read_config(directory)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    assert read_config(directory) == SETTINGS
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_set_aside_when_training_goes_on(workdir, caplog):
+    newest = workdir / "checkpoints" / "2"
+    flip(max(newest.rglob("d/*"), key=lambda path: path.stat().st_size))
+    damaged = files(newest)
+    with contextlib.closing(Checkpoints(workdir, SETTINGS.checkpoint)) as checkpoints:
+        state, data = checkpoints.restore(abstract(make_state(0)))
+        assert_equal(state, make_state(1))
+        assert data == {"examples": 16}
+        assert "checkpoint" in caplog.text and "2 is damaged (changed, lost or added: state/" in caplog.text
+        assert "falling back to 1" in caplog.text
+        assert names(workdir) == ["1", "2"]  # nothing was saved yet
+        checkpoints.save(2, make_state(2), {"examples": 32}, SETTINGS)
+    assert names(workdir) == ["1", "2", "2.unreadable"]
+    assert files(workdir / "checkpoints" / "2.unreadable") == damaged
+    assert_equal(restore(workdir)[0], make_state(2))
+
+
+def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(workdir):
+    for _ in range(2):
+        shutil.rmtree(workdir / "checkpoints" / "2" / "state")
+        with contextlib.closing(Checkpoints(workdir, SETTINGS.checkpoint)) as checkpoints:
+            checkpoints.restore(abstract(make_state(0)))
+            checkpoints.save(2, make_state(2), {}, SETTINGS)
+    assert names(workdir) == ["1", "2", "2.unreadable", "2.unreadable.1"]
+
+
+def test_reading_parameters_falls_back_and_changes_nothing(workdir, caplog):
+    (workdir / "checkpoints" / "2" / "state" / "_METADATA").unlink()
+    before = files(workdir)
+    _, step, params = read_params(workdir, "params")
+    assert step == 1
+    assert_equal(params, make_state(1)["params"])
+    assert "falling back to 1" in caplog.text
+    assert files(workdir) == before
+
+
+def test_damaged_checkpoints_stay_where_they_are_when_there_is_no_other(workdir, caplog):
+    for step in ("1", "2"):
+        flip(workdir / "checkpoints" / step / "config" / "metadata")
+    before = files(workdir)
+    for read in (restore, read_params, read_config):
+        with pytest.raises(CheckpointError, match="all checkpoints in .* are damaged: 2, 1"):
+            read(workdir)
+    assert "there is no older one" in caplog.text
+    assert files(workdir) == before
+
+
+def test_a_whole_checkpoint_that_does_not_fit_is_not_taken_for_damaged(workdir, caplog):
+    target = abstract(make_state(0)) | {"more": jax.ShapeDtypeStruct((), jnp.int32)}
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is whole, but cannot be used: .*"):
+        Checkpoints(workdir, SETTINGS.checkpoint).restore(target)
+    assert not caplog.text
+    assert names(workdir) == ["1", "2"]
+
+
+def test_a_checkpoint_of_another_version_is_told_from_a_damaged_one(workdir, monkeypatch):
+    monkeypatch.setattr(config, "from_dict", lambda settings: config.check_field("config", "old", ["new"]))
+    with pytest.raises(
+        CheckpointError, match="checkpoints/2 is of another version: config has no field 'old'"
+    ):
+        read_config(workdir)
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next_save(workdir):
+    checkpoints = workdir / "checkpoints"
+    shutil.copytree(checkpoints / "2", checkpoints / "3.orbax-checkpoint-tmp")
+    (checkpoints / "3.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
+    assert restore(workdir)[1] == {"examples": 32}
+    save(workdir, 3)
+    assert names(workdir) == ["1", "2", "3"]
+    assert_equal(restore(workdir)[0], make_state(3))
+
+
+@contextlib.contextmanager
+def full_disk(limit: int):
+    """No file can grow beyond `limit` bytes; for the writer this is as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# While Orbax gives up, TensorStore's other writes still fail.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_gives_one_line_and_leaves_the_last_good_checkpoint(tmp_path):
+    size = 10**6
+    save(tmp_path, 1, size=size)
+    with full_disk(10**6), contextlib.closing(Checkpoints(tmp_path, SETTINGS.checkpoint)) as checkpoints:
+        checkpoints.save(2, make_state(2, size), {}, SETTINGS)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.save(3, make_state(3, size), {}, SETTINGS)
+    message = str(caught.value)
+    assert message.startswith(f"checkpoint 2 could not be written to {tmp_path}/checkpoints: ")
+    assert message.endswith("; older ones are untouched") and "\n" not in message
+    assert_equal(restore(tmp_path, size)[0], make_state(1, size))
+    save(tmp_path, 2, size=size)
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_a_directory_that_cannot_be_made_gives_one_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(
+        CheckpointError, match=f"checkpoint 1 could not be written to {tmp_path}/checkpoints: "
+    ):
+        save(tmp_path, 1)
+
+
+def test_a_directory_without_permission_gives_one_line(saved):
+    directory = Path(tempfile.mkdtemp())
+    shutil.copytree(saved / "checkpoints", directory / "checkpoints")
+    for path in (directory, directory / "checkpoints"):
+        path.chmod(0o555)
+    before = names(directory)
+    with not_root(), pytest.raises(CheckpointError, match="checkpoint 3 could not be written to .* denied"):
+        save(directory, 3)
+    assert names(directory) == before
+    for path in (directory, directory / "checkpoints"):
+        path.chmod(0o755)
+    shutil.rmtree(directory)
+
+
+def test_a_checkpoint_holds_its_own_step_though_its_memory_is_donated_to_the_next(tmp_path):
+    update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    mesh = make_mesh(config.Mesh(data=-1, cpu_devices=1), 4)
+    state = {"params": jax.device_put(jnp.zeros((1000, 1000)), replicated(mesh))}
+    with contextlib.closing(Checkpoints(tmp_path, config.Checkpoint(1, 10, 0))) as checkpoints:
+        for step in range(1, 5):
+            state = update(state)
+            checkpoints.save(step, state, {}, SETTINGS)
+            for _ in range(10):  # while the save is being written
+                state = update(state)
+    for step in range(1, 5):
+        with ocp.StandardCheckpointer() as reader:
+            saved = reader.restore(tmp_path / "checkpoints" / str(step) / "state")
+        np.testing.assert_array_equal(saved["params"], 11 * step - 10)

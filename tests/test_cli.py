@@ -1,0 +1,180 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+from dig_jax import cli
+from dig_jax.errors import CheckpointError, ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command line against a main function: (exit status, stderr)."""
+
+    def run(*arguments, main=lambda settings, name: None):
+        values = flags.FlagValues()
+        flags.DEFINE_enum("mode", "train", ["train", "sample"], "", flag_values=values)
+        monkeypatch.setattr(flags, "FLAGS", values)
+        monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+        try:
+            cli.run(main, "usage")
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "_start_log", lambda: None)  # it is for a process of its own
+    return run
+
+
+@pytest.fixture
+def broken_config(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def get_config():\n    return 1 / 0\n")
+    return path
+
+
+SMOKE = "--config=configs/smoke.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing; for example --config=configs/digits.py"),
+        (["--config=configs/smok.py"], "no config file 'configs/smok.py'; did you mean 'configs/smoke.py'?"),
+        (["--config=configs"], "there is no config file 'configs'"),
+        (["--config=configs/smoke.py:512"], "configs/smoke.py takes no argument"),
+        (["--config=configs/dig_xl.py:big"], "the resolution 'big' is none of 256, 512, 1024"),
+        ([SMOKE, "--config.traning.steps=3"], "config has no field 'traning'; did you mean 'training'?"),
+        ([SMOKE, "--config.training.step=3"], "config.training has no field 'step'; did you mean 'steps'?"),
+        ([SMOKE, "--config.seed.x=1"], "config.seed has no field 'x'"),
+        ([SMOKE, "--config.data.options.size=3"], "config.data.options has no field 'size'"),
+        ([SMOKE, "--noconfig.model.lern_sigma"], "did you mean 'learn_sigma'?"),
+        ([SMOKE, "--config.model=3"], "flag --config.model=3: Failed to parse '3'"),
+        (
+            [SMOKE, "--config.training.steps=1.5"],
+            "--config.training.steps=1.5: invalid literal for int()",
+        ),
+        ([SMOKE, "--config.model.learn_sigma=perhaps"], "--config.model.learn_sigma=perhaps: "),
+        ([SMOKE, "--config.seed"], "Missing value for flag --config.seed"),
+        ([SMOKE, "--mode=trian"], "flag --mode=trian: value should be one of <train|sample>"),
+        ([SMOKE, "--mod=train"], "Unknown command line flag 'mod'. Did you mean: mode ?"),
+        ([SMOKE, "sample"], "unexpected argument 'sample'; flags start with --"),
+        ([SMOKE, "--config.data.batch_size=0"], "config.data.batch_size=0 is not positive"),
+    ],
+)
+def test_a_wrong_command_line_gives_one_line_and_status_2(command, arguments, message):
+    status, stderr = command(*arguments)
+    assert status == 2
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert message in stderr
+
+
+def test_a_config_file_that_fails_gives_one_line(command, broken_config):
+    status, stderr = command(f"--config={broken_config}")
+    assert (status, stderr) == (2, f"error: --config={broken_config}: ZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [SMOKE, "--config.training.steps=7", "--config.training.ema_decays=0.5", "--noconfig.data.flip"],
+        ["--config", "configs/smoke.py", "--config.training.steps", "7", "--mode=sample"],
+        ["--config.training.steps=7", "-config=configs/dig_xl.py:512"],
+    ],
+)
+def test_fields_are_set_in_every_spelling_that_absl_knows(command, arguments):
+    seen = []
+    status, stderr = command(*arguments, main=lambda *given: seen.append(given))
+    assert (status, stderr) == (0, "")
+    settings, name = seen[0]
+    assert settings.training.steps == 7
+    assert name in " ".join(arguments)
+    if name == "dig_xl":
+        assert settings.data.options["image_size"] == 64
+
+
+def raising(error):
+    def main(settings, name):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ConfigError("config.x is wrong"), 2, "config.x is wrong"),
+        (CheckpointError("it cannot\nbe read"), 1, "it cannot be read"),
+        (
+            OSError(28, "No space left on device", "w/a.png"),
+            1,
+            "No space left on device: w/a.png",
+        ),
+        (OSError("no data"), 1, "no data"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last checkpoint"),
+    ],
+)
+def test_what_the_user_can_mend_is_told_in_one_line(command, error, status, line):
+    assert command(SMOKE, main=raising(error)) == (status, f"error: {line}\n")
+
+
+def test_a_bug_of_ours_keeps_its_traceback(command):
+    with pytest.raises(ZeroDivisionError):
+        command(SMOKE, main=raising(ZeroDivisionError()))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(None, None), ("7", [7]), ("0,3,5-7", [0, 3, 5, 6, 7]), ("2,2", [2, 2]), ("4-4", [4])],
+)
+def test_lists_of_numbers_are_read(text, expected):
+    result = cli.numbers(text, "labels")
+    assert result is None if expected is None else np.array_equal(result, expected)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", "-1", "3-", "3-1", "1 2", "1-2-3", "1.5", "9" * 30])
+def test_what_is_no_list_of_numbers_is_refused(text):
+    with pytest.raises(ConfigError, match=r"--labels='.*' is not a list of numbers and ranges"):
+        cli.numbers(text, "labels")
+
+
+def test_a_range_that_would_fill_the_memory_is_refused():
+    with pytest.raises(ConfigError, match="--seeds='0-9999999999' is more than a million numbers"):
+        cli.numbers("0-9999999999", "seeds")
+
+
+def main_py(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_help_tells_how_to_use_it():
+    result = main_py("--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    for word in (
+        "python main.py --config=configs/digits.py",
+        "--workdir",
+        "<train|sample|evaluate>",
+        "--labels",
+    ):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--mode=sample"], 1, "there is no checkpoint in "),
+        (["--labels=3"], 2, "--labels and --seeds go with --mode=sample"),
+    ],
+)
+def test_a_process_that_fails_says_so_in_one_line_and_leaves_nothing(tmp_path, arguments, status, message):
+    result = main_py("--config=configs/smoke.py", f"--workdir={tmp_path}/run", *arguments)
+    assert result.returncode == status
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

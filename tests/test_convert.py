@@ -1,0 +1,124 @@
+"""Parity with the released PyTorch code, by the golden values."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dig_jax import create_model
+from dig_jax.convert import load_torch_state_dict
+from dig_jax.diffusion import classifier_free
+
+GOLDEN = Path(__file__).parent / "golden"
+WIDE = {"depth": 4, "hidden_size": 32, "num_heads": 1}
+CASES = {
+    "dig_plain": ("DiG-S/2", {"depth": 4, "hidden_size": 64, "num_heads": 2}),
+    "dig_skip": ("DiG-S/2", WIDE | {"depth": 8, "skip": "linear", "skip_alignment": "upstream"}),
+    "dig_bidirectional": ("DiG-S/2", WIDE | {"directions": 2}),
+    "dig_causal_noconv": ("DiG-S/2", WIDE | {"directions": 1, "conv": None}),
+    "dig_inblockconv_rms": ("DiG-S/2", WIDE | {"conv": "inside", "norm": "rms"}),
+    "dig_unconditional_rgb": ("DiG-S/2", WIDE | {"in_channels": 3}),
+    "dit": ("DiT-S/2", WIDE),
+}
+
+
+@functools.cache
+def golden(case):
+    return dict(np.load(GOLDEN / f"{case}.npz"))
+
+
+def fresh(case):
+    name, overrides = CASES[case]
+    classes = 10 if "y" in golden(case) else 0
+    return create_model(name, input_size=8, num_classes=classes, rngs=nnx.Rngs(0), **overrides)
+
+
+def torch_dict(case, prefix="param/"):
+    return {name[len(prefix) :]: x for name, x in golden(case).items() if name.startswith(prefix)}
+
+
+def nhwc(x):
+    return jnp.asarray(x.transpose(0, 2, 3, 1))
+
+
+def relative_error(value, expected):
+    return np.sqrt(np.square(value - expected).mean() / np.square(expected).mean())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_guidance_and_gradients_are_those_of_the_released_code(case):
+    data = golden(case)
+    graphdef, params = nnx.split(load_torch_state_dict(fresh(case), torch_dict(case)))
+    y = jnp.asarray(data["y"], jnp.int32) if "y" in data else None
+    t = jnp.asarray(data["t"], jnp.int32)
+
+    @jax.jit
+    def forward_and_backward(params, x, cotangent):
+        out, vjp = jax.vjp(lambda params, x: nnx.merge(graphdef, params)(x, t, y), params, x)
+        return out, *vjp(cotangent)
+
+    out, grads, dx = forward_and_backward(params, nhwc(data["x"]), nhwc(data["cotangent"]))
+    assert relative_error(out, nhwc(data["out"])) < 1e-4
+    assert relative_error(dx, nhwc(data["dx"])) < 1e-4
+
+    stored = torch_dict(case, "grad/")
+    if stored:  # under the names of the parameters: they are loaded like these
+        expected = nnx.split(load_torch_state_dict(fresh(case), stored))[1]
+        errors = jax.tree.map(lambda a, b: relative_error(np.asarray(a), np.asarray(b)), grads, expected)
+        assert max(jax.tree.leaves(errors)) < 1e-4
+
+    if "cfg_out" in data:
+        model = nnx.merge(graphdef, params)
+        labels = jnp.asarray(data["cfg_y"][:1], jnp.int32)
+        guided = classifier_free(model, labels, 10, float(data["cfg_scale"]), channels=3)
+        result = guided(nhwc(data["cfg_x"][:1]), jnp.asarray(data["cfg_t"][:1], jnp.int32))
+        assert relative_error(result, nhwc(data["cfg_out"][:1])) < 1e-4
+
+
+def test_upstream_and_raster_skips_differ():
+    """What the alignment is for: the same parameters give another function."""
+    data, outputs = golden("dig_skip"), []
+    for alignment in ("raster", "upstream"):
+        name, overrides = CASES["dig_skip"]
+        overrides = overrides | {"skip_alignment": alignment}
+        model = create_model(name, input_size=8, num_classes=10, rngs=nnx.Rngs(0), **overrides)
+        load_torch_state_dict(model, torch_dict("dig_skip"))
+        outputs.append(model(nhwc(data["x"]), jnp.asarray(data["t"], jnp.int32), jnp.array([3, 10])))
+    assert relative_error(outputs[0], outputs[1]) > 0.01
+
+
+def changed(case, **changes):
+    return torch_dict(case) | changes
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "message"),
+    [
+        (lambda: changed("dit", extra=np.zeros(3)), "unexpected: extra"),
+        (lambda: {k: v for k, v in torch_dict("dit").items() if "fc1" not in k}, "missing: .*mlp.fc1.weight"),
+        (lambda: changed("dit", **{"final_layer.linear.bias": np.zeros(3)}), "another shape: final_layer"),
+        (lambda: changed("dit", pos_embed=np.zeros((1, 16, 32))), "pos_embed"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(state_dict, message):
+    model = fresh("dit")
+    before = jax.tree.map(np.asarray, nnx.split(model)[1])
+    with pytest.raises(ValueError, match=message):
+        load_torch_state_dict(model, state_dict())
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.split(model)[1])
+
+
+def test_the_two_names_of_an_rms_norm_must_agree():
+    state_dict = changed("dig_inblockconv_rms", **{"blocks.1.attn_norm.weight": np.zeros(32)})
+    with pytest.raises(ValueError, match=r"blocks.1: the two names of norm1.weight"):
+        load_torch_state_dict(fresh("dig_inblockconv_rms"), state_dict)
+
+
+def test_a_depth_that_upstream_would_turn_is_refused():
+    model = create_model("DiG-S/2", input_size=8, num_classes=10, rngs=nnx.Rngs(0), **WIDE | {"depth": 6})
+    with pytest.raises(ValueError, match="depth 6 is not a multiple of directions=4"):
+        load_torch_state_dict(model, {})

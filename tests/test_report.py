@@ -1,0 +1,146 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_experiment import PlainExperiment, tiny_settings, write_checkpoint
+
+from dig_jax import ConfigError, Sampler, evaluation, report
+
+DIGITS = {
+    "data__name": "digits",
+    "data__options": {},
+    "evaluation__num_images": 40,
+    "sampling__batch_size": 10,
+    "sampling__steps": 2,
+}
+LATENTS = {"data__options": {"image_size": 4, "channels": 4, "num_classes": 5, "length": 60}}
+
+
+def plain_sampler(**changes):
+    return Sampler(PlainExperiment(tiny_settings(**changes)), {}, step=7)
+
+
+def write_metrics(workdir, **values):
+    (workdir / "metrics.jsonl").write_text(json.dumps({"step": 5} | values) + "\n")
+
+
+def test_the_grid_shows_the_first_images_that_are_scored_a_row_for_each_class(tmp_path, monkeypatch):
+    calls = {}
+
+    def record(name, result=None):
+        return lambda *args, **options: calls.update({name: (args, options)}) or result
+
+    monkeypatch.setattr(report, "save_grid", record("save_grid"))
+    monkeypatch.setattr(evaluation, "score_digits", record("score_digits", {}))
+    sampler = plain_sampler(**DIGITS, sampling__images_per_class=3)
+    report.draw_samples(sampler, tmp_path)
+    report.score(sampler, tmp_path)
+    (path, images), options = calls["save_grid"]
+    (scored, labels), _ = calls["score_digits"]
+    assert path == tmp_path / "samples.png"
+    assert options == {"columns": 3, "row_labels": tuple("0123456789")}
+    np.testing.assert_array_equal(labels, np.tile(np.arange(10), 4))
+    rows = scored[:30].reshape(3, 10, 8, 8, 1).swapaxes(0, 1)
+    np.testing.assert_array_equal(images, rows.reshape(30, 8, 8, 1))
+    assert len(np.unique(images.reshape(30, -1), axis=0)) == 30
+
+
+def test_scores_are_written_with_what_they_depend_on(tmp_path):
+    sampler = plain_sampler(**DIGITS, sampling__ema="0.99", sampling__guidance_scale=2.0)
+    scores = report.score(sampler, tmp_path)
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert scores["num_images"] == 40
+    assert scores["accuracy"] < 0.5  # it is noise that is scored here
+    expected = {"step": 7, "ema": "0.99", "sampler": "ddim", "sampling_steps": 2, "guidance_scale": 2.0}
+    assert scores | expected == scores
+    line = report.summary(scores)
+    assert "\n" not in line
+    assert f"Fréchet distance {scores['frechet_distance']:.3f}" in line
+
+
+@pytest.mark.parametrize("changes", [{}, DIGITS | {"evaluation__num_images": 0}], ids=["fake", "none"])
+def test_there_is_no_score_without_a_classifier_or_without_images(changes, tmp_path):
+    assert report.score(plain_sampler(**changes), tmp_path) == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_few_images_for_a_score_are_blamed_on_the_setting(tmp_path):
+    with pytest.raises(ConfigError, match=r"config.evaluation.num_images: .* 2 or more images, got 1"):
+        report.score(plain_sampler(**DIGITS | {"evaluation__num_images": 1}), tmp_path)
+
+
+@pytest.mark.parametrize("values", [None, {"loss": None}], ids=["no file", "no loss"])
+def test_a_run_without_losses_has_no_curve_and_says_so(values, tmp_path, caplog):
+    if values:
+        write_metrics(tmp_path, **values)
+    with caplog.at_level(logging.WARNING, "dig_jax"):
+        report.draw_samples(plain_sampler(), tmp_path)
+    assert (tmp_path / "samples.png").exists()
+    assert not (tmp_path / "loss.png").exists()
+    (message,) = caplog.messages
+    assert message.startswith("there is no loss curve: ")
+    assert "metrics.jsonl" in message
+
+
+def test_latents_make_no_picture(tmp_path):
+    write_metrics(tmp_path, loss=0.5)
+    report.draw_samples(plain_sampler(**LATENTS), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+
+
+def test_sampled_images_are_written_as_evaluators_read_them(tmp_path, monkeypatch):
+    sampler = plain_sampler(sampling__batch_size=2)
+    monkeypatch.setattr(report, "load", lambda workdir, settings: sampler)
+    report.sample(sampler.experiment.config, tmp_path, np.array([1, 4, 2]), np.array([7]))
+    with np.load(tmp_path / "generated.npz") as file:
+        written = dict(file)
+    assert set(written) == {"arr_0", "labels", "seeds"}
+    assert written["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(written["arr_0"], sampler([1, 4, 2], seeds=7))
+    np.testing.assert_array_equal(written["labels"], [1, 4, 2])
+    np.testing.assert_array_equal(written["seeds"], [7, 7, 7])
+    with Image.open(tmp_path / "generated.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_of_latents_there_are_only_numbers_and_by_default_one_image_of_each_class(tmp_path, monkeypatch):
+    sampler = plain_sampler(**LATENTS)
+    monkeypatch.setattr(report, "load", lambda workdir, settings: sampler)
+    report.sample(sampler.experiment.config, tmp_path)
+    with np.load(tmp_path / "generated.npz") as file:
+        assert file["arr_0"].shape == (5, 4, 4, 4)
+        np.testing.assert_array_equal(file["labels"], range(5))
+        np.testing.assert_array_equal(file["seeds"], range(5))
+    assert [path.name for path in tmp_path.iterdir()] == ["generated.npz"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "changes", "message"),
+    [
+        ([9], {}, r"--labels.*: label 9 is out of range"),
+        (None, {"sampling__steps": 1}, r"config.sampling: steps must keep at least 2"),
+    ],
+)
+def test_samples_that_cannot_be_are_blamed_on_their_setting(labels, changes, message, tmp_path):
+    settings = tiny_settings(**changes)
+    write_checkpoint(tmp_path, settings)
+    with pytest.raises(ConfigError, match=message):
+        report.sample(settings, tmp_path, labels and np.array(labels))
+
+
+def test_a_workdir_is_evaluated_anew_even_without_its_metrics(tmp_path):
+    settings = tiny_settings(**DIGITS)
+    write_checkpoint(tmp_path, settings)
+    scores = report.evaluate(settings, tmp_path)
+    assert scores["step"] == 7
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"checkpoints", "samples.png", "neighbours.png", "scores.json"}
+
+
+def test_what_has_no_score_cannot_be_evaluated(tmp_path):
+    settings = tiny_settings()
+    write_checkpoint(tmp_path, settings)
+    with pytest.raises(ConfigError, match=r"it takes config.data.name='digits' .* they are 'fake' and 500"):
+        report.evaluate(settings, tmp_path)

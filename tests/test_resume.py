@@ -1,0 +1,413 @@
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from configs import smoke
+from dig_jax import config, experiment, report
+from dig_jax.data.sources import FakeSource
+from dig_jax.errors import CheckpointError, ConfigError, UserError
+from dig_jax.training import loop
+
+ROOT = Path(__file__).parent.parent
+# The smallest model, in two micro-batches over four devices.
+FIELDS = {
+    "model.name": "DiT-S/2",
+    "model.depth": 1,
+    "model.hidden_size": 16,
+    "data.batch_size": 8,
+    "training.accumulation": 2,
+    "training.steps": 6,
+    "training.ema_decays": (0.9,),
+    "checkpoint.every_steps": 2,
+    "logging.every_steps": 1,
+    "logging.heldout_every_steps": 0,
+    "logging.tensorboard": False,
+    "sampling.every_steps": 0,
+}
+
+
+def settings(**fields) -> config.Config:
+    """The smoke config with FIELDS, and with group__field=value."""
+    c = smoke.get_config()
+    c.update_from_flattened_dict(FIELDS | {name.replace("__", "."): value for name, value in fields.items()})
+    return config.from_dict(c.to_dict())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs that differ in what is not compiled share what is, and it is not optimised."""
+    options = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def drawn(patch):
+    """Pictures are not drawn: the samplers that would draw them."""
+    samplers = []
+    patch.setattr(loop.report, "draw_samples", lambda sampler, workdir: samplers.append(sampler))
+    return samplers
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, drawn):
+    """An uninterrupted run, not to be written to."""
+    workdir = tmp_path_factory.mktemp("trained")
+    loop.train(settings(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def state_at(workdir: Path, step: int) -> dict:
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(workdir / "checkpoints" / str(step) / "state")
+
+
+def records(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what depends on time."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    timed = ("images_per_second", "data_wait")
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def assert_ended_alike(workdir: Path, other: Path, step: int) -> None:
+    state = state_at(workdir, step)
+    assert {"step", "params", "ema", "opt_state", "skipped_steps"} == set(state)
+    jax.tree.map(np.testing.assert_array_equal, state, state_at(other, step))
+    assert [record["step"] for record in records(workdir)] == list(range(1, step + 1))
+    assert records(workdir) == records(other)
+
+
+def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
+    """The next run is interrupted when it gets its batch number `at`."""
+    to_global, calls = loop.to_global, iter(range(1, at))
+
+    def interrupted(batch, mesh):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return to_global(batch, mesh)
+
+    patch.setattr(loop, "to_global", interrupted)
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_an_interrupted_run_ends_bit_identical(trained, tmp_path, at):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, at)
+        loop.train(settings(), tmp_path)
+    loop.train(settings(), tmp_path)
+    assert_ended_alike(tmp_path, trained, 6)
+
+
+def test_a_run_with_more_steps_ends_as_one_that_had_them_from_the_start(trained, tmp_path):
+    loop.train(settings(training__steps=3), tmp_path)
+    loop.train(settings(), tmp_path)
+    assert_ended_alike(tmp_path, trained, 6)
+
+
+def test_a_complete_run_is_drawn_again_but_not_trained(trained, copied, drawn):
+    before = len(drawn)
+    loop.train(settings(), copied)
+    loop.train(settings(training__steps=4), copied)
+    loop.train(settings(mesh__data=1), copied)
+    assert [sampler.step for sampler in drawn[before:]] == [6, 6, 6]
+    assert_ended_alike(copied, trained, 6)
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(trained, copied, caplog):
+    newest = copied / "checkpoints" / "6"
+    data = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(data, 100)
+    loop.train(settings(), copied)
+    assert "falling back to 4" in caplog.text
+    assert (copied / "checkpoints" / "6.unreadable").is_dir()
+    assert_ended_alike(copied, trained, 6)
+
+
+def test_all_checkpoints_damaged_ends_training_and_leaves_them(copied):
+    for sums in copied.glob("checkpoints/*/SHA256SUMS"):
+        sums.unlink()
+    with pytest.raises(CheckpointError, match="all checkpoints in .* are damaged: 6, 4, 2"):
+        loop.train(settings(), copied)
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"seed": 1}, "seed: 0 → 1"),
+        ({"model__hidden_size": 32}, "model.hidden_size: 16 → 32"),
+        ({"data__options": {"image_size": 16}}, "data.options.image_size: 8 → 16"),
+        ({"diffusion__schedule": "cosine"}, "diffusion.schedule: 'linear' → 'cosine'"),
+        ({"optimizer__b2": 0.99}, "optimizer.b2: 0.999 → 0.99"),
+        ({"training__accumulation": 1, "training__steps": 9}, "training.accumulation: 2 → 1"),
+    ],
+)
+def test_a_workdir_that_began_with_other_settings_is_refused_and_left_alone(copied, fields, named):
+    path = copied / "config.json"
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=rf"run began with other settings: .*{named}"):
+        loop.train(settings(**fields), copied)
+    assert path.read_bytes() == before
+    path.unlink()
+    with pytest.raises(ConfigError, match=named):  # the checkpoints know too
+        loop.train(settings(**fields), copied)
+    assert not path.exists()
+
+
+def test_other_settings_are_welcome_where_nothing_is_trained_yet(tmp_path):
+    loop.claim_workdir(settings(), tmp_path)
+    loop.claim_workdir(settings(seed=5), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["seed"] == 5
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": {"sed": 1}}', "\0\udcff"])
+def test_an_unreadable_config_json_is_told_and_left_alone(copied, text):
+    path = copied / "config.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match=f"{path} cannot be read: .*; delete it, checkpoints hold a copy"):
+        loop.train(settings(), copied)
+    assert path.read_bytes() == text.encode(errors="surrogateescape")
+
+
+def test_a_workdir_that_cannot_be_written_to_gives_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=f"the workdir {workdir} cannot be written to: "):
+            loop.train(settings(), workdir)
+
+
+@pytest.mark.parametrize(
+    ("labels", "seeds", "message"),
+    [
+        ([4], None, "label 4 is out of range: there are 0…3"),
+        ([0, 1], [1, 2, 3], "2 labels and 3 seeds"),
+        (None, [2**31], "seed 2147483648 is out of range"),
+    ],
+)
+def test_labels_and_seeds_that_cannot_be_are_refused(trained, labels, seeds, message):
+    arrays = [None if numbers is None else np.array(numbers) for numbers in (labels, seeds)]
+    with pytest.raises(ConfigError, match=message):
+        report.sample(settings(), trained, *arrays)
+    assert not (trained / "generated.npz").exists()
+
+
+def test_init_from_starts_with_the_averaged_parameters_of_another_run(trained, tmp_path, drawn):
+    loop.train(settings(init_from=str(trained), training__steps=0, mesh__data=1), tmp_path)
+    average = state_at(trained, 6)["ema"]["0.9"]
+    params = jax.tree.map(np.asarray, drawn[-1].params)
+    assert drawn[-1].step == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(params), jax.tree.leaves(average))
+    loop.train(settings(init_from=str(trained), training__steps=2), tmp_path)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
+
+
+def test_init_from_that_is_not_there_or_does_not_fit_is_refused(trained, tmp_path):
+    missing = tmp_path / "nowhere"
+    with pytest.raises(ConfigError, match=f"config.init_from: there is no checkpoint in {missing}"):
+        loop.train(settings(init_from=str(missing)), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"\d+ parameters do not fit this model, the first is \['.*there, "):
+        loop.train(settings(init_from=str(trained), model__hidden_size=32), tmp_path / "run")
+
+
+def test_a_step_is_read_only_when_the_next_one_is_under_way(tmp_path, drawn):
+    events = []
+    with pytest.MonkeyPatch.context() as patch:
+        compile_step, write = loop._compiled_step, loop.MetricWriter.write
+
+        def compiled(*arguments):
+            train_step, steps = compile_step(*arguments), iter(range(1, 99))
+
+            def step(*arguments):
+                events.append(("dispatched", next(steps)))
+                return train_step(*arguments)
+
+            return step
+
+        def recorded(self, step, record):
+            events.append(("read", step))
+            write(self, step, record)
+
+        patch.setattr(loop, "_compiled_step", compiled)
+        patch.setattr(loop.MetricWriter, "write", recorded)
+        loop.train(settings(checkpoint__every_steps=4, training__steps=5), tmp_path)
+    # A step that is saved has to be waited for anyway; its record is there before its checkpoint.
+    assert events == [
+        ("dispatched", 1),
+        ("dispatched", 2),
+        ("read", 1),
+        ("dispatched", 3),
+        ("read", 2),
+        ("dispatched", 4),
+        ("read", 3),
+        ("read", 4),
+        ("dispatched", 5),
+        ("read", 5),
+    ]
+
+
+@pytest.mark.parametrize(("heldout", "reported"), [(9, [2, 4, 5]), (0, [])])
+def test_the_heldout_split_may_be_of_any_size(tmp_path, drawn, heldout, reported, monkeypatch):
+    def load_source(name, split, **options):
+        length = heldout if split == "heldout" else 100
+        return FakeSource(split=split, image_shape=(8, 8, 3), num_classes=4, length=length, seed=0)
+
+    monkeypatch.setattr(experiment, "load_source", load_source)
+    fields = {"training__steps": 5, "logging__heldout_every_steps": 2, "logging__every_steps": 100}
+    loop.train(settings(checkpoint__every_steps=100, **fields), tmp_path)
+    steps = [record["step"] for record in records(tmp_path) if record.get("heldout_loss", 0) > 0]
+    assert steps == reported
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_reported(tmp_path, drawn, caplog, monkeypatch):
+    to_global, numbers = loop.to_global, iter(range(1, 99))
+
+    def poisoned(batch, mesh):
+        if next(numbers) == 2:
+            batch = batch | {"image": np.full_like(batch["image"], np.nan)}
+        return to_global(batch, mesh)
+
+    monkeypatch.setattr(loop, "to_global", poisoned)
+    loop.train(settings(checkpoint__every_steps=1, training__steps=3), tmp_path)
+    before, after, end = (state_at(tmp_path, step) for step in (1, 2, 3))
+    for part in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, before[part], after[part])
+    assert [state["skipped_steps"] for state in (before, after, end)] == [0, 1, 1]
+    assert (end["step"], end["opt_state"][0]["count"]) == (3, 2)
+    assert [(record["skipped_steps"], record["loss"] is None) for record in records(tmp_path)] == [
+        (0, False),
+        (1, True),
+        (0, False),
+    ]
+    assert "1 of the last 1 steps were not finite and were skipped" in caplog.text
+
+
+def test_a_run_describes_itself(trained):
+    described = json.loads((trained / "config.json").read_text())
+    assert config.from_dict(described["config"]) == settings()
+    assert described["versions"]["jax"] == jax.__version__
+    table = (trained / "parameters.txt").read_text()
+    total = sum(leaf.size for leaf in jax.tree.leaves(state_at(trained, 6)["params"]))
+    assert "blocks/groups/0/mixer/qkv_proj/kernel" in table
+    assert f"Total: {total:,} -- {4 * total:,} bytes" in table
+
+
+def start(workdir: Path, *arguments: str, optimized: bool = False) -> subprocess.Popen:
+    """The command of the kill tests; its compiled programs are kept beside the workdir."""
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    fields = FIELDS | {"model.name": "DiG-S/2", "training.accumulation": 1, "training.steps": 24}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    command = [sys.executable, "main.py", "--config=configs/smoke.py", f"--workdir={workdir}", *overrides]
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def finish(run: subprocess.Popen) -> str:
+    _, stderr = run.communicate()
+    assert run.returncode == 0, stderr
+    return stderr
+
+
+def kill_when(run: subprocess.Popen, happened: Callable[[], bool], after: float = 0.0) -> bool:
+    """Kills the run at that moment; whether it was still running."""
+    while run.poll() is None and not happened():
+        time.sleep(0.001)
+    time.sleep(after)
+    run.kill()
+    run.communicate()
+    return run.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("killed") / "uninterrupted"
+    finish(start(workdir))
+    assert {"samples.png", "loss.png"} <= {path.name for path in workdir.iterdir()}
+    return workdir
+
+
+def last_step(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_a_killed_run_ends_bit_identical(uninterrupted):
+    workdir = uninterrupted.with_name("killed_once")
+    assert kill_when(start(workdir), lambda: last_step(workdir) >= 9)
+    assert not (workdir / "checkpoints" / "24").exists()
+    stderr = finish(start(workdir))
+    assert re.search(r"step \d+ of 24 is done in", stderr)
+    assert_ended_alike(workdir, uninterrupted, 24)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_bit_identical(tmp_path):
+    def start_run(workdir: Path) -> subprocess.Popen:
+        changes = ("--config.training.steps=240", "--config.checkpoint.every_steps=1")
+        return start(workdir, *changes, optimized=True)
+
+    finish(start_run(tmp_path / "uninterrupted"))
+    workdir, chance = tmp_path / "killed", random.Random(0)
+    for kill in range(20):
+        before, begin = last_step(workdir), time.monotonic() + chance.uniform(0.5, 4)
+        happened = (
+            lambda begin=begin: time.monotonic() > begin,
+            lambda before=before: last_step(workdir) not in (0, before),
+            lambda: any(workdir.glob("checkpoints/*tmp*/state*")),
+        )[kill % 3]
+        run = start_run(workdir)
+        assert kill_when(run, happened, after=chance.uniform(0, 0.1)), f"it ended before kill {kill}"
+    finish(start_run(workdir))
+    assert_ended_alike(workdir, tmp_path / "uninterrupted", 240)
+
+
+def test_a_full_disk_ends_a_run_with_one_line(uninterrupted):
+    workdir = shutil.copytree(uninterrupted, uninterrupted.with_name("full_disk"))
+    limit = (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    command = start(workdir, "--config.training.steps=30")
+    resource.prlimit(command.pid, resource.RLIMIT_FSIZE, limit)
+    _, stderr = command.communicate()
+    errors = [line for line in stderr.splitlines() if "loss" not in line]
+    assert command.returncode == 1
+    assert stderr.splitlines()[-1].startswith("error: checkpoint 26 could not be written to ")
+    assert not any(line.startswith((" ", "Traceback")) for line in errors), stderr
+    assert sorted(path.name for path in (workdir / "checkpoints").glob("??")) == ["20", "22", "24"]

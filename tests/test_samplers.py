@@ -1,0 +1,213 @@
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dig_jax.diffusion import SAMPLERS, GaussianDiffusion, ddim, ddpm, get_sampler
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "diffusion.npz")
+MEAN, STD = 0.7, 0.3
+NORMAL = jnp.asarray(np.random.default_rng(0).standard_normal((22, 2, 3, 5, 2)), jnp.float32)
+X_T, NOISE = NORMAL[0], NORMAL[1:]
+STOCHASTIC = [pytest.param(ddpm, id="ddpm"), pytest.param(partial(ddim, eta=1.0), id="ddim-eta1")]
+EVERY = [*STOCHASTIC, pytest.param(ddim, id="ddim")]
+
+
+@pytest.fixture(params=[("float64", 1e-6), ("float32", 1e-5)], ids=lambda param: param[0])
+def precision(request):
+    """(dtype, relative tolerance), with 64-bit mode on only for float64."""
+    dtype, tolerance = request.param
+    with jax.enable_x64(dtype == "float64"):
+        yield jnp.dtype(dtype), tolerance
+
+
+def step_noise(i):
+    return NOISE[i]
+
+
+def no_noise(i):
+    raise AssertionError("noise was asked for")
+
+
+def golden_denoiser(x, t):
+    s = t[:, None, None, None].astype(x.dtype) / 1000
+    epsilon = jnp.tanh(0.8 * x) * (0.5 + s) + 0.1 * jnp.sin(3 * x)
+    return jnp.concatenate([epsilon, jnp.sin(2 * x + s)], axis=-1)
+
+
+def perfect_denoiser(diffusion, mean, std):
+    """E[ε | x_t] for data N(mean(t), std²), without a variance."""
+    alpha_bar = diffusion.alphas_cumprod
+    signal, gain = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar) / (alpha_bar * std**2 + 1 - alpha_bar)
+
+    def denoiser(x, t):
+        residual = x - (jnp.float32(signal)[t] * mean(t))[:, None, None, None]
+        return jnp.float32(gain)[t][:, None, None, None] * residual
+
+    return denoiser
+
+
+@pytest.mark.parametrize(
+    "name, sampler",
+    [
+        ("ddpm20", partial(ddpm, steps=20)),
+        ("ddpm20_clip", partial(ddpm, steps=20, clip=True)),
+        ("ddim20_eta0.0", partial(ddim, steps="ddim20")),
+        ("ddim20_eta0.5", partial(ddim, steps="ddim20", eta=0.5)),
+    ],
+)
+def test_whole_loops_match_golden(name, sampler, precision):
+    dtype, tolerance = precision
+    z = jnp.asarray(np.moveaxis(GOLDEN["ddpm20/z"], 2, -1), dtype)
+    sample = sampler(GaussianDiffusion(), golden_denoiser, z[0], lambda i: z[1 + i])
+    expected = np.moveaxis(GOLDEN[f"{name}/sample"], 1, -1)
+    assert sample.dtype == dtype
+    assert np.sqrt(np.mean((sample - expected) ** 2) / np.mean(expected**2)) < tolerance
+
+
+@pytest.mark.parametrize(
+    "sampler, steps, visited",
+    [
+        (ddpm, 4, [999, 666, 333, 0]),
+        (ddim, 4, [999, 666, 333, 0]),
+        (ddpm, "2,1", [500, 499, 0]),
+        (ddim, "ddim4", [750, 500, 250, 0]),
+    ],
+)
+def test_samplers_visit_exactly_the_expected_timesteps(sampler, steps, visited):
+    # A denoiser certain that x_0 is its timestep / 1000: the predicted x_0 tells which timestep it was given,
+    # and is right only if the sampler's own tables belong to that timestep.
+    diffusion = GaussianDiffusion(learn_sigma=False)
+    denoiser = perfect_denoiser(diffusion, mean=lambda t: t / 1000, std=0)
+    sample, trajectory = sampler(diffusion, denoiser, X_T, step_noise, steps=steps, return_trajectory=True)
+    assert trajectory.shape == (len(visited), *X_T.shape)
+    for predicted, timestep in zip(trajectory, visited, strict=True):
+        np.testing.assert_allclose(predicted, timestep / 1000, atol=1e-4)
+    np.testing.assert_allclose(sample, trajectory[-1], atol=1e-6)
+
+
+def test_without_steps_every_timestep_is_visited():
+    diffusion = GaussianDiffusion(num_steps=21, learn_sigma=False)
+    denoiser = perfect_denoiser(diffusion, mean=lambda t: t / 1000, std=0)
+    _, trajectory = ddpm(diffusion, denoiser, X_T, step_noise, return_trajectory=True)
+    np.testing.assert_allclose(trajectory[:, 0, 0, 0, 0], np.arange(21)[::-1] / 1000, atol=4e-4)
+
+
+@pytest.mark.parametrize("sampler", EVERY)
+def test_a_point_mass_is_recovered(sampler):
+    diffusion = GaussianDiffusion(learn_sigma=False)
+    denoiser = perfect_denoiser(diffusion, mean=lambda t: MEAN, std=0)
+    sample = sampler(diffusion, denoiser, X_T, step_noise, steps=7)
+    np.testing.assert_allclose(sample, MEAN, atol=1e-5)
+
+
+def test_ddim_follows_the_probability_flow_of_gaussian_data():
+    # The flow maps x_T's distance from its mean to x_0's in the ratio of the two standard deviations.
+    diffusion = GaussianDiffusion(learn_sigma=False)
+    denoiser = perfect_denoiser(diffusion, mean=lambda t: MEAN, std=STD)
+    alpha_bar = diffusion.alphas_cumprod[-1]
+    expected = MEAN + STD * (X_T - np.sqrt(alpha_bar) * MEAN) / np.sqrt(alpha_bar * STD**2 + 1 - alpha_bar)
+    np.testing.assert_allclose(ddim(diffusion, denoiser, X_T, no_noise), expected, atol=0.01)
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_stochastic_samplers_reproduce_the_moments_of_gaussian_data(sampler):
+    diffusion = GaussianDiffusion(learn_sigma=False)
+    denoiser = perfect_denoiser(diffusion, mean=lambda t: MEAN, std=STD)
+
+    def noise(i):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (4096, 1, 1, 1))
+
+    sample = sampler(diffusion, denoiser, noise(1000), noise)
+    # Standard errors are 0.3/√4096 = 0.005 of the mean and 1.1 % of the deviation.
+    np.testing.assert_allclose(sample.mean(), MEAN, atol=0.02)
+    np.testing.assert_allclose(sample.std(), STD, rtol=0.05)
+
+
+def test_ddim_with_eta_one_is_ddpm_with_the_posterior_variance():
+    diffusion = GaussianDiffusion(learn_sigma=False, fixed_variance="small")
+
+    def denoiser(x, t):
+        return golden_denoiser(x, t)[..., : x.shape[-1]]
+
+    stochastic = ddim(diffusion, denoiser, X_T, step_noise, steps=10, eta=1.0, clip=True)
+    ancestral = ddpm(diffusion, denoiser, X_T, step_noise, steps=10, clip=True)
+    np.testing.assert_allclose(stochastic, ancestral, atol=1e-5)
+
+
+def test_ddim_without_eta_never_asks_for_noise():
+    sample = ddim(GaussianDiffusion(), golden_denoiser, X_T, no_noise, steps=3)
+    assert np.isfinite(sample).all()
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_every_step_but_the_last_adds_noise(sampler):
+    @jax.jit
+    def sample(noise):
+        return sampler(GaussianDiffusion(), golden_denoiser, X_T, lambda i: noise[i], steps=5, clip=True)
+
+    reference = sample(NOISE[:5])
+    np.testing.assert_array_equal(sample(NOISE[:5].at[4].set(1e6)), reference)
+    assert not np.allclose(sample(NOISE[:5].at[3].add(1.0)), reference)
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_an_image_depends_on_its_batch_by_rounding_only(sampler):
+    # Not to the bit: XLA on a CPU vectorises elementwise functions differently for different sizes.
+    @jax.jit
+    def sample(images):
+        def noise(i):
+            return NORMAL[:, 0][images + i]
+
+        return sampler(GaussianDiffusion(), golden_denoiser, noise(9), noise, steps=5, clip=True)
+
+    together = sample(jnp.arange(4))
+    np.testing.assert_allclose(together[1:3], sample(jnp.arange(1, 3)), atol=1e-5)
+    np.testing.assert_allclose(together[3:], sample(jnp.array([3])), atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", EVERY)
+def test_the_program_is_one_scan_whatever_the_number_of_steps(sampler):
+    def program(steps):
+        return jax.make_jaxpr(
+            lambda x: sampler(GaussianDiffusion(), golden_denoiser, x, step_noise, steps=steps)
+        )(X_T)
+
+    short, long = program(10), program(500)
+    assert [eqn.params["length"] for eqn in long.eqns if eqn.primitive.name == "scan"] == [500]
+    assert len(str(long)) < 1.1 * len(str(short))
+
+
+@pytest.mark.parametrize("sampler", EVERY)
+def test_float32_images_stay_float32_beside_wider_noise(sampler):
+    with jax.enable_x64(True):
+        noise = NOISE.astype(jnp.float64)
+        run = partial(sampler, GaussianDiffusion(), golden_denoiser, steps=3, return_trajectory=True)
+        sample, trajectory = jax.eval_shape(lambda x_T: run(x_T, lambda i: noise[i]), X_T)
+    assert noise.dtype == jnp.float64
+    assert sample.dtype == trajectory.dtype == jnp.float32
+
+
+def test_samplers_are_found_by_name():
+    assert {name: get_sampler(name) for name in SAMPLERS} == {"ddpm": ddpm, "ddim": ddim}
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("dimm", r"sampler must be one of \('ddpm', 'ddim'\), got 'dimm'; did you mean 'ddim'\?$"),
+        ("heun", r"sampler must be one of \('ddpm', 'ddim'\), got 'heun'$"),
+    ],
+)
+def test_an_unknown_sampler_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        get_sampler(name)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.5])
+def test_eta_out_of_range_is_named(eta):
+    with pytest.raises(ValueError, match=rf"eta must be in \[0, 1\], got {eta}"):
+        ddim(GaussianDiffusion(), golden_denoiser, X_T, step_noise, steps=3, eta=eta)

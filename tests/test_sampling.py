@@ -1,0 +1,211 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_experiment import (
+    PlainExperiment,
+    mesh_of,
+    random_params,
+    tiny_experiment,
+    tiny_settings,
+    write_checkpoint,
+)
+
+import dig_jax
+from dig_jax import ConfigError, Sampler
+from dig_jax.parallel import batch_sharding
+from dig_jax.sampling import noise, to_pixels
+
+STEPS = 3
+SEEDS = [3, 1, 4, 15, 9]
+
+
+@functools.cache
+def sampler(batch_size=8, devices=None):
+    experiment = tiny_experiment(sampling__steps=STEPS, sampling__batch_size=batch_size)
+    mesh = mesh_of(devices) if devices else None
+    return Sampler(experiment, random_params(experiment), step=0, mesh=mesh)
+
+
+@functools.cache
+def plain_sampler():
+    settings = tiny_settings(sampling__steps=STEPS, sampling__batch_size=8)
+    return Sampler(PlainExperiment(settings), {}, step=0)
+
+
+def test_the_noise_of_an_image_depends_on_its_seed_and_the_step_alone():
+    """Bit for bit, whatever the batch around it and however many devices there are."""
+    draw = jax.jit(noise, static_argnums=2)
+    seeds, shape = jnp.array([5, 0, 2**31 - 1, 7, 3, 4, 2, 1]), (4, 6, 3)
+    whole = draw(seeds, jnp.int32(2), shape)
+    np.testing.assert_array_equal(draw(seeds[3:4], jnp.int32(2), shape), whole[3:4])
+    mesh = mesh_of(4)
+    sharded = draw(jax.device_put(seeds, batch_sharding(mesh)), jnp.int32(2), shape)
+    assert len(sharded.sharding.device_set) == 4
+    np.testing.assert_array_equal(sharded, whole)
+    assert len(np.unique(whole)) == whole.size
+    assert not np.isin(draw(seeds, jnp.int32(3), shape), whole).any()
+
+
+@pytest.mark.parametrize("other", [{"batch_size": 2}, {"devices": 4}], ids=str)
+def test_images_do_not_depend_on_the_batch_size_or_on_devices(other):
+    """Five images: at once, in three batches of which the last is filled up, and on four devices.
+
+    Those of a random network are out of range, and so would be equal, all white and black, without a scale.
+    """
+    one, two = (drawer(seeds=SEEDS, return_latents=True) for drawer in (sampler(), sampler(**other)))
+    assert one.shape == two.shape == (5, 4, 4, 1)
+    scale = np.abs(one).max()
+    pixels = to_pixels(one / scale).astype(int)
+    assert len(np.unique(pixels)) > 50
+    assert np.abs(pixels - to_pixels(two / scale)).max() <= 1
+
+
+def test_another_seed_or_label_is_another_image():
+    latents = sampler()([0, 0, 1, 1, 0], seeds=[3, 1, 3, 1, 3], return_latents=True)
+    np.testing.assert_array_equal(latents[4], latents[0])
+    assert len(np.unique(latents[:4].reshape(4, -1), axis=0)) == 4
+
+
+def test_latents_are_the_images_before_rounding():
+    latents = plain_sampler()(seeds=SEEDS, return_latents=True)
+    assert latents.dtype == np.float32
+    np.testing.assert_array_equal(to_pixels(latents), plain_sampler()(seeds=SEEDS))
+
+
+def test_pixels_are_rounded_and_clipped():
+    x = np.array([-1.5, -1, 0.9 / 127.5 - 1, 0, 1, 1.5])
+    np.testing.assert_array_equal(to_pixels(x), [0, 0, 1, 128, 255, 255])
+
+
+@pytest.mark.parametrize(
+    ("labels", "seeds", "expected_labels", "expected_seeds"),
+    [
+        (None, None, [0], [0]),
+        (None, 6, [1], [6]),
+        (None, range(3, 7), [3, 4, 0, 1], [3, 4, 5, 6]),
+        (1, None, [1], [0]),
+        ([3, 3, 1], None, [3, 3, 1], [0, 1, 2]),
+        (2, [8, 9], [2, 2], [8, 9]),
+        (np.array([2, 3]), 8, [2, 3], [8, 8]),
+    ],
+)
+def test_labels_and_seeds_that_are_left_out_or_single(labels, seeds, expected_labels, expected_seeds):
+    result = plain_sampler().resolve(labels, seeds)
+    for numbers, expected in zip(result, (expected_labels, expected_seeds), strict=True):
+        assert numbers.dtype == np.int32
+        np.testing.assert_array_equal(numbers, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": 5}, "label 5 is out of range: there are 0…4"),
+        ({"labels": [0, -1]}, "label -1 is out of range"),
+        ({"seeds": -1}, "seed -1 is out of range: there are 0…2147483647"),
+        ({"seeds": 2**31}, "seed 2147483648 is out of range"),
+        ({"seeds": np.array([0.5])}, r"seeds must be one or more integers, got \[0.5\]"),
+        ({"labels": []}, r"labels must be one or more integers, got \[\]"),
+        ({"labels": np.array([[1]])}, "labels must be one or more integers"),
+        ({"labels": [0, 1], "seeds": [0, 1, 2]}, "2 labels and 3 seeds"),
+        ({"sampler": "dmpp"}, "sampler must be one of .* got 'dmpp'; did you mean 'ddpm'"),
+        ({"steps": 0}, "steps must keep at least 2 timesteps, got 0"),
+        ({"steps": 1001}, "steps must keep 1 … 1000"),
+        ({"size": (4, 0)}, r"size=\(4, 0\) is not positive"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plain_sampler()(**arguments)
+
+
+def test_a_size_that_the_patch_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="4×5 is not divided by patch_size=2"):
+        sampler()(size=(4, 5))
+
+
+@pytest.mark.parametrize(("size", "shape"), [(8, (8, 8)), ((4, 10), (4, 10))])
+def test_images_have_the_size_asked_for(size, shape):
+    images = sampler()([1, 2], size=size)
+    assert images.shape == (2, *shape, 1)
+    assert images.std() > 0
+
+
+def test_the_null_class_is_computed_only_where_it_guides(monkeypatch):
+    seen, denoise = [], PlainExperiment.denoise
+
+    def counting(self, params, x, t, y, drop=None):
+        seen.append(x.shape[0])
+        return denoise(self, params, x, t, y, drop)
+
+    monkeypatch.setattr(PlainExperiment, "denoise", counting)
+    for scale, expected in ((1.0, {3}), (1.5, {6})):
+        seen.clear()
+        plain_sampler()([0, 1, 2], guidance_scale=scale)
+        assert set(seen) == expected
+
+
+def test_guidance_moves_the_brightness_of_the_class_away_from_the_null_class():
+    one, two, three = (
+        plain_sampler()([1], guidance_scale=scale, return_latents=True) for scale in (1.0, 2.0, 3.0)
+    )
+    np.testing.assert_allclose(one - two, 1 - 1 / 5, rtol=0.1)
+    np.testing.assert_allclose(two - three, one - two, rtol=1e-3)
+
+
+def test_settings_of_the_config_hold_unless_the_call_says_otherwise():
+    draw = functools.partial(plain_sampler(), [1, 2], return_latents=True)
+    np.testing.assert_array_equal(draw(), draw(sampler="ddim", steps=STEPS, guidance_scale=1.5))
+    for other in ({"sampler": "ddpm"}, {"steps": STEPS + 1}, {"guidance_scale": 2.0}):
+        assert np.abs(draw() - draw(**other)).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_the_trajectory_has_every_step_and_ends_at_the_image(name):
+    arguments = {"labels": [0, 3], "seeds": [5, 6], "sampler": name, "steps": 4}
+    trajectory = plain_sampler().trajectory(**arguments)
+    assert trajectory.shape == (4, 2, 4, 4, 1)
+    assert np.abs(trajectory[-1].astype(int) - plain_sampler()(**arguments)).max() <= 1
+    assert len(np.unique(trajectory[-1])) > 10
+    assert np.abs(trajectory[0].astype(int) - trajectory[-1]).max() > 1
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    return path, write_checkpoint(path, tiny_settings(sampling__ema="0.99"), step=7)
+
+
+@pytest.mark.parametrize(
+    ("ema", "settings", "loaded"),
+    [
+        (None, None, "0.99"),
+        ("0.9", None, "0.9"),
+        ("params", None, "params"),
+        (None, tiny_settings(), "0.9"),
+        (None, tiny_settings(sampling__ema="params"), "params"),
+        ("0.99", tiny_settings(), "0.99"),
+    ],
+)
+def test_load_takes_the_average_asked_for_else_the_settings_one(workdir, ema, settings, loaded):
+    path, trees = workdir
+    sampler = dig_jax.load(path, ema, settings=settings)
+    assert sampler.step == 7
+    assert sampler.experiment.config == (settings or tiny_settings(sampling__ema="0.99"))
+    jax.tree.map(np.testing.assert_array_equal, sampler.params, trees[loaded])
+
+
+def test_a_loaded_sampler_draws_what_one_of_these_parameters_draws(workdir):
+    path, trees = workdir
+    settings = tiny_settings(sampling__steps=STEPS, sampling__batch_size=8)
+    loaded = dig_jax.load(str(path / "checkpoints" / "7"), settings=settings)
+    expected = Sampler(sampler().experiment, trees["0.9"], step=7)
+    draw = {"seeds": SEEDS, "return_latents": True}
+    np.testing.assert_array_equal(loaded(**draw), expected(**draw))
+
+
+def test_load_refuses_settings_of_another_model(workdir):
+    with pytest.raises(ConfigError, match="began with other settings: model.depth: 1 → 2"):
+        dig_jax.load(workdir[0], settings=tiny_settings(model__depth=2))

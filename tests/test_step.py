@@ -1,0 +1,167 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny_experiment import mesh_of, random_params, tiny_experiment
+
+from dig_jax.data import batches, epoch
+from dig_jax.parallel import batch_sharding, replicated, to_global
+from dig_jax.training import step as steps
+from dig_jax.training.optimizer import make_optimizer, make_schedule
+
+SIZE = 8
+DECAYS = (0.0, 0.5, 0.9)
+
+
+@functools.cache
+def run(devices=1, accumulation=1):
+    """(experiment, jitted step, its first state, mesh)."""
+    experiment = tiny_experiment(
+        training__ema_decays=DECAYS,
+        training__accumulation=accumulation,
+        optimizer__clip_norm=1.0,
+        optimizer__warmup_steps=10,
+    )
+    settings = experiment.config
+    optimizer = make_optimizer(settings.optimizer, settings.training.steps)
+    schedule = make_schedule(settings.optimizer, settings.training.steps)
+    mesh = mesh_of(devices)
+    layout = replicated(mesh)
+    train_step = jax.jit(
+        functools.partial(steps.train_step, experiment, optimizer, schedule), out_shardings=layout
+    )
+    state = steps.init_state(experiment, optimizer, random_params(experiment))
+    return experiment, train_step, jax.device_put(state, layout), mesh
+
+
+@functools.cache
+def batch():
+    return next(batches(tiny_experiment().train_source, batch_size=SIZE, seed=0, num_threads=0))
+
+
+def train(count, **layout):
+    """The state after so many steps on one batch, and the metrics of each, as numpy arrays."""
+    _, train_step, state, mesh = run(**layout)
+    metrics = []
+    for _ in range(count):
+        state, last = train_step(state, to_global(batch(), mesh))
+        metrics.append(last)
+    return jax.device_get((state, metrics))
+
+
+def distance(a, b):
+    """Relative, over all leaves together."""
+
+    def norm(tree):
+        return np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
+
+    return norm(jax.tree.map(np.subtract, a, b)) / norm(b)
+
+
+def test_micro_batches_on_four_devices_train_like_the_whole_batch_on_one():
+    state, metrics = train(2, devices=4, accumulation=2)
+    expected_state, expected_metrics = train(2)
+    for one, expected in zip(metrics, expected_metrics, strict=True):
+        for name in ("loss", "grad_norm", "loss_sum"):
+            np.testing.assert_allclose(one[name], expected[name], rtol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(one["count"], expected["count"])
+    for part in ("params", "ema", "opt_state"):
+        assert distance(state[part], expected_state[part]) < 1e-5, part
+
+
+def test_what_is_drawn_for_an_image_depends_neither_on_the_others_nor_on_devices():
+    """Bit for bit: the whole batch, every other image as in accumulation, and four devices."""
+    draw = jax.jit(functools.partial(steps.draw, tiny_experiment(training__label_dropout=0.5)))
+    numbers, mesh = jnp.arange(SIZE), mesh_of(4)
+    whole = draw(jnp.int32(3), numbers)
+    some = draw(jnp.int32(3), numbers[1::2])
+    sharded = draw(jnp.int32(3), jax.device_put(numbers, batch_sharding(mesh)))
+    for expected, of_some, of_sharded in zip(whole, some, sharded, strict=True):
+        np.testing.assert_array_equal(of_some, expected[1::2])
+        np.testing.assert_array_equal(of_sharded, expected)
+        assert len(of_sharded.sharding.device_set) == 4
+    _, noise, _ = whole
+    assert len(np.unique(noise)) == noise.size
+    _, next_noise, _ = draw(jnp.int32(4), numbers)
+    assert not np.isin(next_noise, noise).any()
+
+
+def test_labels_are_dropped_at_their_rate_and_timesteps_are_uniform():
+    count, rates = 4000, (0.0, 0.1, 1.0)
+    experiments = [tiny_experiment(training__label_dropout=rate) for rate in rates]
+    numbers = jnp.arange(count)
+    drawn = jax.jit(lambda: [steps.draw(experiment, jnp.int32(0), numbers) for experiment in experiments])()
+    for rate, (t, _, drop) in zip(rates, drawn, strict=True):
+        assert abs(drop.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / count)
+        assert t.min() < 5
+        assert 994 < t.max() < 1000
+        np.testing.assert_allclose(np.bincount(t // 250) / count, 0.25, atol=4 * np.sqrt(0.1875 / count))
+
+
+def test_a_batch_that_is_not_finite_changes_only_the_counters():
+    _, train_step, state, mesh = run()
+    image = batch()["image"].copy()
+    image[5, 0, 0] = np.nan
+    new, metrics = train_step(state, to_global(batch() | {"image": image}, mesh))
+    assert (int(new["step"]), int(new["skipped_steps"]), int(metrics["skipped"])) == (1, 1, 1)
+    for part in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, new[part], state[part])
+    np.testing.assert_allclose(metrics["learning_rate"], 1e-4, rtol=1e-6)
+    after, metrics = train_step(new, to_global(batch(), mesh))
+    # The schedule too goes on as if the skipped step had not been.
+    np.testing.assert_allclose(metrics["learning_rate"], 1e-4, rtol=1e-6)
+    assert (int(after["step"]), int(after["skipped_steps"]), int(metrics["skipped"])) == (2, 1, 0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    assert distance(after["params"], state["params"]) > 0
+
+
+def test_averages_start_as_the_parameters_and_follow_their_closed_form():
+    """decay^n · params_0 + Σ (1 - decay) · decay^(n-i) · params_i; so a constant stays what it is."""
+    first = jax.device_get(run()[2])
+    history = [jax.device_get(train(n)[0]["params"]) for n in (1, 2, 3)]
+    averages = train(3)[0]["ema"]
+    for decay in DECAYS:
+        jax.tree.map(np.testing.assert_array_equal, first["ema"][str(decay)], first["params"])
+        weights = [decay**3, *((1 - decay) * decay ** (3 - n) for n in (1, 2, 3))]
+        expected = jax.tree.map(
+            lambda *leaves, w=weights: sum(a * np.float64(x) for a, x in zip(w, leaves, strict=True)),
+            first["params"],
+            *history,
+        )
+        assert sum(weights) == 1
+        assert distance(averages[str(decay)], expected) < 1e-6
+    assert distance(averages["0.9"], averages["0.0"]) > 1e-4
+
+
+def test_losses_by_quarter_of_the_timesteps_add_up_to_the_loss():
+    _, [metrics] = train(1)
+    t = jax.jit(lambda: steps.draw(run()[0], jnp.int32(0), jnp.arange(SIZE))[0])()
+    np.testing.assert_array_equal(metrics["count"], np.bincount(t // 250, minlength=4))
+    np.testing.assert_array_equal(metrics["loss_sum"] > 0, metrics["count"] > 0)
+    np.testing.assert_allclose(metrics["loss_sum"].sum() / SIZE, metrics["loss"], rtol=1e-6)
+
+
+def test_a_small_batch_can_be_learnt_by_heart():
+    state, metrics = train(100)
+    losses = [step["loss"] for step in metrics]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+    assert state["skipped_steps"] == 0
+
+
+def test_the_heldout_loss_is_of_the_images_alone_whatever_the_batch_size_and_its_filling():
+    experiment, _, state, _ = run()
+    loss = jax.jit(functools.partial(steps.heldout_loss, experiment))
+
+    def mean(size, filling=None):
+        sums = []
+        for number, part in enumerate(epoch(experiment.heldout_source, batch_size=size)):
+            if filling is not None:
+                part["image"][~part["mask"]] = filling
+            sums.append(loss(state["params"], part, number * size))
+        total, count = map(sum, zip(*sums, strict=True))
+        assert count == len(experiment.heldout_source) == 12
+        return float(total / count)
+
+    np.testing.assert_allclose(mean(12), mean(8), rtol=1e-6)
+    assert mean(8, filling=0.3) == mean(8)
