@@ -6,11 +6,11 @@ that says what is accepted (`validation.py`).
 
 from typing import no_type_check
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_gla import backends, context_parallel, validation
+from pallas_gla import backends, context_parallel, primitive, sharding, validation
+from pallas_gla.scan import Gating, Operands, Scan
 
 
 @no_type_check
@@ -119,27 +119,11 @@ def gla_2d(
         ValueError, NotImplementedError: as `gla`.
     """
     validation.check_qkvg(q, k, v, g)
-    grid = validation.check_grid(grid, direction, q.shape[1])
-    validation.check_options(q, v, scale, initial_state, segment_ids, chunk_size)
-    forward = backends.select(implementation, interpret=interpret)
-    q, k, v, g = map(jnp.asarray, (q, k, v, g))
-    initial_state = None if initial_state is None else jnp.asarray(initial_state, jnp.float32)
-    if validation.debug_checks_enabled():
-        validation.check_values(q=q, k=k, v=v, g=g, initial_state=initial_state)
-    options = {
-        "scale": float(q.shape[-1] ** -0.5 if scale is None else scale),
-        "initial_state": initial_state,
-        "segment_ids": None if segment_ids is None else jnp.asarray(segment_ids),
-        "grid": grid,
-        "direction": direction,
-        "chunk_size": chunk_size,
-    }
-    if axis_name is None:
-        o, final_state = forward(q, k, v, g, **options)
-    else:
-        validation.check_axis(axis_name, direction)
-        o, final_state = context_parallel.forward(forward, q, k, v, g, axis_name=axis_name, **options)
-    return (o, final_state) if return_final_state else o
+    operands = Operands(q, k, v, g, initial_state=initial_state, segment_ids=segment_ids)
+    out, final_state = _run(
+        operands, None, grid, direction, scale, chunk_size, axis_name, implementation, interpret
+    )
+    return (out, final_state) if return_final_state else out
 
 
 @no_type_check
@@ -155,8 +139,14 @@ def gated_gla_2d(
     direction: str = "row",
     gate_normalizer: float = 16,
     eps: float = 1e-6,
+    scale: float | None = None,
+    initial_state: Float[Array, "b h k v"] | None = None,
     return_final_state: bool = False,
-    **options,
+    segment_ids: Int[Array, "b t"] | None = None,
+    axis_name: str | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    interpret: bool | None = None,
 ) -> Float[Array, "b t h v"] | tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """The whole core of a GLA mixer: decay from logits, `gla_2d`, normalisation per head and output gate.
 
@@ -172,8 +162,7 @@ def gated_gla_2d(
         norm_weight: [V], in the dtype of q or float32; shared by all heads.
         gate_normalizer: > 0.
         eps: > 0, added to the mean square over V.
-        **options: scale, initial_state, segment_ids, axis_name, chunk_size, implementation, interpret of
-            `gla_2d`.
+        scale, initial_state, segment_ids, axis_name, chunk_size, implementation, interpret: as in `gla_2d`.
 
     Returns:
         out, [B, T, H, V] in the dtype of v; with `return_final_state` also the state, as `gla_2d`.
@@ -187,9 +176,51 @@ def gated_gla_2d(
     validation.check_array("norm_weight", norm_weight, "[V]", v.shape[3:], accepted)
     validation.check_positive("gate_normalizer", gate_normalizer)
     validation.check_positive("eps", eps)
-    g = jax.nn.log_sigmoid(gate_logits.astype(jnp.float32)) / gate_normalizer
-    o, final_state = gla_2d(q, k, v, g, grid=grid, direction=direction, return_final_state=True, **options)
-    o = o.astype(jnp.float32)
-    o = o * jax.lax.rsqrt(jnp.mean(jnp.square(o), axis=-1, keepdims=True) + eps)
-    out = o * norm_weight.astype(jnp.float32) * jax.nn.silu(out_gate.astype(jnp.float32))
-    return (out.astype(v.dtype), final_state) if return_final_state else out.astype(v.dtype)
+    # One row of the weight per batch element: every operand is split, and mapped over, by its first axis.
+    norm_weight = jnp.broadcast_to(norm_weight, (v.shape[0], v.shape[3]))
+    operands = Operands(q, k, v, gate_logits, out_gate, norm_weight, initial_state, segment_ids)
+    gating = Gating(float(gate_normalizer), float(eps))
+    out, final_state = _run(
+        operands, gating, grid, direction, scale, chunk_size, axis_name, implementation, interpret
+    )
+    return (out, final_state) if return_final_state else out
+
+
+@no_type_check
+def _run(
+    operands: Operands,
+    gating: Gating | None,
+    grid: tuple[int, int],
+    direction: str,
+    scale: float | None,
+    chunk_size: int | None,
+    axis_name: str | None,
+    implementation: str | None,
+    interpret: bool | None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """Output and final state; what `gla_2d` and `gated_gla_2d` have in common."""
+    q, _, v, *_ = operands
+    grid = validation.check_grid(grid, direction, q.shape[1])
+    validation.check_options(q, v, scale, operands.initial_state, operands.segment_ids, chunk_size)
+    backends.check(implementation, interpret)
+    operands = Operands(*(None if x is None else jnp.asarray(x) for x in operands))
+    if validation.debug_checks_enabled():
+        validation.check_values(operands, gated=gating is not None)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    scan = Scan(scale, grid, direction, chunk_size, gating, bool(interpret))
+    if operands.initial_state is not None:
+        operands = operands._replace(initial_state=operands.initial_state.astype(jnp.float32))
+    if implementation in backends.PLAIN:
+        forward = backends.plain(implementation).forward
+
+        def run(operands: Operands, scan: Scan) -> tuple:
+            return forward(operands, scan)[:2]
+    else:
+
+        def run(operands: Operands, scan: Scan) -> tuple:
+            return sharding.per_shard(lambda part: primitive.run(part, scan, implementation), operands)
+
+    if axis_name is None:
+        return run(operands, scan)
+    validation.check_axis(axis_name, grid, direction)
+    return context_parallel.forward(run, operands, scan, axis_name)

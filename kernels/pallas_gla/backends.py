@@ -1,37 +1,110 @@
-"""Chooses the implementation that runs a scan.
+"""Chooses the kernel that runs a scan.
 
-An implementation is a module with one function, and says by NotImplementedError what it cannot run:
+A backend is a module with three functions, called under jit for one platform and on one shard:
 
-    forward(q, k, v, g, *, scale, initial_state, segment_ids, grid, direction, chunk_size) -> (o, final_state)
+    unsupported(operands, scan) -> str | None
+        why it cannot run this, naming the argument, what it got and what is accepted
+    forward(operands, scan, *, save) -> (out, final_state, states)
+        out in the dtype of v, final_state in float32, and if `save` what `backward` needs (`saved_shape`)
+    backward(operands, states, d_out, d_final_state, scan) -> Operands
+        the gradient of each operand in its dtype
 
-Arguments are as in `pallas_gla.gla_2d`, checked, with `scale` a float, `initial_state` float32 or None, and
-`final_state` float32. Tokens come and go in raster order of `grid = (rows, columns)`: ordering them by
-`direction` is the implementation's own business, so that a kernel can do it while it loads a tile. A
-one-dimensional scan is a grid of one row.
+Tokens come and go in raster order: ordering them by `scan.direction` is the backend's own business, so that a
+kernel can do it while it loads a tile. A one-dimensional scan is a grid of one row.
 """
 
+import functools
 import importlib
-from collections.abc import Callable
+import logging
+from types import ModuleType
 
-MODULES = {"reference": "pallas_gla.reference", "xla": "pallas_gla.chunked_xla"}
-PALLAS = ("triton", "mosaic")
+from pallas_gla.scan import Operands, Scan
+
+log = logging.getLogger("pallas_gla")
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+# Plain JAX, which is differentiated and partitioned like any other.
+PLAIN = {"reference": "pallas_gla.reference", "xla": "pallas_gla.chunked_xla"}
+# By name and platform; the first name of a platform is its default.
+KERNELS = {
+    ("triton", "cuda"): "pallas_gla.pallas_triton",
+    ("mosaic", "tpu"): "pallas_gla.pallas_mosaic_tpu",
+}
+NAMES = (*PLAIN, *dict.fromkeys(name for name, _ in KERNELS))
 
 
-def select(implementation: str | None, *, interpret: bool | None = None) -> Callable:
-    """Returns the `forward` of the named implementation, of the best one for None.
+def check(implementation: str | None, interpret: bool | None) -> None:
+    """Raises unless the name is known and fits `interpret`."""
+    if implementation not in (None, *NAMES):
+        known = ", ".join(map(repr, NAMES))
+        raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
+    if interpret and implementation in PLAIN:
+        raise NotImplementedError(
+            f"interpret=True needs a Pallas kernel, and implementation={implementation!r} is none;"
+            f" accepted are {', '.join(repr(name) for name in NAMES if name not in PLAIN)}"
+        )
+
+
+def plain(implementation: str) -> ModuleType:
+    """The module of a plain JAX implementation."""
+    return importlib.import_module(PLAIN[implementation])
+
+
+def choose(
+    implementation: str | None, operands: Operands, scan: Scan, platform: str, partitioned: bool
+) -> ModuleType:
+    """The backend for a program that is lowered for `platform`.
+
+    Args:
+        implementation: a kernel's name, or None for the best backend that can run this.
+        operands: of which only shapes and dtypes matter.
+        scan: the rest of the question.
+        platform: as JAX names it in lowering rules.
+        partitioned: whether XLA will split the program over several devices, which it cannot do to a kernel.
 
     Raises:
-        NotImplementedError: a Pallas kernel is asked for, which this version does not have.
-        ValueError: the name is unknown.
+        NotImplementedError: the named kernel cannot run this, or not there.
     """
-    name = "xla" if implementation is None else implementation
-    if name in PALLAS or interpret:
-        asked = f"implementation={name!r}" if name in PALLAS else "interpret=True"
+    if implementation is None and not scan.interpret:
+        module = KERNELS.get(next((key for key in KERNELS if key[1] == platform), None))
+        backend, reason = _xla(), None
+        if module is None:
+            reason = f"there is no kernel for {platform}"
+        elif partitioned:
+            reason = "several devices, and no mesh set by jax.set_mesh to run the kernel per shard"
+        else:
+            kernel = importlib.import_module(module)
+            reason = kernel.unsupported(operands, scan)
+            backend = backend if reason else kernel
+        _log_once(backend.__name__, platform, reason)
+        return backend
+    kernel = named(implementation, scan, platform)
+    if reason := kernel.unsupported(operands, scan):
+        raise NotImplementedError(f"implementation={implementation!r} cannot run this: {reason}")
+    return kernel
+
+
+def named(implementation: str | None, scan: Scan, platform: str) -> ModuleType:
+    """The kernel of this name for a platform; in interpret mode every kernel runs everywhere.
+
+    Raises:
+        NotImplementedError: the kernel is for other platforms.
+    """
+    choices = [key for key in KERNELS if implementation in (None, key[0])]
+    here = [key for key in choices if key[1] == platform]
+    if not here and not scan.interpret:
+        meant = " and ".join(key[1] for key in choices)
         raise NotImplementedError(
-            f"{asked} needs a Pallas kernel, and this version of pallas_gla has none; "
-            f"accepted are None, {', '.join(map(repr, MODULES))}"
+            f"implementation={implementation!r} is a kernel for {meant}, and this program is compiled for"
+            f" {platform}; interpret=True runs it anywhere, implementation=None takes what fits"
         )
-    if name not in MODULES:
-        known = ", ".join(map(repr, (*MODULES, *PALLAS)))
-        raise ValueError(f"implementation must be None or one of {known}, got {name!r}")
-    return importlib.import_module(MODULES[name]).forward
+    return importlib.import_module(KERNELS[(here or choices)[0]])
+
+
+def _xla() -> ModuleType:
+    return plain("xla")
+
+
+@functools.cache
+def _log_once(module: str, platform: str, reason: str | None) -> None:
+    log.info("GLA on %s runs %s%s", platform, module.rpartition(".")[2], f": {reason}" if reason else "")

@@ -12,16 +12,18 @@ at most 1, and the scores of all b x b pairs are one matrix product of decayed q
 is what the recurrence from chunk to chunk needs. (Yang et al. 2024: chunkwise form, section 4.1; products
 between blocks inside a chunk, section 4.3.)
 
-Reverse mode recomputes a chunk from its inputs and the state that entered it (`jax.checkpoint`). Plain JAX
-has forward mode too, which a custom_vjp would lose.
+Reverse mode recomputes a chunk from its inputs and the state that entered it: with `jax.checkpoint` in
+`forward`, which has forward mode too, by hand in `backward`.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
+from pallas_gla.gating import gated_output, log_decay
+from pallas_gla.scan import Operands, Scan, saved_shape
 from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order, zero_state
 
 # Forward and backward on two CPU cores, float32, K = 32, V = 64, in ms:
@@ -32,61 +34,85 @@ from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
 CHUNK_SIZE = 64
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "grid", "direction", "chunk_size"))
+def unsupported(operands: Operands, scan: Scan) -> str | None:
+    """Plain JAX runs everything."""
+    del operands, scan
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("scan", "save"))
 def forward(
-    q: Float[Array, "b t h k"],
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    g: Float[Array, "b t h k"],
-    *,
-    scale: float,
-    initial_state: Float[Array, "b h k v"] | None,
-    segment_ids: Int[Array, "b t"] | None,
-    grid: tuple[int, int],
-    direction: str,
-    chunk_size: int | None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """The contract of `pallas_gla.backends`."""
-    tokens = q.shape[1]
-    size = min(chunk_size or CHUNK_SIZE, 1 << (tokens - 1).bit_length())
-    order = functools.partial(to_scan_order, grid=grid, direction=direction)
-    starts = None if segment_ids is None else segment_starts(order(segment_ids))
-    arrays = jax.tree.map(functools.partial(_pad, multiple=size), (*map(order, (q, k, v, g)), starts))
-    chunk = functools.partial(_chunk, scale=scale)
-    if tokens <= size:
-        final_state, o = jax.checkpoint(chunk)(initial_state, arrays)
+    operands: Operands, scan: Scan, *, save: bool = False
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
+    """The contract of `pallas_gla.backends`; differentiable in every mode."""
+    state, weight, arrays, starts = _prepare(operands, scan)
+    one_chunk = len(arrays[0]) == 1
+    # A loop keeps the recomputation apart from the forward pass, without barriers against CSE.
+    chunk = jax.checkpoint(functools.partial(_chunk, scan=scan), prevent_cse=one_chunk)
+    if one_chunk:
+        final_state, out = chunk(state, weight, *jax.tree.map(lambda x: x[0], (arrays, starts)))
+        out, states = out[None], None if state is None else state[None]
     else:
-        state = zero_state(k, v, g)
-        if initial_state is not None:
-            state += initial_state
-        # The loop keeps the recomputation apart from the forward pass; barriers against CSE are not needed.
-        body = jax.checkpoint(chunk, prevent_cse=False)
-        final_state, o = jax.lax.scan(body, state, jax.tree.map(functools.partial(_split, size=size), arrays))
-        o = o.swapaxes(0, 1).reshape(o.shape[1], -1, *o.shape[3:])
-    return to_raster_order(o[:, :tokens], grid, direction), final_state
+
+        def body(state, arrays):
+            new_state, out = chunk(state, weight, *arrays)
+            return new_state, (out, state if save else None)
+
+        final_state, (out, states) = jax.lax.scan(body, state, (arrays, starts))
+    saved = _pack(states, operands, scan) if save else None
+    return _join(out, operands, scan), final_state, saved
+
+
+def backward(
+    operands: Operands,
+    states: Float[Array, "b n v hk"],
+    d_out: Float[Array, "b t h v"],
+    d_final_state: Float[Array, "b h k v"],
+    scan: Scan,
+) -> Operands:
+    """The contract of `pallas_gla.backends`."""
+    state, weight, arrays, starts = _prepare(operands, scan)
+    d_out = _split(d_out, operands, scan)
+    d_weight = None if weight is None else jnp.zeros_like(weight, jnp.float32)
+
+    def chunk_gradient(carry, chunk):
+        d_state, d_weight = carry
+        state, arrays, starts, d_out = chunk
+        chunk = functools.partial(_chunk, starts=starts, scan=scan)
+        d_state, d_weight_here, d_arrays = jax.vjp(chunk, state, weight, arrays)[1]((d_state, d_out))
+        return (d_state, None if weight is None else d_weight + d_weight_here), d_arrays
+
+    if len(arrays[0]) == 1:
+        only = jax.tree.map(lambda x: x[0], (arrays, starts, d_out))
+        (d_state, d_weight), d_arrays = chunk_gradient((d_final_state, d_weight), (state, *only))
+        d_arrays = jax.tree.map(lambda x: x[None], d_arrays)
+    else:
+        chunks = (_unpack(states, operands, scan), arrays, starts, d_out)
+        start = (d_final_state, d_weight)
+        (d_state, d_weight), d_arrays = jax.lax.scan(chunk_gradient, start, chunks, reverse=True)
+    joined = [None if x is None else _join(x, operands, scan) for x in d_arrays]
+    d_state = None if operands.initial_state is None else d_state
+    return Operands(*joined, norm_weight=d_weight, initial_state=d_state)
 
 
 def _chunk(
     state: Float[Array, "b h k v"] | None,
-    arrays: tuple[
-        Float[Array, "b c h k"],
-        Float[Array, "b c h k"],
-        Float[Array, "b c h v"],
-        Float[Array, "b c h k"],
-        Bool[Array, "b c"] | None,
-    ],
+    norm_weight: Float[Array, "b v"] | None,
+    arrays: tuple[Float[Array, "b c h _"] | None, ...],
+    starts: Bool[Array, "b c"] | None,
     *,
-    scale: float,
+    scan: Scan,
 ) -> tuple[Float[Array, "b h k v"], Float[Array, "b c h v"]]:
-    """Runs the recurrence over one chunk of (q, k, v, g, starts of segments); returns its last state and o.
+    """Runs one chunk of (q, k, v, g, out_gate), with starts of segments; returns its last state and output.
 
     A state of None is zero and costs nothing.
     """
-    *arrays, starts = arrays
-    q, k, v, g = (x.swapaxes(1, 2) for x in arrays)
+    q, k, v, g, out_gate = (None if x is None else x.swapaxes(1, 2) for x in arrays)
     dtype = v.dtype
+    if scan.gating:
+        g = log_decay(g, scan.gating)
     q, k, g = (x.astype(jnp.float32) for x in (q, k, g))
-    q *= scale
+    q *= scan.scale
     scores, from_start, to_end = _scores(q, k, g, dtype)
     q *= jnp.exp(from_start)
     k *= jnp.exp(to_end)
@@ -103,6 +129,8 @@ def _chunk(
     if state is not None:
         o += _dot("bhik,bhkv->bhiv", q, state, dtype)
         new_state += decay[..., None] * state
+    if scan.gating:
+        o = gated_output(o, out_gate, norm_weight[:, None, None], scan.gating)
     return new_state, o.astype(dtype).swapaxes(1, 2)
 
 
@@ -145,11 +173,74 @@ def _dot(
     )
 
 
-def _pad(x: Shaped[Array, "b t *rest"], multiple: int) -> Shaped[Array, "b padded *rest"]:
-    """Adds tokens of zeros at the end: without key and decay they leave the state as it is."""
-    padding = -x.shape[1] % multiple
-    return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) if padding else x
+def _prepare(
+    operands: Operands, scan: Scan
+) -> tuple[
+    Float[Array, "b h k v"] | None,
+    Float[Array, "b v"] | None,
+    tuple[Float[Array, "n b c h _"] | None, ...],
+    Bool[Array, "n b c"] | None,
+]:
+    """First state, norm_weight, (q, k, v, g, out_gate) and starts of segments, in chunks as scanned."""
+    q, k, v, g, out_gate, norm_weight, state, segment_ids = operands
+    # A decay of 1, so that added tokens leave the state as it is: sigmoid(1e4) is exactly 1.
+    no_decay = 1e4 if scan.gating else 0
+    arrays = tuple(
+        None if x is None else _split(x, operands, scan, padding)
+        for x, padding in ((q, 0), (k, 0), (v, 0), (g, no_decay), (out_gate, 0))
+    )
+    starts = None
+    if segment_ids is not None:
+        starts = segment_starts(to_scan_order(segment_ids, scan.grid, scan.direction))
+        starts = _split_scanned(starts, _chunk_size(operands, scan), False)
+    if len(arrays[0]) > 1:
+        zeros = zero_state(k, v, g)
+        state = zeros if state is None else zeros + state
+    return state, norm_weight, arrays, starts
 
 
-def _split(x: Shaped[Array, "b t *rest"], size: int) -> Shaped[Array, "n b c *rest"]:
+def _chunk_size(operands: Operands, scan: Scan) -> int:
+    return min(scan.chunk_size or CHUNK_SIZE, 1 << (operands.q.shape[1] - 1).bit_length())
+
+
+def _split(
+    x: Shaped[Array, "b t *rest"], operands: Operands, scan: Scan, padding: float | int = 0
+) -> Shaped[Array, "n b c *rest"]:
+    """Tokens in raster order as chunks in scan order."""
+    return _split_scanned(to_scan_order(x, scan.grid, scan.direction), _chunk_size(operands, scan), padding)
+
+
+def _split_scanned(
+    x: Shaped[Array, "b t *rest"], size: int, padding: float | int
+) -> Shaped[Array, "n b c *rest"]:
+    missing = -x.shape[1] % size
+    if missing:
+        widths = [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, widths, constant_values=padding)
     return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _join(chunks: Shaped[Array, "n b c *rest"], operands: Operands, scan: Scan) -> Shaped[Array, "b t *rest"]:
+    """Inverse of `_split`."""
+    x = chunks.swapaxes(0, 1)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, : operands.q.shape[1]]
+    return to_raster_order(x, scan.grid, scan.direction)
+
+
+def _pack(
+    states: Float[Array, "n b h k v"] | None, operands: Operands, scan: Scan
+) -> Float[Array, "b m v hk"]:
+    """States as they are saved (`saved_shape`)."""
+    shape, dtype = saved_shape(operands, scan)
+    if states is None:
+        return jnp.zeros(shape, dtype)
+    packed = jnp.einsum("nbhkv->bnvhk", states).reshape(shape[0], -1, *shape[2:]).astype(dtype)
+    return jnp.pad(packed, [(0, 0), (0, shape[1] - packed.shape[1]), (0, 0), (0, 0)])
+
+
+def _unpack(states: Float[Array, "b m v hk"], operands: Operands, scan: Scan) -> Float[Array, "n b h k v"]:
+    """Inverse of `_pack`."""
+    _, tokens, heads, width = operands.k.shape
+    chunks = -(-tokens // _chunk_size(operands, scan))
+    states = states[:, :chunks].astype(jnp.float32)
+    return jnp.einsum("bnvhk->nbhkv", states.reshape(*states.shape[:3], heads, width))

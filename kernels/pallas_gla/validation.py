@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_gla.scan import Operands
 from pallas_gla.scan_order import DIRECTIONS
 
 FLOATS = ("bfloat16", "float16", "float32")
@@ -66,17 +67,18 @@ def check_grid(grid: Any, direction: Any, tokens: int) -> tuple[int, int]:
     return int(grid[0]), int(grid[1])
 
 
-def check_axis(axis_name: Any, direction: str) -> None:
-    """Raises an error unless a scan in this direction can be split over the mesh axis."""
+def check_axis(axis_name: Any, grid: tuple[int, int], direction: str) -> None:
+    """Raises ValueError unless a scan in this direction can be split over the mesh axis."""
     try:
-        jax.lax.axis_size(axis_name)
+        shards = jax.lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
             f"axis_name must be a mesh axis of the jax.shard_map around this call, got {axis_name!r}"
         ) from None
-    if direction.startswith("column"):
-        raise NotImplementedError(
-            f"direction must be 'row' or 'row_reversed' where axis_name splits the rows, got {direction!r}"
+    if direction.startswith("column") and grid[1] % shards:
+        raise ValueError(
+            f"grid has {grid[1]} columns, which the {shards} devices of axis_name={axis_name!r} do not"
+            f" divide; direction={direction!r} gives each of them whole columns"
         )
 
 
@@ -95,15 +97,16 @@ def debug_checks_enabled() -> bool:
     return os.environ.get("PALLAS_GLA_DEBUG", "0") == "1"
 
 
-def check_values(**arrays: jax.Array | None) -> None:
+def check_values(operands: Operands, *, gated: bool) -> None:
     """Raises ValueError if an array is not finite or the decay `g` is positive.
 
     Concrete arrays are checked at once. Traced ones are checked when the compiled function runs: a host
     callback raises, and JAX reports it as a runtime error that carries the message.
     """
-    for name, x in arrays.items():
+    for name, x in operands._asdict().items():
         if x is None:
             continue
+        name = "gate_logits" if gated and name == "g" else name
         bad = {"has non-finite values": ~jnp.isfinite(x).all()}
         if name == "g":
             bad["has positive values; a log decay is <= 0"] = (x > 0).any()

@@ -12,7 +12,7 @@ import oracle
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from pallas_gla import gla, gla_2d
+from pallas_gla import gated_gla_2d, gla, gla_2d
 
 FLOAT32 = 2e-5
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("gla_*.npz"))
@@ -31,7 +31,7 @@ seeds = st.tuples(st.integers(0, 2**16), st.sampled_from(oracle.GATES))
 
 
 class GLATestBase:
-    implementation: str
+    implementation: str | None
 
     def scan(self, q, k, v, g, initial_state, **options):
         options = {"chunk_size": 16, "implementation": self.implementation} | options
@@ -110,6 +110,31 @@ class GLATestBase:
         options |= {"implementation": self.implementation, "return_final_state": True}
         o, final_state = gla_2d(*tokens, initial_state=state, **options)
         oracle.assert_close([o[:, index], final_state], expected.values(), FLOAT32, names=oracle.NAMES[:2])
+
+    @pytest.mark.parametrize(("grid", "direction"), [((5, 4), "column_reversed"), ((5, 13), "row")])
+    def test_gated_scan_equals_its_formula_in_values_and_gradients(self, grid, direction):
+        (q, k, v, logits, state), (d_out, d_state) = oracle.inputs(14, t=grid[0] * grid[1], h=2, k=16, v=32)
+        weight, gate = jnp.linspace(0.5, 2, 32), jnp.roll(d_out, 1, axis=1)
+        options = {"grid": grid, "direction": direction, "return_final_state": True, "gate_normalizer": 4}
+
+        def fused(q, k, v, logits, gate, weight, state, implementation=self.implementation):
+            options_here = options | {"initial_state": state, "implementation": implementation}
+            return gated_gla_2d(q, k, v, 8 * logits, gate, weight, eps=1e-3, **options_here)
+
+        def formula(q, k, v, logits, gate, weight, state):
+            g = jax.nn.log_sigmoid(8 * logits) / 4
+            options_here = {"initial_state": state, "implementation": "reference", "return_final_state": True}
+            o, final_state = gla_2d(q, k, v, g, grid=grid, direction=direction, **options_here)
+            o = o * jax.lax.rsqrt(jnp.mean(o**2, axis=-1, keepdims=True) + 1e-3)
+            return o * weight * gate * jax.nn.sigmoid(gate), final_state
+
+        def results(scan):
+            out, vjp = jax.vjp(scan, q, k, v, logits, gate, weight, state)
+            return (*out, *vjp((d_out, d_state)))
+
+        names = ["out", "final_state", "dq", "dk", "dv", "dlogits", "dgate", "dweight", "dstate"]
+        actual, expected = (jax.jit(results, static_argnums=0)(scan) for scan in (fused, formula))
+        oracle.assert_close(actual, expected, FLOAT32, names)
 
     @examples
     @hypothesis.given(seeds)

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import PartitionSpec as P
-from pallas_gla import gla, gla_2d
+from pallas_gla import gated_gla_2d, gla, gla_2d
 
 TOKENS = P(None, "context")
 
@@ -49,13 +49,43 @@ def test_split_sequence_equals_the_whole_in_values_and_gradients(mesh, reverse, 
     oracle.assert_close(run(arrays, cotangents), expected.values(), 2e-5)
 
 
-def test_rows_of_a_grid_can_be_split_and_columns_say_that_they_cannot(mesh):
-    (*tokens, state), _ = oracle.inputs(1, t=24)
+@pytest.mark.parametrize("direction", ["row", "row_reversed", "column", "column_reversed"])
+def test_split_rows_of_a_grid_equal_the_whole_grid_in_every_direction(mesh, direction):
+    # Eight rows of eight columns; each of the four shards has two rows.
+    arrays, cotangents = oracle.inputs(1, t=64, h=2, k=8, v=8)
+    segment_ids = np.repeat([[1, 2, 3]], [17, 30, 17], axis=1).repeat(2, axis=0).astype(np.int32)
+
+    def run(scan, arrays, cotangents):
+        out, vjp = jax.vjp(lambda *x: scan(*x[:4], jnp.asarray(segment_ids), x[4]), *arrays)
+        return (*out, *vjp(cotangents))
+
+    run = jax.jit(run, static_argnums=0)
+    split = sharded(mesh, gla_2d, grid=(2, 8), direction=direction, segments=True)
+
+    def whole(q, k, v, g, segment_ids, state):
+        options = {"segment_ids": segment_ids, "initial_state": state, "return_final_state": True}
+        return gla_2d(q, k, v, g, grid=(8, 8), direction=direction, implementation="reference", **options)
+
+    oracle.assert_close(run(split, arrays, cotangents), run(whole, arrays, cotangents), 2e-5)
+
+
+def test_split_gated_scan_equals_the_whole(mesh):
+    (q, k, v, logits, _), (gate, _) = oracle.inputs(2, t=64, h=2, k=8, v=8)
+    weight = jnp.linspace(0.5, 2, 8)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(TOKENS,) * 5, out_specs=TOKENS)
+    def split(*arrays):
+        return gated_gla_2d(*arrays, weight, grid=(2, 8), direction="column_reversed", axis_name="context")
+
+    whole = functools.partial(gated_gla_2d, grid=(8, 8), direction="column_reversed")
+    arrays = (q, k, v, 16 * logits, gate)
+    oracle.assert_close([jax.jit(split)(*arrays)], [whole(*arrays, weight)], 2e-5, ["out"])
+
+
+def test_columns_that_the_devices_do_not_divide_are_refused(mesh):
+    (*tokens, state), _ = oracle.inputs(3, t=24)
     arrays = (*tokens, jnp.zeros((2, 24), jnp.int32), state)
-    o, final_state = sharded(mesh, gla_2d, grid=(2, 3), direction="row_reversed")(*arrays)
-    expected = oracle.recurrence((*tokens, state), reverse=True)
-    oracle.assert_close([o, final_state], expected.values(), 2e-5, oracle.NAMES[:2])
-    with pytest.raises(NotImplementedError, match="direction must be 'row' or 'row_reversed'.*'column'"):
+    with pytest.raises(ValueError, match="grid has 3 columns, which the 4 devices of axis_name='context'"):
         sharded(mesh, gla_2d, grid=(2, 3), direction="column")(*arrays)
 
 

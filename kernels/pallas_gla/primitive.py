@@ -1,0 +1,257 @@
+"""A scan as a JAX primitive: the kernel is chosen on lowering, and derivatives of every order exist.
+
+Which kernel is right is only known when a program is lowered for a platform, which may be another machine's.
+A primitive defers the choice until then, and traces nothing but what it chose. It also lets a kernel with a
+backward pass of its own be differentiated forwards and twice, which a `custom_vjp` cannot:
+
+    scan                     out, final_state, states            a kernel's forward
+    scan_tangent             d(out, final_state), linear         derived from the XLA implementation
+      └ its transpose: scan_gradient                             a kernel's backward
+                         └ its derivatives                       derived from the XLA implementation
+
+`states` is what a kernel keeps for its own backward. It is a function of the operands, so that no derivative
+needs to go through it.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
+from jaxtyping import Array, Float
+
+from pallas_gla import backends, chunked_xla
+from pallas_gla.scan import Operands, Scan, saved_shape
+
+# Fields of Operands through which nothing is differentiated.
+_DISCRETE = ("segment_ids",)
+
+scan_p = Primitive("gla_scan")
+scan_tangent_p = Primitive("gla_scan_tangent")
+scan_gradient_p = Primitive("gla_scan_gradient")
+for _primitive in (scan_p, scan_tangent_p, scan_gradient_p):
+    _primitive.multiple_results = True
+
+
+@functools.partial(jax.jit, static_argnames=("scan", "implementation"))
+def run(
+    operands: Operands, scan: Scan, implementation: str | None
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """Output and final state of a scan by the named kernel, by the best one of the platform for None.
+
+    Raises:
+        NotImplementedError: the program is lowered for a platform that the named kernel is not for.
+    """
+    names, arrays = _flatten(operands)
+    arrays = _varying_alike(arrays)
+    return tuple(scan_p.bind(*arrays, names=names, scan=scan, implementation=implementation, save=False))
+
+
+def _flatten(operands: Operands) -> tuple[tuple[str, ...], list[jax.Array]]:
+    present = {name: x for name, x in operands._asdict().items() if x is not None}
+    return tuple(present), list(present.values())
+
+
+def _operands(names: Sequence[str], arrays: Sequence) -> Operands:
+    return Operands(**dict(zip(names, arrays, strict=True)))
+
+
+def _differentiable(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in _DISCRETE)
+
+
+def _varying_alike(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Inside `jax.shard_map`: arrays that vary over the same mesh axes, as its checks demand."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    axes = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(x, tuple(axes - own), to="varying") if axes - own else x
+        for x, own in zip(arrays, varying, strict=True)
+    ]
+
+
+# Lowering.
+
+
+def _forward(*arrays, names, scan, implementation, save, platform, partitioned):
+    operands = _operands(names, arrays)
+    backend = backends.choose(implementation, operands, scan, platform, partitioned)
+    out, final_state, states = backend.forward(operands, scan, save=save)
+    return [out, final_state, states] if save else [out, final_state]
+
+
+def _gradient(*arrays, names, scan, implementation, platform, partitioned):
+    *arrays, states, d_out, d_final_state = arrays
+    operands = _operands(names, arrays)
+    backend = backends.choose(implementation, operands, scan, platform, partitioned)
+    gradients = backend.backward(operands, states, d_out, d_final_state, scan)
+    return [getattr(gradients, name) for name in _differentiable(names)]
+
+
+def _tangent(*arrays, names, scan, implementation):
+    del implementation
+    arrays = arrays[: len(names)] + arrays[len(names) + 1 :]
+    return _portable_tangent(*arrays, names=names, scan=scan)
+
+
+def _portable(*arrays, names, scan):
+    """The plain JAX function that defines what has no kernel."""
+    return list(chunked_xla.forward(_operands(names, arrays), scan, save=False)[:2])
+
+
+def _portable_tangent(*arrays, names, scan):
+    primals, tangents = arrays[: len(names)], arrays[len(names) :]
+    zeros = {name: np.zeros(x.shape, jax.dtypes.float0) for name, x in zip(names, primals, strict=True)}
+    by_name = zeros | dict(zip(_differentiable(names), tangents, strict=True))
+    function = functools.partial(_portable, names=names, scan=scan)
+    return jax.jvp(function, primals, tuple(by_name.values()))[1]
+
+
+def _portable_gradient(*arrays, names, scan):
+    *primals, d_out, d_final_state = arrays
+    values = dict(zip(names, primals, strict=True))
+    wanted = _differentiable(names)
+
+    def function(*arrays):
+        return _portable(*(values | dict(zip(wanted, arrays, strict=True))).values(), names=names, scan=scan)
+
+    return list(jax.vjp(function, *(values[name] for name in wanted))[1]([d_out, d_final_state]))
+
+
+def _lowering(function: Callable, platform: str, ctx, *args, **params):
+    """Traces `function` for a platform, on types without a mesh: the program is per shard by now."""
+    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    axes = ctx.module_context.axis_context
+    if isinstance(axes, mlir.SPMDAxisContext):
+        partitioned = any(axes.mesh.shape[name] > 1 for name in set(axes.mesh.axis_names) - axes.manual_axes)
+    else:
+        partitioned = (axes.num_devices or 1) > 1
+    chosen = functools.partial(function, platform=platform, partitioned=partitioned)
+    return mlir.lower_fun(chosen, multiple_results=True)(ctx.replace(avals_in=plain), *args, **params)
+
+
+for _primitive, _function in ((scan_p, _forward), (scan_gradient_p, _gradient)):
+    for _platform in backends.PLATFORMS:
+        _rule = functools.partial(_lowering, _function, _platform)
+        mlir.register_lowering(_primitive, _rule, platform=_platform)
+mlir.register_lowering(scan_tangent_p, mlir.lower_fun(_tangent, multiple_results=True))
+
+
+# Types of the results.
+
+
+def _aval(like, shape, dtype):
+    """An array type that varies over a mesh as `like` does."""
+    sharding = like.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
+    return like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def _result_avals(operands: Operands) -> list:
+    batch, _, heads, width = operands.k.shape
+    v = operands.v
+    return [_aval(v, v.shape, v.dtype), _aval(v, (batch, heads, width, v.shape[3]), jnp.float32)]
+
+
+@scan_p.def_abstract_eval
+def _(*avals, names, scan, implementation, save):
+    operands = _operands(names, avals)
+    results = _result_avals(operands)
+    return [*results, _aval(operands.v, *saved_shape(operands, scan))] if save else results
+
+
+@scan_tangent_p.def_abstract_eval
+def _(*avals, names, scan, implementation):
+    return _result_avals(_operands(names, avals[: len(names)]))
+
+
+@scan_gradient_p.def_abstract_eval
+def _(*avals, names, scan, implementation):
+    by_name = dict(zip(names, avals, strict=False))
+    return [_aval(by_name[name], by_name[name].shape, by_name[name].dtype) for name in _differentiable(names)]
+
+
+# Derivatives.
+
+
+def _scan_jvp(primals, tangents, *, save, **params):
+    results = scan_p.bind(*primals, save=True, **params)
+    *results, states = results
+    kept = [name not in _DISCRETE for name in params["names"]]
+    tangents = [ad.instantiate_zeros(t) for t, keep in zip(tangents, kept, strict=True) if keep]
+    result_tangents = scan_tangent_p.bind(*primals, states, *tangents, **params)
+    if save:
+        results, result_tangents = [*results, states], [*result_tangents, _no_tangent(states)]
+    return results, result_tangents
+
+
+def _no_tangent(x) -> ad.Zero:
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+def _tangent_transpose(cotangents, *arrays, names, **params):
+    count = len(names)
+    primals, states, tangents = arrays[:count], arrays[count], arrays[count + 1 :]
+    cotangents = [ad.instantiate_zeros(x) for x in cotangents]
+    gradients = scan_gradient_p.bind(*primals, states, *cotangents, names=names, **params)
+    wanted = map(ad.is_undefined_primal, tangents)
+    return [None] * (count + 1) + [x if want else None for x, want in zip(gradients, wanted, strict=True)]
+
+
+def _derived_jvp(primitive: Primitive, function: Callable):
+    """The rule of a primitive that equals `function` of all its operands but the saved states."""
+
+    def rule(primals, tangents, *, names, scan, **params):
+        results = primitive.bind(*primals, names=names, scan=scan, **params)
+        states = len(names)
+        arrays = primals[:states] + primals[states + 1 :]
+        tangents = [ad.instantiate_zeros(t) for t in tangents[:states] + tangents[states + 1 :]]
+        tangents = [
+            np.zeros(t.shape, jax.dtypes.float0) if not jnp.issubdtype(x.dtype, jnp.floating) else t
+            for x, t in zip(arrays, tangents, strict=True)
+        ]
+        plain = functools.partial(function, names=names, scan=scan)
+        return results, jax.jvp(plain, tuple(arrays), tuple(tangents))[1]
+
+    return rule
+
+
+ad.primitive_jvps[scan_p] = _scan_jvp
+ad.primitive_jvps[scan_tangent_p] = _derived_jvp(scan_tangent_p, _portable_tangent)
+ad.primitive_jvps[scan_gradient_p] = _derived_jvp(scan_gradient_p, _portable_gradient)
+ad.primitive_transposes[scan_tangent_p] = _tangent_transpose
+
+
+def _drop_unused_states(used_outputs, eqn):
+    """Under `jax.checkpoint` the first forward pass need not write the states."""
+    if not any(used_outputs):
+        return [False] * len(eqn.invars), None
+    if eqn.params["save"] and not used_outputs[2]:
+        eqn = eqn.replace(params=eqn.params | {"save": False}, outvars=eqn.outvars[:2])
+    return [True] * len(eqn.invars), eqn
+
+
+pe.dce_rules[scan_p] = _drop_unused_states
+
+
+# Batching: a mapped axis becomes a part of B, which every operand and every result has in front.
+
+
+def _batching(primitive: Primitive):
+    def rule(arrays, axes, **params):
+        size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+        merged = []
+        for x, axis in zip(arrays, axes, strict=True):
+            x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+            merged.append(x.reshape(-1, *x.shape[2:]))
+        results = primitive.bind(*merged, **params)
+        return [x.reshape(size, -1, *x.shape[1:]) for x in results], [0] * len(results)
+
+    return rule
+
+
+for _primitive in (scan_p, scan_tangent_p, scan_gradient_p):
+    batching.primitive_batchers[_primitive] = _batching(_primitive)
