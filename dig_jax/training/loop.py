@@ -69,18 +69,20 @@ def train(settings: Config, workdir: Path) -> dict[str, Any]:
     _check(run.experiment)
     abstract_state = _abstract_state(run)
     claim_workdir(settings, workdir)
-    with contextlib.closing(Checkpoints(workdir, settings.checkpoint)) as checkpoints:
-        state, examples = _start(run, abstract_state, checkpoints)
-        _introduce(run, state)
-        if int(state["step"]) < settings.training.steps:
-            state = _loop(run, state, examples, checkpoints)
-        checkpoints.wait()
-    sampler = _sampler(run, state)
-    report.draw_samples(sampler, workdir)
-    scores = report.score(sampler, workdir)
-    if scores:
-        report.draw_neighbours(sampler, workdir)
-        log.info(report.summary(scores))
+    # Kernels cannot be partitioned: knowing the mesh, each runs on its device's part of the batch.
+    with jax.set_mesh(mesh):
+        with contextlib.closing(Checkpoints(workdir, settings.checkpoint)) as checkpoints:
+            state, examples = _start(run, abstract_state, checkpoints)
+            _introduce(run, state)
+            if int(state["step"]) < settings.training.steps:
+                state = _loop(run, state, examples, checkpoints)
+            checkpoints.wait()
+        sampler = _sampler(run, state)
+        report.draw_samples(sampler, workdir)
+        scores = report.score(sampler, workdir)
+        if scores:
+            report.draw_neighbours(sampler, workdir)
+            log.info(report.summary(scores))
     log.info("everything is in %s, after %s", workdir, duration(time.monotonic() - began))
     return scores
 

@@ -6,5 +6,7 @@ import pytest
 FLAG = "--xla_force_host_platform_device_count"
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=4"
+# With the chips' compilers installed JAX would look for chips; JAX_PLATFORMS=cuda or tpu tests on one.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 pytest.register_assert_rewrite("gla_test_base")
