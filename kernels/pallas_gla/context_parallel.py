@@ -1,8 +1,9 @@
 """One scan over a sequence whose tokens are split over the devices of a mesh axis.
 
-A shard turns the state that enters it into S_out = diag(exp(sum of g)) S_in + S_local. Each one computes its
-S_local and its factor, without any output; all gather these summaries (K * V + K numbers per head, whatever
-the length), fold those of the shards before them, and run the ordinary scan from the state they then know.
+A shard turns the state that enters it into S_out = diag(exp(sum of g)) S_in + S_local. Each one runs the
+scan for its S_local; all gather these and the factors (K * V + K numbers per head, whatever the length), fold
+those of the shards before them, and run the scan again from the state that they then know. Two runs of a
+kernel move fewer bytes than one, and a sum of decayed k v^T in XLA, which writes the decayed keys in float32.
 (The all-gather of states is that of LASP-2, Sun et al. 2025; here with a decay.)
 
 A column of a grid whose rows are split passes through every shard. One all-to-all gives each shard whole
@@ -74,15 +75,16 @@ def _along_shards(
     """The scan where each shard's tokens follow those of the shard before, or in reverse."""
     index, last = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name) - 1
     position = last - index if scan.reverse else index
-    k, v, g = (to_scan_order(x, scan.grid, scan.direction) for x in (operands.k, operands.v, operands.g))
+    _, k, v, g, *_ = operands
     if scan.gating:
         g = log_decay(g, scan.gating)
-    starts = None
+    factor = jnp.exp(jnp.sum(g.astype(jnp.float32), axis=1))
+    cut = None
     if operands.segment_ids is not None:
         ids = to_scan_order(operands.segment_ids, scan.grid, scan.direction)
-        first = _differs_from_previous(ids, position, axis_name, scan.reverse)
-        starts = segment_starts(ids).at[:, 0].set(first)
-    state, factor = _summary(k, v, g, starts)
+        cut = _differs_from_previous(ids, position, axis_name, scan.reverse)
+        factor = jnp.where((cut | segment_starts(ids).any(axis=1))[:, None, None], 0, factor)
+    _, local_state = run(operands._replace(initial_state=None), scan)
 
     def fold(incoming, shard):
         state, factor = shard
@@ -91,33 +93,13 @@ def _along_shards(
     start = zero_state(k, v, g)
     if operands.initial_state is not None:
         start += operands.initial_state
-    summaries = jax.lax.all_gather((state, factor), axis_name)
+    summaries = jax.lax.all_gather((local_state, factor), axis_name)
     _, incoming = jax.lax.scan(fold, start, summaries, reverse=scan.reverse)
     incoming = jax.lax.dynamic_index_in_dim(incoming, index, keepdims=False)
-    if starts is not None:
-        incoming = jnp.where(starts[:, 0, None, None, None], 0, incoming)
+    if cut is not None:
+        incoming = jnp.where(cut[:, None, None, None], 0, incoming)
     out, final_state = run(operands._replace(initial_state=incoming), scan)
     return out, jax.lax.psum(jnp.where(position == last, final_state, 0), axis_name)
-
-
-@jax.checkpoint
-def _summary(
-    k: Float[Array, "b t h k"],
-    v: Float[Array, "b t h v"],
-    g: Float[Array, "b t h k"],
-    starts: Bool[Array, "b t"] | None,
-) -> tuple[Float[Array, "b h k v"], Float[Array, "b h k"]]:
-    """The state that tokens in scan order leave behind, and the factor of the state that entered."""
-    decay_from = jax.lax.cumsum(g.astype(jnp.float32), axis=1, reverse=True)
-    factor = jnp.exp(decay_from[:, 0])
-    later = jnp.concatenate([decay_from[:, 1:], jnp.zeros_like(decay_from[:, :1])], axis=1)
-    keys = k.astype(jnp.float32) * jnp.exp(later)
-    if starts is not None:
-        run = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-        keys = jnp.where((run == run[:, -1:])[:, :, None, None], keys, 0)
-        factor = jnp.where((run[:, -1] == 0)[:, None, None], factor, 0)
-    state = jnp.einsum("bthk,bthv->bhkv", keys, v.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return state, factor
 
 
 def _differs_from_previous(
