@@ -76,7 +76,7 @@ def choose(
             kernel = importlib.import_module(module)
             reason = kernel.unsupported(operands, scan)
             backend = backend if reason else kernel
-        _log_once(backend.__name__, platform, reason)
+        log_once(backend.__name__, platform, reason)
         return backend
     kernel = named(implementation, scan, platform)
     if reason := kernel.unsupported(operands, scan):
@@ -106,5 +106,5 @@ def _xla() -> ModuleType:
 
 
 @functools.cache
-def _log_once(module: str, platform: str, reason: str | None) -> None:
+def log_once(module: str, platform: str, reason: str | None) -> None:
     log.info("GLA on %s runs %s%s", platform, module.rpartition(".")[2], f": {reason}" if reason else "")

@@ -134,10 +134,17 @@ def _lowering(function: Callable, platform: str, ctx, *args, **params):
     return mlir.lower_fun(chosen, multiple_results=True)(ctx.replace(avals_in=plain), *args, **params)
 
 
+def _eager(function: Callable, *args, **params):
+    """Without jit each operation runs by itself, and so does XLA's implementation."""
+    return function(*args, **params, platform="cpu", partitioned=False)
+
+
 for _primitive, _function in ((scan_p, _forward), (scan_gradient_p, _gradient)):
+    _primitive.def_impl(functools.partial(_eager, _function))
     for _platform in backends.PLATFORMS:
         _rule = functools.partial(_lowering, _function, _platform)
         mlir.register_lowering(_primitive, _rule, platform=_platform)
+scan_tangent_p.def_impl(_tangent)
 mlir.register_lowering(scan_tangent_p, mlir.lower_fun(_tangent, multiple_results=True))
 
 
@@ -225,8 +232,9 @@ ad.primitive_jvps[scan_gradient_p] = _derived_jvp(scan_gradient_p, _portable_gra
 ad.primitive_transposes[scan_tangent_p] = _tangent_transpose
 
 
-def _drop_unused_states(used_outputs, eqn):
+def _drop_unused_states(used_outputs, *arguments):
     """Under `jax.checkpoint` the first forward pass need not write the states."""
+    eqn = arguments[-1]  # JAX 0.12 puts another argument before it
     if not any(used_outputs):
         return [False] * len(eqn.invars), None
     if eqn.params["save"] and not used_outputs[2]:

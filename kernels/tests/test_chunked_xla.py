@@ -8,12 +8,6 @@ from pallas_gla import gla
 class TestChunkedXla(GLATestBase):
     implementation = "xla"
 
-
-class TestDefault(GLATestBase):
-    """On a CPU the same chunks, with a backward pass of their own."""
-
-    implementation = None
-
     @pytest.mark.parametrize("chunk_size", [16, 64])  # several chunks, one chunk
     def test_reverse_mode_saves_only_inputs_and_chunk_states(self, chunk_size):
         arrays, _ = oracle.inputs(0, t=64, h=2, k=16, v=32)
