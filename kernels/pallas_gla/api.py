@@ -177,7 +177,8 @@ def gated_gla_2d(
     validation.check_positive("gate_normalizer", gate_normalizer)
     validation.check_positive("eps", eps)
     # One row of the weight per batch element: every operand is split, and mapped over, by its first axis.
-    norm_weight = jnp.broadcast_to(norm_weight, (v.shape[0], v.shape[3]))
+    # In float32, because its gradient is a sum over all tokens.
+    norm_weight = jnp.broadcast_to(jnp.asarray(norm_weight, jnp.float32), (v.shape[0], v.shape[3]))
     operands = Operands(q, k, v, gate_logits, out_gate, norm_weight, initial_state, segment_ids)
     gating = Gating(float(gate_normalizer), float(eps))
     out, final_state = _run(

@@ -1,0 +1,330 @@
+"""Checks and times the GPU kernels and their peers on one NVIDIA GPU: one command, one table, one JSON file.
+
+    python kernels/benchmarks/gpu.py --out=DIR [--parts=check,time,jla,fla,jax_triton] [--quick] [--tune]
+
+Every part runs in a process of its own, and every row is in DIR/gpu.json as soon as it is measured. A peer
+that cannot be imported and a kernel that takes its process down leave a row with the reason, and the next job
+goes on. How values are checked and times taken stands in `gpu_jobs.py` and `gpu_peers.py`.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# How the time is shared; a part that ends early leaves the rest to those after it. fla tunes itself for long.
+PARTS = {"check": 3.0, "time": 4.0, "jla": 1.5, "fla": 4.0, "jax_triton": 0.8}
+PEERS = ("jla", "fla", "jax_triton")
+PACKAGES = ("jax", "jaxlib", "torch", "triton", "fla-core", "jax-linear-attention", "jax-triton", "numpy")
+# After so long without a word a job is given up.
+JOB_SECONDS = 300
+# A child's way to ask for a new process, and so for a new CUDA context.
+RESTART = 75
+
+Jobs = tuple[int, Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]]
+
+
+def main() -> None:
+    """Runs all parts and prints their table, or one part if a parent asks for it."""
+    options = arguments()
+    if options.part:
+        run_jobs(options)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = Record(options.out / "gpu.json")
+    began = time.time()
+    parts = ["time"] if options.tune else options.parts.split(",")
+    for i, part in enumerate(parts):
+        share = sum(PARTS[name] for name in parts[: i + 1]) / sum(PARTS[name] for name in parts)
+        supervise(part, record, began + share * options.seconds)
+    print(table(record.rows))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default="gpu_benchmark", help="folder of gpu.json")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to run, in this order")
+    parser.add_argument("--quick", action="store_true", help="fewer checks, two shapes")
+    parser.add_argument("--tune", action="store_true", help="only times the candidates for tuning.py")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU in interpret mode")
+    parser.add_argument("--seconds", type=float, default=540, help="after which jobs are skipped")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--end", type=float, default=math.inf, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.parts.split(",")) - set(PARTS):
+        parser.error(f"--parts has {', '.join(sorted(unknown))}, accepted are {', '.join(PARTS)}")
+    return options
+
+
+class Record:
+    """The rows, in memory and on disk."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.rows = path, []
+        self.about = {
+            "command": " ".join(sys.argv),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": device(),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+        print(json.dumps(self.about, indent=1), flush=True)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keeps a row whatever happens next."""
+        self.rows.append(row)
+        text = json.dumps(self.about | {"rows": self.rows}, indent=1)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(text + "\n")
+        temporary.replace(self.path)
+
+
+def device() -> str:
+    """Name, driver and memory of the GPUs."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"none: {error}"
+
+
+def version(name: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# The parent: one process per part, started again behind a job that took it down.
+
+
+def supervise(part: str, record: Record, end: float) -> None:
+    """Runs a part to its end, or to the time `end`."""
+    job, total, began = -1, None, time.time()
+    while total is None or job + 1 < total:
+        command = [sys.executable, __file__, *sys.argv[1:]]
+        command += [f"--part={part}", f"--start={job + 1}", f"--end={end}"]
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        before, identity, said = job, None, []
+        timer = watchdog(child, end)
+        for line in child.stdout:
+            timer.cancel()
+            timer = watchdog(child, end)
+            kind, _, text = line.partition(" ")
+            if kind == "JOBS":
+                total = int(text)
+            elif kind == "BEGIN":
+                job, identity = job + 1, json.loads(text)
+            elif kind == "ROW":
+                row = {"part": part} | identity | json.loads(text)
+                record.add(row)
+                identity = None
+                report(row, job + 1, total, began)
+            else:
+                said = [*said, line.rstrip()][-20:]
+        timer.cancel()
+        if child.wait() == 0:
+            return
+        if child.returncode != RESTART:
+            killed = " (took too long)" if child.returncode == -signal.SIGKILL else ""
+            reason = f"exit code {child.returncode}{killed}: " + " | ".join(filter(None, said[-6:]))
+            record.add({"part": part, "name": part, **(identity or {}), "error": reason})
+            report(record.rows[-1], job + 1, total or 0, began)
+        if job == before or time.time() > end:
+            return
+
+
+def watchdog(child: subprocess.Popen, end: float) -> threading.Timer:
+    """Ends a child that says nothing for too long, or goes on long after its part's end."""
+    timer = threading.Timer(min(JOB_SECONDS, max(10, end + 20 - time.time())), child.kill)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def report(row: dict[str, Any], done: int, total: int, began: float) -> None:
+    """One line of progress."""
+    passed = time.time() - began
+    left = passed / max(done, 1) * (total - done)
+    head = f"[{row['part']} {done}/{total}, {passed:.0f} s, about {left:.0f} s left]"
+    print(f"{head} {describe(row)}", flush=True)
+
+
+# The child.
+
+
+def run_jobs(options: argparse.Namespace) -> None:
+    """Runs the jobs of one part and prints what `supervise` reads."""
+    total, jobs = jobs_of(options)
+    print("JOBS", total, flush=True)
+    for identity, job in jobs:
+        print("BEGIN", json.dumps(identity), flush=True)
+        out_of_time = time.time() > options.end
+        try:
+            row = {"error": "out of time, with all jobs after it"} if out_of_time else job()
+        except Exception as error:
+            row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+        print("ROW", json.dumps(row), flush=True)
+        if out_of_time:
+            return
+        if "CUDA" in row.get("error", ""):
+            raise SystemExit(RESTART)
+
+
+def jobs_of(options: argparse.Namespace) -> Jobs:
+    """How many jobs a part has, and from number `options.start` on each one's identity and function."""
+    if options.dry_run:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if options.part in PEERS:
+        return peer_jobs(options)
+    import gpu_jobs
+
+    if options.part == "check":
+        jobs, lower = gpu_jobs.checks(options.quick), gpu_jobs.CheckRun
+        if options.dry_run:
+            jobs = [gpu_jobs.Check((2, 9), k=16, v=16, batch=1), gpu_jobs.Check((3, 7), gated=True, heads=1)]
+    else:
+        jobs, lower = gpu_jobs.timings(options.quick, options.tune), gpu_jobs.TimingRun
+        if options.dry_run:
+            small = {"batch": 1, "tokens": 16, "heads": 1}
+            ops = (("loop", None), ("copy", None), ("gla", "xla"), ("gated_gla_2d", "triton"))
+            jobs = [gpu_jobs.Timing(op, implementation=name, **small) for op, name in ops]
+            jobs += [gpu_jobs.Timing("gla", implementation="xla", backward=True, **small)]
+            jobs += [gpu_jobs.Timing("copy", backward=True, **small)]
+    return len(jobs), compiled_jobs(jobs[options.start :], lambda job: lower(job, interpret=options.dry_run))
+
+
+def compiled_jobs(jobs: list, lower: Callable) -> Iterator[tuple[dict, Callable]]:
+    """Jobs that are JAX programs: 16 are compiled side by side before one of them runs."""
+    import gpu_jobs
+
+    for job, run, compiled in gpu_jobs.compiled_in_groups(jobs, 16, lower):
+        yield identity(job), lambda run=run, compiled=compiled: finish(run, compiled)
+
+
+def identity(job: Any) -> dict[str, Any]:
+    """What a row says of its job even if the job fails."""
+    fields = ("batch", "tokens", "heads", "backward")
+    return {"name": job.name} | {name: getattr(job, name) for name in fields if hasattr(job, "backward")}
+
+
+def finish(run: Any, compiled: Any) -> dict[str, Any]:
+    """The row of a compiled job."""
+    if isinstance(compiled, Exception):
+        raise compiled
+    return run.row(compiled)
+
+
+def peer_jobs(options: argparse.Namespace) -> Jobs:
+    """The jobs of a peer."""
+    import gpu_peers
+
+    if options.dry_run:
+        raise SystemExit("a peer needs a GPU, and this is a dry run")
+    timings = gpu_peers.peer_timings(options.quick)
+    if options.part == "jax_triton":
+        name = {"name": "fla output kernel by jax-triton"}
+        return 1, iter([(name, lambda: gpu_peers.jax_triton_output_kernel(timings[0]))])
+    # Values come last: fla tunes its kernels for the first shape that it meets.
+    values = {"fla": gpu_peers.fla_values, "jla": gpu_peers.jla_values}[options.part]
+    name = {"fla": "fla chunk_gla", "jla": "jla gla, K padded to 64"}[options.part]
+    rest = timings[options.start :]
+
+    def jobs():
+        if options.part == "fla":
+            yield from ((identity(x) | {"name": name}, lambda x=x: gpu_peers.fla_time(x)) for x in rest)
+        else:
+            yield from ((who | {"name": name}, job) for who, job in compiled_jobs(rest, gpu_peers.jla_run))
+        yield {"name": f"{name}, values"}, values
+
+    return len(timings) + 1, jobs()
+
+
+# What is printed.
+
+STANDARD = {
+    "part",
+    "name",
+    "batch",
+    "tokens",
+    "heads",
+    "backward",
+    "bytes",
+    "us",
+    "us_median",
+    "ps",
+    "sets",
+    "calls",
+}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row in one line."""
+    shape = ""
+    if "tokens" in row:
+        shape = f" {'forward+backward' if row['backward'] else 'forward'}"
+        shape += f" B={row['batch']} T={row['tokens']} H={row['heads']}"
+    if "error" in row:
+        return f"{row['name']}{shape}: {row['error']}"
+    if "errors" in row:
+        worst = max(row["errors"], key=lambda name: nan_last(row["errors"][name]))
+        verdict = "ok" if row["ok"] else f"WRONG (tolerance {row['tolerance']:g})"
+        again = "" if row.get("repeatable", True) else ", NOT REPEATABLE"
+        return f"{row['name']}: {verdict}, worst {worst} {row['errors'][worst]:.1e}{again}"
+    text = f"{row['name']}{shape}: {row['us']:.1f} us (median {row['us_median']:.1f}), {row['ps']:.0f} ps"
+    extra = {
+        name: f"{x:.4g}" if isinstance(x, float) else x for name, x in row.items() if name not in STANDARD
+    }
+    return text + "".join(f"; {name}: {x}" for name, x in extra.items())
+
+
+def nan_last(x: float) -> float:
+    """NaN as the largest number."""
+    return math.inf if math.isnan(x) else x
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows: checks first, then a block for every shape and pass."""
+    lines = ["", "CHECKS", *(describe(row) for row in rows if "errors" in row)]
+    times = [row for row in rows if "ps" in row]
+    header = f"{'':42}{'us':>10}{'median':>10}{'ps':>8}{'of copy':>9}{'fla/this':>9}"
+    for key in dict.fromkeys(map(block, times)):
+        here = [row for row in times if block(row) == key]
+        batch, tokens, heads, backward = key
+        what = "forward and backward" if backward else "forward"
+        lines += ["", f"{what}, B={batch} T={tokens} H={heads}, ps per token-head", header]
+        copy = next((row["ps"] / row["bytes"] for row in here if row["name"] == "copy"), math.nan)
+        fla = next((row["us"] for row in here if row["name"].startswith("fla chunk_gla")), math.nan)
+        for row in here:
+            of_copy = row["ps"] / (copy * row["bytes"])
+            figures = f"{row['us']:10.1f}{row['us_median']:10.1f}{row['ps']:8.0f}"
+            figures += f"{of_copy:9.2f}{fla / row['us']:9.2f}"
+            lines.append(f"{row['name']:42}{figures}")
+    failed = [f"{row['part']}: {describe(row)}" for row in rows if "error" in row]
+    return "\n".join([*lines, "", f"FAILED OR SKIPPED: {len(failed)}", *failed])
+
+
+def block(row: dict[str, Any]) -> tuple:
+    """The rows that belong side by side."""
+    return row["batch"], row["tokens"], row["heads"], row["backward"]
+
+
+if __name__ == "__main__":
+    main()
