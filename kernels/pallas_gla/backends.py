@@ -107,4 +107,5 @@ def _xla() -> ModuleType:
 
 @functools.cache
 def log_once(module: str, platform: str, reason: str | None) -> None:
+    """Logs which backend runs on a platform, and why not its kernel, the first time that it is so."""
     log.info("GLA on %s runs %s%s", platform, module.rpartition(".")[2], f": {reason}" if reason else "")

@@ -32,9 +32,14 @@ seeds = st.tuples(st.integers(0, 2**16), st.sampled_from(oracle.GATES))
 
 class GLATestBase:
     implementation: str | None
+    interpret = False
+
+    @property
+    def backend(self):
+        return {"implementation": self.implementation, "interpret": self.interpret}
 
     def scan(self, q, k, v, g, initial_state, **options):
-        options = {"chunk_size": 16, "implementation": self.implementation} | options
+        options = {"chunk_size": 16} | self.backend | options
         return gla(q, k, v, g, initial_state=initial_state, return_final_state=True, **options)
 
     def results(self, arrays, cotangents, **options):
@@ -86,7 +91,7 @@ class GLATestBase:
 
     def test_without_states_it_starts_from_zero(self):
         (q, k, v, g, state), _ = oracle.inputs(1)
-        o = gla(q, k, v, g, implementation=self.implementation)
+        o = gla(q, k, v, g, **self.backend)
         expected = oracle.recurrence((q, k, v, g, jnp.zeros_like(state)))
         oracle.assert_close([o], [expected["o"]], FLOAT32, names=["o"])
 
@@ -107,7 +112,7 @@ class GLATestBase:
         index = index[::-1] if direction.endswith("reversed") else index
         expected = oracle.recurrence((*(x[:, index] for x in tokens), state), segment_ids=SEGMENTS[:, index])
         options = {"grid": (rows, columns), "direction": direction, "segment_ids": jnp.asarray(SEGMENTS)}
-        options |= {"implementation": self.implementation, "return_final_state": True}
+        options |= self.backend | {"return_final_state": True}
         o, final_state = gla_2d(*tokens, initial_state=state, **options)
         oracle.assert_close([o[:, index], final_state], expected.values(), FLOAT32, names=oracle.NAMES[:2])
 
@@ -117,9 +122,9 @@ class GLATestBase:
         weight, gate = jnp.linspace(0.5, 2, 32), jnp.roll(d_out, 1, axis=1)
         options = {"grid": grid, "direction": direction, "return_final_state": True, "gate_normalizer": 4}
 
-        def fused(q, k, v, logits, gate, weight, state, implementation=self.implementation):
-            options_here = options | {"initial_state": state, "implementation": implementation}
-            return gated_gla_2d(q, k, v, 8 * logits, gate, weight, eps=1e-3, **options_here)
+        def fused(q, k, v, logits, gate, weight, state):
+            options_here = options | self.backend | {"initial_state": state, "eps": 1e-3}
+            return gated_gla_2d(q, k, v, 8 * logits, gate, weight, **options_here)
 
         def formula(q, k, v, logits, gate, weight, state):
             g = jax.nn.log_sigmoid(8 * logits) / 4

@@ -19,7 +19,7 @@ def gates(kind, rng, shape):
     }[kind]
 
 
-def inputs(seed, b=2, t=20, h=1, k=8, v=8, gate="dig", dtype=jnp.float32, gate_dtype=jnp.float32):
+def inputs(seed, b=2, t=20, h=1, k=16, v=16, gate="dig", dtype=jnp.float32, gate_dtype=jnp.float32):
     """Random (q, k, v, g, initial_state) and cotangents (of o, of the final state)."""
     rng = np.random.default_rng(seed)
     queries, keys, values, do = (jnp.asarray(rng.standard_normal((b, t, h, n)), dtype) for n in (k, k, v, v))

@@ -83,7 +83,7 @@ def test_default_is_the_chunked_implementation_and_numpy_arrays_are_welcome():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gated_gla_equals_its_formula(dtype):
     (q, k, v, logits, state), (gate, _) = oracle.inputs(1, t=6, h=2, dtype=dtype)
-    weight = jnp.linspace(0.5, 2, 8)
+    weight = jnp.linspace(0.5, 2, v.shape[-1])
     actual = gated_gla_2d(
         q, k, v, logits, gate, weight, grid=(2, 3), gate_normalizer=4, eps=1e-3, initial_state=state
     )

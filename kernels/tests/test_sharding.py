@@ -38,7 +38,7 @@ def test_split_over_batch_and_heads_equals_one_device_and_gathers_nothing(types,
     # The weight's gradient is added up over the devices; no other array crosses between them.
     collective = r"= (\S+) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
     exchanged = {shape.partition("{")[0] for shape in re.findall(collective, compiled.as_text())}
-    assert exchanged <= {"f32[8]", "f32[2,8]", "f32[4,8]"}
+    assert exchanged <= {"f32[16]", "f32[2,16]", "f32[4,16]"}
 
 
 def test_what_a_mesh_does_not_divide_runs_whole():

@@ -1,0 +1,382 @@
+"""What the TPU compiler makes of the kernels: their static cost, without a chip.
+
+    python kernels/benchmarks/static_tpu.py [--write] [--chips v5e v6e] [--only WORDS]
+
+compiles the kernels ahead of time (libtpu must be installed), follows the final schedule of one grid step,
+and prints for every case the bundles (issue cycles) per token-head, the time by the chip's clock, that time
+over the memory floor, register spills and fills per token-head, the busiest unit, the bytes of HBM over the
+least possible, and the bundles of the any-decay path. DMA and stalls are not in a schedule. `--write` records
+the figures in static_tpu.json, against which a test compares.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+from typing import Any
+
+RECORD = pathlib.Path(__file__).with_suffix(".json")
+DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
+# Topology, GHz, bytes per second of HBM. The clocks are those that give the published peak rates; chips
+# without one get no time.
+CHIPS = {
+    "v4": ("v4:2x2x1", None, 1.2e12),
+    "v5e": ("v5e:2x2", 1.5, 0.819e12),
+    "v5p": ("v5p:2x2x1", None, 2.765e12),
+    "v6e": ("v6e:2x2", 1.75, 1.64e12),
+    "tpu7x": ("tpu7x:2x2x1", None, 7.37e12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel: `kind` is forward, forward+states (what training runs) or backward; bfloat16 throughout."""
+
+    chip: str
+    kind: str = "forward"
+    heads: int = 18
+    side: int = 64
+    direction: str = "row"
+    gated: bool = False
+    chunks: int | None = None
+    batch: int = 8
+    implementation: str = "mosaic"
+
+    @property
+    def name(self) -> str:
+        """The key of the record."""
+        op = "gated_gla_2d" if self.gated else "gla"
+        op = op if self.implementation == "mosaic" else f"{op}({self.implementation})"
+        chunks = "" if self.chunks is None else f" NC={self.chunks}"
+        return f"{self.chip} {op} {self.kind} H={self.heads} T={self.side**2} {self.direction}{chunks}"
+
+    @property
+    def minimum_bytes(self) -> int:
+        """Bytes that must cross HBM per token-head: bfloat16, K = 32, V = 64, a state every 64 tokens."""
+        narrow, wide, states = 2 * 32, 2 * 64, 2 * 32 * 64 // 64
+        gate = wide if self.gated else 0
+        if self.kind == "backward":
+            return 6 * narrow + 3 * wide + 2 * gate + states
+        return 3 * narrow + 2 * wide + gate + (states if self.kind == "forward+states" else 0)
+
+
+def main() -> None:
+    """Measures the cases that the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--chips", nargs="*", default=list(CHIPS))
+    parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain")
+    parser.add_argument("--json", help="a JSON list of cases to measure; prints JSON")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as dump:
+        _prepare_libtpu(dump)
+        if arguments.json:
+            measured = [measure(Case(**case), dump) for case in json.loads(arguments.json)]
+            print(json.dumps(measured))
+            return
+        cases = [case for case in all_cases() if case.chip in arguments.chips]
+        cases = [case for case in cases if all(word in case.name.split() for word in arguments.only)]
+        record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        print(
+            f"{'case':62} {'bundles':>7} {'ps':>6} {'x floor':>7} {'spills':>6} {'busiest':>12} {'bytes':>6} "
+            "any decay"
+        )
+        for case in cases:
+            figures = measure(case, dump)
+            record[case.name] = figures
+            print(_row(case, figures), flush=True)
+            if arguments.write:
+                RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def all_cases() -> list[Case]:
+    """The cases of the record."""
+    kinds = ("forward", "forward+states", "backward")
+    cases = [Case(chip, kind) for chip in CHIPS for kind in kinds]
+    for chip in ("v5e", "v6e"):
+        cases += [Case(chip, "forward", direction=d, gated=True) for d in DIRECTIONS]
+        cases += [Case(chip, "backward", direction=d, gated=True) for d in ("row", "column")]
+        cases += [Case(chip, kind, direction="column") for kind in ("forward", "backward")]
+        cases += [Case(chip, kind, implementation="xla") for kind in ("forward", "backward")]
+    # Quick to compile: a test measures these again.
+    cases += [Case(chip, kind, 6, 16, chunks=1) for chip in CHIPS for kind in ("forward", "backward")]
+    return cases
+
+
+def _prepare_libtpu(dump: str) -> None:
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+
+
+def measure(case: Case, dump: str) -> dict[str, float | str]:
+    """Compiles one case and reads its schedule."""
+    dump = pathlib.Path(dump)
+    for file in dump.iterdir():
+        file.unlink()
+    compiled, tiling = compile_case(case)
+    per_token = round(hbm_bytes(compiled.as_text()) / (case.batch * case.side**2 * case.heads), 1)
+    if case.implementation != "mosaic":
+        return {"bytes": per_token}
+    bundles = sorted(dump.glob("*gla_*-final_bundles.txt"))[-1].read_text()
+    utilization = sorted(dump.glob("*gla_*final_hlo-static-per-bundle-utilization.txt"))[-1].read_text()
+    fast, safe = step_bundles(bundles, (tiling.chunks, (tiling.chunk - 1).bit_length()))
+    tokens = tiling.chunk * tiling.chunks * tiling.heads
+    units = busy_units(utilization, fast)
+    spills = sum(units.pop(name) for name in list(units) if ":" in name)
+    busiest = max(units, key=units.get)
+    return {
+        "bundles": round(len(fast) / tokens, 4),
+        "any_decay_bundles": round(safe / tokens, 2),
+        "spills": round(spills / tokens, 3),
+        "busiest": f"{busiest} {100 * units[busiest]:.0f}%",
+        "bytes": per_token,
+    }
+
+
+def times_floor(case: Case, figures: dict[str, float | str]) -> float | None:
+    """The schedule's time over that of moving `minimum_bytes`; None where the clock is not known."""
+    _, clock, bandwidth = CHIPS[case.chip]
+    if clock is None:
+        return None
+    return figures["bundles"] / clock * 1e-9 / (case.minimum_bytes / bandwidth)
+
+
+def _row(case: Case, figures: dict[str, float | str]) -> str:
+    traffic = f"{figures['bytes'] / case.minimum_bytes:6.2f}"
+    if "bundles" not in figures:
+        return f"{case.name:62} {'':42} {traffic}"
+    floor, clock = times_floor(case, figures), CHIPS[case.chip][1]
+    time = "" if clock is None else f"{figures['bundles'] / clock * 1e3:.0f}"
+    return (
+        f"{case.name:62} {figures['bundles']:7.3f} {time:>6} {'' if floor is None else f'{floor:.2f}':>7} "
+        f"{figures['spills']:6.2f} {figures['busiest']:>12} {traffic} {figures['any_decay_bundles']:9.2f}"
+    )
+
+
+def compile_case(case: Case) -> tuple[Any, Any]:
+    """Compiles a case as a model would call it; returns it and its kernel's `Tiling`."""
+    # libtpu reads the environment when JAX first asks for it, so nothing of JAX is imported before.
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.experimental.layout import Format, Layout
+    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+    from pallas_gla import gla, mosaic_tuning
+    from pallas_gla import pallas_mosaic_tpu as mosaic
+    from pallas_gla.mosaic_launch import Launch
+    from pallas_gla.scan import Gating, Operands, Scan
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[case.chip][0])
+    mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
+    batch, tokens, keys, values = case.batch, case.side**2, 32, 64
+    gating = Gating(16.0, 1e-6) if case.gated else None
+    scan = Scan(keys**-0.5, (case.side, case.side), case.direction, gating=gating)
+    if case.chunks is not None:
+        kind = topology.devices[0].device_kind
+        limits = {"forward_chunks": case.chunks, "backward_chunks": case.chunks}
+        mosaic_tuning.BLOCKS[kind] = dataclasses.replace(mosaic_tuning.BLOCKS[kind], **limits)
+    step = []
+
+    def row_major(x: Any) -> Format:
+        # As the matrix products of a model take and hand over their operands.
+        return Format(Layout(major_to_minor=tuple(range(x.ndim))), NamedSharding(mesh, P()))
+
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=row_major(x))
+
+    def operands(q: Any, k: Any, v: Any, g: Any, out_gate: Any = None, norm_weight: Any = None) -> Operands:
+        q, k, v, g = (x.reshape(batch, tokens, case.heads, -1) for x in (q, k, v, g))
+        return Operands(q, k, v, g, None if out_gate is None else out_gate.reshape(v.shape), norm_weight)
+
+    def flat(*arrays: Any) -> list[Any]:
+        return [x.reshape(batch, tokens, -1) if x.shape[:2] == (batch, tokens) else x for x in arrays]
+
+    def forward(*arrays: Any) -> list[Any]:
+        scanned = operands(*arrays)
+        sizes = mosaic_tuning.blocks()
+        step.append(Launch.of(scanned, scan, sizes.forward_chunks).tiling)
+        o, final_state, states = mosaic.forward(scanned, scan, save=case.kind == "forward+states")
+        return flat(o, final_state, *([] if states is None else [states]))
+
+    def backward(states: Any, d_out: Any, *arrays: Any) -> list[Any]:
+        scanned = operands(*arrays)
+        step.append(Launch.of(scanned, scan, mosaic_tuning.blocks().backward_chunks).tiling)
+        d_state = jnp.zeros((batch, case.heads, keys, values), jnp.float32)
+        gradients = mosaic.backward(scanned, states, d_out.reshape(scanned.v.shape), d_state, scan)
+        return flat(*(x for x in gradients if x is not None))
+
+    def portable(*arrays: Any) -> list[Any]:
+        def run(*arrays: Any) -> Any:
+            return gla(*arrays, implementation="xla")
+
+        if case.kind == "forward":
+            return flat(run(*operands(*arrays)[:4]))
+        d_out, *arrays = arrays
+        scanned = operands(*arrays)[:4]
+        return flat(*jax.vjp(run, *scanned)[1](d_out.reshape(scanned[2].shape)))
+
+    narrow, wide = array(batch, tokens, case.heads * keys), array(batch, tokens, case.heads * values)
+    arrays = [narrow, narrow, wide, narrow] + (
+        [wide, array(batch, values, dtype=jnp.float32)] if case.gated else []
+    )
+    function = forward
+    if case.implementation == "xla":
+        function, arrays = portable, arrays if case.kind == "forward" else [wide, *arrays]
+        step.append(None)
+    elif case.kind == "backward":
+        states = array(batch, -(-tokens // 64), values, case.heads * keys)
+        function, arrays = backward, [states, wide, *arrays]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        formats = jax.tree.map(row_major, jax.eval_shape(function, *arrays))
+        compiled = jax.jit(function, out_shardings=formats).lower(*arrays).compile()
+    return compiled, step[-1]
+
+
+def step_bundles(text: str, trips: tuple[int, int]) -> tuple[list[int], int]:
+    """Of a final schedule: what a step runs in the middle of the grid, and the length of its any-decay path.
+
+    The first is a list of bundles, the second their number; the any-decay path has a loop over chunks, and in
+    it loops over levels, of so many `trips`.
+    """
+    weights = {1: 1, 2: trips[0], 3: trips[0] * trips[1]}
+    lines = [line for line in text.splitlines() if re.match(r"\s*0x|\s+0 ", line)]
+    depth = [_depth(line) for line in lines]
+    skips = []
+    for index, line in enumerate(lines):
+        branch = re.search(r"sbr\.rel \(.*?\) target = \$region(\d+)", line)
+        if branch and depth[index] == 1:
+            ends = [i for i in _landings(lines, branch.group(1)) if i > index]
+            if ends:
+                skips.append((index, ends[0]))
+    # The widest branch goes around a whole step, in the pipeline's last turn. What the others go around is
+    # not run in the middle of the grid: what belongs to the first step, to the last step, to any decay.
+    body = max(skips, key=lambda s: s[1] - s[0], default=None)
+    inner = [s for s in skips if s != body]
+    fast, safe = [], 0
+    for index in range(len(lines)):
+        inside = [s for s in inner if s[0] + 3 < index < s[1]]
+        if depth[index] == 0:
+            continue
+        if not inside:
+            fast.append(index)
+        elif any(d > 1 for d in depth[inside[0][0] : inside[0][1]]):
+            safe += weights[min(depth[index], 3)]
+    return fast, safe
+
+
+def _landings(lines: list[str], region: str) -> list[int]:
+    return [i for i, line in enumerate(lines) if re.search(rf"Start/End empty region {region}\b", line)]
+
+
+def _depth(line: str) -> int:
+    mark = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*(>*)", line)
+    return len(mark.group(1)) if mark else 0
+
+
+def busy_units(text: str, bundles: list[int]) -> dict[str, float]:
+    """Of every unit, the share of `bundles` in which it is busy; of spills and fills, their number."""
+    head, body = text.split("== UTILIZATION:")
+    names = [name.strip() for name in head.splitlines()[1].split(",")]
+    capacity = [int(x) for x in head.splitlines()[2].split()]
+    rows = [[int(x) for x in line.split()] for line in body.strip().splitlines()]
+    used = [sum(rows[i][column] for i in bundles if i < len(rows)) for column in range(len(names))]
+    return {
+        name: used[c] if ":" in name else used[c] / (capacity[c] * len(bundles))
+        for c, name in enumerate(names)
+    }
+
+
+def hbm_bytes(text: str) -> int:
+    """Bytes that an optimised module reads and writes, paddings of tiles and turns of loops included."""
+    computations = {}
+    for block in re.split(r"\n(?=ENTRY|%)", text):
+        name = re.match(r"(?:ENTRY )?(%[\w.-]+)", block)
+        if name:
+            lines = (
+                re.match(r"\s+(?:ROOT )?(%\S+) = (.*?) ([a-z][\w-]*)\((.*)", x) for x in block.splitlines()
+            )
+            computations[name.group(1)] = [line.groups() for line in lines if line]
+    entry = re.search(r"\nENTRY (%[\w.-]+)", text).group(1)
+    return _computation_bytes(computations, entry)
+
+
+FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "copy-done", "after-all", "iota"}
+
+
+def _computation_bytes(computations: dict[str, list[tuple[str, ...]]], name: str) -> int:
+    sizes, total = {}, 0
+    for result, shape, op, rest in computations[name]:
+        sizes[result] = _shape_bytes(shape)
+        called = re.search(r"(?:calls|body)=(%[\w.-]+)", rest)
+        read = [sizes.get(x, 0) for x in re.findall(r"%[\w.-]+", rest.split("), ")[0])]
+        if op == "while":
+            condition = computations[re.search(r"condition=(%[\w.-]+)", rest).group(1)]
+            trips = max(
+                int(r.split(")")[0]) for _, s, o, r in condition if o == "constant" and s.startswith("s32")
+            )
+            total += trips * _computation_bytes(computations, called.group(1))
+        elif op == "fusion":
+            total += _fusion_bytes(computations[called.group(1)], read, sizes[result])
+        elif op == "dynamic-update-slice":
+            total += 2 * read[1]
+        elif op == "dynamic-slice":
+            total += 2 * sizes[result]
+        elif op not in FREE:
+            total += sizes[result] + sum(read)
+    return total
+
+
+def _fusion_bytes(body: list[tuple[str, ...]], read: list[int], written: int) -> int:
+    """Of an operand that is only sliced, and of a result that is only updated, the part counts."""
+    sizes = {result: _shape_bytes(shape) for result, shape, _, _ in body}
+    total = written
+    for result, _, op, rest in body:
+        if op == "parameter":
+            users = [
+                (o, r, size) for n, _, o, r in body for size in [sizes[n]] if re.search(rf"{result}\b", r)
+            ]
+            whole = read[int(rest.split(")")[0])]
+            if users and all(o == "dynamic-slice" for o, _, _ in users):
+                whole = sum(size for *_, size in users)
+            elif users and all(o == "dynamic-update-slice" and r.startswith(result) for o, r, _ in users):
+                update = sum(sizes.get(re.findall(r"%[\w.-]+", r)[1], 0) for _, r, _ in users)
+                whole, total = 0, total - written + update
+            total += whole
+    return total
+
+
+def _shape_bytes(shape: str) -> int:
+    return sum(map(_padded_bytes, re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shape)))
+
+
+def _padded_bytes(shape: str) -> int:
+    dtype, dims, layout = re.match(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape).groups()
+    if layout and "S(1)" in layout:
+        return 0
+    bits = int((re.search(r"\d+", dtype) or [8])[0])
+    dims = [int(x) for x in dims.split(",") if x]
+    if dims and layout and ":T(" in layout:
+        order = [int(x) for x in layout.split(":")[0].split(",")]
+        dims = [dims[axis] for axis in reversed(order)]
+        tile = [int(x) for x in re.search(r"T\(([\d,]+)\)", layout).group(1).split(",")]
+        for axis, size in zip(range(-len(tile), 0), tile, strict=True):
+            if -axis <= len(dims):
+                dims[axis] = -(-dims[axis] // size) * size
+    count = 1
+    for n in dims:
+        count *= n
+    return count * bits // 8
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+    main()

@@ -1,0 +1,266 @@
+"""The TPU kernel's backward pass over the chunks of one grid step, last chunk first.
+
+In the terms of `mosaic_forward`, with D the gradient of the state that leaves, D~ = exp(L - M) D and
+dA = mask(dO v^T):
+
+    dv  = A^T dO + k~ D~^T,   dq~ = dA k~ + dO S~,   dk~ = dA^T q~ + v D~
+    D  <- exp(M) (D~ + dO^T q~)
+
+The decay of token t takes part in all that t and later tokens read of what was before t. At the chunk's start
+that is sum_v S~ (D~ + dO^T q~); every token then adds the key it brings and takes away what only its query
+read: dg_t = that sum - sum_{s < t} (q~ dq~ - k~ dk~)_s. All of it is formed of the same rounded numbers, so
+that no error grows along the sequence.
+
+The bisection for any decay differentiates the sums of each level instead, and subtracts nothing.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from pallas_gla import mosaic_forward as fwd
+from pallas_gla import mosaic_tiles as tiles
+from pallas_gla.mosaic_tiles import Group, Tiling
+from pallas_gla.scan import Gating
+
+
+def kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | None) -> None:
+    """Runs one grid step, (batch, heads, chunks); `refs` are named as in `mosaic_launch`."""
+    step = pl.program_id(2)
+    state_ref, weight_ref = refs["state"], refs.get("d_norm_weight")
+    before, after = step & 1, (step + 1) & 1
+
+    @pl.when(step == 0)
+    def _() -> None:
+        state_ref[0] = refs["d_final_state"][...]
+        if gating is not None:
+            weight_ref[...] = jnp.zeros(weight_ref.shape, jnp.float32)
+
+    d_states = {group: state_ref[before, :, group.keys] for group in tiling.groups}
+    spans = []
+    d_weights = dict.fromkeys(tiling.groups, 0.0)
+    i, j = tiling.positions()
+    sum_to, sum_before = j <= i, j < i
+    causal, anticausal = {}, {}
+    for group in tiling.groups:
+        row, lane = tiling.positions(group.heads)
+        causal[group.heads], anticausal[group.heads] = lane <= row, lane >= row
+
+    def stages(chunk: int, group: Group) -> Iterator[None]:
+        heads = group.heads
+        g = fwd.decay(refs, tiling, chunk, group, gating)
+        total = tiling.sums(sum_to, g, fwd.unit(gating))
+        yield
+        q, k, leave, enter, span = fwd.factorised(refs, tiling, chunk, group, total, scale)
+        spans.append(span)
+        v, d_o = (refs[name].load(chunk, group.values) for name in ("v", "d_o"))
+        entered = (refs["states"][chunk, :, group.keys].astype(jnp.float32) * enter).astype(tiling.dtype)
+        yield
+        key_stack, query_stack = tiles.stack_heads(k, heads), tiles.stack_heads(q, heads)
+        if gating is not None:
+            scores = tiles.keep(causal[heads], tiling.dot(q, key_stack, "nt"))
+            o = fwd.attend(tiling, group, scores, v) + fwd.read_state(tiling, group, q, entered)
+            yield
+            d_o, d_weight = _through_norm(refs, tiling, chunk, group, o, d_o, gating)
+            d_weights[group] += d_weight
+            yield
+        scores_t = tiling.dot(k, query_stack, "nt")
+        d_scores, d_scores_t = _pair_products(tiling, group, d_o, v), _pair_products(tiling, group, v, d_o)
+        from_queries = tiles.fold_heads(tiling.dot(d_o, q, "tn"), heads)
+        yield
+        scores_t, d_scores_t = (tiles.keep(anticausal[heads], x) for x in (scores_t, d_scores_t))
+        d_scores = tiles.keep(causal[heads], d_scores)
+        left = d_states[group] * leave
+        both = left + from_queries
+        d_states[group] = both * enter
+        d_v = fwd.attend(tiling, group, scores_t, d_o) + fwd.read_state(tiling, group, k, left)
+        refs["d_v"].store(chunk, group.values, d_v)
+        d_q = tiling.dot(d_scores, key_stack) + _write_state(tiling, group, d_o, entered)
+        d_k = tiling.dot(d_scores_t, query_stack) + _write_state(tiling, group, v, left)
+        yield
+        through = jnp.sum(entered.astype(jnp.float32) * both, axis=0, keepdims=True)
+        difference = q.astype(jnp.float32) * d_q - k.astype(jnp.float32) * d_k
+        d_g = through - tiling.sums(sum_before, difference)
+        first, middle, last = (fwd.row(total, r) for r in tiling.scan_rows)
+        refs["d_q"].store(chunk, group.keys, d_q * fwd.query_factor(total, middle, scale))
+        refs["d_k"].store(chunk, group.keys, d_k * jnp.exp2(middle - total))
+        yield
+        _store_decay(refs, chunk, group, d_g, gating)
+
+    tiles.emit_in_stages(stages(chunk, group) for chunk in tiling.visits[::-1] for group in tiling.groups)
+    for group, d_state in d_states.items():
+        state_ref[after, :, group.keys] = d_state
+    bounded = fwd.largest(spans) <= tiles.MAX_SPAN
+
+    if gating is not None:
+
+        @pl.when(bounded)
+        def _() -> None:
+            for group, d_weight in d_weights.items():
+                weight_ref[:, group.values] += d_weight
+
+    # NaN counts as unbounded.
+    @pl.when(jnp.logical_not(bounded))
+    def _() -> None:
+        _bisect_step(refs, tiling, scale, gating, before, after)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _() -> None:
+        refs["d_initial_state"][...] = state_ref[after]
+
+
+def _bisect_step(
+    refs: dict[str, Any],
+    tiling: Tiling,
+    scale: float,
+    gating: Gating | None,
+    before: Int[Array, ""],
+    after: Int[Array, ""],
+) -> None:
+    """The step for any decay; overwrites what the factorised form has written."""
+    state_ref = refs["state"]
+    state_ref[after] = state_ref[before]
+
+    def run(chunk: Int[Array, ""]) -> None:
+        for group in tiling.groups:
+            _bisect_chunk(refs, tiling, chunk, group, scale, gating, after)
+
+    tiles.for_chunks(tiling, run, last_first=True)
+
+
+def _bisect_chunk(
+    refs: dict[str, Any],
+    tiling: Tiling,
+    chunk: Int[Array, ""],
+    group: Group,
+    scale: float,
+    gating: Gating | None,
+    slot: Int[Array, ""],
+) -> None:
+    g = fwd.decay(refs, tiling, chunk, group, gating).astype(jnp.float32)
+    q = refs["q"].load(chunk, group.keys, jnp.float32) * scale
+    k = refs["k"].load(chunk, group.keys, jnp.float32)
+    v, d_o = (refs[name].load(chunk, group.values) for name in ("v", "d_o"))
+    state = refs["states"][chunk, :, group.keys].astype(jnp.float32)
+    d_state = refs["state"][slot, :, group.keys]
+    from_start, to_end = fwd.block_sums(tiling, g, tiles.levels(tiling.chunk), gating)
+    decay = jnp.exp2(fwd.row(from_start, tiling.scan_rows[2]))
+    queries, keys = q * jnp.exp2(from_start), k * jnp.exp2(to_end)
+    scores = fwd.bisected_scores(tiling, group, q, k, g, gating)
+    if gating is not None:
+        o = fwd.attend(tiling, group, scores, v) + fwd.read_state(tiling, group, queries, state)
+        d_o, d_weight = _through_norm(refs, tiling, chunk, group, o, d_o, gating)
+        refs["d_norm_weight"][:, group.values] += d_weight
+    d_v = _gather(tiling, group, scores, d_o) + fwd.read_state(tiling, group, keys, d_state)
+    refs["d_v"].store(chunk, group.values, d_v)
+
+    # What crosses the chunk's ends, then pairs inside it, by their distance.
+    d_queries = _write_state(tiling, group, d_o, state)
+    d_keys = _write_state(tiling, group, v, d_state)
+    d_g = _sum_gradients(tiling, tiles.levels(tiling.chunk), queries * d_queries, keys * d_keys)
+    d_g += jnp.sum(state * d_state, axis=0, keepdims=True) * decay
+    d_scores = _pair_products(tiling, group, d_o, v)
+    i, j = tiling.positions(group.heads)
+    diagonal = tiles.keep(i == j, d_scores)
+    d_q = d_queries * jnp.exp2(from_start) + tiling.dot(diagonal, tiles.stack_heads(k, group.heads))
+    d_k = d_keys * jnp.exp2(to_end) + tiles.fold_heads(tiling.dot(diagonal, q, "tn"), group.heads)
+
+    def add(level: Int[Array, ""], sums: tuple[Float[Array, "c w"], ...]) -> tuple[Float[Array, "c w"], ...]:
+        d_q, d_k, d_g = sums
+        from_start, to_end = (jnp.exp2(x) for x in fwd.block_sums(tiling, g, level, gating))
+        queries, keys = q * from_start, k * to_end
+        pairs = tiles.keep(tiles.pair_masks(i, j, level), d_scores)
+        d_queries = tiling.dot(pairs, tiles.stack_heads(keys, group.heads))
+        d_keys = tiles.fold_heads(tiling.dot(pairs, queries, "tn"), group.heads)
+        d_g += _sum_gradients(tiling, level, queries * d_queries, keys * d_keys)
+        return d_q + d_queries * from_start, d_k + d_keys * to_end, d_g
+
+    d_q, d_k, d_g = jax.lax.fori_loop(0, tiles.levels(tiling.chunk), add, (d_q, d_k, d_g))
+    refs["d_q"].store(chunk, group.keys, d_q * scale)
+    refs["d_k"].store(chunk, group.keys, d_k)
+    _store_decay(refs, chunk, group, d_g, gating)
+    update = tiles.fold_heads(tiling.dot(d_o, queries, "tn"), group.heads)
+    refs["state"][slot, :, group.keys] = d_state * decay + update
+
+
+def _pair_products(
+    tiling: Tiling, group: Group, x: Float[Array, "c w"], y: Float[Array, "c w"]
+) -> Float[Array, "c n"]:
+    """x y^T of every head, side by side, for tiles of values."""
+    together = fwd.heads_together(tiling, group)
+    parts = []
+    for start in range(0, group.heads, together):
+        heads = min(together, group.heads - start)
+        lanes = slice(start * tiling.value_width, (start + heads) * tiling.value_width)
+        stack = tiles.stack_heads(y[:, lanes].astype(tiling.dtype), heads)
+        parts.append(tiling.dot(x[:, lanes], stack, "nt"))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _write_state(
+    tiling: Tiling, group: Group, x: Float[Array, "c vw"], state: Float[Array, "v w"]
+) -> Float[Array, "c w"]:
+    """Every head's values times its (transposed) state."""
+    return tiling.dot(x, tiles.stack_heads(state.astype(tiling.dtype), group.heads))
+
+
+def _gather(
+    tiling: Tiling, group: Group, scores: Float[Array, "c n"], x: Float[Array, "c vw"]
+) -> Float[Array, "c vw"]:
+    """Every head's transposed scores times its values."""
+    # Blocks [heads * C, heads * V], of which those on the diagonal are wanted.
+    return tiles.fold_heads(tiling.dot(scores, x, "tn"), group.heads)
+
+
+def _sum_gradients(
+    tiling: Tiling,
+    level: Int[Array, ""] | int,
+    from_start: Float[Array, "c w"],
+    to_end: Float[Array, "c w"],
+) -> Float[Array, "c w"]:
+    """The transpose of `block_sums`."""
+    i, j = tiling.positions()
+    to, after = tiles.sum_masks(j, i, level)
+    return tiling.sums(to, from_start) + tiling.sums(after, to_end)
+
+
+def _store_decay(
+    refs: dict[str, Any],
+    chunk: int | Int[Array, ""],
+    group: Group,
+    d_g: Float[Array, "c w"],
+    gating: Gating | None,
+) -> None:
+    """Writes the gradient of the decay, or of its logits."""
+    if gating is not None:
+        logits = refs["g"].load(chunk, group.keys, jnp.float32)
+        d_g *= tiles.sigmoid(-logits) * (1.0 / gating.normalizer)
+    refs["d_g"].store(chunk, group.keys, d_g)
+
+
+def _through_norm(
+    refs: dict[str, Any],
+    tiling: Tiling,
+    chunk: int | Int[Array, ""],
+    group: Group,
+    o: Float[Array, "c w"],
+    d_out: Float[Array, "c w"],
+    gating: Gating,
+) -> tuple[Float[Array, "c w"], Float[Array, "1 w"]]:
+    """The gradients of o, in the dtype of products, and of the norm's weight; writes that of the gate."""
+    z = refs["out_gate"].load(chunk, group.values, jnp.float32)
+    weight = refs["norm_weight"][:, group.values]
+    d_out = d_out.astype(jnp.float32)
+    inverse = fwd.inverse_norm(tiling, group, o, gating)
+    sigmoid = tiles.sigmoid(z)
+    normal, gate = o * inverse, z * sigmoid
+    d_weight = d_out * normal
+    refs["d_out_gate"].store(chunk, group.values, d_weight * weight * (sigmoid + gate * (1.0 - sigmoid)))
+    d_normal = d_out * weight * gate
+    mean = fwd.head_means(tiling, group, d_normal * normal)
+    d_o = inverse * (d_normal - normal * mean)
+    return d_o.astype(tiling.dtype), jnp.sum(d_weight * gate, axis=0, keepdims=True)

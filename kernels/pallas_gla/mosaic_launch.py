@@ -1,0 +1,297 @@
+"""How a scan lies on the TPU: padding, blocks, the grid, and the call of a kernel."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Shaped
+
+from pallas_gla import mosaic_tuning
+from pallas_gla.mosaic_order import LANES, SUBLANES, Columns, Tokens, by_rows, column_chunk
+from pallas_gla.mosaic_tiles import Tiling
+from pallas_gla.scan import STATE_INTERVAL, Operands, Scan
+from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
+
+# A reset of the state, in nats, and a logit without decay.
+RESET, NO_DECAY_LOGIT = -1e4, 1e4
+# What a kernel reads and writes, by the form of its array.
+FORMS = {
+    "keys": ("q", "k", "g", "d_q", "d_k", "d_g"),
+    "values": ("v", "out_gate", "o", "d_v", "d_out_gate", "d_o"),
+    "state": ("initial_state", "final_state", "d_initial_state", "d_final_state"),
+    "states": ("states",),
+    "weight": ("norm_weight", "d_norm_weight"),
+}
+TOKENS = ("keys", "values")
+FORM = {name: form for form, names in FORMS.items() for name in names}
+
+
+def chip_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which the chip takes an operand."""
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
+
+
+def starts_of_segments(operands: Operands, scan: Scan) -> Bool[Array, "b t"]:
+    """Tokens, in raster order, before which the state is zeroed."""
+    ids = to_scan_order(operands.segment_ids, scan.grid, scan.direction)
+    return to_raster_order(segment_starts(ids), scan.grid, scan.direction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel's call: `shape` is the scan's (B, T, H, K, V), the grid is (B, head_blocks, steps).
+
+    A step takes `columns` whole columns of the image. That is 0 for a scan along rows, and for one along
+    columns that do not fit the tiles: those tokens are copied into the order of the scan.
+    """
+
+    scan: Scan
+    shape: tuple[int, int, int, int, int]
+    dtype: jnp.dtype
+    tiling: Tiling
+    steps: int
+    head_blocks: int
+    columns: int
+
+    @classmethod
+    def of(cls, operands: Operands, scan: Scan, chunks: int) -> "Launch":
+        """Chooses padded widths, the chunk, and how many chunks (`chunks` at most) and heads a step takes."""
+        batch, tokens, heads, keys = operands.q.shape
+        values = operands.v.shape[-1]
+        blocks = mosaic_tuning.blocks()
+        key_width = max(32, 1 << (keys - 1).bit_length())
+        chunk = min(scan.chunk_size or blocks.chunk, max(16, 1 << (tokens - 1).bit_length()))
+        most = blocks.column_tokens * 2 // chip_dtype(operands.v.dtype).itemsize
+        columns, chunk = _columns(scan, chunk, chunks, most)
+        if columns:
+            steps = scan.grid[1] // columns
+        else:
+            steps = -(-tokens // (chunk * chunks))
+        head_blocks = -(-heads * key_width // blocks.lanes)
+        if head_blocks > 1:
+            # Blocks of less than the whole width are multiples of 128 lanes.
+            aligned = max(LANES // key_width, 1)
+            heads = -(-heads // (head_blocks * aligned)) * aligned
+        tiling = Tiling(
+            heads=heads,
+            key_width=key_width,
+            value_width=max(64, 1 << (values - 1).bit_length()),
+            values=values,
+            chunk=chunk,
+            chunks=-(-tokens // (chunk * steps)),
+            reverse=scan.reverse,
+            dtype=chip_dtype(operands.v.dtype),
+        )
+        shape = (*operands.q.shape, values)
+        return cls(scan, shape, tiling.dtype, tiling, steps, head_blocks, columns)
+
+    @property
+    def heads(self) -> int:
+        """Heads, with padding."""
+        return self.tiling.heads * self.head_blocks
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a grid step."""
+        return self.tiling.chunk * self.tiling.chunks
+
+    @property
+    def reordered(self) -> bool:
+        """Whether tokens are copied to lie column by column."""
+        return self.scan.by_columns and min(self.scan.grid) > 1 and not self.columns
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """Axes of tokens in an operand: all in one, or the grid."""
+        return self.scan.grid if self.columns else (self.steps * self.rows,)
+
+    def inputs(self, operands: Operands) -> dict[str, Shaped[Array, "..."]]:
+        """The operands as the kernel takes them, by name."""
+        gating, g = self.scan.gating, operands.g
+        if operands.segment_ids is not None:
+            # A state that decays by exp(-1e4) is exactly zero.
+            reset = RESET * (1 if gating is None else gating.normalizer)
+            starts = starts_of_segments(operands, self.scan)[:, :, None, None]
+            g = g.astype(chip_dtype(g.dtype))
+            g = jnp.where(starts, jnp.asarray(reset, g.dtype), g)
+        arrays = {"q": operands.q, "k": operands.k, "v": operands.v, "out_gate": operands.out_gate}
+        inputs = {name: self.pack(name, x) for name, x in arrays.items() if x is not None}
+        inputs["g"] = self.pack("g", g, fill=0.0 if gating is None else NO_DECAY_LOGIT)
+        if gating is not None:
+            weight = operands.norm_weight.astype(jnp.float32)
+            weight = _pad(weight[:, None], (1, self.tiling.value_width))
+            inputs["norm_weight"] = jnp.tile(weight, (1, 1, self.heads))
+        if operands.initial_state is not None:
+            inputs["initial_state"] = self.pack_state(operands.initial_state.astype(jnp.float32))
+        return inputs
+
+    def pack(self, name: str, x: Float[Array, "b t h w"], fill: float = 0.0) -> Float[Array, "b *s lanes"]:
+        """Heads side by side, tokens in the order in which the kernel counts them, with padding."""
+        if self.reordered:
+            x = to_scan_order(x, self.scan.grid, "column")
+        width = self.tiling.key_width if FORM[name] == "keys" else self.tiling.value_width
+        x = _pad(x.astype(chip_dtype(x.dtype)), (self.steps * self.rows, self.heads, width), fill)
+        return x.reshape(x.shape[0], *self._order, -1)
+
+    def unpack(self, x: Float[Array, "b *s lanes"], like: Float[Array, "b t h w"]) -> Float[Array, "b t h w"]:
+        """The inverse of `pack`, in the shape and the dtype of `like`."""
+        _, tokens, heads, width = like.shape
+        x = x.reshape(x.shape[0], self.steps * self.rows, self.heads, -1)[:, :tokens, :heads, :width]
+        if self.reordered:
+            x = to_raster_order(x, self.scan.grid, "column")
+        return x.astype(like.dtype)
+
+    def pack_state(self, x: Float[Array, "b h k v"]) -> Float[Array, "b height lanes"]:
+        """A state, transposed, heads side by side, with padding."""
+        x = _pad(x, (self.heads, self.tiling.key_width, self.tiling.value_width))
+        return x.transpose(0, 3, 1, 2).reshape(x.shape[0], x.shape[3], -1)
+
+    def unpack_state(self, x: Float[Array, "b height lanes"]) -> Float[Array, "b h k v"]:
+        """The inverse of `pack_state`."""
+        _, _, heads, keys, values = self.shape
+        x = x.reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 3, 1)
+        return x[:, :heads, :keys, :values]
+
+    def trim_states(self, x: Float[Array, "b n height lanes"], slots: int) -> Float[Array, "b m v hk"]:
+        """Saved states without padding, [B, slots, V, H * K]."""
+        _, _, heads, keys, values = self.shape
+        x = x.reshape(*x.shape[:3], self.heads, -1)[:, :slots, :values, :heads, :keys]
+        return x.reshape(*x.shape[:3], -1)
+
+    def pad_states(self, x: Float[Array, "b m v hk"]) -> Float[Array, "b n height lanes"]:
+        """The inverse of `trim_states`; chunks of padding, which were not saved, get zeros."""
+        x = x.reshape(*x.shape[:3], self.shape[2], -1)
+        slots = max(x.shape[1], self.steps * self.tiling.chunks)
+        x = _pad(x, (slots, self.tiling.value_width, self.heads, self.tiling.key_width))
+        return x.reshape(*x.shape[:3], -1)
+
+    def run(
+        self,
+        name: str,
+        body: Callable[..., None],
+        inputs: dict[str, Shaped[Array, "..."]],
+        results: dict[str, jnp.dtype],
+        slots: int,
+        backward: bool = False,
+    ) -> dict[str, Shaped[Array, "..."]]:
+        """Calls the kernel; `results` gives the dtype of each result, `slots` the number of saved states."""
+        grid = (self.shape[0], self.head_blocks, self.steps)
+        results = {key: self._result(key, dtype, slots) for key, dtype in results.items()}
+        last_first = self.scan.reverse != backward
+        specs = {key: self._spec(FORM[key], last_first) for key in (*inputs, *results)}
+        state = (2, self.tiling.value_width, self.tiling.heads * self.tiling.key_width)
+
+        tokens = [key for key in specs if FORM[key] in TOKENS]
+        moved = tokens if self.columns else []
+        dtypes = {key: x.dtype for key, x in (*inputs.items(), *results.items())}
+        scratch = [pltpu.VMEM(state, jnp.float32)]
+        for key in moved:
+            width = specs[key].block_shape[-1]
+            shape, dtype = (self.rows, width), dtypes[key]
+            if key in inputs:
+                shape, dtype = Columns.words_of(self.scan.grid[0], self.columns, width, dtype)
+            scratch.append(pltpu.VMEM(shape, dtype))
+
+        def kernel(*refs: Any) -> None:
+            blocks = dict(zip((*specs, "state"), refs[: len(specs) + 1], strict=True))
+            in_order = dict(zip(moved, refs[len(specs) + 1 :], strict=True))
+            views = {key: Tokens((blocks | in_order)[key], self.tiling.chunk) for key in tokens}
+            for key in moved:
+                if key in inputs:
+                    shape = (self.tiling.chunk, self.scan.grid[0], self.columns, dtypes[key])
+                    views[key] = Columns(in_order[key], *shape)
+                    views[key].fill(blocks[key])
+            body(blocks | views, self.tiling)
+            for key in moved:
+                if key in results:
+                    by_rows(in_order[key], blocks[key])
+
+        call = pl.pallas_call(
+            kernel,
+            grid=grid,
+            in_specs=[specs[key] for key in inputs],
+            out_specs=[specs[key] for key in results],
+            out_shape=list(results.values()),
+            scratch_shapes=scratch,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=mosaic_tuning.blocks().vmem_limit_bytes,
+            ),
+            cost_estimate=self._cost((*inputs.values(), *results.values()), backward),
+            interpret=self.scan.interpret,
+            name=name,
+        )
+        return dict(zip(results, call(*inputs.values()), strict=True))
+
+    def _result(self, name: str, dtype: jnp.dtype, slots: int) -> jax.ShapeDtypeStruct:
+        batch, values = self.shape[0], self.tiling.value_width
+        key_lanes, value_lanes = self.heads * self.tiling.key_width, self.heads * values
+        shape = {
+            "keys": (batch, *self._order, key_lanes),
+            "values": (batch, *self._order, value_lanes),
+            "state": (batch, values, key_lanes),
+            "states": (batch, max(slots, self.steps * self.tiling.chunks), values, key_lanes),
+            "weight": (batch, 1, value_lanes),
+        }[FORM[name]]
+        # Types say nothing of meshes: the program is per shard by now.
+        whole = jax.sharding.ManualAxisType(varying=frozenset())
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=whole)
+
+    def _spec(self, form: str, last_first: bool) -> pl.BlockSpec:
+        keys, values = (self.tiling.heads * w for w in (self.tiling.key_width, self.tiling.value_width))
+        height = self.tiling.value_width
+
+        def step(s: Any) -> Any:
+            return self.steps - 1 - s if last_first else s
+
+        def tokens(width: int) -> pl.BlockSpec:
+            if self.columns:
+                shape = (1, self.scan.grid[0], self.columns, width)
+                return pl.BlockSpec(shape, lambda b, h, s: (b, 0, step(s), h))
+            return pl.BlockSpec((None, self.rows, width), lambda b, h, s: (b, step(s), h))
+
+        return {
+            "keys": tokens(keys),
+            "values": tokens(values),
+            "state": pl.BlockSpec((None, height, keys), lambda b, h, s: (b, 0, h)),
+            "states": pl.BlockSpec(
+                (None, self.tiling.chunks, height, keys), lambda b, h, s: (b, step(s), 0, h)
+            ),
+            "weight": pl.BlockSpec((None, 1, values), lambda b, h, s: (b, 0, h)),
+        }[form]
+
+    def _cost(self, arrays: tuple[Any, ...], backward: bool) -> pl.CostEstimate:
+        _, _, _, keys, values = self.shape
+        chunk = self.tiling.chunk
+        per_token = 4 * keys * values + 2 * chunk * (keys + values)
+        if backward:
+            per_token = 8 * keys * values + chunk * (6 * keys + 4 * values)
+        tokens = math.prod(self.shape[:3])
+        return pl.CostEstimate(
+            flops=tokens * per_token,
+            transcendentals=tokens * 2 * keys,
+            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays),
+        )
+
+
+def _columns(scan: Scan, preferred: int, chunks: int, tokens: int) -> tuple[int, int]:
+    """Columns of a grid step of `tokens` at most, and the chunk; 0 where tokens are taken along rows."""
+    if not scan.by_columns or min(scan.grid) == 1 or scan.grid[0] * SUBLANES > tokens:
+        return 0, preferred
+    # Saved states have no more slots than chunks of 64 need.
+    chunk = column_chunk(scan.grid, preferred, min(scan.chunk_size or STATE_INTERVAL, STATE_INTERVAL))
+    if chunk is None:
+        return 0, preferred
+    wide = 2 * SUBLANES
+    fits = scan.grid[1] % wide == 0 and scan.grid[0] * wide <= min(chunk * chunks, tokens)
+    return (wide if fits else SUBLANES), chunk
+
+
+def _pad(x: Float[Array, "..."], size: tuple[int, ...], fill: float = 0.0) -> Float[Array, "..."]:
+    padding = [(0, 0), *((0, n - m) for n, m in zip(size, x.shape[1:], strict=True))]
+    return jnp.pad(x, padding, constant_values=jnp.asarray(fill, x.dtype)) if x.shape[1:] != size else x

@@ -1,0 +1,206 @@
+"""Arithmetic on one tile of the TPU kernels: a chunk of tokens of a group of heads.
+
+A group is as many heads as fill 128 lanes with keys. Their queries, keys and decays lie side by side in
+[C, heads * K] tiles, their values in [C, heads * V], and their states, transposed, in [V, heads * K], so that
+no lane is idle in elementwise work and a decay per channel is a row. `stack_heads` turns a tile into the
+operand that keeps heads apart in a matrix product.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_gla.mosaic_order import LANES
+
+# Decays are summed in bits, which saves a multiplication at every exponential.
+BITS = 1.4426950408889634
+# Above this decay, in bits from the middle of a chunk to either end, the factorised form is left.
+MAX_SPAN = 58.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Heads that are worked on together, and where they lie along the lanes."""
+
+    heads: int
+    keys: slice
+    values: slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """The static shape of a grid step: `heads` of `key_width` and `value_width`, `chunks` of `chunk` tokens.
+
+    Of `value_width` lanes per head only `values` are not padding. `dtype` is that of the operands of matrix
+    products, bfloat16 or float32.
+    """
+
+    heads: int
+    key_width: int
+    value_width: int
+    values: int
+    chunk: int
+    chunks: int
+    reverse: bool
+    dtype: jnp.dtype
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """Groups of heads; the last one may have fewer."""
+        together = max(LANES // self.key_width, 1)
+        starts = range(0, self.heads, together)
+        return [self._group(start, min(together, self.heads - start)) for start in starts]
+
+    def _group(self, start: int, heads: int) -> Group:
+        keys, values = (slice(start * w, (start + heads) * w) for w in (self.key_width, self.value_width))
+        return Group(heads, keys, values)
+
+    @property
+    def visits(self) -> list[int]:
+        """Chunks of a step in the order of the scan."""
+        return list(range(self.chunks))[:: -1 if self.reverse else 1]
+
+    @property
+    def scan_rows(self) -> tuple[int, int, int]:
+        """Rows of a chunk's first token along the scan, of the last before its middle, and of its last."""
+        rows = (0, self.chunk // 2 - 1, self.chunk - 1)
+        return tuple(self.chunk - 1 - row for row in rows) if self.reverse else rows
+
+    def positions(self, heads: int = 1) -> tuple[Int[Array, "c n"], Int[Array, "c n"]]:
+        """Positions along the scan of a row's token, and of a lane's, in `heads` tiles side by side."""
+        shape = (self.chunk, heads * self.chunk)
+        i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        for _ in range(1, heads):
+            j = jnp.where(j >= self.chunk, j - self.chunk, j)
+        return (self.chunk - 1 - i, self.chunk - 1 - j) if self.reverse else (i, j)
+
+    def dot(
+        self, x: Float[Array, "..."], y: Float[Array, "..."], contract: str = "nn"
+    ) -> Float[Array, "..."]:
+        """Matrix product x y; "nt" transposes y, "tn" transposes x."""
+        axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[contract]
+        return _dot(x.astype(self.dtype), y.astype(self.dtype), axes)
+
+    def sums(
+        self, which: Bool[Array, "c c"], x: Float[Array, "c w"], unit: float = 1.0
+    ) -> Float[Array, "c w"]:
+        """For every row of `which` the sum of the tokens that it marks, times `unit`.
+
+        The marks are exact in bfloat16, and so are the parts into which x is cut: 16 bits of it beside
+        bfloat16 operands, all beside float32.
+        """
+        mark = unit if float(jnp.finfo(jnp.bfloat16).dtype.type(unit)) == unit else 1.0
+        marks = (which.astype(jnp.float32) * mark).astype(self.dtype)
+        if self.dtype == jnp.float32 or x.dtype == jnp.bfloat16:
+            total = _dot(marks, x.astype(self.dtype), (1, 0))
+        else:
+            high = _truncate_to_bfloat16(x)
+            total = sum(_dot(marks, part.astype(jnp.bfloat16), (1, 0)) for part in (high, x - high))
+        return total if mark == unit else total * unit
+
+
+def _dot(x: Float[Array, "..."], y: Float[Array, "..."], axes: tuple[int, int]) -> Float[Array, "..."]:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    contract = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, contract, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _truncate_to_bfloat16(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    # By its bits: a cast to bfloat16 and back may be simplified away.
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _head_of_lane(shape: tuple[int, int], heads: int) -> Int[Array, "r w"]:
+    width = shape[1] // heads
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) >> (width.bit_length() - 1)
+
+
+def keep(where: Bool[Array, "r w"], x: Float[Array, "r w"]) -> Float[Array, "r w"]:
+    """x there and 0 elsewhere."""
+    # Of its own dtype, for a plain 0 is 64 bits wide under jax_enable_x64.
+    return jnp.where(where, x, jnp.zeros((), x.dtype))
+
+
+def stack_heads(x: Float[Array, "r w"], heads: int) -> Float[Array, "rows w"]:
+    """One copy of x per head, below each other, each with the other heads' lanes zeroed."""
+    if heads == 1:
+        return x
+    head = _head_of_lane(x.shape, heads)
+    return jnp.concatenate([keep(head == h, x) for h in range(heads)])
+
+
+def fold_heads(x: Float[Array, "rows w"], heads: int) -> Float[Array, "r w"]:
+    """Of `heads` tiles below each other, takes from each its own head's lanes."""
+    rows = x.shape[0] // heads
+    head = _head_of_lane((rows, x.shape[1]), heads)
+    folded = x[:rows]
+    for h in range(1, heads):
+        folded = jnp.where(head == h, x[h * rows : (h + 1) * rows], folded)
+    return folded
+
+
+def softplus_bits(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log2(1 + exp(x)), which is never below x in bits."""
+    x = x * BITS
+    return jnp.maximum(jnp.log2(1.0 + jnp.exp2(jnp.minimum(x, 126.0))), x)
+
+
+def sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The logistic function, of which the chip has the hyperbolic tangent."""
+    return 0.5 * jnp.tanh(0.5 * x) + 0.5
+
+
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x * sigmoid(x)."""
+    half = 0.5 * x
+    return half * jnp.tanh(half) + half
+
+
+def emit_in_stages(items: Iterable[Iterator[None]]) -> None:
+    """Runs generators one stage apart, the youngest first.
+
+    The compiler keeps much of the order of the program, so that the products of one tile come to stand beside
+    the elementwise work of others.
+    """
+    waiting, active = iter(items), []
+    done = object()
+    while True:
+        item = next(waiting, None)
+        if item is not None:
+            active.insert(0, item)
+        active = [item for item in active if next(item, done) is not done]
+        if item is None and not active:
+            return
+
+
+def levels(chunk: int) -> int:
+    """Number of doublings from 1 token to the chunk."""
+    return (chunk - 1).bit_length()
+
+
+def pair_masks(i: Int[Array, "c n"], j: Int[Array, "c n"], level: Int[Array, ""]) -> Bool[Array, "c n"]:
+    """Pairs (i, j) of neighbouring blocks of 2**level tokens, i in the second and j in the first."""
+    block = i >> level
+    return (block == (j >> level) + 1) & ((block & 1) == 1)
+
+
+def sum_masks(
+    i: Int[Array, "c c"], j: Int[Array, "c c"], level: Int[Array, ""] | int
+) -> tuple[Bool[Array, "c c"], Bool[Array, "c c"]]:
+    """Of the block of 2**level tokens of i: tokens j from its start to i, and those after i to its end."""
+    same = (i >> level) == (j >> level)
+    return same & (j <= i), same & (j > i)
+
+
+def for_chunks(tiling: Tiling, body: Callable[[Int[Array, ""]], None], last_first: bool = False) -> None:
+    """Runs `body(chunk)` over the chunks of a step along the scan, or against it, in a loop."""
+
+    @pl.loop(0, tiling.chunks)
+    def _(n: Int[Array, ""]) -> None:
+        body(tiling.chunks - 1 - n if tiling.reverse != last_first else n)

@@ -1,0 +1,188 @@
+"""GLA for NVIDIA GPUs from sm_80 up, as Pallas (Triton) kernels.
+
+Operands go in as they are, [B, T, H, K] and [B, T, H, V], in whatever direction: a program computes where
+its tokens are. One launch runs forward and one backward (a gated scan: two); where batch and heads give too
+few programs for the chip, a long scan is split along T and takes one more of each.
+
+`pallas_triton_forward` and `pallas_triton_backward` are the kernels, `pallas_triton_tiles` what they share,
+`tuning` the block sizes, `triton_call` the way to Triton.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Shaped
+
+from pallas_gla import triton_call, tuning
+from pallas_gla.pallas_triton_backward import backward_kernel, backward_parts_kernel, ungate_kernel
+from pallas_gla.pallas_triton_forward import forward_kernel, parts_kernel
+from pallas_gla.pallas_triton_tiles import Tiling
+from pallas_gla.scan import STATE_INTERVAL, Operands, Scan, saved_shape
+from pallas_gla.scan_order import segment_starts, to_scan_order
+
+WIDTHS = (16, 128)
+DTYPES = ("bfloat16", "float16", "float32")
+# The least that tensor cores take.
+SHORTEST_CHUNK = 16
+# Shape and dtype of what a launch writes.
+Result = tuple[tuple[int, ...], Any]
+
+
+def unsupported(operands: Operands, scan: Scan) -> str | None:
+    """Says why these kernels cannot run a scan, in one line; None if they can."""
+    if not triton_call.available:
+        return f"jax {jax.__version__} has no Pallas Triton, accepted is a jax that has"
+    for name, x in (("K", operands.q), ("V", operands.v)):
+        if not WIDTHS[0] <= x.shape[-1] <= WIDTHS[1]:
+            return f"{name} must be from {WIDTHS[0]} to {WIDTHS[1]}, got {x.shape[-1]}"
+    if str(operands.v.dtype) not in DTYPES:
+        return f"v must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {operands.v.dtype}"
+    size = scan.chunk_size
+    if size is not None and (size < SHORTEST_CHUNK or size & (size - 1)):
+        return f"chunk_size must be None or a power of two from {SHORTEST_CHUNK}, got {size}"
+    rows = math.prod(operands.v.shape[:3]) * operands.v.shape[3]
+    if rows >= 2**31:
+        return f"B * T * H * V must be below 2**31, got {rows}"
+    return None
+
+
+def forward(
+    operands: Operands, scan: Scan, *, save: bool
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
+    """The contract of `pallas_gla.backends`."""
+    tiling, arrays = _prepare(operands, scan)
+    if tiling.parts > 1:
+        inputs = {name: arrays[name] for name in ("k", "v", "g", "runs") if name in arrays}
+        arrays |= _launch(parts_kernel, tiling, inputs, _part_results(tiling))
+    results = {"o": _like(arrays["v"]), "final_state": _end_state(tiling)}
+    states, dtype = saved_shape(operands, scan)
+    if save:
+        results["states"] = ((math.prod(states[:3]), states[3]), dtype)
+    results = _launch(forward_kernel, tiling, arrays, results)
+    final_state = results["final_state"].reshape(tiling.batch, tiling.heads, tiling.keys, tiling.values)
+    return (
+        results["o"].reshape(operands.v.shape),
+        final_state,
+        results["states"].reshape(states) if save else None,
+    )
+
+
+def backward(
+    operands: Operands,
+    states: Float[Array, "b n v hk"],
+    d_out: Float[Array, "b t h v"],
+    d_final_state: Float[Array, "b h k v"],
+    scan: Scan,
+) -> Operands:
+    """The contract of `pallas_gla.backends`."""
+    tiling, arrays = _prepare(operands, scan)
+    arrays.pop("initial_state", None)
+    arrays["states"] = states.reshape(-1, states.shape[3])
+    gradients = {}
+    if scan.gating is None:
+        arrays["d_o"] = _flat(d_out)
+    else:
+        # Not in float16, which a gradient may overflow.
+        d_o = (arrays["v"].shape, states.dtype)
+        results = {"d_o": d_o, "d_out_gate": _like(arrays["out_gate"])}
+        by_chunk = dataclasses.replace(tiling, parts=tiling.chunks)
+        results["d_norm_weight"] = ((by_chunk.programs, tiling.values), jnp.float32)
+        gradients = _launch(ungate_kernel, by_chunk, arrays | {"d_out": _flat(d_out)}, results)
+        d_weight = gradients["d_norm_weight"].reshape(tiling.batch, -1, tiling.values).sum(axis=1)
+        gradients["d_norm_weight"] = d_weight.astype(operands.norm_weight.dtype)
+        arrays["d_o"] = gradients.pop("d_o")
+        del arrays["out_gate"], arrays["norm_weight"]
+    arrays["d_final_state"] = _flat(d_final_state)
+    if tiling.parts > 1:
+        arrays |= _launch(backward_parts_kernel, tiling, arrays, _part_results(tiling))
+    results = {f"d_{name}": _like(arrays[name]) for name in ("q", "k", "v", "g")}
+    if operands.initial_state is not None:
+        results["d_initial_state"] = _end_state(tiling)
+    gradients |= _launch(backward_kernel, tiling, arrays, results)
+    gradients = {name.removeprefix("d_"): x for name, x in gradients.items()}
+    return Operands(**{name: x.reshape(getattr(operands, name).shape) for name, x in gradients.items()})
+
+
+def _prepare(operands: Operands, scan: Scan) -> tuple[Tiling, dict[str, Shaped[Array, "..."]]]:
+    """How programs share the scan, and the arrays that they read, by name."""
+    batch, tokens, heads, keys = operands.q.shape
+    chunk = min(scan.chunk_size or STATE_INTERVAL, STATE_INTERVAL)
+    chunk = min(chunk, max(SHORTEST_CHUNK, 1 << (tokens - 1).bit_length()))
+    device = tuning.gpu(None if scan.interpret else triton_call.device_kind())
+    tiling = Tiling(
+        scan=scan,
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        keys=keys,
+        values=operands.v.shape[3],
+        chunk=chunk,
+        parts=device.parts(batch * heads, -(-tokens // chunk)),
+        dtype=operands.v.dtype,
+        segmented=operands.segment_ids is not None,
+    )
+    whole = ("norm_weight", "segment_ids")
+    arrays = {name: _flat(x) for name, x in operands._asdict().items() if x is not None and name not in whole}
+    if operands.norm_weight is not None:
+        arrays["norm_weight"] = operands.norm_weight
+    if operands.segment_ids is not None:
+        starts = segment_starts(to_scan_order(operands.segment_ids, scan.grid, scan.direction))
+        arrays["runs"] = jnp.cumsum(starts, axis=1, dtype=jnp.int32).reshape(-1)
+    return tiling, arrays
+
+
+def _flat(x: Float[Array, "... n"]) -> Float[Array, "m n"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _like(x: Float[Array, "m n"]) -> Result:
+    return x.shape, x.dtype
+
+
+def _end_state(tiling: Tiling) -> Result:
+    return (tiling.batch * tiling.heads * tiling.keys, tiling.values), jnp.float32
+
+
+def _part_results(tiling: Tiling) -> dict[str, Result]:
+    return {
+        "local_state": ((tiling.programs * tiling.values, tiling.keys), jnp.float32),
+        "local_decay": ((tiling.programs, tiling.keys), jnp.float32),
+    }
+
+
+def _launch(
+    kernel: Callable[[Tiling, tuple[str, ...]], Callable[..., None]],
+    tiling: Tiling,
+    arrays: dict[str, Shaped[Array, "..."]],
+    results: dict[str, Result],
+) -> dict[str, Shaped[Array, "..."]]:
+    """Runs a kernel; returns its results by name."""
+    device = tuning.gpu(None if tiling.scan.interpret else triton_call.device_kind())
+    # Products of a token with a state, and with half the tokens of its chunk.
+    states, pairs = (5, 6) if "states" in arrays else (2, 2)
+    flops = (
+        2 * states * tiling.keys * tiling.values + pairs * tiling.chunk * (tiling.keys + tiling.values) // 2
+    )
+    tokens = tiling.batch * tiling.tokens * tiling.heads
+    sizes = [(x.shape, x.dtype) for x in arrays.values()] + list(results.values())
+    cost = pl.CostEstimate(
+        flops=tokens * flops,
+        transcendentals=2 * tokens * tiling.keys,
+        bytes_accessed=sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in sizes),
+    )
+    outputs = triton_call.call(
+        kernel(tiling, (*arrays, *results)),
+        list(arrays.values()),
+        list(results.values()),
+        programs=tiling.programs,
+        warps=device.num_warps(tiling.key_width * tiling.value_width),
+        stages=device.stages,
+        cost=cost,
+        interpret=tiling.scan.interpret,
+    )
+    return dict(zip(results, outputs, strict=True))

@@ -1,0 +1,263 @@
+"""The backward kernels on GPUs.
+
+A program follows one head from its last chunk to its first, with the gradient D of the transposed state in
+registers and the states that entered the chunks read from memory. With q~, k~, S~ and the middle m of
+`pallas_triton_forward`, A = tril(q~ k~^T), P = tril(dO v^T) and D~ = D exp(G_last - m):
+
+    dv = A^T dO + k~ D~      dq = (P k~ + dO S~) scale exp(G - m)      dk = (P^T q~ + v D~) exp(m - G)
+    dS = (D~ + dO^T q~) exp(m)      dg_t = sum_{s >= t} (q dq - k dk)_s + sum_v D S'
+
+The last sum, of the state after the chunk, is sum_v D~ S~ + sum_t k~ (v D~) and takes no product of its own.
+Taken per chunk, and with q~ and k~ as rounded for the products, the terms of dg cancel as they should.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_gla.pallas_triton_tiles import (
+    Decay,
+    Program,
+    Runs,
+    Tiling,
+    causal,
+    chunk_decay,
+    iota,
+    next_state,
+    only,
+    pick,
+    token_count,
+    token_decay,
+)
+
+State = Float[Array, "v k"]
+
+
+def backward_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
+    """The kernel of these operands and results; in a split scan it starts from what the first pass left."""
+
+    def gla_backward(*refs: Any) -> None:
+        program = Program.current(tiling, dict(zip(names, refs, strict=True)))
+        d_state = _last_gradient(program)
+        d_state = program.loop(lambda i, d_state: _chunk(program, i, d_state), d_state, backward=True)
+        if "d_initial_state" in names:
+            program.store_end_state("d_initial_state", d_state, 0)
+
+    return gla_backward
+
+
+def backward_parts_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
+    """The first pass over a split scan: the gradient of the state that enters a part, made of zero."""
+
+    def gla_backward_parts(*refs: Any) -> None:
+        program = Program.current(tiling, dict(zip(names, refs, strict=True)))
+
+        def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
+            d_state, decay = carry
+            decay += jnp.sum(chunk_decay(program, program.positions(chunk)), axis=0)
+            return _chunk(program, chunk, d_state), decay
+
+        carry = (program.zero_state(), jnp.zeros((tiling.key_width,), jnp.float32))
+        program.store_part(*program.loop(step, carry, backward=True))
+
+    return gla_backward_parts
+
+
+def ungate_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
+    """The first launch of a gated scan, with a program for every chunk: the gradient of o, from "d_out".
+
+    Inside `backward_kernel` the tiles of o, of the gate and of their gradients would not fit the registers.
+    """
+
+    def gla_ungate(*refs: Any) -> None:
+        program = Program.current(tiling, dict(zip(names, refs, strict=True)))
+        positions = program.positions(program.part)
+        decay = Decay.of(chunk_decay(program, positions))
+        here = _Chunk(program, program.part, positions, decay)
+        lax.cond(decay.bounded, here.ungate, here.ungate_safe)
+
+    return gla_ungate
+
+
+def _last_gradient(program: Program) -> State:
+    """The gradient of the state that leaves a program's part."""
+    d_state = program.load_state("d_final_state", program.end_state())
+    last = program.tiling.parts - 1
+    if last == 0:
+        return d_state
+    return lax.fori_loop(
+        jnp.int32(0), last - program.part, lambda i, d_state: program.through_part(last - i, d_state), d_state
+    )
+
+
+def _chunk(program: Program, chunk: Int[Array, ""], d_state: State) -> State:
+    """Takes a chunk, stores its gradients if the launch has them, and returns the carry before it."""
+    positions = program.positions(chunk)
+    decay = Decay.of(chunk_decay(program, positions))
+    here = _Chunk(program, chunk, positions, decay)
+    return lax.cond(decay.bounded, here.fast, here.safe, d_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """A chunk; its tiles are loaded where they are used, because waiting ones would take registers."""
+
+    program: Program
+    chunk: Int[Array, ""]
+    positions: Int[Array, " c"]
+    decay: Decay
+
+    @property
+    def with_gradients(self) -> bool:
+        """Whether the launch wants more than the gradient of the state."""
+        return "d_q" in self.program.refs
+
+    def state(self) -> State:
+        """The state that enters the chunk."""
+        state = self.program.load_state("states", self.program.chunk_state(self.chunk))
+        return state.astype(jnp.float32)
+
+    def decayed(self) -> tuple[Float[Array, "c k"], Float[Array, "c k"], State]:
+        """q~ and k~, as rounded for the products, and S~."""
+        operand, decay = self.program.tiling.operand, self.decay
+        q, k = self.program.load("q", self.positions), self.program.load("k", self.positions)
+        q_factor = jnp.exp2(decay.total - decay.middle) * self.program.tiling.scan.scale
+        k_factor = jnp.exp2(decay.middle - decay.total)
+        q_tilde = operand(q.astype(jnp.float32) * q_factor)
+        k_tilde = operand(k.astype(jnp.float32) * k_factor)
+        return q_tilde, k_tilde, self.state() * jnp.exp2(decay.middle)[None, :]
+
+    def ungate(self) -> None:
+        """Computes o again; stores the gradients of o, of the gate and of norm_weight."""
+        program, tiling = self.program, self.program.tiling
+        runs = Runs.of(program, self.chunk)
+        q_tilde, k_tilde, state = self.decayed()
+        scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), runs)
+        v = program.load("v", self.positions)
+        o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, runs and runs.first), state, (1, 1))
+        gate, d_out = program.load("out_gate", self.positions), program.load("d_out", self.positions)
+        d_o, d_gate, d_weight = gated_gradients(program, o, gate, d_out)
+        program.store("d_o", self.positions, d_o)
+        program.store("d_out_gate", self.positions, d_gate)
+        program.store_line("d_norm_weight", program.number(program.part), d_weight)
+
+    def ungate_safe(self) -> None:
+        """`ungate` token by token."""
+        program, tiling = self.program, self.program.tiling
+        start = self.chunk * tiling.chunk
+
+        def token(i: Int[Array, ""], carry: tuple) -> tuple:
+            state, d_weight = carry
+            state = next_state(program, start + i, state)
+            o = jnp.sum(state * (program.load_token("q", start + i) * tiling.scan.scale)[None, :], axis=1)
+            gate, d_out = (program.load_token(name, start + i)[None, :] for name in ("out_gate", "d_out"))
+            d_o, d_gate, d_weight_here = gated_gradients(program, o[None, :], gate, d_out)
+            program.store_token("d_o", start + i, d_o[0])
+            program.store_token("d_out_gate", start + i, d_gate[0])
+            return state, d_weight + d_weight_here
+
+        carry = (self.state(), jnp.zeros((tiling.value_width,), jnp.float32))
+        _, d_weight = lax.fori_loop(jnp.int32(0), token_count(program, self.chunk), token, carry)
+        program.store_line("d_norm_weight", program.number(program.part), d_weight)
+
+    def fast(self, d_state: State) -> State:
+        """The gradients where the decay is bounded."""
+        program, positions, decay = self.program, self.positions, self.decay
+        tiling = program.tiling
+        runs = Runs.of(program, self.chunk)
+        first, last = (None, None) if runs is None else (runs.first, runs.last)
+        q_tilde, k_tilde, state = self.decayed()
+        v, d_o = program.load("v", positions), program.load("d_o", positions)
+        d_state *= jnp.exp2(decay.last - decay.middle)[None, :]
+        if self.with_gradients:
+            scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), runs)
+            d_v = tiling.dot(scores, d_o, (0, 0)) + tiling.dot(only(k_tilde, last), d_state, (1, 1))
+            program.store("d_v", positions, d_v)
+            d_scores = causal(tiling.dot(d_o, v, (1, 1)), runs)
+            d_q = tiling.dot(d_scores, k_tilde) + only(tiling.dot(d_o, state), first)
+            program.store("d_q", positions, d_q * (jnp.exp2(decay.total - decay.middle) * tiling.scan.scale))
+            terms = q_tilde.astype(jnp.float32) * d_q
+            d_k = only(tiling.dot(v, d_state), last)
+            through = state * d_state if runs is None else jnp.where(runs.passes, state * d_state, 0.0)
+            k_float = k_tilde.astype(jnp.float32)
+            constant = jnp.sum(through, axis=0) + jnp.sum(k_float * d_k, axis=0)
+            d_k += tiling.dot(d_scores, q_tilde, (0, 0))
+            program.store("d_k", positions, d_k * jnp.exp2(decay.middle - decay.total))
+            terms -= k_float * d_k
+            d_g = terms - jnp.cumsum(terms, axis=0) + (jnp.sum(terms, axis=0) + constant)[None, :]
+            program.store("d_g", positions, logit_gradients(program, d_g, program.load("g", positions)))
+        if runs is not None:
+            d_state = jnp.where(runs.passes, d_state, 0.0)
+        d_state += tiling.dot(d_o, only(q_tilde, first), (0, 0))
+        return d_state * jnp.exp2(decay.middle)[None, :]
+
+    def safe(self, d_state: State) -> State:
+        """The gradients token by token: forwards that of q, backwards the others."""
+        program, scale = self.program, self.program.tiling.scan.scale
+        start, count = self.chunk * program.tiling.chunk, token_count(program, self.chunk)
+
+        def forwards(i: Int[Array, ""], carry: tuple) -> tuple:
+            state, terms = carry
+            state = next_state(program, start + i, state)
+            d_q = jnp.sum(state * program.load_token("d_o", start + i)[:, None], axis=0) * scale
+            program.store_token("d_q", start + i, d_q)
+            return state, set_row(terms, i, program.load_token("q", start + i) * d_q)
+
+        def backwards(i: Int[Array, ""], carry: tuple) -> tuple:
+            d_state, d_g = carry
+            i = count - 1 - i
+            q, d_o = program.load_token("q", start + i) * scale, program.load_token("d_o", start + i)
+            d_state += d_o[:, None] * q[None, :]
+            if self.with_gradients:
+                k, v = program.load_token("k", start + i), program.load_token("v", start + i)
+                d_k = jnp.sum(d_state * v[:, None], axis=0)
+                program.store_token("d_k", start + i, d_k)
+                program.store_token("d_v", start + i, jnp.sum(d_state * k[None, :], axis=1))
+                d_g += pick(terms, i) - k * d_k
+                g = program.load_token("g", start + i)
+                program.store_token("d_g", start + i, logit_gradients(program, d_g, g))
+            return d_state * token_decay(program, start + i)[None, :], d_g
+
+        terms, d_g = jnp.zeros_like(self.decay.total), jnp.zeros_like(self.decay.middle)
+        if self.with_gradients:
+            carry = (self.state(), terms)
+            state, terms = lax.fori_loop(jnp.int32(0), count, forwards, carry)
+            d_g = jnp.sum(d_state * state, axis=0)
+        return lax.fori_loop(jnp.int32(0), count, backwards, (d_state, d_g))[0]
+
+
+def set_row(tile: Float[Array, "c n"], i: Int[Array, ""], row: Float[Array, " n"]) -> Float[Array, "c n"]:
+    """The tile with another row i."""
+    return jnp.where(iota(tile.shape, 0) == i, row[None, :], tile)
+
+
+def logit_gradients(
+    program: Program, d_g: Float[Array, "*c k"], logits: Float[Array, "*c k"]
+) -> Float[Array, "*c k"]:
+    """The gradients of what the decay is given by: itself or, in a gated scan, its logits."""
+    tiling = program.tiling
+    if tiling.scan.gating is None:
+        return d_g
+    return d_g * (tiling.sigmoid(-logits.astype(jnp.float32)) * (1 / tiling.scan.gating.normalizer))
+
+
+def gated_gradients(
+    program: Program, o: Float[Array, "c v"], gate: Float[Array, "c v"], d_out: Float[Array, "c v"]
+) -> tuple[Float[Array, "c v"], Float[Array, "c v"], Float[Array, " v"]]:
+    """The gradients of o, of the gate and of norm_weight, of `pallas_triton_forward.gated`."""
+    tiling = program.tiling
+    weight = program.load_line("norm_weight", program.element)[None, :]
+    mean = 1 / tiling.values
+    factor = lax.rsqrt(jnp.sum(o * o, axis=1, keepdims=True) * mean + tiling.scan.gating.eps)
+    normed = o * factor
+    gate, d_out = gate.astype(jnp.float32), d_out.astype(jnp.float32)
+    sigmoid = tiling.sigmoid(gate)
+    d_gate = d_out * normed * (sigmoid * (1 + gate * (1 - sigmoid)))
+    d_scaled = d_out * (gate * sigmoid)
+    d_normed = d_scaled * weight
+    d_o = factor * (d_normed - normed * (jnp.sum(d_normed * normed, axis=1, keepdims=True) * mean))
+    return d_o, d_gate * weight, jnp.sum(d_scaled * normed, axis=0)

@@ -1,0 +1,122 @@
+"""The forward kernels on GPUs.
+
+A program follows one head through its chunks with the transposed state [V, K] in registers. Inside a chunk
+with cumulative log decays G, tokens see each other through exp(G_i - G_j), which is factorised relative to
+the chunk's middle m (Yang et al. 2024, section 4.3):
+
+    q~ = scale q exp(G - m)           k~ = k exp(m - G)         S~ = S exp(m)
+    o  = tril(q~ k~^T) v + q~ S~      S' = (S~ + k~^T v) exp(G_last - m)
+
+A chunk whose decay is too strong for that, which the program finds out, is taken token by token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_gla.pallas_triton_tiles import (
+    Decay,
+    Program,
+    Runs,
+    Tiling,
+    causal,
+    chunk_decay,
+    next_state,
+    only,
+    token_count,
+)
+
+
+def forward_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
+    """The kernel of these operands and results; in a split scan it starts from what `parts_kernel` left."""
+
+    def gla_forward(*refs: Any) -> None:
+        program = Program.current(tiling, dict(zip(names, refs, strict=True)))
+        state = program.loop(lambda chunk, state: _chunk(program, chunk, state), _first_state(program))
+        program.store_end_state("final_state", state, tiling.parts - 1)
+
+    return gla_forward
+
+
+def parts_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
+    """The first pass over a split scan: the state a part makes of zero, and how an earlier one decays."""
+
+    def gla_forward_parts(*refs: Any) -> None:
+        program = Program.current(tiling, dict(zip(names, refs, strict=True)))
+
+        def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
+            state, decay = carry
+            decay += jnp.sum(chunk_decay(program, program.positions(chunk)), axis=0)
+            return _chunk(program, chunk, state), decay
+
+        carry = (program.zero_state(), jnp.zeros((tiling.key_width,), jnp.float32))
+        program.store_part(*program.loop(step, carry))
+
+    return gla_forward_parts
+
+
+def _first_state(program: Program) -> Float[Array, "v k"]:
+    """The state that enters a program's part."""
+    state = program.zero_state()
+    if "initial_state" in program.refs:
+        state = program.load_state("initial_state", program.end_state())
+    if program.tiling.parts == 1:
+        return state
+    return lax.fori_loop(jnp.int32(0), program.part, program.through_part, state)
+
+
+def _chunk(program: Program, chunk: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
+    """Runs a chunk, stores o if the launch has it, and returns the next state."""
+    tiling = program.tiling
+    positions = program.positions(chunk)
+    decay = Decay.of(chunk_decay(program, positions))
+    with_output = "o" in program.refs
+    q = program.load("q", positions) if with_output else None
+    k, v = program.load("k", positions), program.load("v", positions)
+    if "states" in program.refs:
+        program.store_state("states", program.chunk_state(chunk), state)
+
+    def fast(state: Float[Array, "v k"]) -> Float[Array, "v k"]:
+        runs = Runs.of(program, chunk)
+        k_tilde = k.astype(jnp.float32) * jnp.exp2(decay.middle - decay.total)
+        state = state * jnp.exp2(decay.middle)[None, :]
+        if with_output:
+            q_tilde = q.astype(jnp.float32) * (jnp.exp2(decay.total - decay.middle) * tiling.scan.scale)
+            scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), runs)
+            o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, runs and runs.first), state, (1, 1))
+            if tiling.scan.gating is not None:
+                gate = program.load("out_gate", positions).astype(jnp.float32)
+                o = gated(program, o, gate)
+            program.store("o", positions, o)
+        if runs is not None:
+            state = jnp.where(runs.passes, state, 0.0)
+        state += tiling.dot(v, only(k_tilde, runs and runs.last), (0, 0))
+        return state * jnp.exp2(decay.last - decay.middle)[None, :]
+
+    def safe(state: Float[Array, "v k"]) -> Float[Array, "v k"]:
+        def token(i: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
+            position = chunk * tiling.chunk + i
+            state = next_state(program, position, state)
+            if with_output:
+                q = program.load_token("q", position) * tiling.scan.scale
+                o = jnp.sum(state * q[None, :], axis=1)
+                if tiling.scan.gating is not None:
+                    gate = program.load_token("out_gate", position)
+                    o = gated(program, o[None, :], gate[None, :])[0]
+                program.store_token("o", position, o)
+            return state
+
+        return lax.fori_loop(jnp.int32(0), token_count(program, chunk), token, state)
+
+    return lax.cond(decay.bounded, fast, safe, state)
+
+
+def gated(program: Program, o: Float[Array, "c v"], gate: Float[Array, "c v"]) -> Float[Array, "c v"]:
+    """RMSNorm(o) * norm_weight * SiLU(gate) for some tokens."""
+    tiling = program.tiling
+    weight = program.load_line("norm_weight", program.element)
+    square = jnp.sum(o * o, axis=1, keepdims=True) * (1 / tiling.values)
+    return o * lax.rsqrt(square + tiling.scan.gating.eps) * weight[None, :] * (gate * tiling.sigmoid(gate))

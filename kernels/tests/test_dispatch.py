@@ -1,0 +1,112 @@
+"""Which backend runs, for the platform that a program is compiled for; chips' compilers need no chip."""
+
+import importlib.util
+import json
+import logging
+import pathlib
+import subprocess
+import sys
+
+import oracle
+import pytest
+from pallas_gla import backends, gla
+from pallas_gla.scan import Operands, Scan
+
+(Q, K, V, G, _), _ = oracle.inputs(0, k=32, v=64)
+SCAN = Scan(scale=1.0, grid=(1, 20), direction="row")
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+COMPILE = """
+import json, os, re, sys
+for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"):
+    os.environ[name] = "1"
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from pallas_gla import gated_gla_2d
+
+platform, topology, target_config = sys.argv[1:4]
+options = {"topology_name": topology}
+if target_config:
+    options = {"topology": topology, "target_config": target_config}
+devices = topologies.get_topology_desc(platform=platform, **options).devices
+mesh = Mesh(np.array(devices[:4]).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+def loss(q, k, v, logits, gate, weight):
+    out = gated_gla_2d(q, k, v, logits, gate, weight, grid=(8, 16), direction="column")
+    return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+def array(width):
+    sharding = NamedSharding(mesh, P("data", None, "tensor"))
+    return jax.ShapeDtypeStruct((4, 128, 8, width), jnp.bfloat16, sharding=sharding)
+
+weight = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=NamedSharding(mesh, P()))
+arrays = [*map(array, (32, 32, 64, 32, 64)), weight]
+gradient = jax.jit(jax.grad(loss, argnums=range(6)))
+found = {}
+for name in ("mesh", "no mesh"):
+    with jax.set_mesh(mesh) if name == "mesh" else jax.default_device(jax.devices("cpu")[0]):
+        text = gradient.lower(*arrays).compile().as_text()
+    collective = r"= (\\S+) (?:all-gather|all-reduce|all-to-all|collective-permute)"
+    kernels = re.findall(r'custom_call_target="(tpu_custom_call|__gpu\\$xla.gpu.triton)"', text)
+    found[name] = [len(kernels), [shape for shape in re.findall(collective, text) if shape.count(",") > 3]]
+print(json.dumps(found))
+"""
+
+
+def test_a_named_kernel_is_refused_where_it_cannot_run():
+    for implementation, platform in (("triton", "cuda"), ("mosaic", "tpu")):
+        with pytest.raises(
+            NotImplementedError, match=f"{implementation!r} is a kernel for .*{platform}.* cpu;"
+        ):
+            gla(Q, K, V, G, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic"])
+def test_a_named_kernel_says_what_it_accepts(implementation):
+    (q, k, v, g, _), _ = oracle.inputs(0, k=8, v=64)
+    with pytest.raises(NotImplementedError, match=f"{implementation!r} cannot run this: K must be .* got 8"):
+        gla(q, k, v, g, implementation=implementation, interpret=True)
+
+
+def test_the_default_takes_the_kernel_of_the_platform_and_otherwise_what_always_runs(caplog):
+    def chosen(platform, partitioned=False, width=32):
+        operands = Operands(Q[..., :width], K[..., :width], V, G[..., :width])
+        return backends.choose(None, operands, SCAN, platform, partitioned).__name__.rpartition(".")[2]
+
+    backends.log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "pallas_gla"):
+        for _ in range(2):
+            assert chosen("tpu") == "pallas_mosaic_tpu"
+            assert chosen("cuda") == "pallas_triton"
+            assert chosen("cpu") == chosen("rocm") == "chunked_xla"
+            assert chosen("tpu", partitioned=True) == "chunked_xla"
+            assert chosen("cuda", width=8) == "chunked_xla"
+    assert len(caplog.messages) == 6
+    assert "GLA on cpu runs chunked_xla: there is no kernel for cpu" in caplog.messages
+    assert any("set by jax.set_mesh" in message for message in caplog.messages)
+    assert any("K must be from 16 to 128, got 8" in message for message in caplog.messages)
+
+
+def compiled_for(platform: str, topology: str, target_config: str = "") -> dict:
+    command = [sys.executable, "-c", COMPILE, platform, topology, target_config]
+    path = pathlib.Path(__file__).parents[1]
+    run = subprocess.run(command, cwd=path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu, TPU's compiler, is not installed")
+def test_a_mesh_of_tpus_runs_the_kernel_per_shard_and_gathers_nothing():
+    assert compiled_for("tpu", "v5e:2x2") == {"mesh": [2, []], "no mesh": [0, []]}
+
+
+def test_gpus_of_a_mesh_run_the_kernel_per_shard_and_gather_nothing():
+    spec = importlib.util.spec_from_file_location("static_gpu", BENCHMARKS / "static_gpu.py")
+    static_gpu = sys.modules["static_gpu"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(static_gpu)
+    if reason := static_gpu.missing():
+        pytest.skip(reason)
+    found = compiled_for("cuda", "1x1x8", static_gpu.target("sm_90a"))
+    (kernels, gathered), without_mesh = found["mesh"], found["no mesh"]
+    assert kernels >= 2 and not gathered
+    assert without_mesh == [0, []]
