@@ -29,6 +29,7 @@ PLAIN = {"reference": "pallas_gla.reference", "xla": "pallas_gla.chunked_xla"}
 KERNELS = {
     ("triton", "cuda"): "pallas_gla.pallas_triton",
     ("mosaic", "tpu"): "pallas_gla.pallas_mosaic_tpu",
+    ("mosaic", "cuda"): "pallas_gla.pallas_mosaic_gpu",  # an experiment, only by name
 }
 NAMES = (*PLAIN, *dict.fromkeys(name for name, _ in KERNELS))
 

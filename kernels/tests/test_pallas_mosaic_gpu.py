@@ -1,0 +1,170 @@
+"""The Hopper kernel: its values in interpret mode, its code by the chip's compiler."""
+
+import functools
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from pallas_gla import pallas_mosaic_gpu as mosaic
+from pallas_gla.scan import Gating, Operands, Scan
+
+COMPILE = """
+import json, os, sys
+dump, case = sys.argv[1], json.loads(sys.argv[2])
+os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": dump}
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from pallas_gla import pallas_mosaic_gpu
+from pallas_gla.scan import Operands, Scan
+
+H200 = '''gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 151397597184 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 }
+device_description_str: "NVIDIA H200"'''
+topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
+sharding = NamedSharding(Mesh(np.array(topology.devices), ("gpu",)), P())
+
+def array(*shape, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+rows, columns = case["grid"]
+tokens, k = rows * columns, case["k"]
+keys, values = array(4, tokens, 18, k), array(4, tokens, 18, 64)
+state = array(4, 18, k, 64, dtype="float32") if case["states"] else None
+g = array(*keys.shape, dtype=case["gate_dtype"])
+operands = Operands(keys, keys, values, g, initial_state=state)
+scan = Scan(k**-0.5, (rows, columns), case["direction"])
+assert pallas_mosaic_gpu.unsupported(operands, scan) is None
+forward = lambda operands: pallas_mosaic_gpu.forward(operands, scan, save=case["states"])
+print(jax.jit(forward).lower(operands).compile().as_text())
+"""
+
+
+def run(grid, k, gate, gate_dtype, direction, initial=True):
+    """Results and the oracle's, tokens in scan order: o, final state, and the states that enter chunks."""
+    tokens = grid[0] * grid[1]
+    arrays, _ = oracle.inputs(
+        1, b=2, t=tokens, h=2, k=k, v=64, gate=gate, dtype="bfloat16", gate_dtype=gate_dtype
+    )
+    *arrays, state = arrays
+    scan = Scan(k**-0.5, grid, direction, interpret=True)
+    operands = Operands(*arrays, initial_state=state if initial else None)
+    assert mosaic.unsupported(operands, scan) is None
+    out, final_state, states = jax.jit(functools.partial(mosaic.forward, scan=scan, save=True))(operands)
+    assert (out.dtype, final_state.dtype, states.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+    index = np.arange(tokens).reshape(grid)
+    index = (index.T if scan.by_columns else index).ravel()
+    index = index[::-1] if scan.reverse else index
+    arrays = [np.asarray(x)[:, index] for x in arrays]
+    state = np.asarray(state) if initial else np.zeros_like(state)
+    entering = [state]
+    for start in range(0, tokens - 64, 64):
+        chunk = [x[:, start : start + 64] for x in arrays]
+        entering.append(oracle.recurrence((*chunk, entering[-1]))["final_state"])
+    entering = np.stack(entering, 1).transpose(0, 1, 4, 2, 3).reshape(states.shape)
+    expected = [*oracle.recurrence((*arrays, state)).values(), entering]
+    return [np.asarray(out)[:, index], final_state, states], expected
+
+
+@pytest.mark.parametrize(
+    ("grid", "k", "gate", "gate_dtype", "direction", "initial"),
+    [
+        ((1, 64), 32, "none", "bfloat16", "row", False),
+        ((1, 256), 32, "dig", "bfloat16", "row_reversed", True),
+        ((16, 8), 32, "strong", "float32", "column", True),
+        ((16, 12), 64, "reset_60", "bfloat16", "column_reversed", True),
+        ((128, 1), 64, "dig", "float32", "column", False),
+        ((64, 2), 32, "reset_1e4", "float32", "column_reversed", True),
+    ],
+)
+def test_values_equal_the_recurrence(grid, k, gate, gate_dtype, direction, initial):
+    actual, expected = run(grid, k, gate, gate_dtype, direction, initial)
+    oracle.assert_close(actual, expected, 5e-3, ["o", "final_state", "states"])
+
+
+def test_the_backward_pass_reads_the_saved_states():
+    arrays, (d_out, d_state) = oracle.inputs(2, t=128, h=1, k=32, v=64, dtype="bfloat16")
+    scan = Scan(32**-0.5, (1, 128), "row_reversed", interpret=True)
+
+    @jax.jit
+    def gradients(operands):
+        states = mosaic.forward(operands, scan, save=True)[2]
+        return mosaic.backward(operands, states, d_out, d_state, scan)
+
+    *arrays, state = arrays
+    actual = gradients(Operands(*arrays, initial_state=state))
+    expected = list(oracle.recurrence((*arrays, state), (d_out, d_state), reverse=True).values())[2:]
+    actual = [actual.q, actual.k, actual.v, actual.g, actual.initial_state]
+    oracle.assert_close(actual, expected, 5e-3, oracle.NAMES[2:])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"k": 16}, "K must be 32 or 64, got 16"),
+        ({"v": 128}, "V must be 64, got 128"),
+        ({"dtype": "float16"}, "v must be bfloat16, got float16"),
+        ({"gate_dtype": "float16"}, "g must be bfloat16 or float32, got float16"),
+        ({"grid": (1, 65)}, "T must be a multiple of 64, got 65"),
+        ({"grid": (4, 32), "direction": "column"}, r"grid must have .* rows in a .* columns, got \(4, 32\)"),
+        ({"chunk_size": 32}, "chunk_size must be None or 64, got 32"),
+        ({"gating": Gating(16.0, 1e-6)}, "gating must be None .* got that of gated_gla_2d"),
+        ({"segment_ids": jnp.zeros((1, 128), jnp.int32)}, "segment_ids must be None, got an array"),
+    ],
+)
+def test_it_says_what_it_does_not_support(change, reason):
+    case = {"k": 32, "v": 64, "dtype": "bfloat16", "gate_dtype": "bfloat16", "grid": (1, 128)} | change
+    tokens = case["grid"][0] * case["grid"][1]
+    keys, values, g = (
+        jax.ShapeDtypeStruct((1, tokens, 1, case[width]), case[dtype])
+        for width, dtype in (("k", "dtype"), ("v", "dtype"), ("k", "gate_dtype"))
+    )
+    operands = Operands(keys, keys, values, g, segment_ids=case.get("segment_ids"))
+    names = ("direction", "chunk_size", "gating")
+    scan = Scan(1.0, case["grid"], **{"direction": "row"} | {n: case[n] for n in names if n in case})
+    assert re.match(reason, mosaic.unsupported(operands, scan))
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("jax_cuda13_plugin"),
+    reason="jax-cuda13-plugin is not installed",
+)
+@pytest.mark.parametrize(
+    ("grid", "k", "gate_dtype", "direction", "states", "registers"),
+    [
+        ((16, 16), 32, "bfloat16", "row", False, 168),
+        ((16, 16), 32, "bfloat16", "column_reversed", True, 168),
+        ((64, 64), 64, "bfloat16", "row_reversed", True, 255),
+    ],
+)
+def test_it_compiles_for_hopper_without_spills(tmp_path, grid, k, gate_dtype, direction, states, registers):
+    case = {"grid": grid, "k": k, "gate_dtype": gate_dtype, "direction": direction, "states": states}
+    command = [sys.executable, "-c", COMPILE, str(tmp_path), json.dumps(case)]
+    path = pathlib.Path(__file__).parents[1]
+    compiled = subprocess.run(command, cwd=path, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    assert compiled.stdout.count("custom-call(") == 1
+    assert not re.search(r" (fusion|transpose|copy)\(", compiled.stdout)
+    [report] = (file.read_text() for file in tmp_path.glob("*.ptxas"))
+    assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
+    assert int(re.search(r"Used (\d+) registers", report)[1]) <= registers
+    assert "serialized" not in report
+    [code] = (file.read_text() for file in tmp_path.glob("*.ptx"))
+    assert "wgmma.mma_async" in code
+    assert "cp.async.bulk.tensor" in code
