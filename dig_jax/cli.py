@@ -67,8 +67,8 @@ def _start_log() -> None:
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""
     logging.basicConfig(format=f"{clear}%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("dig_jax").setLevel(logging.INFO)
-    # When a save fails Orbax raises, but also logs tracebacks, and leaves threads and tasks that fail unheard:
-    # asyncio would log those when they are collected, after our line.
+    # When a save fails Orbax raises, but also logs tracebacks, and leaves threads and tasks that fail
+    # unheard: asyncio would log those when they are collected, after our line.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
