@@ -265,7 +265,7 @@ def test_compiles_everything_at_the_recorded_cost():
 
 
 def test_reaches_the_recorded_floors():
-    # Times the memory floor, of XL at T = 4,096: what issue 3 asks for.
+    # Times the memory floor, of XL at T = 4,096: how near the kernels were built to come.
     limits = {("v5e", "forward"): 1.2, ("v6e", "forward"): 1.2, ("v5e", "backward"): 1.3}
     limits |= {("v6e", "backward"): 1.5}
     record = json.loads(static_tpu.RECORD.read_text())
