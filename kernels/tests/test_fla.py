@@ -11,8 +11,8 @@ from pallas_gla.fla import chunk_gla, fused_recurrent_gla
 
 # One sequence is empty.
 OFFSETS = np.array([0, 7, 7, 8, 20])
-(*TOKENS, _), (COTANGENT, _) = oracle.inputs(0, b=1, h=2, v=16)
-STATES = oracle.inputs(1, b=4, h=2, v=16)[0][4]
+(*TOKENS, _), (COTANGENT, _) = oracle.inputs(0, b=1, h=2, k=16, v=32)
+STATES = oracle.inputs(1, b=4, h=2, k=16, v=32)[0][4]
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "gla_2_strong_T130_K16_V32_h0.npz"
 
 
@@ -100,9 +100,9 @@ BAD = [
     ({"cu_seqlens": OFFSETS.astype(np.float32)}, "cu_seqlens has dtype float32, accepted are int32"),
     (
         {"initial_state": STATES, "cu_seqlens": OFFSETS[[0, 4]]},
-        r"shape \(4, 2, 8, 16\), accepted is \[N, H, K,",
+        r"shape \(4, 2, 16, 32\), accepted is \[N, H, K,",
     ),
-    ({"initial_state": STATES[:1], "state_v_first": True}, r"accepted is \[N, H, V, K\] = \(1, 2, 16, 8\)"),
+    ({"initial_state": STATES[:1], "state_v_first": True}, r"accepted is \[N, H, V, K\] = \(1, 2, 32, 16\)"),
     (
         {name: jnp.concatenate([x, x]) for name, x in zip("qkvg", TOKENS, strict=True)},
         "q has B = 2, accepted",
