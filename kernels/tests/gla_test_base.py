@@ -147,7 +147,8 @@ class GLATestBase:
         (*tokens, state), _ = oracle.inputs(seed[0], gate=seed[1])
         o, final_state = self.scan(*tokens, state, reverse=True)
         flipped, expected = self.scan(*(jnp.flip(x, 1) for x in tokens), state)
-        oracle.assert_close([o, final_state], [jnp.flip(flipped, 1), expected], 1e-6, oracle.NAMES[:2])
+        # Not to the bit: kernels turn their masks and not the tokens, and so add up in another order.
+        oracle.assert_close([o, final_state], [jnp.flip(flipped, 1), expected], 4e-6, oracle.NAMES[:2])
 
     @examples
     @hypothesis.given(seeds)
