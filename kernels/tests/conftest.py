@@ -1,4 +1,6 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,4 +11,6 @@ if FLAG not in os.environ.get("XLA_FLAGS", ""):
 # With the chips' compilers installed JAX would look for chips; JAX_PLATFORMS=cuda or tpu tests on one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# The tools whose records the tests compare with.
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 pytest.register_assert_rewrite("gla_test_base")

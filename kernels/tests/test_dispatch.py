@@ -9,12 +9,12 @@ import sys
 
 import oracle
 import pytest
+import static_gpu
 from pallas_gla import backends, gla
 from pallas_gla.scan import Operands, Scan
 
 (Q, K, V, G, _), _ = oracle.inputs(0, k=32, v=64)
 SCAN = Scan(scale=1.0, grid=(1, 20), direction="row")
-BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 COMPILE = """
 import json, os, re, sys
 for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"):
@@ -101,9 +101,6 @@ def test_a_mesh_of_tpus_runs_the_kernel_per_shard_and_gathers_nothing():
 
 
 def test_gpus_of_a_mesh_run_the_kernel_per_shard_and_gather_nothing():
-    spec = importlib.util.spec_from_file_location("static_gpu", BENCHMARKS / "static_gpu.py")
-    static_gpu = sys.modules["static_gpu"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(static_gpu)
     if reason := static_gpu.missing():
         pytest.skip(reason)
     found = compiled_for("cuda", "1x1x8", static_gpu.target("sm_90a"))

@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import static_tpu
 from gla_test_base import GLATestBase
 from jax.experimental.pallas import tpu as pltpu
 from pallas_gla import mosaic_launch, mosaic_tuning
 from pallas_gla import pallas_mosaic_tpu as mosaic
 from pallas_gla.scan import Gating, Operands, Scan, saved_shape
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-import static_tpu
 
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}

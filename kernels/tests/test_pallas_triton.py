@@ -1,9 +1,7 @@
 """The GPU kernels: values in interpret mode, and what the chips' compilers make of them."""
 
 import functools
-import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import static_gpu
 from gla_test_base import GLATestBase
 from pallas_gla import pallas_triton, tuning
 from pallas_gla.scan import Gating, Operands, Scan, saved_shape
@@ -19,7 +18,6 @@ from pallas_gla.scan import Gating, Operands, Scan, saved_shape
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 GATING = Gating(4.0, 1e-3)
-STATIC = pathlib.Path(__file__).parents[1] / "benchmarks" / "static_gpu.py"
 
 
 class TestTriton(GLATestBase):
@@ -241,14 +239,13 @@ COMPILED = [
 
 @pytest.mark.parametrize("gpu", ["sm_90a", "sm_80"])
 def test_compiles_for_the_gpu_at_the_recorded_cost(gpu):
-    spec = importlib.util.spec_from_file_location("static_gpu", STATIC)
-    static_gpu = sys.modules["static_gpu"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(static_gpu)
     if reason := static_gpu.missing():
         pytest.skip(reason)
     cases = json.dumps([{"gpu": gpu} | case for case in COMPILED])
     # In a process of its own, because the compiler's options are read once.
-    process = subprocess.run([sys.executable, str(STATIC), "--json", cases], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, static_gpu.__file__, "--json", cases], capture_output=True, text=True
+    )
     assert process.returncode == 0, process.stderr
     measured = json.loads(process.stdout)
     if gpu == "sm_90a":
