@@ -6,14 +6,14 @@ from configs import base
 def get_config():
     c = base.get_config()
     c.model.depth = 4
-    c.model.hidden_size = 128
+    c.model.hidden_size = 96
     c.model.num_heads = 2
     c.data.name = "digits"
     c.data.batch_size = 64
     c.diffusion.schedule = "cosine"  # linear betas spend most steps on noise that hides images so small
-    c.training.steps = 3000
-    c.training.ema_decays = (0.998,)
-    c.optimizer.learning_rate = 1.5e-3
+    c.training.steps = 2400
+    c.training.ema_decays = (0.99,)
+    c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup_steps = 100
     c.optimizer.schedule = "cosine"
     c.optimizer.clip_norm = 1.0

@@ -11,6 +11,7 @@ the figures in static_tpu.json, against which a test compares.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -102,6 +103,9 @@ def all_cases() -> list[Case]:
         cases += [Case(chip, "backward", direction=d, gated=True) for d in ("row", "column")]
         cases += [Case(chip, kind, direction="column") for kind in ("forward", "backward")]
         cases += [Case(chip, kind, implementation="xla") for kind in ("forward", "backward")]
+        if importlib.util.find_spec("tops"):
+            # A peer's TPU kernels, where they are installed: forward only, they have no gradient.
+            cases.append(Case(chip, side=16, batch=1, implementation="tops"))
     # Quick to compile: a test measures these again.
     cases += [Case(chip, kind, 6, 16, chunks=1) for chip in CHIPS for kind in ("forward", "backward")]
     return cases
@@ -224,12 +228,21 @@ def compile_case(case: Case) -> tuple[Any, Any]:
         scanned = operands(*arrays)[:4]
         return flat(*jax.vjp(run, *scanned)[1](d_out.reshape(scanned[2].shape)))
 
+    def peer(*arrays: Any) -> list[Any]:
+        from tops.ops.gla import chunk
+
+        chunk.is_tpu_runtime = lambda: True  # it looks for a chip, and would interpret its kernels
+        return flat(chunk.chunk_gla(*operands(*arrays)[:4], chunk_size=64)[0])
+
     narrow, wide = array(batch, tokens, case.heads * keys), array(batch, tokens, case.heads * values)
     arrays = [narrow, narrow, wide, narrow] + (
         [wide, array(batch, values, dtype=jnp.float32)] if case.gated else []
     )
     function = forward
-    if case.implementation == "xla":
+    if case.implementation == "tops":
+        function = peer
+        step.append(None)
+    elif case.implementation == "xla":
         function, arrays = portable, arrays if case.kind == "forward" else [wide, *arrays]
         step.append(None)
     elif case.kind == "backward":
