@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import logging
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from dig_jax import config
 from dig_jax.config import Config
@@ -48,9 +50,20 @@ class Checkpoints:
         """For the first save; it changes the directory, and removes what killed saves left."""
         for directory in self._damaged:
             directory.rename(_free_name(directory.with_suffix(".unreadable")))
+        kept = [
+            policies.LatestN(self._settings.keep),
+            policies.BestN(
+                get_metric_fn=_heldout_loss,
+                reverse=True,
+                n=self._settings.keep_best,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        if self._settings.keep_every_steps:
+            kept.append(policies.EveryNSteps(self._settings.keep_every_steps))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._settings.keep,
-            keep_period=self._settings.keep_every_steps or None,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=_heldout_loss,  # what is kept is as the policy says; without it no metric is stored
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
                 # Called when all is written, before the directory gets its name.
@@ -61,8 +74,17 @@ class Checkpoints:
         )
         return ocp.CheckpointManager(self._directory, options=options)
 
-    def save(self, step: int, state: Any, data: dict[str, Any], settings: Config) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: dict[str, Any],
+        settings: Config,
+        heldout_loss: float | None = None,
+    ) -> None:
         """Copies the state to the host and writes it in the background.
+
+        A checkpoint with a `heldout_loss`, that of its step, may be kept as one of the best.
 
         Raises:
             CheckpointError: this save, or the one before, could not be written. Older ones are untouched.
@@ -78,6 +100,7 @@ class Checkpoints:
                     data=ocp.args.JsonSave(data),
                     config=ocp.args.JsonSave(described(settings)),
                 ),
+                metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
                 force=True,
             )
 
@@ -260,6 +283,11 @@ def _integer_keys(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     return {int(key) if key.isdigit() else key: _integer_keys(value) for key, value in tree.items()}
+
+
+def _heldout_loss(metrics: dict[str, float]) -> float:
+    loss = metrics["heldout_loss"]
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _free_name(path: Path) -> Path:

@@ -8,6 +8,7 @@ import inspect
 import logging
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from ml_collections import ConfigDict, config_flags
 from dig_jax.config import Config, check_field, from_dict
 from dig_jax.errors import ConfigError, UserError
 from dig_jax.suggest import suggest
+
+log = logging.getLogger(__name__)
 
 
 def run(main: Callable[[Config, str], None], usage: str) -> None:
@@ -59,6 +62,11 @@ def numbers(text: str | None, flag: str) -> np.ndarray | None:
     if sum(last - first + 1 for first, last in ranges) > 10**6:
         raise ConfigError(f"--{flag}={text!r} is more than a million numbers")
     return np.concatenate([np.arange(first, last + 1) for first, last in ranges])
+
+
+def say_how_to_go_on() -> None:
+    """Shows the command that resumes: the one that was given."""
+    log.info("to go on: %s", shlex.join(["python", *sys.argv]))
 
 
 def _start_log() -> None:

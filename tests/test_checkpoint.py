@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import os
 import resource
 import shutil
@@ -132,7 +133,7 @@ def test_an_average_that_is_not_there_is_refused(saved):
 
 def test_checkpoints_move_between_meshes(tmp_path):
     size = 4 * 32
-    mesh = make_mesh(config.Mesh(data=4, cpu_devices=1), 4)
+    mesh = make_mesh(config.Mesh(data=4, fsdp=1, tensor=1, context=1, cpu_devices=1), 4)
     layouts = {"spread": batch_sharding(mesh), "whole": replicated(mesh)}
     with contextlib.closing(Checkpoints(tmp_path, SETTINGS.checkpoint)) as checkpoints:
         state = make_state(1, size)
@@ -151,9 +152,21 @@ def test_checkpoints_move_between_meshes(tmp_path):
     assert_equal(restored, make_state(1, size))
 
 
+RETENTION = config.Checkpoint(every_steps=1, every_minutes=0.0, keep=1, keep_best=0, keep_every_steps=0)
+
+
 def test_old_checkpoints_go_as_the_config_says(tmp_path):
-    save(tmp_path, 1, 2, 3, 4, 5, settings=config.Checkpoint(every_steps=1, keep=2, keep_every_steps=3))
+    save(tmp_path, 1, 2, 3, 4, 5, settings=dataclasses.replace(RETENTION, keep=2, keep_every_steps=3))
     assert names(tmp_path) == ["3", "4", "5"]
+
+
+def test_the_checkpoint_with_the_lowest_heldout_loss_is_kept_also_by_a_resumed_run(tmp_path):
+    for losses in ({1: 0.5, 2: 0.2, 3: float("nan"), 4: None}, {5: 0.3}):
+        with contextlib.closing(Checkpoints(tmp_path, dataclasses.replace(RETENTION, keep_best=1))) as run:
+            for step, loss in losses.items():
+                run.save(step, make_state(step), {}, SETTINGS, heldout_loss=loss)
+            run.wait()
+        assert names(tmp_path) == ["2", str(step)]
 
 
 def flip(path: Path) -> None:
@@ -305,9 +318,9 @@ def test_a_directory_without_permission_gives_one_line(saved):
 
 def test_a_checkpoint_holds_its_own_step_though_its_memory_is_donated_to_the_next(tmp_path):
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    mesh = make_mesh(config.Mesh(data=-1, cpu_devices=1), 4)
+    mesh = make_mesh(config.Mesh(data=-1, fsdp=1, tensor=1, context=1, cpu_devices=1), 4)
     state = {"params": jax.device_put(jnp.zeros((1000, 1000)), replicated(mesh))}
-    with contextlib.closing(Checkpoints(tmp_path, config.Checkpoint(1, 10, 0))) as checkpoints:
+    with contextlib.closing(Checkpoints(tmp_path, dataclasses.replace(RETENTION, keep=10))) as checkpoints:
         for step in range(1, 5):
             state = update(state)
             checkpoints.save(step, state, {}, SETTINGS)

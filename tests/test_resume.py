@@ -1,20 +1,11 @@
 import json
 import os
-import random
-import re
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from ended_runs import FIELDS, assert_ended_alike, records, state_at
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
@@ -22,23 +13,6 @@ from dig_jax import config, experiment, report
 from dig_jax.data.sources import FakeSource
 from dig_jax.errors import CheckpointError, ConfigError, UserError
 from dig_jax.training import loop
-
-ROOT = Path(__file__).parent.parent
-# The smallest model, in two micro-batches over four devices.
-FIELDS = {
-    "model.name": "DiT-S/2",
-    "model.depth": 1,
-    "model.hidden_size": 16,
-    "data.batch_size": 8,
-    "training.accumulation": 2,
-    "training.steps": 6,
-    "training.ema_decays": (0.9,),
-    "checkpoint.every_steps": 2,
-    "logging.every_steps": 1,
-    "logging.heldout_every_steps": 0,
-    "logging.tensorboard": False,
-    "sampling.every_steps": 0,
-}
 
 
 def settings(**fields) -> config.Config:
@@ -93,26 +67,6 @@ def copied(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def state_at(workdir: Path, step: int) -> dict:
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(workdir / "checkpoints" / str(step) / "state")
-
-
-def records(workdir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on time."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    timed = ("images_per_second", "data_wait")
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
-
-
-def assert_ended_alike(workdir: Path, other: Path, step: int) -> None:
-    state = state_at(workdir, step)
-    assert {"step", "params", "ema", "opt_state", "skipped_steps"} == set(state)
-    jax.tree.map(np.testing.assert_array_equal, state, state_at(other, step))
-    assert [record["step"] for record in records(workdir)] == list(range(1, step + 1))
-    assert records(workdir) == records(other)
-
-
 def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
     """The next run is interrupted when it gets its batch number `at`."""
     to_global, calls = loop.to_global, iter(range(1, at))
@@ -138,6 +92,12 @@ def test_a_run_with_more_steps_ends_as_one_that_had_them_from_the_start(trained,
     loop.train(settings(training__steps=3), tmp_path)
     loop.train(settings(), tmp_path)
     assert_ended_alike(tmp_path, trained, 6)
+
+
+def test_a_checkpoint_is_saved_when_its_time_has_come(tmp_path, drawn):
+    fields = {"every_steps": 1000, "every_minutes": 1e-9}
+    loop.train(settings(training__steps=3, **{f"checkpoint__{k}": v for k, v in fields.items()}), tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "2", "3"}
 
 
 def test_a_complete_run_is_drawn_again_but_not_trained(trained, copied, drawn):
@@ -325,89 +285,3 @@ def test_a_run_describes_itself(trained):
     total = sum(leaf.size for leaf in jax.tree.leaves(state_at(trained, 6)["params"]))
     assert "blocks/groups/0/mixer/qkv_proj/kernel" in table
     assert f"Total: {total:,} -- {4 * total:,} bytes" in table
-
-
-def start(workdir: Path, *arguments: str, optimized: bool = False) -> subprocess.Popen:
-    """The command of the kill tests; its compiled programs are kept beside the workdir."""
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
-        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    fields = FIELDS | {"model.name": "DiG-S/2", "training.accumulation": 1, "training.steps": 24}
-    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    command = [sys.executable, "main.py", "--config=configs/smoke.py", f"--workdir={workdir}", *overrides]
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-
-
-def finish(run: subprocess.Popen) -> str:
-    _, stderr = run.communicate()
-    assert run.returncode == 0, stderr
-    return stderr
-
-
-def kill_when(run: subprocess.Popen, happened: Callable[[], bool], after: float = 0.0) -> bool:
-    """Kills the run at that moment; whether it was still running."""
-    while run.poll() is None and not happened():
-        time.sleep(0.001)
-    time.sleep(after)
-    run.kill()
-    run.communicate()
-    return run.returncode == -signal.SIGKILL
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("killed") / "uninterrupted"
-    finish(start(workdir))
-    assert {"samples.png", "loss.png"} <= {path.name for path in workdir.iterdir()}
-    return workdir
-
-
-def last_step(workdir: Path) -> int:
-    path = workdir / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def test_a_killed_run_ends_bit_identical(uninterrupted):
-    workdir = uninterrupted.with_name("killed_once")
-    assert kill_when(start(workdir), lambda: last_step(workdir) >= 9)
-    assert not (workdir / "checkpoints" / "24").exists()
-    stderr = finish(start(workdir))
-    assert re.search(r"step \d+ of 24 is done in", stderr)
-    assert_ended_alike(workdir, uninterrupted, 24)
-
-
-@pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_bit_identical(tmp_path):
-    def start_run(workdir: Path) -> subprocess.Popen:
-        changes = ("--config.training.steps=240", "--config.checkpoint.every_steps=1")
-        return start(workdir, *changes, optimized=True)
-
-    finish(start_run(tmp_path / "uninterrupted"))
-    workdir, chance = tmp_path / "killed", random.Random(0)
-    for kill in range(20):
-        before, begin = last_step(workdir), time.monotonic() + chance.uniform(0.5, 4)
-        happened = (
-            lambda begin=begin: time.monotonic() > begin,
-            lambda before=before: last_step(workdir) not in (0, before),
-            lambda: any(workdir.glob("checkpoints/*tmp*/state*")),
-        )[kill % 3]
-        run = start_run(workdir)
-        assert kill_when(run, happened, after=chance.uniform(0, 0.1)), f"it ended before kill {kill}"
-    finish(start_run(workdir))
-    assert_ended_alike(workdir, tmp_path / "uninterrupted", 240)
-
-
-def test_a_full_disk_ends_a_run_with_one_line(uninterrupted):
-    workdir = shutil.copytree(uninterrupted, uninterrupted.with_name("full_disk"))
-    limit = (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    command = start(workdir, "--config.training.steps=30")
-    resource.prlimit(command.pid, resource.RLIMIT_FSIZE, limit)
-    _, stderr = command.communicate()
-    errors = [line for line in stderr.splitlines() if "loss" not in line]
-    assert command.returncode == 1
-    assert stderr.splitlines()[-1].startswith("error: checkpoint 26 could not be written to ")
-    assert not any(line.startswith((" ", "Traceback")) for line in errors), stderr
-    assert sorted(path.name for path in (workdir / "checkpoints").glob("??")) == ["20", "22", "24"]

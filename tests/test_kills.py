@@ -1,0 +1,123 @@
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ended_runs import FIELDS, assert_ended_alike
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(workdir: Path, *arguments: str, optimized: bool = False) -> subprocess.Popen:
+    """The command of the kill tests; its compiled programs are kept beside the workdir."""
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
+        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    fields = FIELDS | {"model.name": "DiG-S/2", "training.accumulation": 1, "training.steps": 24}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    command = [sys.executable, "main.py", "--config=configs/smoke.py", f"--workdir={workdir}", *overrides]
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def finish(run: subprocess.Popen) -> str:
+    _, stderr = run.communicate()
+    assert run.returncode == 0, stderr
+    return stderr
+
+
+def signal_when(
+    run: subprocess.Popen, happened: Callable[[], bool], number: int = signal.SIGKILL, after: float = 0.0
+) -> str:
+    """Sends the run a signal at that moment, and gives what it said."""
+    while run.poll() is None and not happened():
+        time.sleep(0.001)
+    time.sleep(after)
+    run.send_signal(number)
+    return run.communicate()[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("killed") / "uninterrupted"
+    finish(start(workdir))
+    assert {"samples.png", "loss.png"} <= {path.name for path in workdir.iterdir()}
+    return workdir
+
+
+def last_step(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_a_killed_run_ends_bit_identical(uninterrupted):
+    workdir = uninterrupted.with_name("killed_once")
+    run = start(workdir)
+    signal_when(run, lambda: last_step(workdir) >= 9)
+    assert run.returncode == -signal.SIGKILL
+    assert not (workdir / "checkpoints" / "24").exists()
+    stderr = finish(start(workdir))
+    assert re.search(r"step \d+ of 24 is done in", stderr)
+    assert_ended_alike(workdir, uninterrupted, 24)
+
+
+def test_a_terminated_run_saves_its_step_says_how_to_go_on_and_loses_nothing(uninterrupted):
+    workdir = uninterrupted.with_name("terminated")
+    run = start(workdir, "--config.checkpoint.every_steps=1000")
+    stderr = signal_when(run, lambda: last_step(workdir) >= 9, signal.SIGTERM)
+    assert run.returncode == 0, stderr
+    *_, said, command = stderr.splitlines()
+    step = int(re.fullmatch(r"told to end at step (\d+) of 24, which is saved", said)[1])
+    assert command.startswith("to go on: python main.py --config=configs/smoke.py --workdir=")
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(step)]
+    assert last_step(workdir) == step
+    assert f"step {step} of 24 is done in" in finish(start(workdir))
+    assert_ended_alike(workdir, uninterrupted, 24)
+
+
+@pytest.mark.slow
+def test_a_run_killed_thirty_times_ends_bit_identical(tmp_path):
+    def start_run(workdir: Path) -> subprocess.Popen:
+        changes = ("--config.training.steps=400", "--config.checkpoint.every_steps=1")
+        return start(workdir, *changes, optimized=True)
+
+    finish(start_run(tmp_path / "uninterrupted"))
+    workdir, chance = tmp_path / "killed", random.Random(0)
+    for kill in range(30):
+        before, begin = last_step(workdir), time.monotonic() + chance.uniform(0.5, 4)
+        happened = (
+            lambda begin=begin: time.monotonic() > begin,
+            lambda before=before: last_step(workdir) not in (0, before),
+            lambda: any(workdir.glob("checkpoints/*tmp*/state*")),
+        )[kill % 3]
+        number = chance.choice((signal.SIGKILL, signal.SIGTERM))
+        run = start_run(workdir)
+        stderr = signal_when(run, happened, number, after=chance.uniform(0, 0.1))
+        # A run that is terminated before its first step has nothing to save.
+        assert run.returncode in ((-number,) if number == signal.SIGKILL else (-number, 0)), stderr
+        assert not (workdir / "checkpoints" / "400").exists(), f"it ended before kill {kill}"
+    finish(start_run(workdir))
+    assert_ended_alike(workdir, tmp_path / "uninterrupted", 400)
+
+
+def test_a_full_disk_ends_a_run_with_one_line(uninterrupted):
+    workdir = shutil.copytree(uninterrupted, uninterrupted.with_name("full_disk"))
+    limit = (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    command = start(workdir, "--config.training.steps=30")
+    resource.prlimit(command.pid, resource.RLIMIT_FSIZE, limit)
+    _, stderr = command.communicate()
+    errors = [line for line in stderr.splitlines() if "loss" not in line]
+    assert command.returncode == 1
+    assert stderr.splitlines()[-1].startswith("error: checkpoint 26 could not be written to ")
+    assert not any(line.startswith((" ", "Traceback")) for line in errors), stderr
+    assert sorted(path.name for path in (workdir / "checkpoints").glob("??")) == ["20", "22", "24"]
