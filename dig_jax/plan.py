@@ -1,0 +1,269 @@
+"""What a config takes on chips that need not be there: memory, time, and the largest batch that fits.
+
+The train step and the sampler are compiled for a topology, exactly as a run would; what they do is counted in
+the compiled programs (`planning.program`) and set against the chips' peaks (`planning.roofline`).
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dig_jax import sampling
+from dig_jax.config import Config
+from dig_jax.experiment import Experiment, param_count
+from dig_jax.parallel import batch_parts, batch_sharding, make_mesh, replicated
+from dig_jax.planning.fitting import largest_fitting
+from dig_jax.planning.model_flops import training_flops
+from dig_jax.planning.program import Counts, count
+from dig_jax.planning.roofline import roofline
+from dig_jax.planning.summary import summary
+from dig_jax.planning.topology import THIS, Topology, find_topology
+from dig_jax.training.lowering import abstract_batch, abstract_state, lower_train_step
+from dig_jax.training.metrics import duration
+
+__all__ = ["THIS", "plan", "show"]
+
+log = logging.getLogger(__name__)
+
+
+def show(settings: Config, topology: str, as_json: bool) -> None:
+    """Writes `plan` to standard output, as text or as JSON.
+
+    Raises:
+        UserError: as `plan` does.
+    """
+    figures = plan(settings, topology)
+    sys.stdout.write((json.dumps(figures, indent=2) if as_json else summary(figures)) + "\n")
+
+
+def plan(settings: Config, topology: str, *, train_only: bool = False) -> dict[str, Any]:
+    """What the config's train step and sampler take on the chips of a topology.
+
+    Args:
+        settings: whose data need not exist, where config.data.options says the images' size.
+        topology: `this` for the machine's own devices, or a name such as v5e:16x16 or h100:8x4.
+        train_only: neither look for the largest batch that fits, nor at the sampler: it saves minutes.
+
+    Returns:
+        Nested dicts of plain numbers, in bytes, seconds and flops; what is not known is None.
+
+    Raises:
+        ConfigError: an unknown topology, or a config that cannot be.
+        UserError: the compiler for these chips is not installed.
+    """
+    target = find_topology(topology)
+    run = _Run.of(_without_data(settings), target)
+    parameters = param_count(run.state["params"])
+    log.info(
+        "%s, %.2f M parameters, for %d × %s",
+        settings.model.name,
+        parameters / 1e6,
+        target.chips,
+        target.chip.name if target.chip else target.devices[0].device_kind,
+    )
+    steps = {run.images: _train_step(run)}
+
+    def needed(images: int) -> float:
+        if images not in steps:
+            steps[images] = _train_step(run.with_images(images))
+        return steps[images]["memory_needed"]
+
+    limit = _memory_limit(target)
+    figures = {
+        "model": settings.model.name,
+        "parameters": parameters,
+        "topology": topology,
+        "chips": target.chips,
+        "mesh": dict(run.mesh.shape),
+        "chip": None if target.chip is None else dataclasses.asdict(target.chip),
+        "memory_limit": limit,
+        "model_flops_per_image": run.model_flops,
+        "steps": settings.training.steps,
+        "train": steps[run.images],
+    }
+    if train_only:
+        return figures
+    if limit is not None:
+        best = largest_fitting(needed, run.images, _state_bytes(run.state), limit)
+        figures["train_at_largest_batch"] = steps[best] if best else None
+    return figures | {"sampler": _sampler(run)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+    """A config on a mesh of the topology's devices."""
+
+    experiment: Experiment
+    topology: Topology
+    mesh: Mesh
+    state: Any
+
+    @classmethod
+    def of(cls, settings: Config, topology: Topology) -> "_Run":
+        size, accumulation = settings.data.batch_size, settings.training.accumulation
+        mesh = make_mesh(settings.mesh, size, accumulation, devices=topology.devices)
+        experiment = Experiment(settings)
+        return cls(experiment, topology, mesh, abstract_state(experiment, mesh))
+
+    @property
+    def settings(self) -> Config:
+        return self.experiment.config
+
+    @property
+    def images(self) -> int:
+        """Images of a micro-batch in each of the parts that a batch is split into."""
+        return self.settings.data.batch_size // (batch_parts(self.mesh) * self.settings.training.accumulation)
+
+    def with_images(self, images: int) -> "_Run":
+        size = images * batch_parts(self.mesh) * self.settings.training.accumulation
+        data = dataclasses.replace(self.settings.data, batch_size=size)
+        return _Run.of(dataclasses.replace(self.settings, data=data), self.topology)
+
+    @functools.cached_property
+    def model_flops(self) -> int:
+        """Of training on one image."""
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state["params"])
+        image = jax.ShapeDtypeStruct((1, *self.experiment.train_source.image_shape), jnp.float32)
+        number = jax.ShapeDtypeStruct((1,), jnp.int32)
+        return training_flops(self.experiment.denoise, params, image, number, number)
+
+
+def _without_data(settings: Config) -> Config:
+    """The config with made-up images where its options say their shape: the real ones need not be there."""
+    options = settings.data.options
+    if not {"image_size", "num_classes"} <= options.keys():
+        return settings
+    shape = {name: options[name] for name in ("image_size", "channels", "num_classes") if name in options}
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, name="fake", options=shape))
+
+
+def _memory_limit(topology: Topology) -> float | None:
+    """Bytes that a program may use on a device."""
+    chip = topology.chip
+    return None if chip is None else chip.memory * chip.share / chip.devices
+
+
+def _train_step(run: _Run) -> dict[str, Any]:
+    """The compiled train step's memory per device, counts per device and times."""
+    size = run.settings.data.batch_size
+    with jax.set_mesh(run.mesh):
+        figures = _compiled(run, lower_train_step(run.experiment, run.mesh, run.state), "train step", size)
+    if "memory" in figures:
+        batch = abstract_batch(run.experiment, run.mesh)
+        arguments = {
+            "parameters": _state_bytes(run.state["params"]),
+            "averages": _state_bytes(run.state["ema"]),
+            "optimizer": _state_bytes(run.state["opt_state"]),
+            "batch": _state_bytes(batch),
+        }
+        padding = figures["memory"].pop("arguments") - sum(arguments.values())
+        figures["memory"] = arguments | {"padding": padding} | figures["memory"]
+    if figures.get("seconds"):
+        chip, seconds = run.topology.chip, figures["step_seconds"]
+        days = seconds * run.settings.training.steps / 86400
+        figures |= {
+            "mfu": run.model_flops * size / (seconds * chip.flops["bfloat16"] * run.topology.chips),
+            "days": days,
+            "chip_hours": 24 * days * run.topology.chips,
+        }
+    return figures | {"images_per_device": run.images}
+
+
+def _sampler(run: _Run) -> dict[str, Any]:
+    """The same of drawing one batch of images, as the config's `sampling` says."""
+    settings, source = run.settings.sampling, run.experiment.train_source
+    parts = batch_parts(run.mesh)
+    size = -(-settings.batch_size // parts) * parts
+    numbers = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batch_sharding(run.mesh))
+    with jax.set_mesh(run.mesh):
+        lowered = sampling.generate.lower(
+            run.state["params"],
+            labels=numbers,
+            seeds=numbers,
+            scale=jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(run.mesh)),
+            experiment=run.experiment,
+            shape=source.image_shape,
+            sampler=settings.sampler,
+            steps=settings.steps,
+            guided=settings.guidance_scale != 1 and source.num_classes > 0,
+            trajectory=False,
+        )
+        figures = _compiled(run, lowered, f"sampler ({settings.sampler}, {settings.steps} steps)", size)
+    return figures | {"sampler": settings.sampler, "sampler_steps": settings.steps}
+
+
+def _compiled(run: _Run, lowered: jax.stages.Lowered, what: str, size: int) -> dict[str, Any]:
+    """Compiles a program that makes or takes `size` images; says what it needs, per device."""
+    began = time.monotonic()
+    log.info("compiling the %s for %d images …", what, size)
+    figures = {"batch_size": size}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return figures | {"memory_needed": _refused(error)}
+    counts = count(compiled.as_text())
+    memory = _memory(compiled)
+    log.info("compiled, in %s", duration(time.monotonic() - began))
+    return figures | {
+        "memory": memory,
+        "memory_needed": sum(memory.values()),
+        "flops": dict(counts.flops),
+        "bytes": counts.bytes,
+        "collectives": counts.exchanged(),
+        **_times(run, counts, size),
+    }
+
+
+def _times(run: _Run, counts: Counts, size: int) -> dict[str, Any]:
+    if run.topology.chip is None:
+        return {}
+    times = roofline(counts, run.topology.chip, list(run.mesh.devices.flat))
+    return {
+        "seconds": dataclasses.asdict(times),
+        "step_seconds": times.seconds,
+        "bound": times.bound,
+        "images_per_second": size / times.seconds,
+    }
+
+
+def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes on a device, by kind; outputs that take over the memory of arguments are not counted again."""
+    m = compiled.memory_analysis()
+    return {
+        "arguments": m.argument_size_in_bytes,
+        "temporaries": m.temp_size_in_bytes,
+        "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,
+        "program": m.generated_code_size_in_bytes,
+    }
+
+
+def _refused(error: jax.errors.JaxRuntimeError) -> float:
+    """The bytes that a program would need, of the compiler's refusal.
+
+    Raises:
+        JaxRuntimeError: it refused for another reason.
+    """
+    found = re.search(r"(?:Used|temporaries \()\s*([\d.]+)([KMGT]?)", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+        raise error
+    needed = float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+    log.info("it does not fit: %.2f GiB per device", needed / 2**30)
+    return needed
+
+
+def _state_bytes(tree: Any) -> int:
+    """Bytes on a device, without the padding of a layout."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
