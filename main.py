@@ -4,6 +4,7 @@ python main.py --config=configs/digits.py                     train in runs/digi
 python main.py --config=configs/digits.py --workdir=DIR       train in DIR
 python main.py --config=configs/digits.py --mode=sample --labels=0,3,5-7 --seeds=0-3
 python main.py --config=configs/digits.py --mode=evaluate     score again
+python main.py --config=configs/dig_xl.py --mode=plan --topology=v5e:16x16    memory and time on such chips
 
 --config=configs/dig_xl.py:512 gives the config an argument, --config.FIELD=VALUE sets a field, such as
 --config.training.steps=4000; configs/base.py lists all fields.
@@ -13,16 +14,28 @@ from pathlib import Path
 
 from absl import flags
 
-from dig_jax import cli, report
+from dig_jax import cli, plan, report
 from dig_jax.config import Config
 from dig_jax.errors import ConfigError
-from dig_jax.parallel import prepare_cpu
+from dig_jax.parallel import join_processes, prepare_cpu
 from dig_jax.training.loop import train
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME_OF_CONFIG by default.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "plan"], "What to do.")
 _LABELS = flags.DEFINE_string("labels", None, "With --mode=sample: classes, such as 0,3,5-7; one of each.")
 _SEEDS = flags.DEFINE_string("seeds", None, "With --mode=sample: seeds, such as 0-15; 0, 1, … by default.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "With --mode=plan: chips that need not be there, such as v6e:8x8 or h100:8x4; else this machine.",
+)
+_JSON = flags.DEFINE_bool("json", False, "With --mode=plan: JSON instead of text.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Of several training processes: ADDRESS:PORT of the first; TPU pods, SLURM: no flag."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+_JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds that processes wait for each other.")
 
 
 def main(settings: Config, name: str) -> None:
@@ -31,9 +44,15 @@ def main(settings: Config, name: str) -> None:
     labels, seeds = cli.numbers(_LABELS.value, "labels"), cli.numbers(_SEEDS.value, "seeds")
     if _MODE.value != "sample" and not (labels is seeds is None):
         raise ConfigError("--labels and --seeds go with --mode=sample")
+    if _MODE.value != "plan" and (_TOPOLOGY.value or _JSON.value):
+        raise ConfigError("--topology and --json go with --mode=plan")
     prepare_cpu(settings.mesh.cpu_devices)
     if _MODE.value == "train":
-        train(settings, workdir)
+        join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value)
+        if train(settings, workdir) is None:
+            cli.say_how_to_go_on()
+    elif _MODE.value == "plan":
+        plan.show(settings, _TOPOLOGY.value or plan.THIS, _JSON.value)
     elif _MODE.value == "sample":
         report.sample(settings, workdir, labels, seeds)
     else:

@@ -55,7 +55,9 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 10_000
+    c.checkpoint.every_minutes = 30.0  # at the latest so long after the last one; 0: by steps alone
     c.checkpoint.keep = 3  # the newest ones
+    c.checkpoint.keep_best = 1  # these too: the lowest held-out losses, where a save's step measures it
     c.checkpoint.keep_every_steps = 100_000  # these too, forever; 0: none
 
     c.logging = ConfigDict()
@@ -78,6 +80,9 @@ def get_config() -> ConfigDict:
     c.evaluation.num_images = 500  # 0: no score
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices that share a batch; -1: all
+    c.mesh.data = -1  # devices that share a batch, parameters whole; -1, for one axis: all that are left
+    c.mesh.fsdp = 1  # devices that share a batch and keep parameters, averages and moments in parts
+    c.mesh.tensor = 1  # devices that share heads and the MLP's channels
+    c.mesh.context = 1  # devices that share an image: rows of tokens
     c.mesh.cpu_devices = 1  # that a CPU is split into: small arrays leave XLA's own threads idle
     return c

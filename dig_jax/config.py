@@ -103,12 +103,14 @@ class Checkpoint:
     """When to save and what to keep."""
 
     every_steps: int
+    every_minutes: float
     keep: int
+    keep_best: int
     keep_every_steps: int
 
     def __post_init__(self):
         positive("checkpoint", self, "every_steps", "keep")
-        not_negative("checkpoint", self, "keep_every_steps")
+        not_negative("checkpoint", self, "every_minutes", "keep_best", "keep_every_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +157,22 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices per axis; -1 takes all that there are."""
+    """Devices per axis; one of them may be -1: all that the others leave."""
 
     data: int
+    fsdp: int
+    tensor: int
+    context: int
     cpu_devices: int
 
     def __post_init__(self):
-        positive("mesh.cpu_devices", self.cpu_devices)
+        sizes = (self.data, self.fsdp, self.tensor, self.context)
+        if sizes.count(-1) > 1 or any(size != -1 and size < 1 for size in sizes):
+            raise ConfigError(
+                "config.mesh.{data,fsdp,tensor,context} must be positive, and one of them may be -1 for all"
+                f" devices that the others leave; they are {', '.join(map(str, sizes))}"
+            )
+        positive("mesh", self, "cpu_devices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +228,7 @@ def check_same(old: Config, new: Config, workdir: object) -> None:
     Raises:
         ConfigError: names the settings, as "field: old → new".
     """
-    old_fields, new_fields = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    old_fields, new_fields = flattened(dataclasses.asdict(old)), flattened(dataclasses.asdict(new))
     changed = [
         f"{name}: {old_fields.get(name)!r} → {new_fields.get(name)!r}"
         for name in sorted(old_fields | new_fields)
@@ -300,11 +311,12 @@ def _checked(value: Any, kind: Any, path: str) -> Any:
     return value
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flattened(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -14,6 +14,7 @@ from dig_jax.data import Source, load_source
 from dig_jax.diffusion import GaussianDiffusion
 from dig_jax.errors import blaming
 from dig_jax.models import DiffusionTransformer, create_model
+from dig_jax.parallel import gathered
 
 Params = dict[str, Any]
 
@@ -64,6 +65,10 @@ class Experiment:
         drop: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b h w out"]:
         """The network with these parameters; arguments and result as in `DiffusionTransformer`."""
+        # Blocks gather theirs when their turn comes.
+        params = gathered({name: part for name, part in params.items() if name != "blocks"}) | {
+            "blocks": params["blocks"]
+        }
         return nnx.merge(self._graphdef, params)(x, t, y, drop=drop)
 
     @functools.cached_property

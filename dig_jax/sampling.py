@@ -14,7 +14,7 @@ from dig_jax.checkpoint import read_params
 from dig_jax.config import Config, check_same
 from dig_jax.diffusion import classifier_free, get_sampler
 from dig_jax.experiment import Experiment, Params
-from dig_jax.parallel import to_global
+from dig_jax.parallel import batch_parts, constrain, distribute
 
 Numbers = int | Sequence[int] | np.ndarray | None
 
@@ -101,7 +101,7 @@ class Sampler:
         if min(height, width) < 1:
             raise ValueError(f"size={size} is not positive")
         draw = functools.partial(
-            _generate,
+            generate,
             self.params,
             scale=jnp.float32(scale),
             experiment=self.experiment,
@@ -116,14 +116,14 @@ class Sampler:
         for first in range(0, len(seeds), batch_size):
             numbers = np.minimum(np.arange(first, first + batch_size), len(seeds) - 1)
             batch = {"labels": labels[numbers], "seeds": seeds[numbers]}
-            x = draw(**(to_global(batch, self._mesh) if self._mesh else batch))
+            x = draw(**(distribute(batch, self._mesh) if self._mesh else batch))
             parts.append(np.asarray(x))
         return np.concatenate(parts, axis=-4)[..., : len(seeds), :, :, :]
 
     def _batch_size(self, count: int) -> int:
-        """The config's, or what suffices where that is less, rounded up to a multiple of the devices."""
-        devices = self._mesh.size if self._mesh else 1
-        return -(-min(count, self.experiment.config.sampling.batch_size) // devices) * devices
+        """The config's, or what suffices where that is less, rounded up to what the mesh divides."""
+        parts = batch_parts(self._mesh) if self._mesh else 1
+        return -(-min(count, self.experiment.config.sampling.batch_size) // parts) * parts
 
 
 def load(path: str | Path, ema: str | None = None, *, settings: Config | None = None) -> Sampler:
@@ -178,7 +178,7 @@ def to_pixels(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
 @functools.partial(
     jax.jit, static_argnames=("experiment", "shape", "sampler", "steps", "guided", "trajectory")
 )
-def _generate(
+def generate(
     params: Params,
     *,
     labels: Int[Array, " b"],
@@ -191,7 +191,7 @@ def _generate(
     guided: bool,
     trajectory: bool,
 ) -> Float[Array, "*images"]:
-    """[B, *shape], or [steps, B, *shape] of a trajectory."""
+    """Images in the model's own space: [B, *shape], or [steps, B, *shape] of a trajectory."""
     settings, classes = experiment.config.sampling, experiment.train_source.num_classes
     denoiser = classifier_free(
         functools.partial(experiment.denoise, params),
@@ -209,4 +209,5 @@ def _generate(
         clip=settings.clip,
         return_trajectory=trajectory,
     )
-    return result[1] if trajectory else result
+    # Whole on every device, so that every process can read it.
+    return constrain(result[1] if trajectory else result)

@@ -160,7 +160,7 @@ def test_help_tells_how_to_use_it():
     for word in (
         "python main.py --config=configs/digits.py",
         "--workdir",
-        "<train|sample|evaluate>",
+        "<train|sample|evaluate|plan>",
         "--labels",
     ):
         assert word in result.stdout

@@ -144,7 +144,7 @@ def test_all_settings_that_a_workdir_did_not_begin_with_are_named():
         ({"data__name": "fak"}, "config.data: data source 'fak' is unknown; did you mean 'fake'"),
         ({"data__options": {"size": 3}}, "config.data: data source 'fake' has no option 'size'"),
         ({"data__batch_size": 6}, "config.data.batch_size=6 is not a multiple of the 4 devices"),
-        ({"mesh__data": 5}, "config.mesh.data=5, but there are 1…4 devices"),
+        ({"mesh__data": 5}, "config.mesh.data=5 is 5 devices, but there are 4"),
         ({"diffusion__schedule": "cosin"}, "config.diffusion: schedule must be .*did you mean 'cosine'"),
         ({"diffusion__loss": "mes"}, "config.diffusion: loss_type must be .*did you mean 'mse'"),
         ({"diffusion__num_steps": 3}, "config.diffusion: num_steps must be at least 21"),

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,28 +12,75 @@ from dig_jax.errors import ConfigError
 from dig_jax.parallel import make_mesh, to_global
 
 
-@pytest.mark.parametrize(("data", "devices"), [(-1, 4), (4, 4), (2, 2), (1, 1)])
-def test_the_mesh_has_as_many_devices_as_asked_for(data, devices):
-    assert make_mesh(config.Mesh(data=data, cpu_devices=1), 8).shape == {"data": devices}
+def mesh_settings(**sizes) -> config.Mesh:
+    return config.Mesh(**({"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "cpu_devices": 1} | sizes))
 
 
 @pytest.mark.parametrize(
-    ("data", "batch_size", "accumulation", "message"),
+    ("sizes", "shape"),
     [
-        (5, 20, 1, "config.mesh.data=5, but there are 1…4 devices; -1 takes all"),
-        (0, 20, 1, "config.mesh.data=0, but there are 1…4 devices"),
-        (-2, 20, 1, "config.mesh.data=-2, but"),
-        (-1, 6, 1, "config.data.batch_size=6 is not a multiple of the 4 devices"),
-        (2, 6, 2, "config.data.batch_size=6 is not a multiple of the 2 devices × 2 micro-batches"),
+        ({"data": -1}, (4, 1, 1, 1)),
+        ({"data": 2}, (2, 1, 1, 1)),
+        ({}, (1, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2}, (2, 2, 1, 1)),
+        ({"data": 2, "tensor": -1}, (2, 1, 1, 2)),
+        ({"context": 2, "fsdp": -1}, (1, 2, 2, 1)),
     ],
 )
-def test_a_batch_that_devices_cannot_share_is_refused(data, batch_size, accumulation, message):
+def test_the_mesh_has_the_axes_that_are_asked_for(sizes, shape):
+    mesh = make_mesh(mesh_settings(**sizes), 8)
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "context", "tensor"), shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "accumulation", "message"),
+    [
+        ({"data": 5}, 20, 1, "config.mesh.data=5 is 5 devices, but there are 4; -1 takes all"),
+        (
+            {"data": 2, "tensor": 4},
+            20,
+            1,
+            "config.mesh.data=2, config.mesh.tensor=4 is 8 devices, but there are 4",
+        ),
+        ({"data": -1, "fsdp": 3}, 24, 1, "config.mesh.fsdp=3: 4 devices are not a multiple of 3"),
+        ({"data": -1}, 6, 1, "config.data.batch_size=6 is not a multiple of the 4 devices that share it"),
+        ({"data": 2, "fsdp": 2}, 6, 1, "config.data.batch_size=6 is not a multiple of the 4 devices"),
+        ({"data": 2}, 6, 2, "config.data.batch_size=6 is not a multiple of the 2 devices × 2 micro-batches"),
+    ],
+)
+def test_devices_and_batches_that_a_mesh_does_not_fit_are_refused(sizes, batch_size, accumulation, message):
     with pytest.raises(ConfigError, match=message):
-        make_mesh(config.Mesh(data=data, cpu_devices=1), batch_size, accumulation)
+        make_mesh(mesh_settings(**sizes), batch_size, accumulation)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 0}, {"fsdp": -2}, {"data": -1, "tensor": -1}, {"cpu_devices": 0}])
+def test_sizes_that_cannot_be_are_refused(sizes):
+    with pytest.raises(ConfigError, match="config.mesh"):
+        mesh_settings(**sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as its place in a mesh depends on."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "made up"
+
+
+def test_hosts_are_divided_over_the_axes_that_exchange_least():
+    """Three hosts of four GPUs, whose heads stay on a host."""
+    devices = [Device(number, number // 4) for number in range(12)]
+    mesh = make_mesh(mesh_settings(data=3, fsdp=2, tensor=2), 24, devices=devices)
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    assert (hosts == np.arange(3)[:, None, None, None]).all()
+    with pytest.raises(ConfigError, match="config.mesh.data=2 is 2 of 12 devices; several hosts use all"):
+        make_mesh(mesh_settings(data=2), 24, devices=devices)
 
 
 def test_every_device_holds_its_part_of_a_batch():
-    mesh = make_mesh(config.Mesh(data=-1, cpu_devices=1), 8)
+    mesh = make_mesh(mesh_settings(data=-1), 8)
     image = np.arange(8.0)[:, None]
     batch = to_global({"image": image}, mesh)["image"]
     assert isinstance(batch, jax.Array)

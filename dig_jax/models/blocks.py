@@ -6,7 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dig_jax.models.linear import Linear, xavier
+from dig_jax.models.linear import FusedLinear, Linear, xavier
+from dig_jax.parallel import BATCH_AXES, constrain, constrain_batch, constrain_tokens, with_halo
 
 EPSILON = 1e-6
 
@@ -43,7 +44,8 @@ class Modulation(nnx.Module):
 
     def __call__(self, c: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
         """Gives the vectors in the order shift, scale, gate, shift, …"""
-        return jnp.split(self.linear(jax.nn.silu(c)), self.count, axis=-1)
+        vectors = constrain(self.linear(jax.nn.silu(c)), BATCH_AXES, "tensor")
+        return jnp.split(constrain_batch(vectors), self.count, axis=-1)
 
 
 class SwiGLU(nnx.Module):
@@ -52,13 +54,13 @@ class SwiGLU(nnx.Module):
     def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden = 256 * -(-int(8 / 3 * width) // 256)
         options = {"use_bias": False, "kernel_init": xavier, "dtype": dtype, "rngs": rngs}
-        self.gate_up = Linear(width, 2 * hidden, **options)
+        self.gate_up = FusedLinear(width, hidden, 2, **options)
         self.down = Linear(hidden, width, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Applies the same map to every token."""
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+        gate, up = self.gate_up(x)
+        return self.down(constrain_tokens(jax.nn.silu(gate) * up, "tensor"))
 
 
 class GeluMLP(nnx.Module):
@@ -71,7 +73,7 @@ class GeluMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Applies the same map to every token."""
-        return self.out(jax.nn.gelu(self.hidden(x), approximate=True))
+        return self.out(constrain_tokens(jax.nn.gelu(self.hidden(x), approximate=True), "tensor"))
 
 
 @jax.custom_jvp
@@ -114,7 +116,8 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
         """Convolves tokens that stand in raster order on a grid of (rows, columns)."""
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        return depthwise_conv3x3(kernel, x.reshape(x.shape[0], *grid, -1)).reshape(x.shape) + bias
+        y = with_halo(depthwise_conv3x3, kernel, x.reshape(x.shape[0], *grid, -1))
+        return y.reshape(x.shape) + bias
 
 
 class Block(nnx.Module):
@@ -148,12 +151,13 @@ class Block(nnx.Module):
         self, x: Float[Array, "b t d"], c: Float[Array, "b d"], grid: tuple[int, int]
     ) -> Float[Array, "b t d"]:
         """Transforms tokens x under the condition c."""
+        x = constrain_tokens(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
         y = modulate(self.norm1(x), shift1, scale1)
         if self.conv is not None and self.conv_inside:
             y = self.conv(y, grid)
-        x = x + gate1[:, None] * self.mixer(y, grid)
-        x = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1[:, None] * constrain_tokens(self.mixer(y, grid))
+        x = x + gate2[:, None] * constrain_tokens(self.mlp(modulate(self.norm2(x), shift2, scale2)))
         if self.conv is not None and not self.conv_inside:
             x = self.conv(x, grid)
         return x

@@ -1,5 +1,7 @@
 """Token mixers: gated linear attention (linear time) and softmax attention (the DiT baseline)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from pallas_gla import gated_gla_2d
 
-from dig_jax.models.linear import Linear, xavier
+from dig_jax.models.linear import FusedLinear, Linear, xavier
+from dig_jax.parallel import axis_sizes, constrain_heads, on_rows, own_grid
 
 # Gain 2^-2.5 of GLA's projections (Yang et al. 2023): a uniform Xavier with its variance times 2^-5.
 _xavier_small = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
@@ -57,18 +60,22 @@ class GatedLinearAttention(nnx.Module):
         """Mixes tokens that stand in raster order on a grid of (rows, columns)."""
 
         def heads(y: Array) -> Array:
-            return y.reshape(*y.shape[:2], self.num_heads, -1)
+            return _split_heads(y, self.num_heads)
 
-        o = gated_gla_2d(
+        core = functools.partial(
+            gated_gla_2d,
+            grid=own_grid(grid),
+            direction=self.direction,
+            implementation=self.implementation,
+        )
+        o = on_rows(
+            core,
             heads(self.q_proj(x)),
             heads(self.k_proj(x)),
             heads(self.v_proj(x)),
             heads(self.decay_up(self.decay_down(x))),
             heads(self.gate_proj(x)),
             self.norm_weight[...],
-            grid=grid,
-            direction=self.direction,
-            implementation=self.implementation,
         )
         return self.o_proj(o.reshape(x.shape))
 
@@ -81,12 +88,35 @@ class SoftmaxAttention(nnx.Module):
             raise ValueError(f"num_heads={num_heads} does not divide hidden_size={width}")
         self.num_heads = num_heads
         options = {"kernel_init": xavier, "dtype": dtype, "rngs": rngs}
-        self.qkv_proj = Linear(width, 3 * width, **options)
+        self.qkv_proj = FusedLinear(width, width, 3, **options)
         self.o_proj = Linear(width, width, **options)
 
     def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
         """Mixes all tokens with all others."""
         del grid
-        qkv = self.qkv_proj(x).reshape(*x.shape[:2], 3, self.num_heads, -1)
-        o = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0))
+        o = on_rows(_attend, *(_split_heads(y, self.num_heads) for y in self.qkv_proj(x)))
         return self.o_proj(o.reshape(x.shape))
+
+
+def _attend(
+    q: Float[Array, "b part h k"],
+    k: Float[Array, "b part h k"],
+    v: Float[Array, "b part h k"],
+    axis_name: str | None,
+) -> Float[Array, "b part h k"]:
+    """Attention of some tokens to those of all devices along a mesh axis."""
+    if axis_name is not None:
+        k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+def _split_heads(x: Float[Array, "b t d"], num_heads: int) -> Float[Array, "b t h k"]:
+    """Channels as heads, which the mesh axis `tensor` splits.
+
+    Raises:
+        ValueError: it does not divide their number.
+    """
+    devices = axis_sizes().get("tensor", 1)
+    if num_heads % devices:
+        raise ValueError(f"{num_heads} heads do not divide by the {devices} devices of mesh axis tensor")
+    return constrain_heads(x.reshape(*x.shape[:2], num_heads, -1))

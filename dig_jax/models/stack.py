@@ -8,6 +8,7 @@ depth/2 + 1 … depth - 1.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 
 from dig_jax.models.blocks import Block
 from dig_jax.models.linear import Linear, xavier
+from dig_jax.parallel import all_but_gathered, axis_sizes, gathered
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -49,7 +51,7 @@ class BlockStack(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.depth, self.period, self.remat = depth, period, remat
+        self.depth, self.period, self.remat, self.dtype = depth, period, remat, dtype
         self.transposed_skips = transposed_skips
         num_groups, num_rest = divmod(depth, period)
 
@@ -79,14 +81,19 @@ class BlockStack(nnx.Module):
             run, params = self._group_runner(c, grid)
             x, _ = jax.lax.scan(self._rematerialised(lambda x, layer: (run(x, layer)[0], None)), x, params)
         for block in self.rest:
-            x = self._rematerialised(lambda x, block=block: block(x, c, grid))(x)
+            x = self._rematerialised(lambda x, block=block: self._ready(*nnx.split(block))(x, c, grid))(x)
         return x
 
     def _rematerialised(self, function: Callable) -> Callable:
-        if self.remat is None:
+        if self.remat is None and not axis_sizes().keys() & {"fsdp", "tensor"}:
             return function
+        policy = REMAT_POLICIES[self.remat] if self.remat else all_but_gathered
         # Inside scan the compiler cannot undo the recomputation, so the barriers against it are not needed.
-        return jax.checkpoint(function, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+    def _ready(self, graphdef: nnx.GraphDef, params: Any) -> nnx.Module:
+        """A module whose parameters lie as it computes with them."""
+        return nnx.merge(graphdef, gathered(nnx.to_pure_dict(params), self.dtype))
 
     def _group_runner(self, c: Array, grid: tuple[int, int]) -> tuple[Callable, list]:
         """A function of (x, one layer of every stack) and the stacks' parameters, to scan over."""
@@ -96,7 +103,7 @@ class BlockStack(nnx.Module):
             outputs = []
             for position, (graphdef, block) in enumerate(zip(graphdefs, layer, strict=True)):
                 x = x if join is None else join(x, position)
-                x = nnx.merge(graphdef, block)(x, c, grid)
+                x = self._ready(graphdef, block)(x, c, grid)
                 outputs.append(x)
             return x, outputs
 
@@ -120,13 +127,13 @@ class BlockStack(nnx.Module):
         def join(x: Array, skip: Array, source: int, params) -> Array:
             if self.transposed_skips and source % 2 == 0:
                 skip = skip.reshape(skip.shape[0], *grid, -1).swapaxes(1, 2).reshape(skip.shape)
-            return nnx.merge(skip_graphdef, params)(jnp.concatenate([x, skip], axis=-1))
+            return self._ready(skip_graphdef, params)(jnp.concatenate([x, skip], axis=-1))
 
         def unrolled_block(x: Array, index: int) -> Array:
             if index >= self.depth - len(self.rest):
-                return self.rest[index % period](x, c, grid)
+                return self._ready(*nnx.split(self.rest[index % period]))(x, c, grid)
             graphdef, params = nnx.split(self.groups[index % period])
-            return nnx.merge(graphdef, at(params, index // period))(x, c, grid)
+            return self._ready(graphdef, at(params, index // period))(x, c, grid)
 
         def late_group(x: Array, inputs: tuple) -> tuple[Array, None]:
             layer, skips, skip_params = inputs

@@ -17,6 +17,7 @@ from dig_jax.models.embeddings import (
 )
 from dig_jax.models.linear import Linear, xavier
 from dig_jax.models.stack import BlockStack
+from dig_jax.parallel import constrain_batch, constrain_rows, context_size
 
 
 class DiffusionTransformer(nnx.Module):
@@ -84,10 +85,15 @@ class DiffusionTransformer(nnx.Module):
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"an image of {height}×{width} is not divided by patch_size={self.patch_size}")
         grid = (height // self.patch_size, width // self.patch_size)
-        tokens = self.patch_embed(patchify(x, self.patch_size))
-        tokens = tokens + jnp.asarray(sincos_positions(grid, self.hidden_size), tokens.dtype)
+        if grid[0] % context_size():
+            raise ValueError(
+                f"{grid[0]} rows of tokens do not divide by the {context_size()} devices of mesh axis context"
+            )
         c = self.time_embed(t)
         if self.label_embed is not None:
             c = c + self.label_embed(y, drop, x.shape[0])
+        c = constrain_batch(c)
+        tokens = self.patch_embed(patchify(constrain_rows(x), self.patch_size))
+        tokens = tokens + jnp.asarray(sincos_positions(grid, self.hidden_size), tokens.dtype)
         tokens = self.final(self.blocks(tokens, c, grid), c)
         return unpatchify(tokens.astype(jnp.float32), grid, self.patch_size)

@@ -1,6 +1,52 @@
-"""How arrays lie on the devices."""
+"""How arrays lie on the devices; the models read it from the mesh that is set, and need no settings."""
 
+from dig_jax.parallel.constraints import axis_sizes, constrain, constrain_batch
+from dig_jax.parallel.context import (
+    constrain_heads,
+    constrain_rows,
+    constrain_tokens,
+    context_size,
+    on_rows,
+    own_grid,
+    with_halo,
+)
 from dig_jax.parallel.cpu import prepare_cpu
-from dig_jax.parallel.mesh import batch_sharding, make_mesh, replicated, to_global
+from dig_jax.parallel.mesh import (
+    BATCH_AXES,
+    batch_parts,
+    batch_sharding,
+    distribute,
+    make_mesh,
+    process_share,
+    replicated,
+    to_global,
+)
+from dig_jax.parallel.processes import check_agreement, join_processes
+from dig_jax.parallel.rules import all_but_gathered, gathered, state_sharding
 
-__all__ = ["batch_sharding", "make_mesh", "prepare_cpu", "replicated", "to_global"]
+__all__ = [
+    "BATCH_AXES",
+    "all_but_gathered",
+    "axis_sizes",
+    "batch_parts",
+    "batch_sharding",
+    "check_agreement",
+    "constrain",
+    "constrain_batch",
+    "constrain_heads",
+    "constrain_rows",
+    "constrain_tokens",
+    "context_size",
+    "distribute",
+    "gathered",
+    "join_processes",
+    "make_mesh",
+    "on_rows",
+    "own_grid",
+    "prepare_cpu",
+    "process_share",
+    "replicated",
+    "state_sharding",
+    "to_global",
+    "with_halo",
+]

@@ -5,16 +5,18 @@ import dataclasses
 import functools
 import json
 import logging
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dig_jax import config, report
@@ -24,22 +26,36 @@ from dig_jax.data import batches, epoch
 from dig_jax.diffusion import get_sampler
 from dig_jax.errors import ConfigError, UserError, blaming
 from dig_jax.experiment import Experiment, Params, param_count
-from dig_jax.parallel import batch_sharding, make_mesh, replicated, to_global
+from dig_jax.parallel import (
+    check_agreement,
+    make_mesh,
+    process_share,
+    replicated,
+    state_sharding,
+    to_global,
+)
 from dig_jax.sampling import Sampler
 from dig_jax.training import step as steps
+from dig_jax.training.lowering import abstract_batch, abstract_state, fresh_state, lower_train_step
 from dig_jax.training.metrics import MetricWriter, Progress, StepMeter, duration
-from dig_jax.training.optimizer import make_optimizer, make_schedule
+from dig_jax.training.optimizer import make_optimizer
+from dig_jax.training.preemption import notice_of_end
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Run:
-    """What stays the same from the first step to the last."""
+    """What stays the same from the first step to the last.
+
+    What is not a checkpoint is written to `output`: the workdir, or in processes but the first one a
+    directory that is thrown away.
+    """
 
     experiment: Experiment
     mesh: Mesh
     workdir: Path
+    output: Path
 
     @property
     def settings(self) -> Config:
@@ -50,38 +66,49 @@ class _Run:
         return make_optimizer(self.settings.optimizer, self.settings.training.steps)
 
     @property
-    def processes(self) -> dict[str, int]:
-        return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    def share(self) -> dict[str, int]:
+        """Which part of every batch is this process's."""
+        share = process_share(self.mesh)
+        return {"process_index": share.index, "process_count": share.count}
 
 
-def train(settings: Config, workdir: Path) -> dict[str, Any]:
+def train(settings: Config, workdir: Path) -> dict[str, Any] | None:
     """Trains, or goes on training, until `settings.training.steps`, then draws and scores samples.
 
+    At SIGTERM, or a cloud's notice of preemption, it finishes the step, saves and returns.
+
     Returns:
-        The scores, as in scores.json.
+        The scores, as in scores.json; None if it was told to end before the last step.
 
     Raises:
         UserError: settings that cannot be, a workdir that began with others, damaged checkpoints.
     """
     began = time.monotonic()
+    check_agreement({"workdir": workdir.absolute(), **config.flattened(described(settings))})
     mesh = make_mesh(settings.mesh, settings.data.batch_size, settings.training.accumulation)
-    run = _Run(Experiment(settings), mesh, workdir)
-    _check(run.experiment)
-    abstract_state = _abstract_state(run)
+    experiment = Experiment(settings)
+    _check(experiment)
+    abstract = abstract_state(experiment, mesh)
+    _check_fits(experiment, mesh, abstract["params"])
     claim_workdir(settings, workdir)
     # Kernels cannot be partitioned: knowing the mesh, each runs on its device's part of the batch.
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), _output(workdir) as output:
+        run = _Run(experiment, mesh, workdir, output)
         with contextlib.closing(Checkpoints(workdir, settings.checkpoint)) as checkpoints:
-            state, examples = _start(run, abstract_state, checkpoints)
+            state, examples = _start(run, abstract, checkpoints)
             _introduce(run, state)
             if int(state["step"]) < settings.training.steps:
                 state = _loop(run, state, examples, checkpoints)
             checkpoints.wait()
+        step = int(state["step"])
+        if step < settings.training.steps:
+            log.info("told to end at step %d of %d, which is saved", step, settings.training.steps)
+            return None
         sampler = _sampler(run, state)
-        report.draw_samples(sampler, workdir)
-        scores = report.score(sampler, workdir)
+        report.draw_samples(sampler, output)
+        scores = report.score(sampler, output)
         if scores:
-            report.draw_neighbours(sampler, workdir)
+            report.draw_neighbours(sampler, output)
             log.info(report.summary(scores))
     log.info("everything is in %s, after %s", workdir, duration(time.monotonic() - began))
     return scores
@@ -98,9 +125,19 @@ def claim_workdir(settings: Config, workdir: Path) -> None:
         config.check_same(_began_with(workdir), settings, workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        report.write_json(workdir / "config.json", described(settings))
+        if jax.process_index() == 0:
+            report.write_json(workdir / "config.json", described(settings))
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be written to: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _output(workdir: Path) -> Iterator[Path]:
+    if jax.process_index() == 0:
+        yield workdir
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
 
 
 def _began_with(workdir: Path) -> Config:
@@ -128,34 +165,32 @@ def _check(experiment: Experiment) -> None:
             raise ValueError(f"guidance_channels={settings.guidance_channels}, but images have {channels}")
 
 
-def _fresh_state(run: _Run) -> steps.State:
-    return steps.init_state(run.experiment, run.optimizer, steps.init_params(run.experiment))
+def _check_fits(experiment: Experiment, mesh: Mesh, params: Params) -> None:
+    """Raises unless the mesh divides the model's heads and rows.
+
+    Raises:
+        ConfigError: names what is not divided, and by what.
+    """
+    batch = abstract_batch(experiment, mesh)
+    with jax.set_mesh(mesh), blaming("config.mesh"):
+        jax.eval_shape(experiment.denoise, params, batch["image"], batch["label"], batch["label"])
 
 
-def _abstract_state(run: _Run) -> steps.State:
-    """Shapes, dtypes and layout of the state; building it checks the model's settings."""
-    sharding = replicated(run.mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(lambda: _fresh_state(run)),
-    )
-
-
-def _start(run: _Run, abstract_state: steps.State, checkpoints: Checkpoints) -> tuple[steps.State, int]:
+def _start(run: _Run, abstract: steps.State, checkpoints: Checkpoints) -> tuple[steps.State, int]:
     """The state to go on from and the examples consumed so far: resumed, else warm, else from scratch."""
-    restored = checkpoints.restore(abstract_state)
+    restored = checkpoints.restore(abstract)
     if restored is not None:
         state, data = restored
         expected = _data_item(run, data["examples"])
         if data != expected:
             raise ConfigError(f"{run.workdir} was trained on other data: {data}, now {expected}")
         return state, data["examples"]
-    whole = replicated(run.mesh)
+    layout = state_sharding(abstract, run.mesh)
     if run.settings.init_from:
-        params = jax.device_put(_warm_params(run, abstract_state["params"]), whole)
+        params = jax.device_put(_warm_params(run, abstract["params"]), layout["params"])
         make = functools.partial(steps.init_state, run.experiment, run.optimizer)
-        return jax.jit(make, out_shardings=whole)(params), 0
-    return jax.jit(functools.partial(_fresh_state, run), out_shardings=whole)(), 0
+        return jax.jit(make, out_shardings=layout)(params), 0
+    return jax.jit(functools.partial(fresh_state, run.experiment), out_shardings=layout)(), 0
 
 
 def _warm_params(run: _Run, expected: Params) -> Params:
@@ -186,7 +221,7 @@ def _data_item(run: _Run, examples: int) -> dict[str, Any]:
 def _introduce(run: _Run, state: steps.State) -> None:
     """Says what is about to be trained; the parameters' table goes to parameters.txt."""
     table = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
-    (run.workdir / "parameters.txt").write_text(table + "\n")
+    (run.output / "parameters.txt").write_text(table + "\n")
     step = int(state["step"])
     log.info(
         "%s, %.2f M parameters, on %d × %s; %s %s",
@@ -215,6 +250,8 @@ def _loop(run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints
     train_step = _compiled_step(run, state)
     heldout_loss = _heldout_loss(run)
 
+    clock = time.monotonic
+
     def due(every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == last)
 
@@ -222,6 +259,7 @@ def _loop(run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints
         contextlib.closing(_batches(run, examples)) as data,
         contextlib.closing(_writer(run, first)) as writer,
         contextlib.closing(Progress(first_step=first, steps=last)) as progress,
+        notice_of_end() as is_last,
     ):
         meter = StepMeter(settings.data.batch_size)
 
@@ -230,7 +268,7 @@ def _loop(run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints
             writer.write(step, record)
             progress.show(step, record)
 
-        pending = None
+        pending, saved = None, clock()
         for step in range(first + 1, last + 1):
             with meter.waiting_for_data():
                 batch = next(data)
@@ -242,7 +280,10 @@ def _loop(run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints
             if due(settings.logging.heldout_every_steps, step):
                 with meter.paused():
                     heldout = heldout_loss(_sampling_params(run, state))
-            saving = due(settings.checkpoint.every_steps, step)
+            ending = is_last(step)
+            saving = ending or due(settings.checkpoint.every_steps, step)
+            if due(settings.logging.every_steps, step):
+                saving = saving or _agreed(0 < settings.checkpoint.every_minutes * 60 < clock() - saved)
             recording = saving or heldout is not None or due(settings.logging.every_steps, step)
             pending = (step, heldout) if recording else None
             if saving:
@@ -250,11 +291,20 @@ def _loop(run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints
                 write_record(step, heldout)
                 pending = None
                 consumed = examples + (step - first) * settings.data.batch_size
-                checkpoints.save(step, state, _data_item(run, consumed), settings)
+                loss = None if heldout is None else float(heldout)
+                checkpoints.save(step, state, _data_item(run, consumed), settings, heldout_loss=loss)
+                saved = clock()
+            if ending:
+                break
             if due(settings.sampling.every_steps, step) and step != last:
                 with meter.paused():
-                    report.draw_samples(_sampler(run, state), run.workdir)
+                    report.draw_samples(_sampler(run, state), run.output)
     return state
+
+
+def _agreed(flag: bool) -> bool:
+    """The first process's answer, in all of them: their clocks differ."""
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(flag))) if jax.process_count() > 1 else flag
 
 
 def _batches(run: _Run, start: int) -> grain.DatasetIterator:
@@ -265,12 +315,12 @@ def _batches(run: _Run, start: int) -> grain.DatasetIterator:
         seed=run.settings.seed,
         start=start,
         flip=data.flip,
-        **run.processes,
+        **run.share,
     )
 
 
 def _writer(run: _Run, first_step: int) -> MetricWriter:
-    return MetricWriter(run.workdir, first_step=first_step, tensorboard=run.settings.logging.tensorboard)
+    return MetricWriter(run.output, first_step=first_step, tensorboard=run.settings.logging.tensorboard)
 
 
 def _compiled_step(
@@ -278,19 +328,7 @@ def _compiled_step(
 ) -> Callable[[steps.State, steps.Batch], tuple[steps.State, steps.Metrics]]:
     """The train step, which takes over its state's memory; compiled ahead, to be timed apart."""
     began = time.monotonic()
-    size, split = run.settings.data.batch_size, batch_sharding(run.mesh)
-    image_shape = (size, *run.experiment.train_source.image_shape)
-    batch = {
-        "image": jax.ShapeDtypeStruct(image_shape, jnp.float32, sharding=split),
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
-    }
-    schedule = make_schedule(run.settings.optimizer, run.settings.training.steps)
-    train_step = jax.jit(
-        functools.partial(steps.train_step, run.experiment, run.optimizer, schedule),
-        donate_argnums=0,
-        out_shardings=replicated(run.mesh),
-    )
-    compiled = train_step.lower(state, batch).compile()
+    compiled = lower_train_step(run.experiment, run.mesh, state).compile()
     log.info("the train step is compiled, in %s", duration(time.monotonic() - began))
     return compiled
 
@@ -306,7 +344,7 @@ def _heldout_loss(run: _Run) -> Callable[[Params], jax.Array | None]:
         if not len(source):
             return None
         sums = []
-        for number, batch in enumerate(epoch(source, batch_size=size, **run.processes)):
+        for number, batch in enumerate(epoch(source, batch_size=size, **run.share)):
             jax.block_until_ready(sums[-1:])
             sums.append(batch_loss(params, to_global(batch, run.mesh), number * size))
         total, count = map(sum, zip(*sums, strict=True))

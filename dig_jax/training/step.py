@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from dig_jax.experiment import Experiment, Params
+from dig_jax.parallel import constrain_batch
 
 State = dict[str, Any]
 Batch = dict[str, Array]
@@ -126,7 +127,7 @@ def _mean_gradient(
     """Gradient and metrics of the mean loss, summed over micro-batches."""
     parts = experiment.config.training.accumulation
     size = batch["image"].shape[0]
-    batch = batch | {"number": jnp.arange(size)}
+    batch = batch | {"number": constrain_batch(jnp.arange(size))}
     gradient = jax.grad(lambda params, batch: _loss(experiment, params, batch, step, size), has_aux=True)
     if parts == 1:
         return gradient(params, batch)

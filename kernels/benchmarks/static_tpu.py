@@ -104,8 +104,8 @@ def all_cases() -> list[Case]:
         cases += [Case(chip, kind, direction="column") for kind in ("forward", "backward")]
         cases += [Case(chip, kind, implementation="xla") for kind in ("forward", "backward")]
         if importlib.util.find_spec("tops"):
-            # A peer's kernels, where they are installed. They have no gradient, and hold an array whole in VMEM,
-            # so that no larger batch compiles.
+            # A peer's kernels, where they are installed. They have no gradient, and hold an array whole in
+            # VMEM, so that no larger batch compiles.
             cases.append(Case(chip, batch=1, implementation="tops"))
     # Quick to compile: a test measures these again.
     cases += [Case(chip, kind, 6, 16, chunks=1) for chip in CHIPS for kind in ("forward", "backward")]

@@ -31,8 +31,9 @@ def per_shard(
     """
     mesh = jax.sharding.get_abstract_mesh()
     types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    free = {name: kind for name, kind in types.items() if kind != AxisType.Manual and mesh.shape[name] > 1}
-    if not free:
+    # Axes of size 1 too: a kernel can be lowered only where all are manual.
+    free = {name: kind for name, kind in types.items() if kind != AxisType.Manual}
+    if all(mesh.shape[name] == 1 for name in free):
         return run(operands)
     batch, heads = _axes(operands.q, free, mesh.shape)
     specs = Operands(

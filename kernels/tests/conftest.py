@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-# Four devices on one CPU, for what is sharded; before JAX starts. Tests compile much and compute little: LLVM's
-# optimisations take as long as all the rest.
+# Four devices on one CPU, for what is sharded; before JAX starts. Tests compile much and compute little:
+# LLVM's optimisations take as long as all the rest.
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 if FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"

@@ -1,0 +1,201 @@
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dig_jax.errors import ConfigError
+from dig_jax.parallel import join_processes
+
+ROOT = Path(__file__).parent.parent
+# The digits' own config, with one block, and little to draw at the end.
+FIELDS = {
+    "model.depth": 1,
+    "model.hidden_size": 32,
+    "model.num_heads": 1,
+    "data.batch_size": 16,
+    "training.steps": 20,
+    "optimizer.schedule": "constant",
+    "checkpoint.every_steps": 20,
+    "logging.every_steps": 1,
+    "logging.heldout_every_steps": 0,
+    "logging.tensorboard": False,
+    "sampling.every_steps": 0,
+    "sampling.images_per_class": 1,
+    "sampling.steps": 2,
+    "evaluation.num_images": 0,
+    "mesh.cpu_devices": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def command(workdir: Path, *arguments: str, **fields) -> list[str]:
+    changed = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
+    overrides = [f"--config.{name}={value}" for name, value in changed.items()]
+    return [
+        sys.executable,
+        "main.py",
+        "--config=configs/digits.py",
+        f"--workdir={workdir}",
+        *overrides,
+        *arguments,
+    ]
+
+
+def run(commands: Sequence[Sequence[str]], cache: Path) -> list[tuple[int, str]]:
+    """Exit status and log of processes that run at the same time."""
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    options = {"cwd": ROOT, "env": env, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(arguments, **options) for arguments in commands]
+    logs = [process.communicate()[1] for process in processes]
+    return [(process.returncode, log) for process, log in zip(processes, logs, strict=True)]
+
+
+def joined(count: int, port: int | None = None) -> list[list[str]]:
+    """The flags of so many processes."""
+    port = port or free_port()
+    flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", "--join_timeout=120"]
+    return [[*flags, f"--process_id={number}"] for number in range(count)]
+
+
+def train(workdir: Path, processes: int = 1, **fields) -> None:
+    flags = joined(processes) if processes > 1 else [[]]
+    results = run([command(workdir, *own, **fields) for own in flags], workdir.parent / "compiled")
+    for status, log in results:
+        assert status == 0, log
+
+
+def state_at(workdir: Path, step: int) -> dict:
+    with ocp.StandardCheckpointer() as reader:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        path = workdir / "checkpoints" / str(step) / "state"
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            reader.metadata(path).item_metadata.tree,
+        )
+        return reader.restore(path, target)
+
+
+def records(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def examples(workdir: Path, step: int) -> dict:
+    return json.loads((workdir / "checkpoints" / str(step) / "data" / "metadata").read_text())
+
+
+def assert_like_one(workdir: Path, one: Path, step: int) -> None:
+    """Parameters to 1e-5, the data at the same place, and each step's record once, with the same loss."""
+    ours, theirs = (jax.tree.leaves(state_at(path, step)["params"]) for path in (workdir, one))
+    difference = sum(np.sum(np.square(a - b)) for a, b in zip(ours, theirs, strict=True))
+    assert difference <= 1e-10 * sum(np.sum(np.square(b)) for b in theirs)
+    assert examples(workdir, step) == examples(one, step)
+    assert examples(workdir, step)["examples"] == step * FIELDS["data.batch_size"]
+    # The loss of a step depends on which images it sees: one that is seen twice or left out would show.
+    assert [record["step"] for record in records(workdir)] == list(range(1, step + 1))
+    losses, expected = ([record["loss"] for record in records(path)[:step]] for path in (workdir, one))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one(directory):
+    """The workdir of one process, with checkpoints of 20 and 24 steps."""
+    train(directory / "one", training__steps=24)
+    return directory / "one"
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on_from_them(one, directory):
+    workdir = directory / "two"
+    train(workdir, processes=2, mesh__data=1, mesh__fsdp=2)
+    assert_like_one(workdir, one, 20)
+    assert (workdir / "samples.png").exists()
+    train(workdir, training__steps=24)
+    assert_like_one(workdir, one, 24)
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does_and_one_or_four_go_on_from_them(one, directory):
+    workdir = directory / "four"
+    train(workdir, processes=4, mesh__fsdp=2)
+    assert_like_one(workdir, one, 20)
+    then_one = shutil.copytree(workdir, directory / "four_then_one")
+    train(then_one, training__steps=24)
+    train(workdir, processes=4, training__steps=24)
+    for ended in (workdir, then_one):
+        assert_like_one(ended, one, 24)
+
+
+@pytest.mark.slow
+def test_processes_that_split_rows_or_heads_read_the_same_images_and_train_as_one_does(one, directory):
+    train(directory / "rows", processes=2, mesh__data=1, mesh__context=2)
+    assert_like_one(directory / "rows", one, 20)
+
+
+def test_processes_that_were_given_different_settings_all_stop_and_write_nothing(directory):
+    workdir = directory / "disagreeing"
+    steps = (20, 21)
+    commands = [command(workdir, *own, training__steps=n) for own, n in zip(joined(2), steps, strict=True)]
+    for number, (status, log) in enumerate(run(commands, directory / "compiled")):
+        assert status == 2
+        assert log.splitlines()[-1] == (
+            f"error: processes were given different settings; process {number} has"
+            f" config.training.steps={steps[number]}. Start all of them with the same command"
+        )
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_processes_that_do_not_find_each_other_say_where_they_looked(directory, process):
+    port = free_port()
+    own = [*joined(2, port)[process], "--join_timeout=3"]
+    [(status, log)] = run([command(directory / "alone", *own)], directory / "compiled")
+    assert status == 1
+    assert log.splitlines()[-1] == (
+        "error: the processes did not find each other within 3 seconds; the coordinator is"
+        f" 127.0.0.1:{port}: it must be reachable from all hosts, and all processes must be started"
+    )
+    assert "Traceback" not in log
+    assert not (directory / "alone").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host", 2, 0), "--coordinator=host is not of the form ADDRESS:PORT"),
+        (("host:1", 2, 2), r"--process_id=2 is not in 0…1, as --num_processes=2 has it"),
+        ((None, 2, 0), "--coordinator, --num_processes and --process_id: what JAX says"),
+    ],
+)
+def test_flags_that_do_not_describe_processes_are_refused(arguments, message, monkeypatch):
+    def refuse(**_):
+        raise ValueError("what JAX says")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(ConfigError, match=message):
+        join_processes(*arguments)
+    join_processes()  # neither flags nor an environment of several: alone
