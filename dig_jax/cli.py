@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def _start_log() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _parse(argv: list[str]) -> tuple[Config, str]:

@@ -178,3 +178,19 @@ def test_a_process_that_fails_says_so_in_one_line_and_leaves_nothing(tmp_path, a
     assert result.returncode == status
     assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_failed_save_leaves_undone_is_not_told_after_the_error():
+    code = """
+from dig_jax import cli
+
+def main(settings, name):
+    async def write(): ...
+    write()
+    raise cli.UserError("the disk is full")
+
+cli.run(main, "")
+"""
+    command = [sys.executable, "-c", code, "--config=configs/smoke.py"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "error: the disk is full\n")
