@@ -45,14 +45,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names of configs or of topologies")
     only = parser.parse_args().only
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    for name in CONFIGS:
-        for topology in TOPOLOGIES:
-            key = f"{name} {topology}"
-            if key in record or (only and not {name, topology} & set(only)):
-                continue
-            record[key] = _plan(name, topology)
-            print(_row(key, record[key]), flush=True)
-            RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    for key in _keys():
+        if key in record or (only and not set(key.split()) & set(only)):
+            continue
+        record[key] = _plan(*key.split())
+        print(_row(key, record[key]), flush=True)
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
     rows = [_row(key, record[key]) for key in _keys() if key in record]
     before, _, rest = PAGE.read_text().partition(BEGIN)
     after = rest.partition(END)[2]

@@ -1,6 +1,9 @@
-"""Runs of the smallest model, and what it means that two of them ended alike."""
+"""Runs of small models by the command line, and what it means that two of them ended alike."""
 
 import json
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -24,9 +27,39 @@ FIELDS = {
 }
 
 
+def command(name: str, workdir: Path, fields: Mapping[str, object], *arguments: str) -> list[str]:
+    """Of a run with configs/NAME.py, to be given in the repository's root."""
+    overrides = [f"--config.{field}={value}" for field, value in fields.items()]
+    return [
+        sys.executable,
+        "main.py",
+        f"--config=configs/{name}.py",
+        f"--workdir={workdir}",
+        *overrides,
+        *arguments,
+    ]
+
+
+def environment(compiled: Path, *, optimized: bool = False) -> dict[str, str]:
+    """Of runs that share their compiled programs, kept in a directory."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def state_at(workdir: Path, step: int) -> dict:
+    """On one device, whatever mesh it was saved from."""
     with ocp.StandardCheckpointer() as reader:
-        return reader.restore(workdir / "checkpoints" / str(step) / "state")
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        path = workdir / "checkpoints" / str(step) / "state"
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            reader.metadata(path).item_metadata.tree,
+        )
+        return reader.restore(path, target)
 
 
 def records(workdir: Path) -> list[dict]:

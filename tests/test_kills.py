@@ -1,33 +1,25 @@
-import os
 import random
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ended_runs import FIELDS, assert_ended_alike
+from ended_runs import FIELDS, assert_ended_alike, command, environment
 
 ROOT = Path(__file__).parent.parent
 
 
 def start(workdir: Path, *arguments: str, optimized: bool = False) -> subprocess.Popen:
     """The command of the kill tests; its compiled programs are kept beside the workdir."""
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
-        "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
     fields = FIELDS | {"model.name": "DiG-S/2", "training.accumulation": 1, "training.steps": 24}
-    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    command = [sys.executable, "main.py", "--config=configs/smoke.py", f"--workdir={workdir}", *overrides]
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    env = environment(workdir.parent / "compiled", optimized=optimized)
+    run = command("smoke", workdir, fields, *arguments)
+    return subprocess.Popen(run, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
 def finish(run: subprocess.Popen) -> str:
@@ -76,9 +68,9 @@ def test_a_terminated_run_saves_its_step_says_how_to_go_on_and_loses_nothing(uni
     run = start(workdir, "--config.checkpoint.every_steps=1000")
     stderr = signal_when(run, lambda: last_step(workdir) >= 9, signal.SIGTERM)
     assert run.returncode == 0, stderr
-    *_, said, command = stderr.splitlines()
+    *_, said, resuming = stderr.splitlines()
     step = int(re.fullmatch(r"told to end at step (\d+) of 24, which is saved", said)[1])
-    assert command.startswith("to go on: python main.py --config=configs/smoke.py --workdir=")
+    assert resuming.startswith("to go on: python main.py --config=configs/smoke.py --workdir=")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(step)]
     assert last_step(workdir) == step
     assert f"step {step} of 24 is done in" in finish(start(workdir))
@@ -113,11 +105,11 @@ def test_a_run_killed_thirty_times_ends_bit_identical(tmp_path):
 def test_a_full_disk_ends_a_run_with_one_line(uninterrupted):
     workdir = shutil.copytree(uninterrupted, uninterrupted.with_name("full_disk"))
     limit = (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    command = start(workdir, "--config.training.steps=30")
-    resource.prlimit(command.pid, resource.RLIMIT_FSIZE, limit)
-    _, stderr = command.communicate()
+    run = start(workdir, "--config.training.steps=30")
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, limit)
+    _, stderr = run.communicate()
     errors = [line for line in stderr.splitlines() if "loss" not in line]
-    assert command.returncode == 1
+    assert run.returncode == 1
     assert stderr.splitlines()[-1].startswith("error: checkpoint 26 could not be written to ")
     assert not any(line.startswith((" ", "Traceback")) for line in errors), stderr
     assert sorted(path.name for path in (workdir / "checkpoints").glob("??")) == ["20", "22", "24"]

@@ -1,16 +1,14 @@
 import json
-import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from ended_runs import command, environment, records, state_at
 
 from dig_jax.errors import ConfigError
 from dig_jax.parallel import join_processes
@@ -47,29 +45,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def command(workdir: Path, *arguments: str, **fields) -> list[str]:
+def digits(workdir: Path, *arguments: str, **fields) -> list[str]:
     changed = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
-    overrides = [f"--config.{name}={value}" for name, value in changed.items()]
-    return [
-        sys.executable,
-        "main.py",
-        "--config=configs/digits.py",
-        f"--workdir={workdir}",
-        *overrides,
-        *arguments,
-    ]
+    return command("digits", workdir, changed, *arguments)
 
 
 def run(commands: Sequence[Sequence[str]], cache: Path) -> list[tuple[int, str]]:
     """Exit status and log of processes that run at the same time."""
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    env = environment(cache) | {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     options = {"cwd": ROOT, "env": env, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(arguments, **options) for arguments in commands]
     logs = [process.communicate()[1] for process in processes]
@@ -85,24 +68,9 @@ def joined(count: int, port: int | None = None) -> list[list[str]]:
 
 def train(workdir: Path, processes: int = 1, **fields) -> None:
     flags = joined(processes) if processes > 1 else [[]]
-    results = run([command(workdir, *own, **fields) for own in flags], workdir.parent / "compiled")
+    results = run([digits(workdir, *own, **fields) for own in flags], workdir.parent / "compiled")
     for status, log in results:
         assert status == 0, log
-
-
-def state_at(workdir: Path, step: int) -> dict:
-    with ocp.StandardCheckpointer() as reader:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        path = workdir / "checkpoints" / str(step) / "state"
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-            reader.metadata(path).item_metadata.tree,
-        )
-        return reader.restore(path, target)
-
-
-def records(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def examples(workdir: Path, step: int) -> dict:
@@ -159,7 +127,7 @@ def test_processes_that_split_rows_or_heads_read_the_same_images_and_train_as_on
 def test_processes_that_were_given_different_settings_all_stop_and_write_nothing(directory):
     workdir = directory / "disagreeing"
     steps = (20, 21)
-    commands = [command(workdir, *own, training__steps=n) for own, n in zip(joined(2), steps, strict=True)]
+    commands = [digits(workdir, *own, training__steps=n) for own, n in zip(joined(2), steps, strict=True)]
     for number, (status, log) in enumerate(run(commands, directory / "compiled")):
         assert status == 2
         assert log.splitlines()[-1] == (
@@ -173,7 +141,7 @@ def test_processes_that_were_given_different_settings_all_stop_and_write_nothing
 def test_processes_that_do_not_find_each_other_say_where_they_looked(directory, process):
     port = free_port()
     own = [*joined(2, port)[process], "--join_timeout=3"]
-    [(status, log)] = run([command(directory / "alone", *own)], directory / "compiled")
+    [(status, log)] = run([digits(directory / "alone", *own)], directory / "compiled")
     assert status == 1
     assert log.splitlines()[-1] == (
         "error: the processes did not find each other within 3 seconds; the coordinator is"

@@ -14,7 +14,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-import optax
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -38,7 +37,6 @@ from dig_jax.sampling import Sampler
 from dig_jax.training import step as steps
 from dig_jax.training.lowering import abstract_batch, abstract_state, fresh_state, lower_train_step
 from dig_jax.training.metrics import MetricWriter, Progress, StepMeter, duration
-from dig_jax.training.optimizer import make_optimizer
 from dig_jax.training.preemption import notice_of_end
 
 log = logging.getLogger(__name__)
@@ -60,10 +58,6 @@ class _Run:
     @property
     def settings(self) -> Config:
         return self.experiment.config
-
-    @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.settings.optimizer, self.settings.training.steps)
 
     @property
     def share(self) -> dict[str, int]:
@@ -185,12 +179,10 @@ def _start(run: _Run, abstract: steps.State, checkpoints: Checkpoints) -> tuple[
         if data != expected:
             raise ConfigError(f"{run.workdir} was trained on other data: {data}, now {expected}")
         return state, data["examples"]
-    layout = state_sharding(abstract, run.mesh)
+    layout, params = state_sharding(abstract, run.mesh), None
     if run.settings.init_from:
         params = jax.device_put(_warm_params(run, abstract["params"]), layout["params"])
-        make = functools.partial(steps.init_state, run.experiment, run.optimizer)
-        return jax.jit(make, out_shardings=layout)(params), 0
-    return jax.jit(functools.partial(fresh_state, run.experiment), out_shardings=layout)(), 0
+    return jax.jit(functools.partial(fresh_state, run.experiment), out_shardings=layout)(params), 0
 
 
 def _warm_params(run: _Run, expected: Params) -> Params:
@@ -250,7 +242,7 @@ def _loop(run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints
     train_step = _compiled_step(run, state)
     heldout_loss = _heldout_loss(run)
 
-    clock = time.monotonic
+    clock, longest = time.monotonic, settings.checkpoint.every_minutes * 60
 
     def due(every: int, step: int) -> bool:
         return every > 0 and (step % every == 0 or step == last)
@@ -282,8 +274,8 @@ def _loop(run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints
                     heldout = heldout_loss(_sampling_params(run, state))
             ending = is_last(step)
             saving = ending or due(settings.checkpoint.every_steps, step)
-            if due(settings.logging.every_steps, step):
-                saving = saving or _agreed(0 < settings.checkpoint.every_minutes * 60 < clock() - saved)
+            if longest and not saving and due(settings.logging.every_steps, step):
+                saving = _agreed(clock() - saved > longest)
             recording = saving or heldout is not None or due(settings.logging.every_steps, step)
             pending = (step, heldout) if recording else None
             if saving:

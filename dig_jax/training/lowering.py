@@ -4,19 +4,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
-from dig_jax.experiment import Experiment
+from dig_jax.experiment import Experiment, Params
 from dig_jax.parallel import batch_sharding, replicated, state_sharding
 from dig_jax.training import step as steps
 from dig_jax.training.optimizer import make_optimizer, make_schedule
 
 
-def fresh_state(experiment: Experiment) -> steps.State:
-    """The state that a run starts from, of random parameters."""
-    settings = experiment.config
-    optimizer = make_optimizer(settings.optimizer, settings.training.steps)
-    return steps.init_state(experiment, optimizer, steps.init_params(experiment))
+def fresh_state(experiment: Experiment, params: Params | None = None) -> steps.State:
+    """The state that a run starts from; of random parameters, where none are given."""
+    params = steps.init_params(experiment) if params is None else params
+    return steps.init_state(experiment, _optimizer(experiment), params)
 
 
 def abstract_state(experiment: Experiment, mesh: Mesh) -> steps.State:
@@ -54,10 +54,14 @@ def lower_train_step(experiment: Experiment, mesh: Mesh, state: steps.State) -> 
         functools.partial(
             steps.train_step,
             experiment,
-            make_optimizer(settings.optimizer, settings.training.steps),
+            _optimizer(experiment),
             make_schedule(settings.optimizer, settings.training.steps),
         ),
         donate_argnums=0,
         out_shardings=(state_sharding(state, mesh), replicated(mesh)),
     )
     return train_step.lower(state, abstract_batch(experiment, mesh))
+
+
+def _optimizer(experiment: Experiment) -> optax.GradientTransformation:
+    return make_optimizer(experiment.config.optimizer, experiment.config.training.steps)
