@@ -293,7 +293,7 @@ def _collectives(module: Module, scope: Mapping[str, Instruction], x: Instructio
     if x.opcode == "fusion":
         body = module[x.called("calls")]
         inner = [c for y in body.values() for c in _collectives(module, body, y)]
-        if x.name.startswith("%all-reduce-scatter"):
+        if x.called("calls").startswith("%all-reduce-scatter"):
             inner = [dataclasses.replace(c, kind="reduce-scatter") for c in inner]
         return inner
     kind = x.opcode.removesuffix("-start")
@@ -315,10 +315,17 @@ def _group(attributes: str) -> tuple[int, ...]:
         order = _integers(counted[4]) if counted[4] else range(len(sizes))
         numbers = _strided(sizes, order)
         return tuple(numbers[: int(counted[2])])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+        attributes,
+    ):
         sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
-        taken = re.findall(r"('\w+')(?::\((\d+)\)(\d+))?", mesh[2])
-        return _of_mesh(sizes, taken)
+        places = _of_mesh(sizes, re.findall(r"('\w+')(?::\((\d+)\)(\d+))?", mesh[4]))
+        if not mesh[2]:
+            return places
+        held = _integers(mesh[2])
+        numbers = _strided(held, _integers(mesh[3]) if mesh[3] else range(len(held)))
+        return tuple(numbers[place] for place in places)
     raise ValueError(f"the devices of a collective cannot be read: {attributes[:200]}")
 
 

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,23 @@ def test_split_gated_scan_equals_the_whole(mesh):
     whole = functools.partial(gated_gla_2d, grid=(8, 8), direction="column_reversed")
     arrays = (q, k, v, 16 * logits, gate)
     oracle.assert_close([jax.jit(split)(*arrays)], [whole(*arrays, weight)], 2e-5, ["out"])
+
+
+@pytest.mark.parametrize("direction", ["row", "row_reversed"])
+def test_row_scans_exchange_the_same_however_many_tokens_there_are(mesh, direction):
+    def exchanged(rows):
+        arrays, cotangents = oracle.inputs(4, t=4 * rows * 8, h=2, k=8, v=8)
+        segment_ids = jnp.zeros((2, 4 * rows * 8), jnp.int32)
+        scan = sharded(mesh, gla_2d, grid=(rows, 8), direction=direction)
+
+        def run(arrays, cotangents):
+            out, vjp = jax.vjp(lambda *x: scan(*x[:4], segment_ids, x[4]), *arrays)
+            return (*out, *vjp(cotangents))
+
+        text = jax.jit(run).lower(arrays, cotangents).compile().as_text()
+        return sorted(re.findall(r"= (\S+) (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text))
+
+    assert exchanged(2) == exchanged(8) != []
 
 
 def test_columns_that_the_devices_do_not_divide_are_refused(mesh):
