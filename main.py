@@ -4,6 +4,7 @@ python main.py --config=configs/digits.py                     train in runs/digi
 python main.py --config=configs/digits.py --workdir=DIR       train in DIR
 python main.py --config=configs/digits.py --mode=sample --labels=0,3,5-7 --seeds=0-3
 python main.py --config=configs/digits.py --mode=evaluate     score again
+python main.py --config=configs/digits.py --mode=export --output=digits.safetensors    parameters to share
 python main.py --config=configs/dig_xl.py --mode=plan --topology=v5e:16x16    memory and time on such chips
 
 --config=configs/dig_xl.py:512 gives the config an argument, --config.FIELD=VALUE sets a field, such as
@@ -15,21 +16,28 @@ from pathlib import Path
 from absl import flags
 
 from dig_jax import cli, plan, report
+from dig_jax.compilation import keep_compiled_programs
 from dig_jax.config import Config
 from dig_jax.errors import ConfigError
+from dig_jax.export import export
 from dig_jax.parallel import join_processes, prepare_cpu
 from dig_jax.training.loop import train
+from dig_jax.training.profiling import profiled_steps
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME_OF_CONFIG by default.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "plan"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "export", "plan"], "What to do.")
 _LABELS = flags.DEFINE_string("labels", None, "With --mode=sample: classes, such as 0,3,5-7; one of each.")
 _SEEDS = flags.DEFINE_string("seeds", None, "With --mode=sample: seeds, such as 0-15; 0, 1, … by default.")
+_OUTPUT = flags.DEFINE_string("output", None, "With --mode=export: the file, FILE.safetensors.")
 _TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
     "With --mode=plan: chips that need not be there, such as v6e:8x8 or h100:8x4; else this machine.",
 )
 _JSON = flags.DEFINE_bool("json", False, "With --mode=plan: JSON instead of text.")
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "In training: steps to be traced by JAX's profiler, such as 100-105."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Of several training processes: ADDRESS:PORT of the first; TPU pods, SLURM: no flag."
 )
@@ -46,15 +54,24 @@ def main(settings: Config, name: str) -> None:
         raise ConfigError("--labels and --seeds go with --mode=sample")
     if _MODE.value != "plan" and (_TOPOLOGY.value or _JSON.value):
         raise ConfigError("--topology and --json go with --mode=plan")
+    if (_MODE.value == "export") != bool(_OUTPUT.value):
+        raise ConfigError("--mode=export and --output=FILE.safetensors go together")
+    profiled = profiled_steps(cli.numbers(_PROFILE_STEPS.value, "profile_steps"))
+    if _MODE.value != "train" and profiled:
+        raise ConfigError("--profile_steps goes with --mode=train")
     prepare_cpu(settings.mesh.cpu_devices)
+    if _MODE.value != "plan":  # whose chips are not there to run what would be kept
+        keep_compiled_programs()
     if _MODE.value == "train":
         join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value)
-        if train(settings, workdir) is None:
+        if train(settings, workdir, profiled) is None:
             cli.say_how_to_go_on()
     elif _MODE.value == "plan":
         plan.show(settings, _TOPOLOGY.value or plan.THIS, _JSON.value)
     elif _MODE.value == "sample":
         report.sample(settings, workdir, labels, seeds)
+    elif _MODE.value == "export":
+        export(settings, workdir, Path(_OUTPUT.value))
     else:
         report.evaluate(settings, workdir)
 

@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
     c.logging.every_steps = 100
     c.logging.heldout_every_steps = 5_000  # 0: never
     c.logging.tensorboard = True
+    c.logging.wandb = ""  # project at Weights & Biases; "": none
 
     c.sampling = ConfigDict()
     c.sampling.every_steps = 10_000  # between sample grids in training; 0: only at the end

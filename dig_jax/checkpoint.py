@@ -3,6 +3,9 @@
 A checkpoint also holds the SHA-256 of its files, in the format of `sha256sum --check`: Orbax notices a lost
 file, but reads a changed byte as a number. Sums and all are written before Orbax renames the directory to
 STEP, so that whatever bears that name was once complete.
+
+Several processes share the workdir. Each writes its parts of the state; everything else is the first one's:
+it sums up what all have written, and says which checkpoint is restored.
 """
 
 import contextlib
@@ -24,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from dig_jax import config
 from dig_jax.config import Config
 from dig_jax.errors import CheckpointError, ConfigError
+from dig_jax.parallel import from_first, is_loss_of_process, who_lack
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         """For the first save; it changes the directory, and removes what killed saves left."""
-        for directory in self._damaged:
+        for directory in self._damaged if jax.process_index() == 0 else []:
             directory.rename(_free_name(directory.with_suffix(".unreadable")))
         kept = [
             policies.LatestN(self._settings.keep),
@@ -113,9 +117,9 @@ class Checkpoints:
         Raises:
             CheckpointError: there are some and all are damaged, or the newest intact one does not fit.
         """
-        if not has_checkpoints(self._directory.parent):
+        if not from_first(lambda: has_checkpoints(self._directory.parent)):
             return None
-        directory, self._damaged = _newest_intact(self._directory.parent)
+        directory, self._damaged = _agreed_newest_intact(self._directory.parent)
         items = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
         restored = _read(directory, **items)
         return restored.state, restored.data
@@ -136,6 +140,14 @@ class Checkpoints:
             with self._writing():
                 self._manager.close()
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        # Where another process is lost a save would wait for it, and never be complete.
+        if not is_loss_of_process(error):
+            self.close()
+
     def _write_sums(self) -> None:
         directory = next(self._directory.glob(f"{self._saving}.*tmp*"))
         lines = [f"{digest}  {name}\n" for name, digest in _sums(directory).items()]
@@ -147,6 +159,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            if is_loss_of_process(error):
+                raise
             raise CheckpointError(
                 f"checkpoint {self._saving} could not be written to {self._directory}: {_reason(error)};"
                 " older ones are untouched"
@@ -167,6 +181,8 @@ def has_checkpoints(workdir: Path) -> bool:
 def read_config(path: Path) -> Config:
     """The config in the newest intact checkpoint of a workdir, or in one checkpoint directory.
 
+    It needs no other process.
+
     Raises:
         CheckpointError: there is no checkpoint, all are damaged, or another version of the program wrote it.
     """
@@ -175,6 +191,8 @@ def read_config(path: Path) -> Config:
 
 def read_params(path: Path, ema: str | None = None) -> tuple[Config, int, Any]:
     """Config, step and parameters in the newest intact checkpoint of a workdir, or in one of them.
+
+    Of several processes all must call it.
 
     Args:
         path: a workdir, or a checkpoint directory in it; nothing is changed there.
@@ -187,7 +205,7 @@ def read_params(path: Path, ema: str | None = None) -> tuple[Config, int, Any]:
     Raises:
         CheckpointError: there is no checkpoint, all are damaged, or there is no such average.
     """
-    directory, _ = _newest_intact(path)
+    directory, _ = _agreed_newest_intact(path)
     settings = _config(directory)
     name = ema or settings.sampled_ema
     averages = [str(decay) for decay in settings.training.ema_decays]
@@ -212,6 +230,23 @@ def read_params(path: Path, ema: str | None = None) -> tuple[Config, int, Any]:
     ).state
     params = state["params"] if name == "params" else state["ema"][name]
     return settings, int(state["step"]), _integer_keys(params)
+
+
+def _agreed_newest_intact(path: Path) -> tuple[Path, list[Path]]:
+    """What the first process finds, in all of them; all must call it."""
+
+    def find() -> list[str]:
+        chosen, damaged = _newest_intact(path)
+        return [str(chosen), *map(str, damaged)]
+
+    directory, *damaged = map(Path, from_first(find))
+    lacking = who_lack((directory / _SUMS).exists())
+    if lacking:
+        raise CheckpointError(
+            f"process {', '.join(map(str, lacking))} does not see {directory}, which process 0 does:"
+            " checkpoints must be on a file system that all hosts share"
+        )
+    return directory, damaged
 
 
 def _newest_intact(path: Path) -> tuple[Path, list[Path]]:
@@ -268,12 +303,15 @@ def _read(directory: Path, **items: ocp.args.CheckpointArgs) -> ocp.args.Composi
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             return reader.restore(directory, ocp.args.Composite(**items))
     except Exception as error:  # of what the libraries raise nothing is promised
+        if is_loss_of_process(error):
+            raise
         raise CheckpointError(f"{directory} is whole, but cannot be used: {_reason(error)}") from error
 
 
 def _config(directory: Path) -> Config:
     try:
-        return config.from_dict(_read(directory, config=ocp.args.JsonRestore()).config["config"])
+        # Read as it was written, but without the other processes.
+        return config.from_dict(ocp.JsonCheckpointHandler().restore(directory / "config")["config"])
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {directory} is of another version: {error}") from error
 

@@ -10,19 +10,25 @@ import re
 import runpy
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dig_jax.config import Config, check_field, from_dict
 from dig_jax.errors import ConfigError, UserError
+from dig_jax.parallel import is_loss_of_process, leave
 from dig_jax.suggest import suggest
 
 log = logging.getLogger(__name__)
+
+_ALL_AGAIN = "The same command, given to all of them again, goes on from the last checkpoint"
 
 
 def run(main: Callable[[Config, str], None], usage: str) -> None:
@@ -46,6 +52,15 @@ def run(main: Callable[[Config, str], None], usage: str) -> None:
         _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    except Exception as error:
+        if is_loss_of_process(error):
+            reason = str(error).splitlines()[0][:200]
+            _say(f"another process has ended ({reason}): see its log. {_ALL_AGAIN}")
+            leave(1, wait=False)
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        leave(1)
 
 
 def numbers(text: str | None, flag: str) -> np.ndarray | None:
@@ -142,6 +157,10 @@ def _check_path(settings: ConfigDict, path: str) -> None:
         parent = f"{parent}.{name}".lstrip(".")
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
+    _say(message)
+    leave(status)
+
+
+def _say(message: str) -> None:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    sys.exit(status)

@@ -1,6 +1,7 @@
 """The experiment's settings as frozen, checked dataclasses; nothing below this module knows ml_collections.
 
-Every field is described, with its unit and source, in configs/base.py.
+Every field is described, with its unit and source, in configs/base.py. A field that came later has its
+default here too: the configs of older runs lack it.
 """
 
 import dataclasses
@@ -120,6 +121,7 @@ class Logging:
     every_steps: int
     heldout_every_steps: int
     tensorboard: bool
+    wandb: str = ""
 
     def __post_init__(self):
         positive("logging", self, "every_steps")
@@ -286,10 +288,14 @@ def _build(cls: type, settings: Any, path: str) -> Any:
     fields = typing.get_type_hints(cls)
     for name in settings:
         check_field(path, name, fields)
+    missing = dataclasses.MISSING
+    required = {f.name for f in dataclasses.fields(cls) if f.default is missing is f.default_factory}
     values = {}
     for name, kind in fields.items():
         if name not in settings:
-            raise ConfigError(f"{path}.{name} is missing")
+            if name in required:
+                raise ConfigError(f"{path}.{name} is missing")
+            continue
         value, here = settings[name], f"{path}.{name}"
         if dataclasses.is_dataclass(kind):
             values[name] = _build(kind, value, here)

@@ -6,7 +6,6 @@ that is killed, never meets half a picture.
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -14,14 +13,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from dig_jax.records import read_records, series, smooth
 
 # The paper is grey so that white strokes which reach the edge of an image end there.
 _PAPER, _INK = (222, 225, 231), (30, 33, 40)
 _MARGIN = 12
 # Tiny images are enlarged by the largest whole number that keeps them within this many pixels.
 _CELL = 80
+# The side of images in a small grid.
+_SMALL = 48
 
 _CURVES = {
     "loss": {"label": "train", "color": "#1f5fa8", "linewidth": 1.8, "zorder": 3},
@@ -88,7 +91,7 @@ def save_grid(path: str | os.PathLike, images: UInt8[np.ndarray, "n h w c"], **o
         ValueError: as `draw_grid`.
         OSError: if the file cannot be written; an older file of that name then stays as it is.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         draw_grid(images, **options).save(file, format="PNG")
 
 
@@ -146,6 +149,26 @@ def draw_grid(
         x, y = layout.corner(index)
         draw.text((x, y - line / 2), _cut(text, font, width), _INK, font, anchor="lm")
     return _with_caption(picture, caption, font, layout.left)
+
+
+def save_small_grid(path: str | os.PathLike, images: UInt8[np.ndarray, "n h w c"], **options) -> None:
+    """`save_grid` with images of at most 48 pixels a side, for looking at many grids at once.
+
+    Raises:
+        ValueError, OSError: as `save_grid`.
+    """
+    factor = _SMALL / max(images.shape[1:3])
+    if factor < 1:
+        size = tuple(max(1, round(factor * length)) for length in images.shape[2:0:-1])
+        grey = images.shape[3] == 1
+        reduced = [
+            np.asarray(
+                Image.fromarray(image[..., 0] if grey else image).resize(size, Image.Resampling.LANCZOS)
+            )
+            for image in images
+        ]
+        images = np.stack(reduced).reshape(len(images), *size[::-1], images.shape[3])
+    save_grid(path, images, scale=max(1, int(factor)), **options)
 
 
 def save_pair_grid(
@@ -217,13 +240,13 @@ def save_loss_curve(path: str | os.PathLike, metrics_path: str | os.PathLike) ->
     # Imported here because it takes longer than all else in this module.
     from matplotlib.figure import Figure
 
-    records = _read_records(metrics_path)
+    records = read_records(metrics_path)
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="loss")
     for name, style in _CURVES.items():
-        steps, losses = _series(records, name)
+        steps, losses = series(records, name, positive=True)
         if len(steps):
-            axes.plot(steps, losses if name == "heldout_loss" else _smooth(losses), **style)
+            axes.plot(steps, losses if name == "heldout_loss" else smooth(losses), **style)
         if name == "loss":
             axes.plot(steps, losses, ".-", color=style["color"], markersize=2, linewidth=0.6, alpha=0.25)
     if not any(len(line.get_xdata()) for line in axes.get_lines()):
@@ -231,7 +254,7 @@ def save_loss_curve(path: str | os.PathLike, metrics_path: str | os.PathLike) ->
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2)
-    with _replacing(path) as file:
+    with replacing(path) as file:
         figure.savefig(file, format="png")
 
 
@@ -290,33 +313,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return [_cut(line, font, width) for line in lines]
 
 
-def _read_records(path: str | os.PathLike) -> list[dict]:
-    """The JSON objects in a file of lines, by rising step."""
-    by_step = {}
-    for line in Path(path).read_text(errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
-                by_step[record["step"]] = by_step.get(record["step"], {}) | record
-    return [by_step[step] for step in sorted(by_step)]
-
-
-def _series(records: list[dict], name: str) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Steps and values where this quantity was logged and can stand on a logarithmic axis."""
-    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    steps, values = np.array(points, float).reshape(-1, 2).T
-    drawable = np.isfinite(values) & (values > 0)
-    return steps[drawable], values[drawable]
-
-
-def _smooth(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Centred mean over a twenty-fifth of the curve, over what there is of it at the ends."""
-    window = np.ones(2 * (len(values) // 50) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-
-
 @contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends, or vanishes if it fails."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

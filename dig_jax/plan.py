@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,14 +22,15 @@ from jax.sharding import Mesh
 from dig_jax import sampling
 from dig_jax.config import Config
 from dig_jax.experiment import Experiment, param_count
-from dig_jax.parallel import batch_parts, batch_sharding, make_mesh, replicated
+from dig_jax.parallel import batch_parts, batch_sharding, make_mesh, replicated, sampling_mesh
+from dig_jax.planning.compiling import Program, compiled, optimised
 from dig_jax.planning.fitting import largest_fitting
 from dig_jax.planning.model_flops import training_flops
 from dig_jax.planning.program import Counts, count
 from dig_jax.planning.roofline import roofline
 from dig_jax.planning.summary import summary
 from dig_jax.planning.topology import THIS, Topology, find_topology
-from dig_jax.training.lowering import abstract_batch, abstract_state, lower_train_step
+from dig_jax.training.lowering import abstract_batch, abstract_state, laid_out, lower_train_step
 from dig_jax.training.metrics import duration
 
 __all__ = ["THIS", "plan", "show"]
@@ -124,6 +126,12 @@ class _Run:
         """Images of a micro-batch in each of the parts that a batch is split into."""
         return self.settings.data.batch_size // (batch_parts(self.mesh) * self.settings.training.accumulation)
 
+    @property
+    def drawn(self) -> int:
+        """Images of a batch of the sampler."""
+        parts = batch_parts(self.mesh)
+        return -(-self.settings.sampling.batch_size // parts) * parts
+
     def with_images(self, images: int) -> "_Run":
         size = images * batch_parts(self.mesh) * self.settings.training.accumulation
         data = dataclasses.replace(self.settings.data, batch_size=size)
@@ -156,8 +164,7 @@ def _memory_limit(topology: Topology) -> float | None:
 def _train_step(run: _Run) -> dict[str, Any]:
     """The compiled train step's memory per device, counts per device and times."""
     size = run.settings.data.batch_size
-    with jax.set_mesh(run.mesh):
-        figures = _compiled(run, lower_train_step(run.experiment, run.mesh, run.state), "train step", size)
+    figures = _figures(run, _lower_train_step, "train step", size)
     if "memory" in figures:
         batch = abstract_batch(run.experiment, run.mesh)
         arguments = {
@@ -181,16 +188,26 @@ def _train_step(run: _Run) -> dict[str, Any]:
 
 def _sampler(run: _Run) -> dict[str, Any]:
     """The same of drawing one batch of images, as the config's `sampling` says."""
-    settings, source = run.settings.sampling, run.experiment.train_source
-    parts = batch_parts(run.mesh)
-    size = -(-settings.batch_size // parts) * parts
-    numbers = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=batch_sharding(run.mesh))
+    settings = run.settings.sampling
+    what = f"sampler ({settings.sampler}, {settings.steps} steps)"
+    figures = _figures(run, _lower_sampler, what, run.drawn)
+    return figures | {"sampler": settings.sampler, "sampler_steps": settings.steps}
+
+
+def _lower_train_step(run: _Run) -> jax.stages.Lowered:
     with jax.set_mesh(run.mesh):
-        lowered = sampling.generate.lower(
-            run.state["params"],
+        return lower_train_step(run.experiment, run.mesh, run.state)
+
+
+def _lower_sampler(run: _Run) -> jax.stages.Lowered:
+    settings, source, mesh = run.settings.sampling, run.experiment.train_source, sampling_mesh(run.mesh)
+    numbers = jax.ShapeDtypeStruct((run.drawn,), jnp.int32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        return sampling.generate.lower(
+            laid_out(run.state["params"], mesh),
             labels=numbers,
             seeds=numbers,
-            scale=jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(run.mesh)),
+            scale=jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)),
             experiment=run.experiment,
             shape=source.image_shape,
             sampler=settings.sampler,
@@ -198,30 +215,40 @@ def _sampler(run: _Run) -> dict[str, Any]:
             guided=settings.guidance_scale != 1 and source.num_classes > 0,
             trajectory=False,
         )
-        figures = _compiled(run, lowered, f"sampler ({settings.sampler}, {settings.steps} steps)", size)
-    return figures | {"sampler": settings.sampler, "sampler_steps": settings.steps}
 
 
-def _compiled(run: _Run, lowered: jax.stages.Lowered, what: str, size: int) -> dict[str, Any]:
+def _figures(run: _Run, lower: Callable[[_Run], jax.stages.Lowered], what: str, size: int) -> dict[str, Any]:
     """Compiles a program that makes or takes `size` images; says what it needs, per device."""
     began = time.monotonic()
     log.info("compiling the %s for %d images …", what, size)
     figures = {"batch_size": size}
     try:
-        compiled = lowered.compile()
+        program = _program(run, lower)
     except jax.errors.JaxRuntimeError as error:
         return figures | {"memory_needed": _refused(error)}
-    counts = count(compiled.as_text())
-    memory = _memory(compiled)
+    counts = count(program.text)
     log.info("compiled, in %s", duration(time.monotonic() - began))
     return figures | {
-        "memory": memory,
-        "memory_needed": sum(memory.values()),
+        "memory": program.memory,
+        "memory_needed": sum(program.memory.values()),
         "flops": dict(counts.flops),
         "bytes": counts.bytes,
         "collectives": counts.exchanged(),
         **_times(run, counts, size),
     }
+
+
+def _program(run: _Run, lower: Callable[[_Run], jax.stages.Lowered]) -> Program:
+    if run.topology.name == THIS or not run.topology.chip.ring:
+        return compiled(lower(run))
+    return optimised(functools.partial(_lower_elsewhere, lower, run.settings, run.topology.name))
+
+
+def _lower_elsewhere(
+    lower: Callable[[_Run], jax.stages.Lowered], settings: Config, topology: str
+) -> jax.stages.Lowered:
+    """Lowers in another process, to which neither a run nor what is lowered could be sent."""
+    return lower(_Run.of(settings, find_topology(topology)))
 
 
 def _times(run: _Run, counts: Counts, size: int) -> dict[str, Any]:
@@ -233,17 +260,6 @@ def _times(run: _Run, counts: Counts, size: int) -> dict[str, Any]:
         "step_seconds": times.seconds,
         "bound": times.bound,
         "images_per_second": size / times.seconds,
-    }
-
-
-def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes on a device, by kind; outputs that take over the memory of arguments are not counted again."""
-    m = compiled.memory_analysis()
-    return {
-        "arguments": m.argument_size_in_bytes,
-        "temporaries": m.temp_size_in_bytes,
-        "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,
-        "program": m.generated_code_size_in_bytes,
     }
 
 

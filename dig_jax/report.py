@@ -11,7 +11,8 @@ import numpy as np
 
 from dig_jax.config import Config
 from dig_jax.errors import ConfigError, blaming
-from dig_jax.pictures import save_grid, save_loss_curve, save_pair_grid
+from dig_jax.pictures import save_grid, save_loss_curve, save_pair_grid, save_small_grid
+from dig_jax.run_page import write_report
 from dig_jax.sampling import Sampler, load
 
 log = logging.getLogger(__name__)
@@ -23,11 +24,15 @@ _ROWS = 10
 def draw_samples(sampler: Sampler, workdir: Path) -> None:
     """Writes samples.png: a row per class, for the first ten, and loss.png, where there are losses to draw.
 
+    The grid is also kept, small, as samples/STEP.png.
     Images that are neither grey nor RGB, such as latents, make no picture.
     """
     if _drawable(sampler):
         labels, seeds = _grid(sampler)
-        save_grid(workdir / "samples.png", sampler(labels, seeds=seeds), **_grid_options(sampler))
+        images, options = sampler(labels, seeds=seeds), _grid_options(sampler)
+        save_grid(workdir / "samples.png", images, **options)
+        (workdir / "samples").mkdir(exist_ok=True)
+        save_small_grid(workdir / "samples" / f"{sampler.step}.png", images, **options)
     try:
         save_loss_curve(workdir / "loss.png", workdir / "metrics.jsonl")
     except (ValueError, FileNotFoundError) as error:
@@ -107,7 +112,7 @@ def sample(
 
 
 def evaluate(settings: Config, workdir: Path) -> dict[str, Any]:
-    """Scores a workdir's newest checkpoint again: samples.png, neighbours.png, scores.json.
+    """Scores a workdir's newest checkpoint again: samples.png, neighbours.png, scores.json, report.html.
 
     Raises:
         UserError: no checkpoint, other settings, or data without a score.
@@ -121,6 +126,7 @@ def evaluate(settings: Config, workdir: Path) -> dict[str, Any]:
         )
     draw_samples(sampler, workdir)
     draw_neighbours(sampler, workdir)
+    write_report(workdir)
     log.info(summary(scores))
     return scores
 

@@ -1,5 +1,6 @@
 """Images from a trained model. An image is a function of its seed and label, not of the batch around it."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from dig_jax.checkpoint import read_params
 from dig_jax.config import Config, check_same
 from dig_jax.diffusion import classifier_free, get_sampler
 from dig_jax.experiment import Experiment, Params
-from dig_jax.parallel import batch_parts, constrain, distribute
+from dig_jax.export import read_model
+from dig_jax.parallel import batch_parts, constrain, distribute, sampling_mesh, state_sharding
 
 Numbers = int | Sequence[int] | np.ndarray | None
 
@@ -29,8 +30,10 @@ class Sampler:
     """
 
     def __init__(self, experiment: Experiment, params: Params, *, step: int, mesh: Mesh | None = None):
-        self.experiment, self.params, self.step = experiment, params, step
-        self._mesh = mesh
+        self.experiment, self.params, self.step, self._mesh = experiment, params, step, None
+        if mesh is not None:
+            self._mesh = sampling_mesh(mesh)
+            self.params = jax.device_put(params, state_sharding(params, self._mesh))
 
     def __call__(
         self,
@@ -116,7 +119,8 @@ class Sampler:
         for first in range(0, len(seeds), batch_size):
             numbers = np.minimum(np.arange(first, first + batch_size), len(seeds) - 1)
             batch = {"labels": labels[numbers], "seeds": seeds[numbers]}
-            x = draw(**(distribute(batch, self._mesh) if self._mesh else batch))
+            with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+                x = draw(**(distribute(batch, self._mesh) if self._mesh else batch))
             parts.append(np.asarray(x))
         return np.concatenate(parts, axis=-4)[..., : len(seeds), :, :, :]
 
@@ -130,7 +134,8 @@ def load(path: str | Path, ema: str | None = None, *, settings: Config | None = 
     """A sampler of a training run.
 
     Args:
-        path: a workdir, of which the newest readable checkpoint is taken, or one checkpoint in it.
+        path: a workdir, of which the newest readable checkpoint is taken, one checkpoint in it, or what
+            --mode=export wrote.
         ema: the decay of the average to sample from, such as "0.9999", or "params" for none; by default what
             the config says.
         settings: replaces the changeable settings of the checkpoint, such as `sampling`.
@@ -141,7 +146,7 @@ def load(path: str | Path, ema: str | None = None, *, settings: Config | None = 
     """
     if ema is None and settings is not None:
         ema = settings.sampled_ema
-    stored, step, params = read_params(Path(path), ema)
+    stored, step, params = read_model(Path(path), ema)
     if settings is not None:
         check_same(stored, settings, path)
     return Sampler(Experiment(settings or stored), params, step=step)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,25 @@ def command(name: str, workdir: Path, fields: Mapping[str, object], *arguments: 
         *overrides,
         *arguments,
     ]
+
+
+def joined(count: int, port: int | None = None) -> list[list[str]]:
+    """The flags of so many processes on this machine; none of one alone."""
+    if count == 1:
+        return [[]]
+    port = port or free_port()
+    flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", "--join_timeout=120"]
+    return [[*flags, f"--process_id={number}"] for number in range(count)]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+# Of processes that are joined, beside `environment`.
+GLOO = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
 
 
 def environment(compiled: Path, *, optimized: bool = False) -> dict[str, str]:

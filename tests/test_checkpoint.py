@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from configs import smoke
-from dig_jax import config
+from dig_jax import checkpoint, config
 from dig_jax.checkpoint import Checkpoints, has_checkpoints, read_config, read_params
 from dig_jax.errors import CheckpointError
 from dig_jax.parallel import batch_sharding, make_mesh, replicated
@@ -124,6 +124,12 @@ def test_one_checkpoint_can_be_named(saved):
     _, step, params = read_params(saved / "checkpoints" / "1", "params")
     assert step == 1
     assert_equal(params, make_state(1)["params"])
+
+
+def test_a_checkpoint_that_not_all_processes_see_is_told(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint, "who_lack", lambda here: [1, 3] if here else [])
+    with pytest.raises(CheckpointError, match="process 1, 3 does not see .*checkpoints/2, which process 0"):
+        read_params(saved)
 
 
 def test_an_average_that_is_not_there_is_refused(saved):

@@ -160,7 +160,7 @@ def test_help_tells_how_to_use_it():
     for word in (
         "python main.py --config=configs/digits.py",
         "--workdir",
-        "<train|sample|evaluate|plan>",
+        "<train|sample|evaluate|export|plan>",
         "--labels",
     ):
         assert word in result.stdout
@@ -171,6 +171,8 @@ def test_help_tells_how_to_use_it():
     [
         (["--mode=sample"], 1, "there is no checkpoint in "),
         (["--labels=3"], 2, "--labels and --seeds go with --mode=sample"),
+        (["--mode=export"], 2, "--mode=export and --output=FILE.safetensors go together"),
+        (["--output=x.safetensors"], 2, "--mode=export and --output=FILE.safetensors go together"),
     ],
 )
 def test_a_process_that_fails_says_so_in_one_line_and_leaves_nothing(tmp_path, arguments, status, message):

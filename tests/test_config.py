@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import smoke
-from dig_jax.config import Config, check_same, from_dict
+from configs import base, smoke
+from dig_jax.config import Config, check_same, flattened, from_dict
 from dig_jax.errors import ConfigError
 from dig_jax.training.loop import train
 
@@ -78,6 +78,17 @@ def test_a_missing_field_is_named():
     del settings["optimizer"]["b2"]
     with pytest.raises(ConfigError, match="config.optimizer.b2 is missing"):
         from_dict(settings)
+
+
+def test_a_config_of_an_older_version_is_read_with_the_defaults_of_what_it_lacks():
+    """A new field without a default would shut out every workdir that there is."""
+    stored = json.loads(Path("tests/golden/config.json").read_text())
+    filled, present = flattened(dataclasses.asdict(from_dict(stored))), flattened(stored)
+    defaults = flattened(base.get_config().to_dict())
+    lacking = filled.keys() - present.keys()
+    assert lacking
+    assert {name: filled[name] for name in lacking} == {name: defaults[name] for name in lacking}
+    assert {name: filled[name] for name in present} == present
 
 
 def test_integers_are_taken_for_floats_and_lists_for_tuples():

@@ -1,3 +1,4 @@
+import contextlib
 import random
 import re
 import resource
@@ -6,10 +7,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from ended_runs import FIELDS, assert_ended_alike, command, environment
+from ended_runs import FIELDS, GLOO, assert_ended_alike, command, environment, joined
 
 ROOT = Path(__file__).parent.parent
 
@@ -17,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def start(workdir: Path, *arguments: str, optimized: bool = False) -> subprocess.Popen:
     """The command of the kill tests; its compiled programs are kept beside the workdir."""
     fields = FIELDS | {"model.name": "DiG-S/2", "training.accumulation": 1, "training.steps": 24}
-    env = environment(workdir.parent / "compiled", optimized=optimized)
+    env = environment(workdir.parent / "compiled", optimized=optimized) | GLOO
     run = command("smoke", workdir, fields, *arguments)
     return subprocess.Popen(run, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -28,15 +30,24 @@ def finish(run: subprocess.Popen) -> str:
     return stderr
 
 
-def signal_when(
-    run: subprocess.Popen, happened: Callable[[], bool], number: int = signal.SIGKILL, after: float = 0.0
-) -> str:
-    """Sends the run a signal at that moment, and gives what it said."""
+def wait_until(happened: Callable[[], bool], run: subprocess.Popen, after: float = 0.0) -> None:
+    """Returns so many seconds after that moment, or when the run has ended."""
     while run.poll() is None and not happened():
         time.sleep(0.001)
     time.sleep(after)
+
+
+def signal_when(run: subprocess.Popen, happened: Callable[[], bool], number: int = signal.SIGKILL) -> str:
+    """Sends the run a signal at that moment, and gives what it said."""
+    wait_until(happened, run)
     run.send_signal(number)
     return run.communicate()[1]
+
+
+def was_written(path: Path, since: float) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime > since
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -78,28 +89,49 @@ def test_a_terminated_run_saves_its_step_says_how_to_go_on_and_loses_nothing(uni
 
 
 @pytest.mark.slow
-def test_a_run_killed_thirty_times_ends_bit_identical(tmp_path):
-    def start_run(workdir: Path) -> subprocess.Popen:
-        changes = ("--config.training.steps=400", "--config.checkpoint.every_steps=1")
-        return start(workdir, *changes, optimized=True)
+@pytest.mark.parametrize(("processes", "kills", "steps"), [(1, 20, 300), (2, 10, 60)])
+def test_a_run_that_is_killed_many_times_ends_bit_identical(tmp_path, processes, kills, steps):
+    changes = (f"--config.training.steps={steps}", "--config.checkpoint.every_steps=1")
 
-    finish(start_run(tmp_path / "uninterrupted"))
+    def start_all(workdir: Path) -> list[subprocess.Popen]:
+        return [start(workdir, *changes, *own, optimized=True) for own in joined(processes)]
+
+    def finish_all(workdir: Path) -> None:
+        for run in start_all(workdir):
+            finish(run)
+
+    finish_all(tmp_path / "uninterrupted")
     workdir, chance = tmp_path / "killed", random.Random(0)
-    for kill in range(30):
-        before, begin = last_step(workdir), time.monotonic() + chance.uniform(0.5, 4)
+    for kill in range(kills):
+        before, began = last_step(workdir), time.time()
+        new = partial(was_written, since=began)
         happened = (
-            lambda begin=begin: time.monotonic() > begin,
+            # It is written when processes have found each other, just before they restore.
+            lambda new=new: new(workdir / "config.json"),
             lambda before=before: last_step(workdir) not in (0, before),
-            lambda: any(workdir.glob("checkpoints/*tmp*/state*")),
+            lambda new=new: any(map(new, workdir.glob("checkpoints/*tmp*/state*"))),
         )[kill % 3]
+        after = chance.uniform(0, 0.1 if kill % 3 else 2)
         number = chance.choice((signal.SIGKILL, signal.SIGTERM))
-        run = start_run(workdir)
-        stderr = signal_when(run, happened, number, after=chance.uniform(0, 0.1))
-        # A run that is terminated before its first step has nothing to save.
-        assert run.returncode in ((-number,) if number == signal.SIGKILL else (-number, 0)), stderr
-        assert not (workdir / "checkpoints" / "400").exists(), f"it ended before kill {kill}"
-    finish(start_run(workdir))
-    assert_ended_alike(workdir, tmp_path / "uninterrupted", 400)
+        runs = start_all(workdir)
+        hit = chance.choice([runs, *([run] for run in runs)])
+        wait_until(happened, runs[0], after)
+        for run in hit:
+            run.send_signal(number)
+        logs = [run.communicate(timeout=300)[1] for run in runs]
+        for run, log in zip(runs, logs, strict=True):
+            if number == signal.SIGTERM:
+                # A run alone that is terminated before its first step has nothing to save.
+                assert run.returncode in ((0, -number) if processes == 1 else (0,)), log
+            else:
+                assert run.returncode == -number if run in hit else run.returncode, log
+        newest = max(
+            (int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()), default=0
+        )
+        # The record of a step comes before its save, and a save waits for the one before.
+        assert last_step(workdir) - 2 <= newest < steps
+    finish_all(workdir)
+    assert_ended_alike(workdir, tmp_path / "uninterrupted", steps)
 
 
 def test_a_full_disk_ends_a_run_with_one_line(uninterrupted):

@@ -17,6 +17,7 @@ from dig_jax.pictures import (
     save_grid,
     save_loss_curve,
     save_pair_grid,
+    save_small_grid,
 )
 
 
@@ -222,3 +223,19 @@ def test_imports_are_light():
     command = [sys.executable, "-c", check]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("shape", "cell"),
+    [((96, 64, 3), (48, 32)), ((256, 256, 1), (48, 48)), ((8, 8, 1), (48, 48)), ((20, 20, 3), (40, 40))],
+)
+def test_images_in_a_small_grid_are_at_most_48_pixels_large(tmp_path, shape, cell):
+    images = np.full((4, *shape), 200, np.uint8)
+    save_small_grid(tmp_path / "small.png", images, columns=2)
+    layout = GridLayout(count=4, columns=2, height=cell[0], width=cell[1])
+    with Image.open(tmp_path / "small.png") as picture:
+        assert picture.size == layout.size
+        for index in range(4):
+            x, y = layout.corner(index)
+            inside = np.asarray(picture.crop((x, y, x + cell[1], y + cell[0])))
+            assert (inside == 200).all()

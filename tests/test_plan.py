@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tiny_experiment import tiny_settings
 
@@ -21,6 +22,7 @@ from dig_jax.errors import ConfigError, UserError
 from dig_jax.experiment import Experiment
 from dig_jax.planning import topology
 from dig_jax.planning.chips import CHIPS, chip_of_kind
+from dig_jax.planning.compiling import compiled, optimised
 from dig_jax.planning.fitting import SIZES, largest_fitting
 from dig_jax.planning.model_flops import forward_flops, training_flops
 from dig_jax.planning.program import Collective, Counts, count
@@ -119,6 +121,9 @@ def test_a_kernel_counts_as_it_says_less_what_it_finds_on_the_chip():
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
         ("replica_groups=mesh['a'=8] {'a':(2)2}", (0, 2)),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", (0, 4)),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['b'=4,'c'=2], device_ids=([8]) {'b'}", (0, 2, 4, 6)),
         ("source_target_pairs={{0,1},{1,2}}", (0, 1)),
     ],
 )
@@ -317,13 +322,17 @@ def test_flags_of_the_plan_go_with_it():
     assert (done.returncode, done.stderr) == (2, "error: --topology and --json go with --mode=plan\n")
 
 
-@needs_libtpu
-def test_a_plan_for_tpus_counts_kernels_and_collectives():
+def narrow_dig():
     c = dig_s.get_config()
-    c.model.depth, c.model.hidden_size, c.model.num_heads = 1, 64, 1
+    c.model.depth, c.model.hidden_size, c.model.num_heads = 1, 128, 2
     c.model.dtype = "bfloat16"
     c.data.batch_size = 8
-    found = plan.plan(config.from_dict(c.to_dict()), "v5e:2x2", train_only=True)
+    return config.from_dict(c.to_dict())
+
+
+@needs_libtpu
+def test_a_plan_for_tpus_counts_kernels_and_collectives():
+    found = plan.plan(narrow_dig(), "v5e:2x2", train_only=True)
     train = found["train"]
     assert train["collectives"].keys() == {"all-reduce"}
     assert 2 * found["parameters"] <= train["collectives"]["all-reduce"] <= 6 * found["parameters"]
@@ -333,6 +342,31 @@ def test_a_plan_for_tpus_counts_kernels_and_collectives():
     assert train["days"] * 86400 == pytest.approx(400_000 * train["step_seconds"])
     text = plan.summary(found)
     assert "4 chips (data 4)" in text and "(the bound)" in text and "it fits" in text
+
+
+@needs_libtpu
+def test_a_program_for_tpus_is_read_before_its_machine_code_is_made_and_keeps_heads_together():
+    run = plan._Run.of(plan._without_data(narrow_dig()), topology.find_topology("v5e:2x2"))
+    early, late = plan._program(run, plan._lower_train_step), compiled(plan._lower_train_step(run))
+    assert count(early.text) == count(late.text)
+    assert early.memory["arguments"] == late.memory["arguments"]
+    assert sum(early.memory.values()) == pytest.approx(sum(late.memory.values()), rel=0.1)
+    # A head in a dimension of its own is padded to 128 lanes, and copied for the kernel.
+    assert not re.search(r"bf16\[2,256,2,(32|64)\]\S* (copy|reshape|fusion|convolution)\(", early.text)
+
+
+@needs_libtpu
+def test_a_program_that_tpus_have_no_memory_for_is_refused_with_its_size():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as refusal:
+        optimised(lower_too_large)
+    assert plan._refused(refusal.value) == 96 * 2**30
+
+
+def lower_too_large():
+    """For a TPU with 15.75 GiB; at the top level, as another process is to call it."""
+    device = SingleDeviceSharding(topology.find_topology("v5e:2x2").devices[0])
+    x = jax.ShapeDtypeStruct((1 << 17, 1 << 16), jnp.float32, sharding=device)
+    return jax.jit(lambda x: x @ x.T).lower(x)
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused_as_in_training():

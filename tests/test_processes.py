@@ -1,16 +1,28 @@
 import json
+import os
 import shutil
-import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from ended_runs import command, environment, records, state_at
+from ended_runs import (
+    GLOO,
+    assert_ended_alike,
+    command,
+    environment,
+    free_port,
+    joined,
+    records,
+    state_at,
+)
 
+from dig_jax.checkpoint import read_config
 from dig_jax.errors import ConfigError
+from dig_jax.export import export
 from dig_jax.parallel import join_processes
 
 ROOT = Path(__file__).parent.parent
@@ -34,15 +46,13 @@ FIELDS = {
 }
 
 
+# Of two processes, each of which then holds and saves a part of the parameters.
+SPLIT = {"mesh__data": 1, "mesh__fsdp": 2}
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("processes")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def digits(workdir: Path, *arguments: str, **fields) -> list[str]:
@@ -50,25 +60,23 @@ def digits(workdir: Path, *arguments: str, **fields) -> list[str]:
     return command("digits", workdir, changed, *arguments)
 
 
+def start(commands: Sequence[Sequence[str]], cache: Path, **options) -> list[subprocess.Popen]:
+    options |= {"cwd": ROOT, "env": environment(cache) | GLOO, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen(arguments, **options) for arguments in commands]
+
+
 def run(commands: Sequence[Sequence[str]], cache: Path) -> list[tuple[int, str]]:
     """Exit status and log of processes that run at the same time."""
-    env = environment(cache) | {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    options = {"cwd": ROOT, "env": env, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(arguments, **options) for arguments in commands]
+    return ended(start(commands, cache))
+
+
+def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
     logs = [process.communicate()[1] for process in processes]
     return [(process.returncode, log) for process, log in zip(processes, logs, strict=True)]
 
 
-def joined(count: int, port: int | None = None) -> list[list[str]]:
-    """The flags of so many processes."""
-    port = port or free_port()
-    flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", "--join_timeout=120"]
-    return [[*flags, f"--process_id={number}"] for number in range(count)]
-
-
 def train(workdir: Path, processes: int = 1, **fields) -> None:
-    flags = joined(processes) if processes > 1 else [[]]
-    results = run([digits(workdir, *own, **fields) for own in flags], workdir.parent / "compiled")
+    results = run([digits(workdir, *own, **fields) for own in joined(processes)], workdir.parent / "compiled")
     for status, log in results:
         assert status == 0, log
 
@@ -97,13 +105,39 @@ def one(directory):
     return directory / "one"
 
 
-def test_two_processes_train_as_one_does_and_one_goes_on_from_them(one, directory):
-    workdir = directory / "two"
-    train(workdir, processes=2, mesh__data=1, mesh__fsdp=2)
-    assert_like_one(workdir, one, 20)
-    assert (workdir / "samples.png").exists()
+@pytest.fixture(scope="module")
+def two(directory):
+    """The workdir of two processes, not to be written to."""
+    train(directory / "two", processes=2, **SPLIT)
+    return directory / "two"
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on_from_them(one, two, directory):
+    assert_like_one(two, one, 20)
+    assert (two / "samples.png").exists()
+    workdir = shutil.copytree(two, directory / "two_then_one")
     train(workdir, training__steps=24)
     assert_like_one(workdir, one, 24)
+
+
+def test_a_killed_process_ends_the_other_and_both_go_on_from_before_a_damaged_checkpoint(two, directory):
+    workdir = directory / "killed"
+    commands = [digits(workdir, *own, **SPLIT, checkpoint__every_steps=5) for own in joined(2)]
+    first, second = start(commands, directory / "compiled")
+    newest = workdir / "checkpoints" / "10"
+    while not newest.exists() and first.poll() is None:
+        time.sleep(0.001)
+    second.kill()
+    log = first.communicate(timeout=300)[1]
+    second.communicate()
+    assert first.returncode == 1, log
+    assert log.splitlines()[-1].startswith("error: another process has ended (")
+    assert "Traceback" not in log
+    for damaged in newest.parent.glob("??/state/_METADATA"):
+        damaged.unlink()
+    train(workdir, processes=2, **SPLIT)
+    assert (newest.parent / "10.unreadable").is_dir()
+    assert_ended_alike(workdir, two, 20)
 
 
 @pytest.mark.slow
@@ -135,6 +169,47 @@ def test_processes_that_were_given_different_settings_all_stop_and_write_nothing
             f" config.training.steps={steps[number]}. Start all of them with the same command"
         )
     assert not workdir.exists()
+
+
+def test_settings_that_a_workdir_did_not_begin_with_stop_all_processes_with_one_line(two, directory):
+    commands = [digits(two, *own, **SPLIT, seed=1) for own in joined(2)]
+    before = (two / "config.json").read_bytes()
+    for status, log in run(commands, directory / "compiled"):
+        assert status == 2
+        assert log.splitlines()[-1].startswith(f"error: {two} began with other settings: seed: 0 → 1. ")
+        assert "Traceback" not in log
+    assert (two / "config.json").read_bytes() == before
+
+
+def test_a_workdir_that_not_all_processes_share_stops_them_with_one_line(directory):
+    """The same path leads each to a folder of its own."""
+    folders = [directory / name for name in ("own", "another")]
+    number, processes = os.open(directory, os.O_RDONLY), []
+    workdir = Path(f"/proc/self/fd/{number}/run")
+    for folder, own in zip(folders, joined(2), strict=True):
+        folder.mkdir()
+        os.dup2(os.open(folder, os.O_RDONLY), number)
+        processes += start([digits(workdir, *own)], directory / "compiled", pass_fds=[number])
+    for status, log in ended(processes):
+        assert status == 1
+        assert log.splitlines()[-1] == (
+            f"error: process 1 does not see what process 0 writes to {workdir}:"
+            " --workdir must be on a file system that all hosts share"
+        )
+    assert [path.name for path in folders[0].rglob("*")] == ["run", "config.json"]
+    assert not any(folders[1].iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_a_workdir_or_an_exported_file_as_one_does(one, directory):
+    exported = directory / "one.safetensors"
+    export(read_config(one), one, exported)
+    for source in (one, exported):
+        workdir = directory / f"from_{source.name}"
+        train(workdir, processes=2, **SPLIT, init_from=str(source))
+        alone = directory / f"alone_from_{source.name}"
+        train(alone, init_from=str(source))
+        assert_like_one(workdir, alone, 20)
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -32,14 +32,18 @@ def test_the_grid_shows_the_first_images_that_are_scored_a_row_for_each_class(tm
     def record(name, result=None):
         return lambda *args, **options: calls.update({name: (args, options)}) or result
 
-    monkeypatch.setattr(report, "save_grid", record("save_grid"))
+    for name in ("save_grid", "save_small_grid"):
+        monkeypatch.setattr(report, name, record(name))
     monkeypatch.setattr(evaluation, "score_digits", record("score_digits", {}))
     sampler = plain_sampler(**DIGITS, sampling__images_per_class=3)
     report.draw_samples(sampler, tmp_path)
     report.score(sampler, tmp_path)
     (path, images), options = calls["save_grid"]
+    (small_path, small), small_options = calls["save_small_grid"]
     (scored, labels), _ = calls["score_digits"]
     assert path == tmp_path / "samples.png"
+    assert (small_path, small_options) == (tmp_path / "samples" / "7.png", options)
+    np.testing.assert_array_equal(small, images)
     assert options == {"columns": 3, "row_labels": tuple("0123456789")}
     np.testing.assert_array_equal(labels, np.tile(np.arange(10), 4))
     rows = scored[:30].reshape(3, 10, 8, 8, 1).swapaxes(0, 1)
@@ -136,7 +140,15 @@ def test_a_workdir_is_evaluated_anew_even_without_its_metrics(tmp_path):
     scores = report.evaluate(settings, tmp_path)
     assert scores["step"] == 7
     written = {path.name for path in tmp_path.iterdir()}
-    assert written == {"checkpoints", "samples.png", "neighbours.png", "scores.json"}
+    assert written == {
+        "checkpoints",
+        "samples.png",
+        "samples",
+        "neighbours.png",
+        "scores.json",
+        "report.html",
+    }
+    assert "frechet_distance" in (tmp_path / "report.html").read_text()
 
 
 def test_what_has_no_score_cannot_be_evaluated(tmp_path):

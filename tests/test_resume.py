@@ -12,6 +12,7 @@ from configs import smoke
 from dig_jax import config, experiment, report
 from dig_jax.data.sources import FakeSource
 from dig_jax.errors import CheckpointError, ConfigError, UserError
+from dig_jax.export import export
 from dig_jax.training import loop
 
 
@@ -156,13 +157,39 @@ def test_other_settings_are_welcome_where_nothing_is_trained_yet(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["config"]["seed"] == 5
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": {"sed": 1}}', "\0\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0\udcff"])
 def test_an_unreadable_config_json_is_told_and_left_alone(copied, text):
     path = copied / "config.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=f"{path} cannot be read: .*; delete it, checkpoints hold a copy"):
         loop.train(settings(), copied)
     assert path.read_bytes() == text.encode(errors="surrogateescape")
+
+
+def test_a_workdir_of_an_older_version_goes_on_with_the_defaults_of_what_it_lacks(copied):
+    path = copied / "config.json"
+    described = json.loads(path.read_text())
+    del described["config"]["logging"]["wandb"]
+    path.write_text(json.dumps(described))
+    loop.train(settings(), copied)
+    assert config.from_dict(json.loads(path.read_text())["config"]) == settings()
+    described["config"]["seed"] = 1
+    path.write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match="began with other settings: seed: 1 → 0. "):
+        loop.train(settings(), copied)
+
+
+def test_a_workdir_with_a_field_that_is_no_more_is_refused_by_its_name(copied):
+    path = copied / "config.json"
+    described = json.loads(path.read_text())
+    described["config"]["model"]["experts"] = 8
+    path.write_text(json.dumps(described))
+    before = path.read_bytes()
+    with pytest.raises(
+        ConfigError, match=f"{path} is of another version of .*config.model has no field 'experts'"
+    ):
+        loop.train(settings(), copied)
+    assert path.read_bytes() == before
 
 
 def test_a_workdir_that_cannot_be_written_to_gives_one_line(tmp_path):
@@ -195,6 +222,16 @@ def test_init_from_starts_with_the_averaged_parameters_of_another_run(trained, t
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(params), jax.tree.leaves(average))
     loop.train(settings(init_from=str(trained), training__steps=2), tmp_path)
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
+
+
+def test_init_from_an_exported_file_starts_as_from_its_workdir(trained, tmp_path, drawn):
+    export(settings(), trained, tmp_path / "x.safetensors")
+    for source in (trained, tmp_path / "x.safetensors"):
+        loop.train(settings(init_from=str(source), training__steps=0), tmp_path / source.stem)
+    ours, theirs = (sampler.params for sampler in drawn[-2:])
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    with pytest.raises(ConfigError, match="config.init_from: there is no file nowhere.safetensors"):
+        loop.train(settings(init_from="nowhere.safetensors"), tmp_path / "nowhere")
 
 
 def test_init_from_that_is_not_there_or_does_not_fit_is_refused(trained, tmp_path):

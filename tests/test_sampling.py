@@ -15,7 +15,7 @@ from tiny_experiment import (
 
 import dig_jax
 from dig_jax import ConfigError, Sampler
-from dig_jax.parallel import batch_sharding
+from dig_jax.parallel import batch_sharding, state_sharding
 from dig_jax.sampling import noise, to_pixels
 
 STEPS = 3
@@ -23,9 +23,9 @@ SEEDS = [3, 1, 4, 15, 9]
 
 
 @functools.cache
-def sampler(batch_size=8, devices=None):
+def sampler(batch_size=8, **axes):
     experiment = tiny_experiment(sampling__steps=STEPS, sampling__batch_size=batch_size)
-    mesh = mesh_of(devices) if devices else None
+    mesh = mesh_of(**axes) if axes else None
     return Sampler(experiment, random_params(experiment), step=0, mesh=mesh)
 
 
@@ -49,7 +49,7 @@ def test_the_noise_of_an_image_depends_on_its_seed_and_the_step_alone():
     assert not np.isin(draw(seeds, jnp.int32(3), shape), whole).any()
 
 
-@pytest.mark.parametrize("other", [{"batch_size": 2}, {"devices": 4}], ids=str)
+@pytest.mark.parametrize("other", [{"batch_size": 2}, {"data": 2, "fsdp": 2}], ids=str)
 def test_images_do_not_depend_on_the_batch_size_or_on_devices(other):
     """Five images: at once, in three batches of which the last is filled up, and on four devices.
 
@@ -61,6 +61,16 @@ def test_images_do_not_depend_on_the_batch_size_or_on_devices(other):
     pixels = to_pixels(one / scale).astype(int)
     assert len(np.unique(pixels)) > 50
     assert np.abs(pixels - to_pixels(two / scale)).max() <= 1
+
+
+def test_parameters_that_training_keeps_in_parts_are_gathered_once_and_not_at_every_step():
+    experiment = tiny_experiment()
+    mesh = mesh_of(data=1, fsdp=4)
+    params = random_params(experiment)
+    parts = jax.device_put(params, state_sharding(params, mesh))
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(parts))
+    whole = Sampler(experiment, parts, step=0, mesh=mesh).params
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
 
 
 def test_another_seed_or_label_is_another_image():

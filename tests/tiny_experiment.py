@@ -32,8 +32,8 @@ def tiny_experiment(**changes):
     return Experiment(tiny_settings(**changes))
 
 
-def mesh_of(devices):
-    return make_mesh(tiny_settings(mesh__data=devices).mesh, batch_size=8)
+def mesh_of(data, fsdp=1):
+    return make_mesh(tiny_settings(mesh__data=data, mesh__fsdp=fsdp).mesh, batch_size=8)
 
 
 def random_params(experiment, seed=0):

@@ -19,9 +19,18 @@ from dig_jax.parallel.mesh import (
     make_mesh,
     process_share,
     replicated,
+    sampling_mesh,
     to_global,
 )
-from dig_jax.parallel.processes import check_agreement, join_processes
+from dig_jax.parallel.processes import (
+    check_agreement,
+    check_shared,
+    from_first,
+    is_loss_of_process,
+    join_processes,
+    leave,
+    who_lack,
+)
 from dig_jax.parallel.rules import all_but_gathered, gathered, state_sharding
 
 __all__ = [
@@ -31,6 +40,7 @@ __all__ = [
     "batch_parts",
     "batch_sharding",
     "check_agreement",
+    "check_shared",
     "constrain",
     "constrain_batch",
     "constrain_heads",
@@ -38,15 +48,20 @@ __all__ = [
     "constrain_tokens",
     "context_size",
     "distribute",
+    "from_first",
     "gathered",
+    "is_loss_of_process",
     "join_processes",
+    "leave",
     "make_mesh",
     "on_rows",
     "own_grid",
     "prepare_cpu",
     "process_share",
     "replicated",
+    "sampling_mesh",
     "state_sharding",
     "to_global",
+    "who_lack",
     "with_halo",
 ]

@@ -99,6 +99,12 @@ def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     )
 
 
+def sampling_mesh(mesh: Mesh) -> Mesh:
+    """The same devices for sampling: those of fsdp as more of data, since each step needs all parameters."""
+    data, fsdp, *rest = mesh.devices.shape
+    return Mesh(mesh.devices.reshape(data * fsdp, 1, *rest), mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis split over the devices that share a batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

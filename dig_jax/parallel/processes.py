@@ -1,20 +1,33 @@
-"""Several processes as one program: they find each other, and make sure that they were told the same."""
+"""Several processes as one program: they find each other, agree, and end together."""
 
 import atexit
+import contextlib
+import json
 import logging
 import os
+import re
+import sys
+import tempfile
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dig_jax.errors import ConfigError, UserError
 
 # Slots for checksums of settings: their number must be the same in all processes, whatever those know.
 _SLOTS = 256
+
+_LEAVING_SECONDS = 10
+_joined = threading.Event()
+
+T = TypeVar("T")
 
 
 def join_processes(
@@ -60,6 +73,7 @@ def join_processes(
             " it must be reachable from all hosts, and all processes must be started"
         )
     if not failure:
+        _joined.set()
         if jax.process_index():
             logging.getLogger("dig_jax").setLevel(logging.WARNING)
     elif any(value is not None for value in given.values()):
@@ -103,3 +117,81 @@ def check_agreement(settings: Mapping[str, object]) -> None:
             f"processes were given different settings; process {jax.process_index()} has"
             f" {', '.join(here[:5]) or 'fewer'}. Start all of them with the same command"
         )
+
+
+def from_first(compute: Callable[[], T]) -> T:
+    """What the first process computes, a JSON value, in all of them; the others wait.
+
+    Raises:
+        UserError: what `compute` raises in the first process, in all of them.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    told, failure = {}, None
+    if jax.process_index() == 0:
+        try:
+            told["value"] = compute()
+        except UserError as error:
+            failure, told["error"] = error, [str(error), isinstance(error, ConfigError)]
+    text = np.frombuffer(json.dumps(told).encode(), np.uint8)
+    size = multihost_utils.broadcast_one_to_all(np.int32(text.size))
+    told = json.loads(multihost_utils.broadcast_one_to_all(np.resize(text, int(size))).tobytes())
+    if "error" in told:
+        text, of_config = told["error"]
+        raise failure or (ConfigError if of_config else UserError)(text)
+    return told["value"]
+
+
+def who_lack(here: bool) -> list[int]:
+    """The processes in which `here` is false."""
+    if jax.process_count() == 1:
+        return [] if here else [0]
+    return np.flatnonzero(~multihost_utils.process_allgather(np.bool_(here))).tolist()
+
+
+def check_shared(directory: Path) -> None:
+    """Raises, in all processes, unless the first one's directory is there for all of them.
+
+    Raises:
+        UserError: names the processes that do not see it.
+    """
+    if jax.process_count() == 1:
+        return
+    with contextlib.ExitStack() as until_seen:
+        # A name that nobody has asked for yet: file systems of networks remember what was not there.
+        name = from_first(
+            lambda: until_seen.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix=".seen-")).name
+        )
+        lacking = who_lack(Path(name).exists())
+    if lacking:
+        raise UserError(
+            f"process {', '.join(map(str, lacking))} does not see what process 0 writes to {directory}:"
+            " --workdir must be on a file system that all hosts share"
+        )
+
+
+def is_loss_of_process(error: BaseException | None) -> bool:
+    """Whether an exception says that another process no longer answers."""
+    if error is None or not jax.distributed.is_initialized():
+        return False
+    signs = "gloo|nccl|coordination service|barrier|heartbeat|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED"
+    told = isinstance(error, jax.errors.JaxRuntimeError) and re.search(signs, str(error), re.IGNORECASE)
+    return bool(told) or is_loss_of_process(error.__cause__)
+
+
+def leave(status: int, *, wait: bool = True) -> NoReturn:
+    """Ends this process, which has failed, though others may still count on it.
+
+    Args:
+        status: of the exit.
+        wait: for the others to fail in the same way, so that each can say so; ten seconds at most.
+    """
+    if not _joined.is_set():
+        sys.exit(status)
+    sys.stdout.flush()
+    # An exit as usual would wait minutes for the others, and for a save that they no longer take part in.
+    if wait:
+        with contextlib.suppress(Exception):
+            ocp.multihost.get_barrier_sync_fn()(key="failed", timeout_ms=1000 * _LEAVING_SECONDS)
+            jax.distributed.shutdown()
+    os._exit(status)

@@ -19,25 +19,33 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dig_jax import config, report
-from dig_jax.checkpoint import Checkpoints, described, has_checkpoints, read_config, read_params
+from dig_jax.checkpoint import Checkpoints, described, has_checkpoints, read_config
+from dig_jax.compilation import cache_hits
 from dig_jax.config import Config
-from dig_jax.data import batches, epoch
+from dig_jax.data import batches
 from dig_jax.diffusion import get_sampler
 from dig_jax.errors import ConfigError, UserError, blaming
 from dig_jax.experiment import Experiment, Params, param_count
+from dig_jax.export import read_model
 from dig_jax.parallel import (
     check_agreement,
+    check_shared,
+    from_first,
     make_mesh,
     process_share,
-    replicated,
     state_sharding,
     to_global,
 )
+from dig_jax.run_page import note_start, write_report
 from dig_jax.sampling import Sampler
 from dig_jax.training import step as steps
+from dig_jax.training.heldout import HeldoutLoss
 from dig_jax.training.lowering import abstract_batch, abstract_state, fresh_state, lower_train_step
 from dig_jax.training.metrics import MetricWriter, Progress, StepMeter, duration
+from dig_jax.training.peak import peak_memory, peak_of
 from dig_jax.training.preemption import notice_of_end
+from dig_jax.training.profiling import ProfiledSteps, Profiler
+from dig_jax.training.wandb_run import WandbRun, require_wandb
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +62,7 @@ class _Run:
     mesh: Mesh
     workdir: Path
     output: Path
+    profile: ProfiledSteps | None
 
     @property
     def settings(self) -> Config:
@@ -66,10 +75,15 @@ class _Run:
         return {"process_index": share.index, "process_count": share.count}
 
 
-def train(settings: Config, workdir: Path) -> dict[str, Any] | None:
+def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None) -> dict[str, Any] | None:
     """Trains, or goes on training, until `settings.training.steps`, then draws and scores samples.
 
     At SIGTERM, or a cloud's notice of preemption, it finishes the step, saves and returns.
+
+    Args:
+        settings: of the run; a workdir goes on only with those it began with.
+        workdir: where the run lives.
+        profile: steps to be traced into WORKDIR/profile.
 
     Returns:
         The scores, as in scores.json; None if it was told to end before the last step.
@@ -87,23 +101,20 @@ def train(settings: Config, workdir: Path) -> dict[str, Any] | None:
     claim_workdir(settings, workdir)
     # Kernels cannot be partitioned: knowing the mesh, each runs on its device's part of the batch.
     with jax.set_mesh(mesh), _output(workdir) as output:
-        run = _Run(experiment, mesh, workdir, output)
-        with contextlib.closing(Checkpoints(workdir, settings.checkpoint)) as checkpoints:
+        run = _Run(experiment, mesh, workdir, output, profile)
+        with Checkpoints(workdir, settings.checkpoint) as checkpoints:
             state, examples = _start(run, abstract, checkpoints)
+            step = int(state["step"])
             _introduce(run, state)
-            if int(state["step"]) < settings.training.steps:
-                state = _loop(run, state, examples, checkpoints)
-            checkpoints.wait()
-        step = int(state["step"])
-        if step < settings.training.steps:
-            log.info("told to end at step %d of %d, which is saved", step, settings.training.steps)
-            return None
-        sampler = _sampler(run, state)
-        report.draw_samples(sampler, output)
-        scores = report.score(sampler, output)
-        if scores:
-            report.draw_neighbours(sampler, output)
-            log.info(report.summary(scores))
+            with contextlib.closing(_writer(run, step)) as writer:
+                if step < settings.training.steps:
+                    state = _loop(run, state, examples, checkpoints, writer)
+                    step = int(state["step"])
+                checkpoints.wait()
+                if step < settings.training.steps:
+                    log.info("told to end at step %d of %d, which is saved", step, settings.training.steps)
+                    return None
+                scores = _show(run, state, writer)
     log.info("everything is in %s, after %s", workdir, duration(time.monotonic() - began))
     return scores
 
@@ -115,12 +126,17 @@ def claim_workdir(settings: Config, workdir: Path) -> None:
         UserError: it did, and there are checkpoints; or the settings that it began with cannot be read; or it
             cannot be written to.
     """
+    # The first process's part, whose errors are those of all.
+    from_first(functools.partial(_claim, settings, workdir))
+    check_shared(workdir)
+
+
+def _claim(settings: Config, workdir: Path) -> None:
     if has_checkpoints(workdir):
         config.check_same(_began_with(workdir), settings, workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            report.write_json(workdir / "config.json", described(settings))
+        report.write_json(workdir / "config.json", described(settings))
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be written to: {error.strerror}") from error
 
@@ -139,9 +155,13 @@ def _began_with(workdir: Path) -> Config:
     if not path.exists():
         return read_config(workdir)
     try:
-        return config.from_dict(json.loads(path.read_text())["config"])
+        stored = json.loads(path.read_text())["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; delete it, checkpoints hold a copy") from error
+    try:
+        return config.from_dict(stored)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is of another version of this program, or was changed: {error}") from error
 
 
 def _check(experiment: Experiment) -> None:
@@ -150,6 +170,7 @@ def _check(experiment: Experiment) -> None:
     Raises:
         ConfigError: names the setting.
     """
+    require_wandb(experiment.config.logging.wandb)
     settings, channels = experiment.config.sampling, experiment.train_source.image_shape[2]
     diffusion, _ = experiment.diffusion, experiment.heldout_source
     with blaming("config.sampling"):
@@ -181,15 +202,15 @@ def _start(run: _Run, abstract: steps.State, checkpoints: Checkpoints) -> tuple[
         return state, data["examples"]
     layout, params = state_sharding(abstract, run.mesh), None
     if run.settings.init_from:
-        params = jax.device_put(_warm_params(run, abstract["params"]), layout["params"])
+        params = _warm_params(run, abstract["params"])
     return jax.jit(functools.partial(fresh_state, run.experiment), out_shardings=layout)(params), 0
 
 
 def _warm_params(run: _Run, expected: Params) -> Params:
-    """The parameters that `init_from` names, if they fit."""
+    """The parameters that `init_from` names, if they fit, laid out as they are expected."""
     path = run.settings.init_from
     with blaming("config.init_from"):
-        _, step, params = read_params(Path(path))
+        _, step, params = read_model(Path(path))
 
     def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
         return {jax.tree_util.keystr(key): x.shape for key, x in jax.tree.leaves_with_path(tree)}
@@ -202,7 +223,11 @@ def _warm_params(run: _Run, expected: Params) -> Params:
             f" {wrong[0]}: {theirs.get(wrong[0])} there, {ours.get(wrong[0])} here"
         )
     log.info("starting from the parameters of %s, step %d", path, step)
-    return params
+    return jax.tree.map(
+        lambda x, target: jax.make_array_from_callback(x.shape, target.sharding, np.asarray(x).__getitem__),
+        params,
+        expected,
+    )
 
 
 def _data_item(run: _Run, examples: int) -> dict[str, Any]:
@@ -215,6 +240,7 @@ def _introduce(run: _Run, state: steps.State) -> None:
     table = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
     (run.output / "parameters.txt").write_text(table + "\n")
     step = int(state["step"])
+    note_start(run.output, step)
     log.info(
         "%s, %.2f M parameters, on %d × %s; %s %s",
         run.settings.model.name,
@@ -235,12 +261,45 @@ def _sampler(run: _Run, state: steps.State) -> Sampler:
     return Sampler(run.experiment, _sampling_params(run, state), step=int(state["step"]), mesh=run.mesh)
 
 
-def _loop(run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints) -> steps.State:
-    """Steps, and what is due between them; a step is read only when the next one is under way."""
+def _show(run: _Run, state: steps.State, writer: MetricWriter) -> dict[str, Any]:
+    """Draws and scores what has been learnt; returns the scores."""
+    sampler = _sampler(run, state)
+    _draw(run, sampler, writer)
+    scores = report.score(sampler, run.output)
+    if scores:
+        report.draw_neighbours(sampler, run.output)
+        log.info(report.summary(scores))
+    _write_report(run)
+    return scores
+
+
+def _draw(run: _Run, sampler: Sampler, writer: MetricWriter) -> None:
+    report.draw_samples(sampler, run.output)
+    writer.picture(sampler.step, run.output / "samples.png")
+
+
+def _write_report(run: _Run) -> None:
+    if jax.process_index() == 0:
+        try:
+            write_report(run.output)
+        except Exception as error:  # whatever it is, a page to look at is not worth the run
+            log.warning("report.html cannot be written: %s: %s", type(error).__name__, error)
+
+
+def _loop(
+    run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints, writer: MetricWriter
+) -> steps.State:
+    """Steps, and what is due between them.
+
+    While a step runs, the next batch is on its way to the devices and the next step is dispatched; a step is
+    read only then. Nothing else waits for the devices, except what is due now and then, and that is not
+    counted as training.
+    """
     settings = run.settings
     first, last = int(state["step"]), settings.training.steps
     train_step = _compiled_step(run, state)
-    heldout_loss = _heldout_loss(run)
+    peak = peak_of(run.experiment, run.mesh, train_step)
+    heldout_loss = HeldoutLoss(run.experiment, run.mesh)
 
     clock, longest = time.monotonic, settings.checkpoint.every_minutes * 60
 
@@ -249,25 +308,38 @@ def _loop(run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints
 
     with (
         contextlib.closing(_batches(run, examples)) as data,
-        contextlib.closing(_writer(run, first)) as writer,
         contextlib.closing(Progress(first_step=first, steps=last)) as progress,
+        contextlib.closing(Profiler(run.output / "profile", run.profile, first, last)) as profiler,
         notice_of_end() as is_last,
     ):
         meter = StepMeter(settings.data.batch_size)
 
-        def write_record(step: int, heldout: jax.Array | None) -> None:
-            record = meter.take() | ({} if heldout is None else {"heldout_loss": float(heldout)})
+        def next_batch() -> steps.Batch:
+            with meter.waiting_for_data():
+                batch = next(data)
+            return to_global(batch, run.mesh)
+
+        def write_record(step: int, heldout: float | None) -> None:
+            record = meter.take()
+            record |= peak.shares(record["images_per_second"]) | peak_memory(run.mesh.local_devices)
+            record |= {} if heldout is None else {"heldout_loss": heldout}
             writer.write(step, record)
             progress.show(step, record)
 
-        pending, saved = None, clock()
+        pending, saved, batch = None, clock(), next_batch()
         for step in range(first + 1, last + 1):
-            with meter.waiting_for_data():
-                batch = next(data)
-            state, metrics = train_step(state, to_global(batch, run.mesh))
+            if profiler.starts(step):
+                with meter.paused():
+                    profiler.start()
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = train_step(state, batch)
+            batch = next_batch() if step < last else None
             if pending:
                 write_record(*pending)
-            meter.add(metrics)
+            meter.add(step, metrics)
+            if profiler.stops(step):
+                with meter.paused():
+                    profiler.stop()
             heldout = None
             if due(settings.logging.heldout_every_steps, step):
                 with meter.paused():
@@ -276,21 +348,25 @@ def _loop(run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints
             saving = ending or due(settings.checkpoint.every_steps, step)
             if longest and not saving and due(settings.logging.every_steps, step):
                 saving = _agreed(clock() - saved > longest)
+            drawing = due(settings.sampling.every_steps, step) and step != last and not ending
             recording = saving or heldout is not None or due(settings.logging.every_steps, step)
             pending = (step, heldout) if recording else None
             if saving:
                 # The record comes first, so that a run which goes on from here does not lack it.
                 write_record(step, heldout)
                 pending = None
-                consumed = examples + (step - first) * settings.data.batch_size
-                loss = None if heldout is None else float(heldout)
-                checkpoints.save(step, state, _data_item(run, consumed), settings, heldout_loss=loss)
-                saved = clock()
+            with meter.paused() if saving or drawing else contextlib.nullcontext():
+                if saving:
+                    consumed = examples + (step - first) * settings.data.batch_size
+                    item = _data_item(run, consumed)
+                    checkpoints.save(step, state, item, settings, heldout_loss=heldout)
+                    saved = clock()
+                if drawing:
+                    _draw(run, _sampler(run, state), writer)
+                if saving or drawing:
+                    _write_report(run)
             if ending:
                 break
-            if due(settings.sampling.every_steps, step) and step != last:
-                with meter.paused():
-                    report.draw_samples(_sampler(run, state), run.output)
     return state
 
 
@@ -312,7 +388,17 @@ def _batches(run: _Run, start: int) -> grain.DatasetIterator:
 
 
 def _writer(run: _Run, first_step: int) -> MetricWriter:
-    return MetricWriter(run.output, first_step=first_step, tensorboard=run.settings.logging.tensorboard)
+    project, wandb = run.settings.logging.wandb, []
+    if project:
+        # The first process's, whose errors are those of all.
+        fields = dataclasses.asdict(run.settings)
+        from_first(lambda: wandb.append(WandbRun(run.output, project=project, settings=fields)))
+    return MetricWriter(
+        run.output,
+        first_step=first_step,
+        tensorboard=run.settings.logging.tensorboard,
+        wandb=wandb[0] if wandb else None,
+    )
 
 
 def _compiled_step(
@@ -320,26 +406,8 @@ def _compiled_step(
 ) -> Callable[[steps.State, steps.Batch], tuple[steps.State, steps.Metrics]]:
     """The train step, which takes over its state's memory; compiled ahead, to be timed apart."""
     began = time.monotonic()
-    compiled = lower_train_step(run.experiment, run.mesh, state).compile()
-    log.info("the train step is compiled, in %s", duration(time.monotonic() - began))
+    with cache_hits() as hits:
+        compiled = lower_train_step(run.experiment, run.mesh, state).compile()
+    how = "loaded, as an earlier start compiled it" if hits else "compiled"
+    log.info("the train step is %s, in %s", how, duration(time.monotonic() - began))
     return compiled
-
-
-def _heldout_loss(run: _Run) -> Callable[[Params], jax.Array | None]:
-    """A function of the parameters: their mean loss on the held-out images; None where there are none."""
-    source, size = run.experiment.heldout_source, run.settings.data.batch_size
-    batch_loss = jax.jit(
-        functools.partial(steps.heldout_loss, run.experiment), out_shardings=replicated(run.mesh)
-    )
-
-    def mean(params: Params) -> jax.Array | None:
-        if not len(source):
-            return None
-        sums = []
-        for number, batch in enumerate(epoch(source, batch_size=size, **run.share)):
-            jax.block_until_ready(sums[-1:])
-            sums.append(batch_loss(params, to_global(batch, run.mesh), number * size))
-        total, count = map(sum, zip(*sums, strict=True))
-        return total / count
-
-    return mean

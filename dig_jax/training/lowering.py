@@ -1,6 +1,7 @@
 """The train step as a program for a mesh: what a run executes, and what a plan compiles ahead."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,11 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> steps.State:
     Raises:
         ConfigError: the config's model cannot be.
     """
-    state = jax.eval_shape(lambda: fresh_state(experiment))
+    return laid_out(jax.eval_shape(lambda: fresh_state(experiment)), mesh)
+
+
+def laid_out(state: Any, mesh: Mesh) -> Any:
+    """Shapes and dtypes of a state, or of a part of it, with its layout on a mesh."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,

@@ -1,0 +1,43 @@
+"""Compiled programs kept on disk, so that the next start of a run does not wait for the compiler."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.monitoring
+
+_HIT = "/jax/compilation_cache/cache_hits"
+
+
+def keep_compiled_programs() -> None:
+    """Has JAX keep what takes a second or more to compile, unless it was told where by its own setting.
+
+    JAX_COMPILATION_CACHE_DIR names the directory, an empty one for none; by default it is
+    ~/.cache/dig_jax/compiled, or where XDG_CACHE_HOME has the user's caches. To be called by programs, not by
+    libraries: it holds for all that the process compiles.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache / "dig_jax" / "compiled"))
+
+
+@contextlib.contextmanager
+def cache_hits() -> Iterator[list[str]]:
+    """While it is open, the list gets an entry for each program that is loaded instead of compiled."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: object) -> None:
+        if event == _HIT:
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)

@@ -1,0 +1,263 @@
+import dataclasses
+import json
+import os
+import struct
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+from ended_runs import FIELDS, command, environment
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from test_checkpoint import full_disk
+from tiny_experiment import tiny_settings, write_checkpoint
+
+import dig_jax
+from configs import smoke
+from dig_jax import CheckpointError, ConfigError, config
+from dig_jax.export import export, read_model
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    return path, write_checkpoint(path, tiny_settings(), step=7)
+
+
+@pytest.fixture(scope="module")
+def exported(workdir, tmp_path_factory):
+    """A file not to be written to."""
+    path = tmp_path_factory.mktemp("exported") / "tiny.safetensors"
+    export(tiny_settings(), workdir[0], path)
+    return path
+
+
+@pytest.fixture
+def changed(exported, tmp_path):
+    """Writes the file again, with other arrays or metadata."""
+
+    def write(arrays=None, **metadata):
+        with safe_open(exported, framework="numpy") as file:
+            metadata = file.metadata() | metadata
+        path = tmp_path / "changed.safetensors"
+        metadata = {name: text for name, text in metadata.items() if text is not None}
+        save_file(load_file(exported) | (arrays or {}), path, metadata)
+        return path
+
+    return write
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("name", ["0.9", "0.99", "params"])
+def test_the_parameters_that_sampling_names_are_exported_bit_for_bit(workdir, tmp_path, name):
+    directory, trees = workdir
+    path = tmp_path / "new" / "x.safetensors"
+    export(tiny_settings(sampling__ema=name), directory, path)
+    settings, step, params = read_model(path)
+    assert (settings, step) == (tiny_settings(sampling__ema=name), 7)
+    assert_equal(params, trees[name])
+    assert {leaf.dtype for leaf in load_file(path).values()} == {np.dtype(np.float32)}
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_says_what_it_is_to_those_who_have_only_safetensors(exported):
+    with safe_open(exported, framework="numpy") as file:
+        about = file.metadata()
+        assert "blocks.rest.0.mixer.q_proj.kernel" in file.keys()  # noqa: SIM118
+    assert (about["format"], about["step"], about["ema"]) == ("dig-jax", "7", "0.9")
+    assert config.from_dict(json.loads(about["config"])) == tiny_settings()
+    assert json.loads(about["versions"])["jax"] == jax.__version__
+
+
+def test_others_may_read_the_file_as_far_as_the_umask_lets_them(workdir, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export(tiny_settings(), workdir[0], tmp_path / "x.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_sampler_of_a_file_is_that_of_its_checkpoint(workdir, exported):
+    settings = tiny_settings(sampling__steps=2)
+    ours, theirs = (dig_jax.load(path, settings=settings) for path in (str(exported), workdir[0]))
+    assert_equal(ours.params, theirs.params)
+    assert {type(leaf) for leaf in jax.tree.leaves(ours.params)} == {type(jax.numpy.ones(1))}
+    assert (ours.step, ours.experiment.config) == (theirs.step, theirs.experiment.config) == (7, settings)
+
+
+def test_a_file_holds_one_average(exported):
+    assert dig_jax.load(exported, "0.9").step == 7
+    with pytest.raises(CheckpointError, match=f"{exported} has no average '0.99'; it has 0.9 alone"):
+        dig_jax.load(exported, "0.99")
+
+
+def test_settings_of_another_model_are_refused(workdir, exported, tmp_path):
+    other = tiny_settings(model__depth=2)
+    with pytest.raises(ConfigError, match="began with other settings: model.depth: 1 → 2"):
+        dig_jax.load(exported, settings=other)
+    with pytest.raises(ConfigError, match="began with other settings: model.depth: 1 → 2"):
+        export(other, workdir[0], tmp_path / "x.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(workdir, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_text("somebody's weights")
+    with pytest.raises(ConfigError, match=f"--output={path} is there already; delete it, or take another"):
+        export(tiny_settings(), workdir[0], path)
+    assert path.read_text() == "somebody's weights"
+
+
+def test_a_name_that_would_not_be_recognised_is_refused(workdir, tmp_path):
+    with pytest.raises(ConfigError, match="x.npz does not end with .safetensors"):
+        export(tiny_settings(), workdir[0], tmp_path / "x.npz")
+
+
+def test_a_full_disk_gives_one_line_and_leaves_nothing(workdir, tmp_path):
+    with full_disk(10_000), pytest.raises(CheckpointError, match="x.safetensors could not be written: "):
+        export(tiny_settings(), workdir[0], tmp_path / "x.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_gives_one_line(workdir, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="x.safetensors could not be written: "):
+        export(tiny_settings(), workdir[0], tmp_path / "file" / "x.safetensors")
+
+
+def with_header(content: bytes, header: bytes) -> bytes:
+    size = struct.unpack("<Q", content[:8])[0]
+    return struct.pack("<Q", len(header)) + header + content[8 + size :]
+
+
+def edited(content: bytes, edit) -> bytes:
+    """The file with a header that lies."""
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    edit(header)
+    return with_header(content, json.dumps(header).encode())
+
+
+def stretch(header):
+    header["final.linear.kernel"]["data_offsets"][1] = 2**60
+
+
+def grow(header):
+    header["final.linear.kernel"]["shape"] = [2**40, 2**40]
+
+
+def overlap(header):
+    header["final.linear.kernel"]["data_offsets"] = header["final.linear.bias"]["data_offsets"]
+
+
+def drop(header):
+    del header["final.linear.kernel"]
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "text": lambda content: b"<!DOCTYPE html><title>404</title>",
+    "half": lambda content: content[: len(content) // 2],
+    "one_byte_short": lambda content: content[:-1],
+    "one_byte_more": lambda content: content + b"\0",
+    "header_of_an_exabyte": lambda content: struct.pack("<Q", 2**60) + content[8:],
+    "header_no_json": lambda content: with_header(content, b"{" * 100),
+    "header_nested": lambda content: with_header(content, b"[" * 10**5),
+    "beyond_the_end": lambda content: edited(content, stretch),
+    "huge": lambda content: edited(content, grow),
+    "overlapping": lambda content: edited(content, overlap),
+    "hole": lambda content: edited(content, drop),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_gives_one_line(exported, tmp_path, damage):
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(DAMAGES[damage](exported.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"{path} is no safetensors file, or a damaged one: ") as caught:
+        read_model(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {"more": np.zeros(3, np.float32)},
+            r"1 arrays are not .* the first is more: F32 \[3\] there, none by",
+        ),
+        (
+            {"final.linear.bias": np.zeros(3, np.float32)},
+            r"first is final.linear.bias: F32 \[3\] there, F32 \[8\] by the config",
+        ),
+        ({"final.linear.bias": np.zeros(8, np.float16)}, r"F16 \[8\] there, F32 \[8\] by the config"),
+    ],
+)
+def test_arrays_that_are_not_those_of_the_config_are_named(changed, arrays, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_model(changed(arrays))
+
+
+def test_an_array_that_is_missing_is_named(exported, tmp_path):
+    arrays = load_file(exported)
+    del arrays["final.linear.bias"]
+    with safe_open(exported, framework="numpy") as file:
+        save_file(arrays, tmp_path / "x.safetensors", file.metadata())
+    with pytest.raises(CheckpointError, match=r"1 arrays .* final.linear.bias: none there, F32 \[8\] by"):
+        read_model(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": None}, "was not written by --mode=export: its header does not say dig-jax"),
+        ({"format": "pt"}, "was not written by --mode=export"),
+        ({"config": None}, "has a damaged header: KeyError: 'config'"),
+        ({"config": "{"}, "has a damaged header: JSONDecodeError: "),
+        ({"config": "[" * 10**5}, "has a damaged header: RecursionError: "),
+        ({"config": "{}"}, "is of another version: config.seed is missing"),
+        ({"config": '{"sed": 1}'}, "is of another version: config has no field 'sed'; did you mean 'seed'"),
+        ({"step": "many"}, "has a damaged header: ValueError: "),
+        ({"ema": None}, "has a damaged header: KeyError: 'ema'"),
+    ],
+)
+def test_a_header_that_is_not_ours_gives_one_line(changed, metadata, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_model(changed(**metadata))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_any_metadata_is_told(exported, tmp_path):
+    save_file(load_file(exported), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="x.safetensors was not written by --mode=export"):
+        read_model(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match=f"there is no file {tmp_path}/x.safetensors"):
+        dig_jax.load(tmp_path / "x.safetensors")
+
+
+def test_a_file_of_a_config_with_data_that_are_not_there_says_so(changed):
+    other = dataclasses.asdict(tiny_settings())
+    other["data"] |= {"name": "nowhere"}
+    with pytest.raises(ConfigError, match="config.data: .*nowhere"):
+        read_model(changed(config=json.dumps(other)))
+
+
+def test_export_by_the_command_line(tmp_path):
+    c = smoke.get_config()
+    c.update_from_flattened_dict(FIELDS)
+    trees = write_checkpoint(tmp_path / "run", config.from_dict(c.to_dict()), step=5)
+    output = tmp_path / "x.safetensors"
+    arguments = command("smoke", tmp_path / "run", FIELDS, "--mode=export", f"--output={output}")
+    done = subprocess.run(arguments, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1].endswith(f"arrays of step 5 (0.9) are in {output}")
+    assert_equal(read_model(output)[2], trees["0.9"])

@@ -1,0 +1,248 @@
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_experiment import tiny_settings
+
+from dig_jax.checkpoint import described
+from dig_jax.run_page import charts, note_start, write_report
+from dig_jax.run_page.charts import Curve, chart, number
+from dig_jax.run_page.samples import sample_grids
+from dig_jax.run_page.starts import read_starts
+
+LIMIT = 2_000_000
+VOID = {"meta", "img", "input", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page, which must be closed as they were opened, with all that they could load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.loaded, self.texts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.loaded += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag not in VOID and not self.get_starttag_text().endswith("/>"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        # A cell of a table's head may stay open until the row ends.
+        while self.open[-1] == "th" != tag:
+            self.open.pop()
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def page_of(workdir) -> Page:
+    write_report(workdir)
+    text = (workdir / "report.html").read_text()
+    assert len(text.encode()) < LIMIT
+    for svg in re.findall(r"<svg.*?</svg>", text, re.S):
+        ElementTree.fromstring(svg)
+    return Page(text)
+
+
+def write_run(workdir, records: int, every: int = 1) -> None:
+    """The files of a run whose loss falls as a power of the step, with noise."""
+    random = np.random.default_rng(0)
+    lines = [
+        {
+            "step": every * index,
+            "loss": index**-0.3 * random.uniform(0.8, 1.2),
+            "loss_q1": 1.0,
+            "grad_norm": random.exponential(),
+            "learning_rate": 1e-4,
+            "images_per_second": random.normal(1000, 30),
+            "data_wait": 0.01,
+            "mfu": 0.4,
+            "roofline_share": 0.6,
+            "peak_memory_gib": 60.0,
+            "skipped_steps": index % 2,
+        }
+        | ({"heldout_loss": index**-0.3} if index % 10 == 0 else {})
+        for index in range(1, records + 1)
+    ]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (workdir / "config.json").write_text(json.dumps(described(tiny_settings())))
+    (workdir / "scores.json").write_text(json.dumps({"accuracy": 0.98, "frechet_distance": 0.43}))
+    note_start(workdir, 0)
+
+
+def write_grid(workdir, step: int, *, side: int = 40, noisy: bool = False) -> None:
+    (workdir / "samples").mkdir(exist_ok=True)
+    pixels = np.random.default_rng(step).integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(pixels if noisy else pixels // 255 * 255).save(workdir / "samples" / f"{step}.png")
+
+
+@pytest.mark.parametrize("records", [1, 10, 100_000])
+def test_the_report_is_one_small_file_that_loads_nothing(tmp_path, records):
+    write_run(tmp_path, records)
+    for step in (10, 20):
+        write_grid(tmp_path, step)
+    page = page_of(tmp_path)
+    assert len(page.loaded) == 2 and all(url.startswith("data:image/") for url in page.loaded)
+    assert not {"link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    text = "".join(page.texts)
+    assert not re.search(r"https?://|@import|url\(", (tmp_path / "report.html").read_text())
+    for section in (
+        "Samples over time, and the loss",
+        "Loss",
+        "Images per second",
+        "Scores",
+        "Config",
+        "Starts",
+    ):
+        assert section in text
+    assert f"{records:,} of 20" in text
+
+
+def test_a_workdir_without_anything_has_a_report(tmp_path):
+    assert "Curves" not in "".join(page_of(tmp_path).texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", b'{"step": 3, "loss": null}\n{"step": "x"}\n{"st'),
+        ("config.json", b"[1"),
+        ("scores.json", b"[]"),
+        ("starts.jsonl", b'{"step": 4}\n{"step": null}\n{"time'),
+        ("samples/3.png", b"no picture"),
+        ("samples/best.png", b""),
+    ],
+)
+def test_damaged_files_are_passed_over(tmp_path, name, content):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / name).write_bytes(content)
+    page_of(tmp_path)
+
+
+def test_what_stands_in_the_files_is_text_and_no_markup(tmp_path):
+    evil = "</script><script>alert(1)</script>&<b>"
+    config = described(tiny_settings())
+    config["config"]["init_from"] = evil
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_run_of_two_starts(tmp_path, command=evil, time=evil)
+    (tmp_path / "scores.json").write_text(json.dumps({evil: evil}))
+    page = page_of(tmp_path)
+    assert "".join(page.texts).count("alert(1)") >= 5
+    assert "<script>alert" not in (tmp_path / "report.html").read_text()
+
+
+def write_run_of_two_starts(workdir, **fields) -> None:
+    lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3, 4)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    starts = [{"step": step} | fields for step in (0, 2)]
+    (workdir / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+
+
+def test_a_run_gone_on_with_is_marked_where_it_was(tmp_path):
+    write_run_of_two_starts(tmp_path, time="Monday")
+    page = page_of(tmp_path)
+    assert [attributes for tag, attributes in page.tags if attributes.get("class") == "mark"]
+    assert "started again at step 2, Monday" in page.texts
+
+
+def test_starts_say_where_and_how(tmp_path):
+    note_start(tmp_path, 0)
+    note_start(tmp_path, 500)
+    first, second = read_starts(tmp_path)
+    assert (first["step"], second["step"]) == (0, 500)
+    assert (
+        first["devices"] == "4 × cpu" and first["versions"]["jax"] and first["command"].startswith("python ")
+    )
+
+
+def test_the_config_shows_first_what_differs_from_the_defaults(tmp_path):
+    write_run(tmp_path, 1)
+    text = (write_report(tmp_path), (tmp_path / "report.html").read_text())[1]
+    changed, everything = text.split("<summary>all fields</summary>")
+    assert "training.steps" in changed and "optimizer.b1" not in changed
+    assert "training.steps" in everything and "optimizer.b1" in everything
+
+
+# Samples.
+
+
+def test_grids_come_by_step_and_the_unreadable_are_left_out(tmp_path):
+    for step in (1000, 20, 300):
+        write_grid(tmp_path, step)
+    (tmp_path / "samples" / "400.png").write_bytes(b"\x89PNG")
+    assert [step for step, _ in sample_grids(tmp_path)] == [20, 300, 1000]
+
+
+def test_many_large_grids_are_thinned_to_a_few_from_first_to_last(tmp_path):
+    for step in range(1, 61):
+        write_grid(tmp_path, step, side=200, noisy=True)
+    grids = sample_grids(tmp_path)
+    steps = [step for step, _ in grids]
+    assert steps[0] == 1 and steps[-1] == 60 and 5 < len(steps) < 60
+    assert max(np.diff(steps)) - min(np.diff(steps)) <= 3
+    assert sum(len(uri) for _, uri in grids) < 1_200_000
+    assert all(uri.startswith("data:image/jpeg") for _, uri in grids)
+
+
+def test_drawings_of_few_colours_stay_as_they_are(tmp_path):
+    (tmp_path / "samples").mkdir()
+    Image.new("RGB", (100, 100)).save(tmp_path / "samples" / "1.png")
+    ((_, uri),) = sample_grids(tmp_path)
+    assert uri.startswith("data:image/png")
+
+
+# Axes and curves.
+
+values = st.floats(1e-12, 1e12)
+
+
+@given(values, values, st.booleans(), st.integers(5, 8))
+def test_ticks_are_several_and_stand_on_the_axis(one, other, logarithmic, count):
+    axis = charts._Axis.of([np.array([one, other])], 0, 100, logarithmic=logarithmic)
+    ticks = axis.ticks(count)
+    assert 2 <= len(ticks) <= 2.5 * count + 2
+    assert len({number(tick) for tick in ticks}) == len(ticks)
+    places = axis.place(np.array(ticks))
+    assert (np.diff(places) > 0).all() and places[0] >= -1e-6 and places[-1] <= 100 + 1e-6
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=2000), st.booleans())
+def test_a_thinned_curve_keeps_its_end_and_its_extremes(numbers, noisy):
+    steps = np.arange(1.0, len(numbers) + 1)
+    ends, means, low, high = charts._thin(Curve("", "c0", steps, np.array(numbers), noisy=noisy))
+    assert len(ends) == len(means) <= 240 and ends[-1] == steps[-1] and (np.diff(ends) > 0).all()
+    assert low.min() == min(numbers) and high.max() == max(numbers)
+    if len(numbers) <= 240 and not noisy:
+        np.testing.assert_allclose(means, numbers)
+
+
+def test_a_chart_tells_the_numbers_that_it_draws():
+    steps = np.array([1.0, 2.0, 3.0])
+    curves = [Curve("a", "c0", steps, np.array([0.1, 0.2, 0.3])), Curve("b", "c1", steps[:0], steps[:0])]
+    drawn = chart("Title", curves, show=charts.percent)
+    data = json.loads(re.search(r'<script type="application/json">(.*)</script>', drawn)[1])
+    assert data["curves"] == [[[1, 2, 3], ["10 %", "20 %", "30 %"]]]
+    assert chart("Title", curves[1:]) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.0412345, "0.0412"), (1e-6, "1e-6"), (999, "999"), (4321, "4321"), (12345, "12.3k")]
+    + [(400_000, "400k"), (2_500_000, "2.5M"), (-3, "-3"), (1e10, "10G")],
+)
+def test_numbers_are_short(value, text):
+    assert number(float(value)) == text
