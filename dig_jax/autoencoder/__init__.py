@@ -1,0 +1,12 @@
+"""Stable Diffusion's KL autoencoder: images to latents and back.
+
+autoencoder = dig_jax.autoencoder.load("stabilityai/sd-vae-ft-ema")
+latents = autoencoder.mean(autoencoder.encode(images))
+images = to_uint8(autoencoder.decode(latents))
+"""
+
+from dig_jax.autoencoder.model import Autoencoder, to_uint8
+from dig_jax.autoencoder.networks import AutoencoderConfig
+from dig_jax.autoencoder.weights import load
+
+__all__ = ["Autoencoder", "AutoencoderConfig", "load", "to_uint8"]

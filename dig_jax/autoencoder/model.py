@@ -1,0 +1,135 @@
+"""The autoencoder as it is used: images to moments, moments to latents, latents to images."""
+
+import functools
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key, UInt8
+
+from dig_jax.autoencoder.layers import Conv, largest_divisor
+from dig_jax.autoencoder.networks import AutoencoderConfig, Decoder, Encoder
+from dig_jax.autoencoder.stripes import decode_in_stripes
+
+AnyArray = Array | np.ndarray
+# Log variances of the posterior are clipped to these, as in the code of latent diffusion.
+_LOGVAR_RANGE = (-30.0, 20.0)
+# Latent pixels of an image that is decoded as a whole by default, and of a stripe where it is not.
+_WHOLE, _STRIPE = 128 * 128, 512
+
+
+class Autoencoder(nnx.Module):
+    """Stable Diffusion's KL autoencoder (Rombach et al. 2022, appendix G).
+
+    Images are -1…1 as float or 0…255 as uint8, latents scaled by the config's `scaling_factor`; both NHWC.
+
+    Args:
+        config: sizes.
+        dtype: of activations and products; parameters, norms and results are float32.
+        rngs: the source of random parameters; `load` reads trained ones.
+    """
+
+    def __init__(self, config: AutoencoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+        self.quant_conv = Conv(2 * channels, 2 * channels, 1, dtype=dtype, rngs=rngs)
+        self.post_quant_conv = Conv(channels, channels, 1, dtype=dtype, rngs=rngs)
+
+    def encode(
+        self, images: Float[AnyArray, "n height width c"] | UInt8[AnyArray, "n height width c"]
+    ) -> Float[Array, "n latent_height latent_width moments"]:
+        """The posterior's moments: means, then log variances along the last axis, neither scaled.
+
+        Raises:
+            ValueError: sides that `config.downsampling` does not divide, or another number of channels.
+        """
+        _, height, width, channels = images.shape
+        if height % self.config.downsampling or width % self.config.downsampling:
+            raise ValueError(
+                f"images of {height}×{width} pixels: this autoencoder takes multiples of"
+                f" {self.config.downsampling}"
+            )
+        _check_channels("images", channels, self.config.in_channels)
+        return _encode(*nnx.split(self), jnp.asarray(images))
+
+    def mean(self, moments: Float[AnyArray, "*batch moments"]) -> Float[Array, "*batch c"]:
+        """The latents that are the posterior's mean."""
+        mean, _ = jnp.split(jnp.asarray(moments, jnp.float32), 2, axis=-1)
+        return mean * self.config.scaling_factor
+
+    def sample(
+        self, moments: Float[AnyArray, "n height width moments"], keys: Key[Array, " n"]
+    ) -> Float[Array, "n height width c"]:
+        """Latents drawn from the posterior, with a key for each image."""
+        mean, logvar = jnp.split(jnp.asarray(moments, jnp.float32), 2, axis=-1)
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+        return (mean + jnp.exp(0.5 * logvar) * noise) * self.config.scaling_factor
+
+    def decode(
+        self, latents: Float[AnyArray, "n height width c"], *, stripes: int | None = None
+    ) -> Float[Array, "n image_height image_width c_out"]:
+        """Images, float32, -1…1 but for what the decoder overshoots; `to_uint8` makes pixels of them.
+
+        Args:
+            latents: scaled ones, of any height and width.
+            stripes: how many the image is decoded in, a divisor of the latents' height: the more, the less
+                memory, for the same result up to rounding. 1 decodes it as a whole; by default the latents
+                of up to 128×128 are, and larger ones in stripes of about 512 latent pixels.
+
+        Raises:
+            ValueError: stripes that do not divide the height, or another number of channels.
+        """
+        _, height, width, channels = latents.shape
+        _check_channels("latents", channels, self.config.latent_channels)
+        if stripes is None:
+            stripes = default_stripes(height, width)
+        if stripes < 1 or height % stripes:
+            raise ValueError(f"stripes={stripes} does not divide the latents' height of {height}")
+        return _decode(*nnx.split(self), jnp.asarray(latents), stripes)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of config and parameters, in hex: latents go with the autoencoders of one fingerprint."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for path, variable in sorted(nnx.to_flat_state(nnx.state(self)), key=lambda item: str(item[0])):
+            digest.update(repr(path).encode() + np.asarray(variable[...]).tobytes())
+        return digest.hexdigest()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graphdef: nnx.GraphDef, params: Any, images: Array) -> Array:
+    model = nnx.merge(graphdef, params)
+    if images.dtype == jnp.uint8:
+        images = images.astype(jnp.float32) / 127.5 - 1
+    mean, logvar = jnp.split(model.quant_conv(model.encoder(images)).astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([mean, jnp.clip(logvar, *_LOGVAR_RANGE)], axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _decode(graphdef: nnx.GraphDef, params: Any, latents: Array, stripes: int) -> Array:
+    model = nnx.merge(graphdef, params)
+    x = model.post_quant_conv(latents / model.config.scaling_factor)
+    x = model.decoder(x) if stripes == 1 else decode_in_stripes(model.decoder, x, stripes)
+    return x.astype(jnp.float32)
+
+
+def default_stripes(height: int, width: int) -> int:
+    """How many stripes latents of this size are decoded in."""
+    if height * width <= _WHOLE:
+        return 1
+    return height // largest_divisor(height, _STRIPE // width)
+
+
+def _check_channels(name: str, channels: int, expected: int) -> None:
+    if channels != expected:
+        raise ValueError(f"{name} of {channels} channels; this autoencoder's have {expected} (NHWC)")
+
+
+def to_uint8(images: Float[AnyArray, "*shape"]) -> UInt8[Array, "*shape"]:
+    """Pixels of decoded images: x/2 + 1/2, clipped to 0…1, times 255, rounded."""
+    return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)

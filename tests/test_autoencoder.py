@@ -1,0 +1,188 @@
+"""The autoencoder against diffusers' golden values, and what it promises of its own."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from dig_jax.autoencoder import Autoencoder, AutoencoderConfig, load, to_uint8
+from dig_jax.autoencoder.model import default_stripes
+
+GOLDEN = Path(__file__).parent / "golden" / "vae.npz"
+SMALL = AutoencoderConfig(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
+
+
+@functools.cache
+def golden():
+    return dict(np.load(GOLDEN))
+
+
+def nhwc(x):
+    return x.transpose(0, 2, 3, 1)
+
+
+def relative_error(value, expected):
+    return np.sqrt(np.square(value - expected).mean() / np.square(expected).mean())
+
+
+@pytest.fixture(scope="module")
+def golden_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    (folder / "config.json").write_text(str(golden()["config"]))
+    arrays = {name[len("param/") :]: x for name, x in golden().items() if name.startswith("param/")}
+    save_file(arrays, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+@functools.cache
+def small(dtype=jnp.float32, **changes):
+    """Random parameters, biases and scales among them."""
+    config, generator = dataclasses.replace(SMALL, **changes), np.random.default_rng(0)
+    abstract = nnx.eval_shape(lambda: Autoencoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract)
+
+    def draw(leaf):
+        noise = generator.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(
+            noise / np.sqrt(np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 1 + 0.1 * noise
+        )
+
+    return nnx.merge(graphdef, jax.tree.map(draw, params))
+
+
+def latents(height, width, n=1):
+    return jax.random.normal(jax.random.key(2), (n, height, width, 4))
+
+
+def test_moments_are_those_of_diffusers(golden_folder):
+    moments = load(golden_folder).encode(nhwc(golden()["image"]))
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    assert relative_error(mean, nhwc(golden()["mean"])) < 1e-5
+    assert relative_error(logvar, nhwc(golden()["logvar"])) < 1e-5
+
+
+@pytest.mark.parametrize("stripes", [1, 4])
+def test_decoded_images_are_those_of_diffusers(golden_folder, stripes):
+    autoencoder = load(golden_folder)
+    scaled = nhwc(golden()["mean"]) * autoencoder.config.scaling_factor
+    images = autoencoder.decode(scaled, stripes=stripes)
+    assert relative_error(images, nhwc(golden()["decoded_mean"])) < 1e-5
+
+
+def test_the_default_config_has_the_published_number_of_parameters():
+    model = nnx.eval_shape(lambda: Autoencoder(AutoencoderConfig(), rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == 83_653_863
+
+
+@pytest.mark.parametrize(("height", "width", "stripes"), [(6, 10, 2), (7, 4, 7)])
+def test_stripes_give_the_image_of_the_whole(height, width, stripes):
+    x = latents(height, width, n=2)
+    whole = small().decode(x, stripes=1)
+    assert whole.shape == (2, 4 * height, 4 * width, 3)
+    np.testing.assert_allclose(small().decode(x, stripes=stripes), whole, atol=2e-5)
+
+
+def test_attention_in_chunks_is_the_attention(monkeypatch):
+    attention, x = (
+        small().decoder.mid_block.attentions[0],
+        jax.random.normal(jax.random.key(3), (2, 4, 6, 16)),
+    )
+    whole = attention(x)
+    monkeypatch.setattr("dig_jax.autoencoder.layers.MAX_SCORES", 100)  # 4 of 24 queries at a time
+    np.testing.assert_allclose(attention(x), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "stripes"), [((128, 128), 1), ((256, 256), 128), ((129, 600), 129)])
+def test_large_images_are_decoded_in_stripes_by_default(size, stripes):
+    assert default_stripes(*size) == stripes
+
+
+def test_2048_pixels_are_decoded_in_less_than_6_gigabytes():
+    """By the compiler's own count, of parameters, latents, image and temporaries in float32."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Autoencoder(AutoencoderConfig(), rngs=nnx.Rngs(0))))
+    x = jax.ShapeDtypeStruct((1, 256, 256, 4), jnp.float32)
+    decode = jax.jit(lambda params, x: nnx.merge(graphdef, params).decode(x), keep_unused=True)
+    memory = decode.lower(params, x).compile().memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    assert memory.argument_size_in_bytes > 4 * 83_653_863
+    assert total < 6e9
+
+
+def test_bfloat16_is_near_and_keeps_parameters_and_results_in_float32():
+    half, x = small(jnp.bfloat16), latents(4, 4)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype(jnp.float32)}
+    images = half.decode(x)
+    assert images.dtype == jnp.float32
+    assert 0 < relative_error(images, small().decode(x)) < 0.05
+    np.testing.assert_allclose(half.decode(x, stripes=2), images, atol=0.05 * float(jnp.std(images)))
+    moments = half.encode(images)
+    assert moments.dtype == jnp.float32
+    assert 0 < relative_error(moments, small().encode(images)) < 0.05
+
+
+def test_pixels_and_floats_are_the_same_image():
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(1, 8, 8, 3)
+    floats = (pixels / 255 - 0.5) / 0.5
+    np.testing.assert_array_equal(to_uint8(floats.astype(np.float32)), pixels)
+    moments = small().encode(pixels)
+    np.testing.assert_allclose(moments, small().encode(floats.astype(np.float32)), atol=1e-5)
+    overshot = jnp.array([-1.5, -1.0, 0.0, 1.0, 1.5])
+    np.testing.assert_array_equal(to_uint8(overshot), [0, 0, 128, 255, 255])
+
+
+def test_a_sample_is_mean_and_deviation_scaled_and_belongs_to_its_key():
+    moments = jnp.concatenate([jnp.full((3, 8, 8, 4), 2.0), jnp.full((3, 8, 8, 4), -4.0)], axis=-1)
+    keys = jax.random.split(jax.random.key(0), 3)
+    drawn = small().sample(moments, keys)
+    np.testing.assert_allclose(small().mean(moments), 2 * 0.18215, rtol=1e-6)
+    noise = jnp.stack([jax.random.normal(key, (8, 8, 4)) for key in keys])
+    np.testing.assert_allclose(drawn, (2 + np.exp(-2) * noise) * 0.18215, rtol=1e-5)
+    np.testing.assert_array_equal(small().sample(moments[1:2], keys[1:2])[0], drawn[1])
+
+
+def test_decode_undoes_the_scaling_of_the_config():
+    x = latents(4, 4)
+    np.testing.assert_allclose(
+        small(scaling_factor=0.5).decode(x / 0.18215 * 0.5), small().decode(x), atol=1e-5
+    )
+
+
+def test_the_fingerprint_is_of_parameters_and_config_but_not_of_the_dtype(golden_folder):
+    autoencoder = load(golden_folder)
+    before = autoencoder.fingerprint()
+    assert before == load(golden_folder, dtype=jnp.bfloat16).fingerprint()
+    autoencoder.quant_conv.bias[...] = autoencoder.quant_conv.bias[...].at[0].add(1e-3)
+    assert autoencoder.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: small().encode(np.zeros((1, 8, 10, 3), np.uint8)), "8×10 pixels.* multiples of 4"),
+        (lambda: small().encode(np.zeros((1, 3, 8, 8), np.uint8)), "images of 8 channels|3×8 pixels"),
+        (lambda: small().decode(latents(6, 6)[..., :3]), "latents of 3 channels.* have 4"),
+        (lambda: small().decode(latents(6, 6), stripes=4), "stripes=4 does not divide .* 6"),
+        (lambda: small().decode(latents(6, 6), stripes=0), "stripes=0"),
+        (lambda: AutoencoderConfig(block_out_channels=(10,)), "multiples of norm_num_groups=32"),
+        (lambda: AutoencoderConfig(layers_per_block=10**9), "layers_per_block=1000000000 .*1…16"),
+        (lambda: AutoencoderConfig(scaling_factor=float("nan")), "scaling_factor=nan"),
+    ],
+)
+def test_what_cannot_be_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.slow
+def test_stripes_give_the_image_of_the_whole_at_full_size_and_512_pixels():
+    autoencoder = Autoencoder(AutoencoderConfig(), rngs=nnx.Rngs(0))
+    x = latents(64, 64)
+    whole = autoencoder.decode(x, stripes=1)
+    error = jnp.abs(autoencoder.decode(x, stripes=16) - whole).max()
+    assert error < 1e-4 * jnp.abs(whole).max()
