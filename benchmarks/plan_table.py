@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 PAGE = ROOT / "docs" / "plan.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
-CONFIGS = ("dig_s", "dig_b", "dig_l", "dig_xl", "dig_xl:512", "digits", "smoke")
+CONFIGS = ("dig_s", "dig_b", "dig_l", "dig_xl", "dig_xl:512", "cifar10", "celeba64", "digits", "smoke")
 TOPOLOGIES = ("v4:4x4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x2x1", "h200:8", "h100:8x4")
 HEADER = (
     "| config | chips | images per device | GiB of memory per device | compute, memory, interconnect, ms |"

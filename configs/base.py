@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
 
     c.data = ConfigDict()
-    c.data.name = "digits"  # digits | fake
+    c.data.name = "digits"  # digits | fake | image_folder | tfds (docs/data.md)
     c.data.batch_size = 256  # images per step, over all devices and hosts
     c.data.flip = True  # mirror half of the images, where the source says that classes survive it
     c.data.options = ConfigDict()  # keyword arguments of the source

@@ -220,8 +220,10 @@ def from_dict(settings: Mapping[str, Any]) -> Config:
     return _build(Config, settings, "config")
 
 
-# A workdir goes on only with the settings it began with, these excepted.
+# A workdir goes on only with the settings it began with, these excepted. Data may move: their fingerprint is
+# compared too.
 _CHANGEABLE = ("training.steps", "logging", "checkpoint", "sampling", "evaluation", "mesh")
+_CHANGEABLE += tuple(f"data.options.{name}" for name in ("path", "heldout_path", "data_dir"))
 
 
 def check_same(old: Config, new: Config, workdir: object) -> None:

@@ -22,7 +22,8 @@ def shapes_of(name, *argument):
     """Image shape and the parameters' shapes of a shipped config, on synthetic data of the same form."""
     c = importlib.import_module(f"configs.{name}").get_config(*argument)
     if c.data.name not in ("digits", "fake"):
-        c.data.name = "fake"
+        shape = {k: v for k, v in c.data.options.items() if k in ("image_size", "channels", "num_classes")}
+        c.data.name, c.data.options = "fake", shape
     experiment = Experiment(config.from_dict(c.to_dict()))
     return experiment.train_source.image_shape, jax.eval_shape(functools.partial(init_params, experiment))
 

@@ -92,7 +92,7 @@ def test_fingerprints_tell_sources_apart():
     "name, split, options, message",
     [
         ("digit", "train", {}, "'digit' is unknown; did you mean 'digits'?"),
-        ("imagenet", "train", {}, r"'imagenet' is unknown \(there are: digits, fake\)"),
+        ("hubble", "train", {}, r"'hubble' is unknown \(there are: digits, fake, image_folder, tfds\)"),
         ("digits", "test", {}, "split 'test' is unknown"),
         ("digits", "train", {"image_size": 8}, "has no option 'image_size'"),
         ("fake", "train", {"size": 8}, "has no option 'size'"),

@@ -6,8 +6,8 @@ A run is therefore continued exactly by `start=n`, with any batch size and any n
 """
 
 import functools
+import os
 import sys
-from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -30,7 +30,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     flip: bool = False,
-    num_threads: int = 4,
+    num_threads: int | None = None,
     prefetch: int = 8,
 ) -> grain.DatasetIterator[Batch]:
     """Endless training batches of this process.
@@ -46,8 +46,9 @@ def batches(
         process_index: of this process, counted from 0.
         process_count: how many processes share a batch.
         flip: mirror half of the images left to right, drawn anew in each epoch, if `source.flip` allows it.
-        num_threads: batches made at the same time; 0 makes each one when it is asked for.
-        prefetch: batches kept ready.
+        num_threads: batches made at the same time; 0 makes each one when it is asked for; None: as many as
+            there are cores, from 4 to 32. Pillow decodes and resizes without holding Python's lock.
+        prefetch: batches kept ready, if there are no more threads than that.
 
     Returns:
         An iterator of {"image": float32 [b, h, w, c] in [-1, 1], "label": int32 [b]}, b = batch_size /
@@ -70,13 +71,18 @@ def batches(
         return batch
 
     firsts = grain.MapDataset.range(start + process_index * share, sys.maxsize, batch_size)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(firsts.map(load).to_iter_dataset(options))
+    return iter(firsts.map(load).to_iter_dataset(_read_options(num_threads, prefetch)))
 
 
 def epoch(
-    source: Source, *, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+    source: Source,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int | None = None,
+    prefetch: int = 8,
+) -> grain.DatasetIterator[Batch]:
     """One pass over a source in its own order, in batches of one shape.
 
     The last batch is filled up with the last image; `mask` says which entries count. Every process gets
@@ -87,6 +93,8 @@ def epoch(
         batch_size: images per step over all processes.
         process_index: of this process, counted from 0.
         process_count: how many processes share a batch.
+        num_threads: as in `batches`.
+        prefetch: as in `batches`.
 
     Returns:
         An iterator of {"image": float32 [b, h, w, c] in [-1, 1], "label": int32 [b], "mask": bool [b]}.
@@ -96,18 +104,30 @@ def epoch(
     """
     share = _share(source, batch_size, process_index, process_count)
 
-    def generate() -> Iterator[Batch]:
-        for first in range(process_index * share, len(source) + process_index * share, batch_size):
-            indices = np.arange(first, first + share)
-            batch = _gather(source, np.minimum(indices, len(source) - 1))
-            yield {**batch, "mask": indices < len(source)}
+    def load(first: int) -> Batch:
+        indices = np.arange(first, first + share)
+        batch = _gather(source, np.minimum(indices, len(source) - 1))
+        return {**batch, "mask": indices < len(source)}
 
-    return generate()
+    offset = process_index * share
+    firsts = grain.MapDataset.range(offset, len(source) + offset, batch_size)
+    return iter(firsts.map(load).to_iter_dataset(_read_options(num_threads, prefetch)))
 
 
 def normalize(images: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
     """Pixels 0 … 255 as -1 … 1."""
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on; macOS and Windows know only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read_options(num_threads: int | None, prefetch: int) -> grain.ReadOptions:
+    if num_threads is None:
+        num_threads = min(max(_usable_cores(), 4), 32)
+    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads))
 
 
 def _share(source: Source, batch_size: int, process_index: int, process_count: int) -> int:

@@ -3,14 +3,10 @@
 import dataclasses
 import functools
 import hashlib
-import inspect
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
-
-from dig_jax.suggest import suggest
 
 Example = dict[str, np.ndarray | np.int32]
 
@@ -21,7 +17,7 @@ SPLITS = ("train", "heldout")
 class Source(Protocol):
     """Labelled images with random access; any thread and any process may read any index.
 
-    name: what `load_source` calls it.
+    name: what `registry.load_source` calls it.
     split: "train" or "heldout".
     image_shape: (height, width, channels) of every image.
     class_names: the name of each label, in order.
@@ -38,7 +34,7 @@ class Source(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Number of labels: they are 0 … num_classes - 1."""
+        """Number of labels: they are 0 … num_classes - 1; 0: there are no classes, and all labels are 0."""
         ...
 
     def __len__(self) -> int: ...
@@ -73,7 +69,7 @@ class ArraySource:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of everything that an example of this source depends on."""
-        return _fingerprint(
+        return fingerprint(
             self.name, self.split, self.image_shape, self.images.tobytes(), self.labels.tobytes()
         )
 
@@ -109,7 +105,7 @@ class FakeSource:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of everything that an example of this source depends on."""
-        return _fingerprint(self.name, self.split, self.image_shape, self.num_classes, self.length, self.seed)
+        return fingerprint(self.name, self.split, self.image_shape, self.num_classes, self.length, self.seed)
 
     def __len__(self) -> int:
         return self.length
@@ -119,39 +115,14 @@ class FakeSource:
             raise IndexError(f"index {index} is outside a source of {self.length} images")
         height, width, channels = self.image_shape
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
-        label = index % self.num_classes
-        down, across = divmod(label, int(np.ceil(np.sqrt(self.num_classes))))
+        label = index % max(self.num_classes, 1)
+        down, across = divmod(label, int(np.ceil(np.sqrt(max(self.num_classes, 1)))))
         phases = random.uniform(-1, 1, channels)
         rows = np.cos(np.pi * ((down + 1) * np.linspace(-1, 1, height)[:, None] + phases))  # [h, c]
         columns = np.cos(np.pi * (across + 1) / 2 * np.linspace(-1, 1, width))
         wave = np.float32(random.uniform(60, 110) * rows[:, None]) * np.float32(columns)[:, None]
         noise = random.integers(0, 256, self.image_shape, np.uint8) >> 3
         return {"image": (111.5 + wave).astype(np.uint8) + noise, "label": np.int32(label)}
-
-
-def load_source(name: str, split: str, **options) -> Source:
-    """Opens a source by name.
-
-    Args:
-        name: a key of `SOURCES`.
-        split: "train" or "heldout"; no image is in both.
-        **options: what that source takes: see `digits` (none) and `fake`.
-
-    Raises:
-        ValueError: for an unknown name, split or option.
-    """
-    if name not in SOURCES:
-        hint = suggest(name, SOURCES)
-        raise ValueError(f"data source {name!r} is unknown{hint} (there are: {', '.join(SOURCES)})")
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown (there are: {', '.join(SPLITS)})")
-    accepted = list(inspect.signature(SOURCES[name]).parameters)[1:]
-    for option in options:
-        if option not in accepted:
-            raise ValueError(
-                f"data source {name!r} has no option {option!r} (it takes: {', '.join(accepted) or 'none'})"
-            )
-    return SOURCES[name](split, **options)
 
 
 @functools.cache
@@ -195,15 +166,16 @@ def fake(
         split: "train" or "heldout".
         image_size: height and width in pixels, or one number for both.
         channels: per pixel.
-        num_classes: labels go round: the label of image i is i mod num_classes.
+        num_classes: labels go round: the label of image i is i mod num_classes; 0: no classes, all are 0.
         length: number of training images.
         seed: another seed makes other images of the same classes.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    sizes = {"image_size": min(height, width), "channels": channels, "num_classes": num_classes}
-    for option, size in {**sizes, "length": length}.items():
-        if size < 1:
-            raise ValueError(f"{option} of the fake source must be at least 1, got {size}")
+    least = {"image_size": 1, "channels": 1, "num_classes": 0, "length": 1}
+    given = (min(height, width), channels, num_classes, length)
+    for (option, minimum), size in zip(least.items(), given, strict=True):
+        if size < minimum:
+            raise ValueError(f"{option} of the fake source must be at least {minimum}, got {size}")
     return FakeSource(
         split=split,
         image_shape=(height, width, channels),
@@ -211,9 +183,6 @@ def fake(
         length=length if split == "train" else -(-length // 5),
         seed=seed,
     )
-
-
-SOURCES: dict[str, Callable[..., Source]] = {"digits": digits, "fake": fake}
 
 
 def _stratified(labels: Int32[np.ndarray, " n"], per_class: int) -> Bool[np.ndarray, " n"]:
@@ -229,7 +198,8 @@ def _stratified(labels: Int32[np.ndarray, " n"], per_class: int) -> Bool[np.ndar
     return chosen
 
 
-def _fingerprint(*parts: object) -> str:
+def fingerprint(*parts: object) -> str:
+    """Hash of these parts, in hexadecimal."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else repr(part).encode())

@@ -96,6 +96,7 @@ def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None)
     mesh = make_mesh(settings.mesh, settings.data.batch_size, settings.training.accumulation)
     experiment = Experiment(settings)
     _check(experiment)
+    check_agreement({"data": experiment.train_source.fingerprint})
     abstract = abstract_state(experiment, mesh)
     _check_fits(experiment, mesh, abstract["params"])
     claim_workdir(settings, workdir)
@@ -197,7 +198,7 @@ def _start(run: _Run, abstract: steps.State, checkpoints: Checkpoints) -> tuple[
     if restored is not None:
         state, data = restored
         expected = _data_item(run, data["examples"])
-        if data != expected:
+        if any(data[name] != expected.get(name) for name in data):
             raise ConfigError(f"{run.workdir} was trained on other data: {data}, now {expected}")
         return state, data["examples"]
     layout, params = state_sharding(abstract, run.mesh), None
@@ -231,8 +232,13 @@ def _warm_params(run: _Run, expected: Params) -> Params:
 
 
 def _data_item(run: _Run, examples: int) -> dict[str, Any]:
-    fingerprint = run.experiment.train_source.fingerprint
-    return {"seed": run.settings.seed, "fingerprint": fingerprint, "examples": examples}
+    source = run.experiment.train_source
+    return {
+        "seed": run.settings.seed,
+        "fingerprint": source.fingerprint,
+        "class_names": list(source.class_names),
+        "examples": examples,
+    }
 
 
 def _introduce(run: _Run, state: steps.State) -> None:

@@ -1,0 +1,245 @@
+import logging
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data_images import noise, png_header
+
+from configs import imagefolder
+from dig_jax import config
+from dig_jax.data import Source, batches, load_source
+from dig_jax.errors import ConfigError, UserError
+from dig_jax.experiment import Experiment
+
+
+def write(path, width=20, height=16, seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(width, height, seed=seed)).save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of ordinary and odd pictures, two of them damaged."""
+    root = tmp_path / "pictures"
+    for number in range(6):
+        write(root / "cat" / f"{number}.jpg", 16 + number, 20, number)
+        write(root / "dog" / "puppies" / f"{number}.PNG", 30, 18 + number, 10 + number)
+    Image.new("CMYK", (30, 20), (255, 0, 0, 0)).save(root / "cat" / "cmyk.jpg")
+    Image.fromarray(noise(20, 20, 4)).save(root / "dog" / "alpha.png")
+    (root / "cat" / "damaged.jpg").write_bytes((root / "cat" / "0.jpg").read_bytes()[:300])
+    (root / "dog" / "huge.png").write_bytes(png_header(60_000, 60_000))
+    return root
+
+
+def load(root, split="train", **options):
+    return load_source("image_folder", split, path=str(root), **{"image_size": 8, **options})
+
+
+def files(source):
+    return list(source.records.files)
+
+
+def test_classes_are_the_directories_in_order_and_images_lie_anywhere_below(folder):
+    source = load(folder, heldout_fraction=0.0)
+    assert isinstance(source, Source)
+    assert source.class_names == ("cat", "dog")
+    assert source.image_shape == (8, 8, 3)
+    assert files(source) == [
+        *(f"cat/{name}.jpg" for name in (0, 1, 2, 3, 4, 5, "cmyk", "damaged")),
+        "dog/alpha.png",
+        "dog/huge.png",
+        *(f"dog/puppies/{number}.PNG" for number in range(6)),
+    ]
+    labels = [int(example["label"]) for example in map(source.__getitem__, range(7))]
+    assert labels == [0] * 7
+    example = source[15]
+    assert example["label"] == 1
+    assert example["image"].shape == (8, 8, 3)
+    assert example["image"].dtype == np.uint8
+
+
+def test_damaged_images_are_named_counted_and_replaced_the_same_way_every_time(folder, caplog):
+    caplog.set_level(logging.WARNING)
+    first, second = load(folder, heldout_fraction=0.0), load(folder, heldout_fraction=0.0)
+    order = np.random.default_rng(0).permutation(len(first))
+    backwards = {int(index): second[int(index)] for index in order}
+    for index in range(len(first)):
+        np.testing.assert_array_equal(first[index]["image"], backwards[index]["image"])
+        assert first[index]["label"] == backwards[index]["label"]
+    for index in range(len(first)):  # again
+        _ = first[index]
+    assert first.num_unreadable == second.num_unreadable == 2
+    told = [record.getMessage() for record in caplog.records]
+    for name in ("cat/damaged.jpg", "dog/huge.png"):
+        assert sum(name in line for line in told) == 2  # once by each source
+    assert all("is replaced by another image" in line and "\n" not in line for line in told)
+
+
+def test_many_damaged_images_do_not_flood_the_log(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    for number in range(120):
+        path = tmp_path / "c" / f"{number:03}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"nothing")
+    write(tmp_path / "c" / "good.jpg")
+    source = load(tmp_path, heldout_fraction=0.0)
+    for index in range(0, 121, 10):
+        try:
+            _ = source[index]
+        except UserError as error:
+            assert "no image of the image_folder source can be read" in str(error)
+    assert source.num_unreadable > 100
+    assert len(caplog.records) == 11
+    assert caplog.records[-1].getMessage().startswith("100 images could not be read")
+
+
+def test_batches_are_the_same_for_any_number_of_threads_and_processes(folder):
+    def stream(count=1, index=0, **options):
+        source = load(folder, heldout_fraction=0.0)
+        iterator = batches(
+            source, batch_size=8, seed=3, flip=True, process_count=count, process_index=index, **options
+        )
+        taken = [next(iterator) for _ in range(5)]
+        iterator.close()
+        return taken
+
+    expected = stream(num_threads=0)
+    for name in ("image", "label"):
+        for other in (stream(num_threads=3), stream(num_threads=0, start=0)):
+            np.testing.assert_array_equal([b[name] for b in expected], [b[name] for b in other])
+        parts = [stream(count=2, index=index, num_threads=2) for index in range(2)]
+        for whole, left, right in zip(expected, *parts, strict=True):
+            np.testing.assert_array_equal(whole[name], np.concatenate([left[name], right[name]]))
+        for whole, resumed in zip(expected[2:], stream(num_threads=1, start=16), strict=False):
+            np.testing.assert_array_equal(whole[name], resumed[name])
+
+
+def test_a_part_is_held_out_by_name_and_never_trained_on(folder):
+    whole = files(load(folder, heldout_fraction=0.0))
+    train, heldout = (load(folder, split, heldout_fraction=0.25) for split in ("train", "heldout"))
+    assert len(heldout) == 4
+    assert sorted(files(train) + files(heldout)) == sorted(whole)
+    assert train.fingerprint != heldout.fingerprint
+    assert len(load(folder, "heldout")) == 1
+    assert len(load(folder, "heldout", heldout_fraction=0.0)) == 0
+
+
+def test_a_second_directory_is_held_out_with_the_labels_of_the_first(folder, tmp_path):
+    write(tmp_path / "val" / "dog" / "new.jpg")
+    heldout = load(folder, "heldout", heldout_path=str(tmp_path / "val"))
+    assert [int(heldout[i]["label"]) for i in range(len(heldout))] == [1]
+    assert heldout.class_names == ("cat", "dog")
+    assert len(load(folder, heldout_path=str(tmp_path / "val"))) == 16
+    write(tmp_path / "val" / "cats" / "new.jpg")
+    os.rename(tmp_path / "val", tmp_path / "other")
+    with pytest.raises(
+        UserError, match="has the class 'cats', which is none to train on; did you mean 'cat'"
+    ):
+        load(folder, "heldout", heldout_path=str(tmp_path / "other"))
+
+
+def test_what_is_no_image_does_not_count(folder, caplog):
+    expected = files(load(folder, heldout_fraction=0.0))
+    (folder / "empty").mkdir()
+    (folder / "README.txt").write_text("hello")
+    (folder / "cat" / "notes.txt").write_text("hello")
+    (folder / "cat" / "._0.jpg").write_bytes(b"left by macOS")
+    (folder / "cat" / "directory.jpg").mkdir()
+    (folder / "cat" / "gone.jpg").symlink_to("nowhere.jpg")
+    write(folder / ".hidden" / "0.jpg")
+    write(folder / "loose.jpg")
+    moved = folder.rename(folder.with_name("moved"))
+    assert files(load(moved, heldout_fraction=0.0)) == expected
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert "no images in 1 directories" in told
+    assert "1 images lie in" in told
+
+
+def test_links_that_loop_end_and_other_links_are_followed(folder, tmp_path):
+    expected = files(load(folder, heldout_fraction=0.0))
+    write(tmp_path / "elsewhere" / "a.jpg")
+    (folder / "cat" / "self").symlink_to(".")
+    (folder / "cat" / "up").symlink_to("..")
+    (folder / "cat" / "ring").symlink_to("ring")
+    (folder / "fox").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    moved = folder.rename(folder.with_name("moved"))
+    source = load(moved, heldout_fraction=0.0)
+    assert files(source) == [*expected, "fox/a.jpg"]
+    assert source.class_names == ("cat", "dog", "fox")
+
+
+def test_a_flat_directory_is_one_class(tmp_path):
+    write(tmp_path / "flowers" / "1.jpg")
+    write(tmp_path / "flowers" / "2.jpg")
+    source = load(tmp_path / "flowers", heldout_fraction=0.0)
+    assert source.class_names == ("flowers",)
+    assert len(source) == 2
+
+
+def test_the_fingerprint_depends_on_content_and_cropping_but_not_on_the_place(folder):
+    prints = [load(folder, **options).fingerprint for options in ({}, {"image_size": 9}, {"upright": False})]
+    prints.append(load(folder, heldout_fraction=0.3).fingerprint)
+    moved = folder.rename(folder.with_name("moved"))
+    assert load(moved).fingerprint == prints[0]
+    for number, change in enumerate(
+        [lambda p: (p / "dog").rename(p / "wolf"), lambda p: write(p / "a" / "0.jpg")]
+    ):
+        change(moved)
+        moved = moved.rename(folder.with_name(f"moved {number}"))
+        prints.append(load(moved).fingerprint)
+    assert len(set(prints)) == len(prints)
+
+
+def test_the_shipped_config_needs_the_directory_and_nothing_else(folder):
+    experiment = Experiment(config.from_dict(imagefolder.get_config(str(folder)).to_dict()))
+    assert experiment.train_source.image_shape == (64, 64, 3)
+    assert experiment.train_source.class_names == ("cat", "dog")
+    assert (len(experiment.train_source), len(experiment.heldout_source)) == (15, 1)
+    missing = Experiment(config.from_dict(imagefolder.get_config().to_dict()))
+    with pytest.raises(ConfigError, match="config.data: path of the image_folder source is missing"):
+        _ = missing.train_source
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"path": ""}, "path of the image_folder source is missing"),
+        ({"path": "/nowhere/at/all"}, "there is no directory '/nowhere/at/all'"),
+        ({"heldout_path": "/nowhere"}, "there is no directory '/nowhere'"),
+        ({"heldout_fraction": 1.0}, "heldout_fraction=1.0 is not from 0 to below 1"),
+        ({"image_size": 0}, "image_size of the image_folder source must be at least 1"),
+        ({"crop": "admm"}, "crop='admm' is none of adm, celeba; did you mean 'adm'"),
+        ({"size": 8}, "has no option 'size'"),
+    ],
+)
+def test_a_bad_option_is_named(folder, options, message):
+    with pytest.raises((ValueError, UserError), match=message):
+        load_source("image_folder", "heldout", **{"path": str(folder), **options})
+
+
+def test_a_directory_without_images_or_with_a_single_one_says_so(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="has no images: it needs a directory per class"):
+        load(tmp_path)
+    write(tmp_path / "one" / "x" / "1.jpg")
+    with pytest.raises(UserError, match="has one image only"):
+        load(tmp_path / "one")
+
+
+def test_splits_are_not_taken_for_classes(folder):
+    (folder / "cat").rename(folder / "train")
+    (folder / "dog").rename(folder / "val")
+    with pytest.raises(
+        UserError, match="are no classes but splits: train, val; set path to the one to train"
+    ):
+        load(folder)
+
+
+def test_a_file_that_is_gone_ends_the_run_and_is_not_replaced(folder):
+    source = load(folder, heldout_fraction=0.0)
+    (folder / "cat" / "0.jpg").unlink()
+    with pytest.raises(UserError, match="cat/0.jpg cannot be read: No such file"):
+        _ = source[0]
+    assert source.num_unreadable == 0
