@@ -54,7 +54,7 @@ class Experiment:
 
     def init_params(self, key: Array) -> Params:
         """Random parameters, float32."""
-        return nnx.to_pure_dict(nnx.split(self._make_model(nnx.Rngs(key)))[1])
+        return nnx.to_pure_dict(nnx.split(self.make_model(nnx.Rngs(key)))[1])
 
     def denoise(
         self,
@@ -73,9 +73,10 @@ class Experiment:
 
     @functools.cached_property
     def _graphdef(self) -> nnx.GraphDef:
-        return nnx.split(nnx.eval_shape(lambda: self._make_model(nnx.Rngs(0))))[0]
+        return nnx.split(nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0))))[0]
 
-    def _make_model(self, rngs: nnx.Rngs) -> DiffusionTransformer:
+    def make_model(self, rngs: nnx.Rngs) -> DiffusionTransformer:
+        """The network as a module with random parameters."""
         m = self.config.model
         height, width, channels = self.train_source.image_shape
         overrides: dict[str, Any] = {"dtype": jnp.dtype(m.dtype), "remat": _optional(m.remat)}

@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dig_jax.experiment import Experiment, Params
 
 log = logging.getLogger(__name__)
 
-_FORMAT = "dig-jax"
+FORMAT = "dig-jax"
 
 
 def export(settings: Config, workdir: Path, output: Path) -> None:
@@ -47,28 +47,48 @@ def export(settings: Config, workdir: Path, output: Path) -> None:
         raise ConfigError(f"--output={output} is there already; delete it, or take another name")
     stored, step, params = read_params(workdir, settings.sampled_ema)
     check_same(stored, settings, workdir)
+    write_model(output, settings, step, params)
+    count = len(jax.tree.leaves(params))
+    log.info("%d arrays of step %d (%s) are in %s", count, step, settings.sampled_ema, output)
+
+
+def write_model(output: Path, settings: Config, step: int, params: Params) -> None:
+    """Writes a file of parameters, those that `settings.sampled_ema` names, whole or not at all.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
     arrays = {name: np.asarray(x) for name, x in _named(params).items()}
     about = described(settings)
     metadata = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "config": json.dumps(about["config"]),
         "versions": json.dumps(about["versions"]),
         "step": str(step),
         "ema": settings.sampled_ema,
     }
+    write_whole(output, lambda path: save_file(arrays, path, metadata))
+
+
+def write_whole(output: Path, write: Callable[[Path], None]) -> None:
+    """Has a file written under another name, which then becomes `output`.
+
+    Raises:
+        CheckpointError: it could not be written, and is not there.
+    """
     temporary = output.with_name(f"{output.name}.tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(arrays, temporary, metadata)
-        temporary.chmod(mode)  # otherwise the owner's alone
+        write(temporary)
+        temporary.chmod(mode)  # otherwise, of safetensors, the owner's alone
         os.replace(temporary, output)
     except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{output} could not be written: {error}") from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise CheckpointError(f"{output} could not be written: {error}") from error
-    log.info("%d arrays of step %d (%s) are in %s", len(arrays), step, settings.sampled_ema, output)
 
 
 def read_model(path: Path, ema: str | None = None) -> tuple[Config, int, Params]:
@@ -108,8 +128,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _described_by(metadata: dict[str, str], path: Path) -> tuple[Config, int, str]:
-    if metadata.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} was not written by --mode=export: its header does not say {_FORMAT}")
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} was not written by --mode=export: its header does not say {FORMAT}")
     try:
         settings = config.from_dict(json.loads(metadata["config"]))
         return settings, int(metadata["step"]), metadata["ema"]

@@ -114,7 +114,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(state_dic
 
 def test_the_two_names_of_an_rms_norm_must_agree():
     state_dict = changed("dig_inblockconv_rms", **{"blocks.1.attn_norm.weight": np.zeros(32)})
-    with pytest.raises(ValueError, match=r"blocks.1: the two names of norm1.weight"):
+    with pytest.raises(ValueError, match=r"blocks.1.norm1.weight and blocks.1.attn_norm.weight are two"):
         load_torch_state_dict(fresh("dig_inblockconv_rms"), state_dict)
 
 

@@ -1,0 +1,285 @@
+"""The released PyTorch code's names and layouts of parameters, DiG's and DiT's, and ours: the map is data.
+
+Linear weights are transposed. Upstream's DiG turns the tokens from block to block where we keep raster
+order, so its 3×3 kernels are turned instead: by 180° in blocks i mod 4 = 1, transposed in 2, both in 3.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dig_jax.models.dig import DIRECTIONS, DiG
+from dig_jax.models.embeddings import sincos_positions
+from dig_jax.models.transformer import DiffusionTransformer
+
+# ours → theirs; a name stands for its weight (kernel) and, where ours has one, its bias.
+_TOP = {
+    "patch_embed": "x_embedder.proj",
+    "time_embed.hidden": "t_embedder.mlp.0",
+    "time_embed.out": "t_embedder.mlp.2",
+    "label_embed.table": "y_embedder.embedding_table",
+    "final.modulation.linear": "final_layer.adaLN_modulation.1",
+    "final.linear": "final_layer.linear",
+}
+_BLOCK = {
+    "mixer.q_proj": "attn.q_proj",
+    "mixer.k_proj": "attn.k_proj",
+    "mixer.v_proj": "attn.v_proj",
+    "mixer.gate_proj": "attn.g_proj",
+    "mixer.decay_down": "attn.gk_proj.0",
+    "mixer.decay_up": "attn.gk_proj.1",
+    "mixer.norm_weight": "attn.g_norm_swish_gate.weight",
+    "mixer.o_proj": "attn.o_proj",
+    "mlp.gate_up": "mlp.gate_proj",
+    "mlp.down": "mlp.down_proj",
+    "conv": "dw_conv",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "modulation.linear": "adaLN_modulation.1",
+}
+_DIT_BLOCK = _BLOCK | {
+    "mixer.qkv_proj": "attn.qkv",
+    "mixer.o_proj": "attn.proj",
+    "mlp.hidden": "mlp.fc1",
+    "mlp.out": "mlp.fc2",
+}
+_LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
+# Upstream saves each RMSNorm under a second name.
+_ALIASES = {"norm1": "attn_norm", "norm2": "mlp_norm"}
+# Floats that are exact in float32.
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array of somebody's file: what is known before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """One PyTorch array of those that make up a leaf of ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    ours: Callable[[np.ndarray], np.ndarray]
+    theirs: Callable[[np.ndarray], np.ndarray]
+
+
+def load_torch_state_dict(
+    model: DiffusionTransformer, state_dict: Mapping[str, np.ndarray]
+) -> DiffusionTransformer:
+    """Loads upstream's parameters (DiG's or DiT's released code) into `model`, in place and strictly.
+
+    Args:
+        model: from `create_model`, with the switches that the parameters were trained with.
+        state_dict: {name: array} with PyTorch's names and layouts. `pos_embed` is fixed: it is compared
+            with ours, not loaded. RMSNorm weights stand under two names each, which must agree.
+
+    Raises:
+        ValueError: names are missing or left over, a shape differs, or a value is not finite; the model is
+            then unchanged.
+    """
+    arrays = {name: np.asarray(value) for name, value in state_dict.items()}
+    stored = {name: Stored(x.shape, "float32", lambda x=x: x) for name, x in arrays.items()}
+    params = read_params(model, stored)
+    replaced = [
+        (path, variable.replace(jnp.asarray(params[path])))
+        for path, variable in nnx.to_flat_state(nnx.split(model)[1])
+    ]
+    nnx.update(model, nnx.from_flat_state(replaced))
+    return model
+
+
+def to_torch_state_dict(model: DiffusionTransformer) -> dict[str, np.ndarray]:
+    """The parameters of `model` under upstream's names: what `load_torch_state_dict` reads, bit for bit.
+
+    Raises:
+        ValueError: upstream has no such model.
+    """
+    flat = nnx.to_flat_state(nnx.split(model)[1])
+    return torch_arrays(model, {path: np.asarray(variable[...]) for path, variable in flat})
+
+
+def read_params(model: DiffusionTransformer, stored: Mapping[str, Stored]) -> dict[tuple, np.ndarray]:
+    """Our leaves by their paths, float32; names, shapes and dtypes are compared before one is read.
+
+    Args:
+        model: of which only shapes and switches matter; `nnx.eval_shape` of `create_model` will do.
+        stored: upstream's arrays by their names.
+
+    Raises:
+        ValueError: as in `load_torch_state_dict`.
+    """
+    _check_depth(model)
+    shapes = _shapes(model)
+    pieces = {path: list(_pieces(model, path, shape)) for path, shape in shapes.items()}
+    expected = {piece.name: piece.shape for parts in pieces.values() for piece in parts}
+    _compare(stored, expected)
+    _check_positions(model, stored)
+    params = {}
+    for path, parts in pieces.items():
+        leaf = params[path] = np.empty(shapes[path], np.float32)
+        for index, piece in enumerate(parts):
+            leaf[index if _stacked(path) else ...] = piece.ours(_read(stored, piece.name))
+    return params
+
+
+def torch_arrays(model: DiffusionTransformer, params: Mapping[tuple, np.ndarray]) -> dict[str, np.ndarray]:
+    """Upstream's arrays by their names, of our leaves by their paths; `model` as in `read_params`.
+
+    Raises:
+        ValueError: upstream has no such model.
+    """
+    _check_depth(model)
+    rows, columns = model.input_size
+    if rows != columns:
+        raise ValueError(f"upstream's models take square inputs alone, and this one {rows}×{columns}")
+    arrays = {"pos_embed": _positions(model)[None]}
+    for path, leaf in params.items():
+        for index, piece in enumerate(_pieces(model, path, leaf.shape)):
+            array = piece.theirs(leaf[index] if _stacked(path) else leaf)
+            arrays[piece.name] = np.ascontiguousarray(array, np.float32)
+            if alias := _alias(piece.name):
+                arrays[alias] = arrays[piece.name]
+    return arrays
+
+
+def _check_depth(model: DiffusionTransformer) -> None:
+    if isinstance(model, DiG) and model.blocks.depth % model.directions:
+        raise ValueError(
+            f"depth {model.blocks.depth} is not a multiple of directions={model.directions}: upstream's"
+            " output is then turned, and its parameters mean something else here"
+        )
+
+
+def _shapes(model: DiffusionTransformer) -> dict[tuple, tuple[int, ...]]:
+    return {path: variable.shape for path, variable in nnx.to_flat_state(nnx.split(model)[1])}
+
+
+def _compare(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+    aliases = {alias for name in expected if (alias := _alias(name))}
+    problems = {
+        "missing": sorted(expected.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - expected.keys() - aliases - {"pos_embed"}),
+        "of another shape": [
+            f"{name} {stored[name].shape} and not {shape}"
+            for name, shape in expected.items()
+            if name in stored and stored[name].shape != shape
+        ],
+        "of another dtype": [
+            f"{name} {array.dtype}" for name, array in stored.items() if array.dtype not in _FLOATS
+        ],
+    }
+    if any(problems.values()):
+        told = [f"{kind}: {_few(names)}" for kind, names in problems.items() if names]
+        raise ValueError("the parameters do not fit the model; " + "; ".join(told))
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(name[:150] for name in names[:4]) + more
+
+
+def _read(stored: Mapping[str, Stored], name: str) -> np.ndarray:
+    array = stored[name].read().astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds values that are not finite")
+    alias = _alias(name)
+    if alias in stored and not np.array_equal(stored[alias].read(), array):
+        raise ValueError(f"{name} and {alias} are two names of one weight, and hold different values")
+    return array
+
+
+def _alias(name: str) -> str | None:
+    """blocks.3.attn_norm.weight of blocks.3.norm1.weight."""
+    parts = name.split(".")
+    if len(parts) == 4 and parts[2] in _ALIASES:
+        return ".".join([*parts[:2], _ALIASES[parts[2]], parts[3]])
+    return None
+
+
+def _stacked(path: tuple) -> bool:
+    return path[:2] in (("blocks", "groups"), ("blocks", "skips"))
+
+
+def _pieces(model: DiffusionTransformer, path: tuple, shape: tuple[int, ...]) -> Iterator[_Piece]:
+    """The PyTorch arrays that make up one of our leaves, in stacking order."""
+    depth, period = model.blocks.depth, model.blocks.period
+    if path[:2] == ("blocks", "groups"):
+        blocks, inner = range(path[2], depth // period * period, period), path[3:]
+    elif path[:2] == ("blocks", "skips"):
+        blocks, inner = range(depth // 2 + 1, depth), ("skip_linear", *path[2:])
+    elif path[:2] == ("blocks", "rest"):
+        blocks, inner = (depth // period * period + path[2],), path[3:]
+    else:
+        yield _piece(model, _torch_name(_TOP, path), path, shape, None)
+        return
+    names = _BLOCK if isinstance(model, DiG) else _DIT_BLOCK
+    for block in blocks:
+        name = f"blocks.{block}.{_torch_name(names, inner)}"
+        yield _piece(model, name, inner, shape[1:] if _stacked(path) else shape, block)
+
+
+def _torch_name(names: Mapping[str, str], path: tuple) -> str:
+    whole, stem, leaf = ".".join(path), ".".join(path[:-1]), path[-1]
+    return names.get(whole) or f"{names.get(stem, stem)}.{_LEAVES[leaf]}"
+
+
+def _piece(
+    model: DiffusionTransformer, name: str, path: tuple, shape: tuple[int, ...], block: int | None
+) -> _Piece:
+    if path == ("patch_embed", "kernel"):
+        p, c = model.patch_size, model.in_channels
+        return _Piece(
+            name,
+            (shape[1], c, p, p),
+            lambda array: array.transpose(2, 3, 1, 0).reshape(shape),
+            lambda array: array.reshape(p, p, c, -1).transpose(3, 2, 0, 1),
+        )
+    if path == ("conv", "kernel"):
+        direction = block % model.directions
+        return _Piece(
+            name,
+            (shape[2], 1, *shape[:2]),
+            lambda array: _turned(array[:, 0].transpose(1, 2, 0), direction),
+            lambda array: _turned(array, direction).transpose(2, 0, 1)[:, None],
+        )
+    if path[-1] == "kernel":
+        return _Piece(name, shape[::-1], np.transpose, np.transpose)
+    return _Piece(name, shape, np.asarray, np.asarray)
+
+
+def _turned(kernel: np.ndarray, direction: int) -> np.ndarray:
+    """A [3, 3, D] kernel of a scan direction's turned frame in raster order, and back: it undoes itself."""
+    name = DIRECTIONS[direction]
+    if name.startswith("column"):
+        kernel = kernel.transpose(1, 0, 2)
+    return kernel[::-1, ::-1] if name.endswith("reversed") else kernel
+
+
+def _positions(model: DiffusionTransformer) -> np.ndarray:
+    return sincos_positions(tuple(size // model.patch_size for size in model.input_size), model.hidden_size)
+
+
+def _check_positions(model: DiffusionTransformer, stored: Mapping[str, Stored]) -> None:
+    if "pos_embed" not in stored:
+        return
+    theirs = stored["pos_embed"]
+    tokens = math.prod(size // model.patch_size for size in model.input_size)
+    if theirs.shape != (1, tokens, model.hidden_size) or not np.allclose(
+        theirs.read().astype(np.float32)[0],
+        _positions(model),
+        atol=max(1e-5, float(jnp.finfo(theirs.dtype).eps)),  # a sine, rounded
+    ):
+        raise ValueError(
+            f"pos_embed {theirs.shape} is not the fixed sin-cos table of this model's input"
+            f" {model.input_size} and patch_size={model.patch_size}"
+        )

@@ -1,0 +1,77 @@
+"""PyTorch's .pt files, written without PyTorch: an OrderedDict of float32 tensors, as `torch.save` would."""
+
+import itertools
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+_PROTOCOL, _MARK, _TUPLE, _BY_ID, _FALSE, _CALL, _SET_ITEMS, _STOP = (
+    b"\x80\x02",
+    b"(",
+    b"t",
+    b"Q",
+    b"\x89",
+    b"R",
+    b"u",
+    b".",
+)
+
+
+def write_torch(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict; `torch.load(path, weights_only=True)` gives it back. Equal input, equal bytes.
+
+    Args:
+        arrays: float32; what is one array under several names is one storage in the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    members: dict[int, tuple[str, np.ndarray]] = {}
+    for array in arrays.values():
+        members.setdefault(id(array), (str(len(members)), array))
+    keys = {name: members[id(array)][0] for name, array in arrays.items()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+
+        def write(name: str, data: bytes | memoryview) -> None:
+            info = zipfile.ZipInfo(f"archive/{name}")
+            with archive.open(info, "w", force_zip64=len(data) >= 2**31) as member:
+                member.write(data)
+
+        write("data.pkl", b"".join(_pickled(arrays, keys)))
+        write("byteorder", b"little")
+        for key, array in members.values():
+            values = np.ascontiguousarray(array, "<f4").reshape(-1)
+            write(f"data/{key}", memoryview(values.view(np.uint8)))
+        write("version", b"3\n")
+
+
+def _pickled(arrays: Mapping[str, np.ndarray], keys: Mapping[str, str]) -> Iterator[bytes]:
+    """A pickle of protocol 2 in which each tensor is rebuilt from a storage, an offset and strides."""
+    yield _PROTOCOL + _ORDERED_DICT + _MARK
+    for name, array in arrays.items():
+        yield _text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + _MARK
+        yield _MARK + _text("storage") + b"ctorch\nFloatStorage\n" + _text(keys[name]) + _text("cpu")
+        yield _number(array.size) + _TUPLE + _BY_ID + _number(0)
+        sizes = array.shape[:0:-1]
+        strides = list(itertools.accumulate(sizes, lambda a, b: a * b, initial=1))[::-1] if array.ndim else []
+        yield _numbers(array.shape) + _numbers(strides) + _FALSE + _ORDERED_DICT + _TUPLE + _CALL
+    yield _SET_ITEMS + _STOP
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _number(number: int) -> bytes:
+    if number < 2**31:
+        return b"J" + struct.pack("<i", number)
+    return b"\x8a\x08" + struct.pack("<q", number)
+
+
+def _numbers(numbers: tuple[int, ...] | list[int]) -> bytes:
+    return _MARK + b"".join(map(_number, numbers)) + _TUPLE

@@ -1,0 +1,467 @@
+"""python -m dig_jax.convert: other people's files to ours and back."""
+
+import dataclasses
+import functools
+import json
+import logging
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch_files as made
+from flax import nnx, traverse_util
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from test_checkpoint import full_disk
+from test_convert import CASES, GOLDEN, fresh, golden, nhwc, relative_error
+
+import dig_jax
+from configs import base
+from dig_jax import config
+from dig_jax.convert.__main__ import main
+from dig_jax.convert.names import Stored, read_params, torch_arrays
+from dig_jax.convert.recognise import describe, is_flow_matching, looks_like_official_dit, recognise
+from dig_jax.convert.sources import Source
+from dig_jax.convert.torch_file import open_torch
+from dig_jax.convert.torch_writer import write_torch
+from dig_jax.export import read_model
+
+
+def state_dict(case):
+    """The golden parameters, float32, as upstream saves them."""
+    data = np.load(GOLDEN / f"{case}.npz")
+    return {name[6:]: data[name].astype(np.float32) for name in data if name.startswith("param/")}
+
+
+@functools.cache
+def abstract(case):
+    return nnx.eval_shape(lambda: fresh(case))
+
+
+@functools.cache
+def expected(case):
+    """What the golden outputs are computed with, in test_convert."""
+    stored = {name: Stored(x.shape, "float32", lambda x=x: x) for name, x in state_dict(case).items()}
+    return traverse_util.unflatten_dict(read_params(abstract(case), stored))
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def run(*arguments, status=0):
+    assert main([str(argument) for argument in arguments]) == status
+
+
+@pytest.fixture(autouse=True)
+def log_of_each_command():
+    """The command writes its log where standard error then is."""
+    root, absl = logging.getLogger(), logging.getLogger("absl")
+    level, absl_level = root.level, absl.level
+    yield
+    root.handlers = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
+    root.setLevel(level)
+    absl.setLevel(absl_level)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs what must fail; gives its one line."""
+
+    def fail(*arguments, status):
+        run(*arguments, status=status)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("error: ")
+        assert sum(line.startswith("error: ") for line in lines) == 1
+        return lines[-1]
+
+    return fail
+
+
+@pytest.fixture
+def released(tmp_path):
+    """Writes a file as upstream's trainer does."""
+
+    def write(case, name="0400000.pt", **arguments):
+        arrays = state_dict(case)
+        path = tmp_path / name
+        trees = [made.tree(**{k: entry(x, i) for i, (k, x) in enumerate(arrays.items())})]
+        content = made.tree(
+            model=made.tree(),
+            ema=trees[0],
+            opt=made.tree(state=made.tree(), param_groups=b"]"),
+            args=made.namespace(**arguments),
+        )
+        storages = {f"s{i}": x.tobytes() for i, x in enumerate(arrays.values())}
+        return made.write(path, made.pickled(content), **storages)
+
+    return write
+
+
+def entry(array, index):
+    strides = [stride // 4 for stride in array.strides]
+    return made.tensor(key=str(index), numel=array.size, shape=array.shape, strides=strides)
+
+
+HEADS = {"dit": ["--num_heads=1"]}
+
+
+def assert_upstreams(arrays, case):
+    assert arrays.keys() == state_dict(case).keys() | {"pos_embed"}
+    for name, array in state_dict(case).items():
+        if name == "pos_embed":  # the golden one is rounded to float16
+            np.testing.assert_allclose(arrays[name], array, atol=1e-3)
+        else:
+            np.testing.assert_array_equal(arrays[name], array)
+
+
+@pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])
+def test_upstreams_file_becomes_ours_and_comes_back_bit_for_bit(released, tmp_path, case):
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.pt"
+    run(released(case), ours, *HEADS.get(case, []))
+    settings, step, params = read_model(ours)
+    assert_same(params, expected(case))
+    assert (step, settings.sampled_ema) == (0, "0.9999")
+    assert settings.model.skip_alignment == ("upstream" if case == "dig_skip" else "raster")
+    run(ours, theirs)
+    with open_torch(theirs) as file:
+        assert_upstreams({name: file.read(x) for name, x in file.tensors().items()}, case)
+
+
+def test_our_file_under_upstreams_names_is_read_again_bit_for_bit(released, tmp_path):
+    run(released("dit"), tmp_path / "ours.safetensors", "--num_heads=1")
+    for name in ("theirs.pt", "theirs.safetensors"):
+        run(tmp_path / "ours.safetensors", tmp_path / name)
+        run(tmp_path / name, tmp_path / f"again.{name}.safetensors", "--num_heads=1")
+        assert_same(dig_jax.load(tmp_path / f"again.{name}.safetensors").params, expected("dit"))
+    assert_upstreams(load_file(tmp_path / "theirs.safetensors"), "dit")
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"dig_plain", "dig_skip", "dit"}))
+def test_parameters_of_other_switches_come_back_bit_for_bit(case):
+    assert_upstreams(torch_arrays(abstract(case), traverse_util.flatten_dict(expected(case))), case)
+
+
+def test_a_model_gives_its_state_dict():
+    model = nnx.merge(nnx.split(abstract("dit"))[0], expected("dit"))
+    assert_upstreams(dig_jax.convert.to_torch_state_dict(model), "dit")
+
+
+def test_a_workdir_is_written_that_can_be_sampled_from_and_converted_back(released, tmp_path):
+    run(released("dig_plain"), tmp_path / "run")
+    assert_same(dig_jax.load(tmp_path / "run").params, expected("dig_plain"))
+    run(tmp_path / "run", tmp_path / "back.pt", "--tree=params")
+    run(tmp_path / "back.pt", tmp_path / "ours.safetensors")
+    settings, _, params = read_model(tmp_path / "ours.safetensors")
+    assert_same(params, expected("dig_plain"))
+    assert settings.sampled_ema == "params"  # a file without trees does not say that it is an average
+
+
+def diffusers(arrays):
+    """DiT's parameters as diffusers names them."""
+    renamed = {}
+    names = {
+        "x_embedder.proj": "pos_embed.proj",
+        "final_layer.adaLN_modulation.1": "proj_out_1",
+        "final_layer.linear": "proj_out_2",
+    }
+    inner = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0"}
+    inner |= {"mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
+    shared = {"t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1"}
+    shared |= {"t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2"}
+    shared |= {"y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table"}
+    for name, array in arrays.items():
+        stem, leaf = name.rsplit(".", 1) if "." in name else (name, "")
+        if stem in names:
+            renamed[f"{names[stem]}.{leaf}"] = array
+        elif stem in shared:
+            renamed |= {f"transformer_blocks.{i}.{shared[stem]}.{leaf}": array.copy() for i in range(4)}
+        elif stem.startswith("blocks."):
+            _, block, part = stem.split(".", 2)
+            start = f"transformer_blocks.{block}"
+            if part == "attn.qkv":
+                for letter, piece in zip("qkv", np.split(array, 3), strict=True):
+                    renamed[f"{start}.attn1.to_{letter}.{leaf}"] = np.ascontiguousarray(piece)
+            else:
+                renamed[f"{start}.{inner[part]}.{leaf}"] = array
+    return renamed
+
+
+@pytest.fixture
+def diffusers_folder(tmp_path):
+    def write(**changes):
+        folder = tmp_path / "transformer"
+        folder.mkdir(exist_ok=True)
+        arrays = diffusers(state_dict("dit")) | changes
+        save_file(arrays, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({"num_attention_heads": 1, "sample_size": 8}))
+        return folder
+
+    return write
+
+
+def test_diffusers_layout_is_that_of_dit(diffusers_folder, tmp_path):
+    run(diffusers_folder(), tmp_path / "ours.safetensors")
+    settings, _, params = read_model(tmp_path / "ours.safetensors")
+    assert_same(params, expected("dit"))
+    assert (settings.model.num_heads, settings.data.options["image_size"]) == (1, 8)
+
+
+def test_diffusers_blocks_with_different_embedders_are_refused(diffusers_folder, tmp_path, refused):
+    name = "transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias"
+    line = refused(diffusers_folder(**{name: np.zeros(32, np.float32)}), tmp_path / "x.safetensors", status=1)
+    assert "the blocks have different copies of t_embedder.mlp.0.bias" in line
+    name = "transformer_blocks.2.attn1.to_k.bias"
+    line = refused(diffusers_folder(**{name: np.zeros(3, np.float32)}), tmp_path / "x.safetensors", status=1)
+    assert "beside transformer_blocks.2.attn1.to_q.bias, to_k or to_v is missing or of another shape" in line
+
+
+@pytest.fixture
+def dit_xl():
+    """The names and shapes that matter of DiT-XL/2, of 28 blocks, at 256 pixels."""
+    shapes = {
+        "x_embedder.proj.weight": (1152, 4, 2, 2),
+        "final_layer.linear.weight": (32, 1152),
+        "y_embedder.embedding_table.weight": (1001, 1152),
+        "pos_embed": (1, 256, 1152),
+        **{f"blocks.{block}.attn.qkv.weight": (3456, 1152) for block in range(28)},
+    }
+    return Source({name: Stored(shape, "float32", np.zeros) for name, shape in shapes.items()}, "", {})
+
+
+def test_the_model_is_found_by_the_shapes(dit_xl):
+    settings = recognise(dit_xl)
+    assert (settings.model.name, settings.model.depth, settings.model.num_heads) == ("DiT-XL/2", 28, 16)
+    assert settings.data.options == {"image_size": 32, "channels": 4, "num_classes": 1000}
+    assert settings.model.learn_sigma
+    named = recognise(dit_xl, model="SiT-XL/2", input_size=64)
+    assert (named.model.name, named.model.depth) == ("DiT-XL/2", 0)
+    assert named.data.options["image_size"] == 64
+
+
+def test_the_published_dit_is_known_by_its_shapes(dit_xl):
+    """Its licence is told then; and not of the same model that somebody trained."""
+    assert looks_like_official_dit(dit_xl, recognise(dit_xl))
+    assert looks_like_official_dit(dit_xl, recognise(dit_xl, model="DiT-XL/2"))
+    own = dataclasses.replace(dit_xl, hints={"model": "DiT-XL/2"})
+    assert not looks_like_official_dit(own, recognise(own))
+    shallow = Source(dict(list(dit_xl.stored.items())[:-1]), "", {})
+    assert not looks_like_official_dit(shallow, recognise(shallow))
+
+
+@pytest.mark.parametrize("shape", [(1152, 4, 0, 0), (0, 4, 2, 2), (1152, 4), ()])
+def test_shapes_that_no_model_has_are_refused(dit_xl, shape):
+    dit_xl.stored["x_embedder.proj.weight"] = Stored(shape, "float32", np.zeros)
+    with pytest.raises(dig_jax.CheckpointError, match="x_embedder.proj.weight has the shape"):
+        recognise(dit_xl)
+
+
+def test_sit_is_known_by_its_name(dit_xl):
+    assert is_flow_matching(dit_xl, "SiT-XL-2-256x256.pt")
+    assert is_flow_matching(dit_xl, "SiT-XL/2")
+    assert is_flow_matching(dataclasses.replace(dit_xl, hints={"model": "SiT-XL/2"}), "0400000.pt")
+    assert not is_flow_matching(dit_xl, "0400000.pt")
+
+
+@pytest.mark.parametrize("model", ["SiT-S/2", "DiT-S/2"])
+def test_it_is_told_that_sit_is_trained_by_flow_matching(released, tmp_path, capsys, model):
+    run(released("dit", model=model), tmp_path / "x.safetensors", "--num_heads=1")
+    told = capsys.readouterr().err
+    assert "DiT-S/2, 88,992 parameters of the tree 'ema': images of 8², 4 channels, 10 classes" in told
+    assert ("trained by flow matching" in told) == (model == "SiT-S/2")
+
+
+def damaged(tmp_path, change):
+    arrays = state_dict("dit")
+    change(arrays)
+    write_torch(tmp_path / "x.pt", arrays)
+    return tmp_path / "x.pt"
+
+
+QKV = "blocks.1.attn.qkv.weight"
+DAMAGES = {
+    "missing": (lambda arrays: arrays.pop(QKV), f"missing: {QKV}"),
+    "unexpected": (lambda arrays: arrays.update(more=np.zeros(3)), "unexpected: more"),
+    "another_shape": (
+        lambda arrays: arrays.update({QKV: np.zeros((32, 96))}),
+        f"of another shape: {QKV} (32, 96) and not (96, 32)",
+    ),
+    "nan": (lambda arrays: arrays[QKV].fill(np.nan), f"{QKV} holds values that are not finite"),
+    "infinity": (lambda arrays: arrays[QKV].fill(np.inf), f"{QKV} holds values that are not finite"),
+    "positions": (
+        lambda arrays: arrays["pos_embed"].fill(0.5),
+        "pos_embed (1, 16, 32) is not the fixed sin-cos table",
+    ),
+    "positions_of_another_width": (
+        lambda arrays: arrays.update(pos_embed=np.zeros((1, 2**16, 1))),
+        "pos_embed (1, 65536, 1) is not the fixed sin-cos table",
+    ),
+    "block_missing": (
+        lambda arrays: [arrays.pop(name) for name in list(arrays) if name.startswith("blocks.2.")],
+        "block 2 is missing, and there are later ones",
+    ),
+    "thousands_of_blocks": (
+        lambda arrays: arrays.update({"blocks.9999.mlp.fc1.bias": np.zeros(64)}),
+        "block 4 is missing, and there are later ones",
+    ),
+    "no_patches": (lambda arrays: arrays.pop("x_embedder.proj.weight"), "missing: x_embedder.proj.weight"),
+    "flat_patches": (
+        lambda arrays: arrays.update({"x_embedder.proj.weight": np.zeros((32, 16))}),
+        "x_embedder.proj.weight has the shape (32, 16), and not one of 4 dimensions",
+    ),
+    "other_names": (lambda arrays: arrays.clear(), "are not those of DiG, DiT or SiT"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_arrays_that_are_no_model_give_one_line_and_write_nothing(tmp_path, refused, damage):
+    change, message = DAMAGES[damage]
+    source = damaged(tmp_path, change)
+    line = refused(source, tmp_path / "x.safetensors", "--num_heads=1", status=1)
+    assert f"{source}: " in line
+    assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_float16_and_bfloat16_are_read_exactly_and_other_dtypes_refused(tmp_path, refused):
+    for dtype in (np.float16, jnp.bfloat16):
+        arrays = {name: array.astype(dtype) for name, array in state_dict("dit").items()}
+        save_file(arrays, tmp_path / "x.safetensors")
+        run(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--num_heads=1")
+        value = read_model(tmp_path / "y.safetensors")[2]["final"]["linear"]["bias"]
+        np.testing.assert_array_equal(value, arrays["final_layer.linear.bias"].astype(np.float32))
+        (tmp_path / "y.safetensors").unlink()
+    arrays["final_layer.linear.bias"] = np.zeros(32, np.int64)
+    save_file(arrays, tmp_path / "x.safetensors")
+    line = refused(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--num_heads=1", status=1)
+    assert "of another dtype: final_layer.linear.bias I64" in line
+
+
+def test_a_damaged_safetensors_file_gives_one_line(tmp_path, refused):
+    save_file(state_dict("dit"), tmp_path / "x.safetensors")
+    content, target = (tmp_path / "x.safetensors").read_bytes(), tmp_path / "y.safetensors"
+
+    def line(damaged):
+        (tmp_path / "x.safetensors").write_bytes(damaged)
+        return refused(tmp_path / "x.safetensors", target, status=1)
+
+    assert "is no safetensors file, or a damaged one" in line(content[:-1])
+    assert "is no safetensors file, or a damaged one" in line(b"")
+    assert "its header claims" in line(b"\xff" * 8 + content[8:])
+    first, second = b"blocks.0.mlp.fc1.bias", b"blocks.1.mlp.fc1.bias"
+    assert f"the name '{first.decode()}' stands twice" in line(content.replace(second, first, 1))
+
+
+def test_a_hostile_file_executes_and_writes_nothing(tmp_path, refused):
+    call = b"cos\nmkdir\n" + made.text(str(tmp_path / "executed")) + b"\x85R"
+    source = made.write(tmp_path / "x.pt", made.pickled(made.tree(ema=made.tree(w=call))))
+    assert "ema.w is no tensor (os.mkdir)" in refused(source, tmp_path / "y.safetensors", status=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_commands_that_cannot_be_give_one_line(released, tmp_path, refused):
+    source, target = released("dit"), tmp_path / "x.safetensors"
+    assert "--num_heads is needed" in refused(source, target, status=2)
+    assert "--model=DiG-XL/2: the names of its parameters are those of DiT" in refused(
+        source, target, "--model=DiG-XL/2", status=2
+    )
+    assert "has no tree 'emma'; there are: model, ema" in refused(source, target, "--tree=emma", status=1)
+    assert "must be FILE.safetensors or a new workdir" in refused(source, tmp_path / "x.pt", status=2)
+    assert "there is no such file" in refused(tmp_path / "none.pt", target, status=1)
+    assert "has neither checkpoints nor" in refused(tmp_path, target, status=1)
+    assert "the following arguments are required: target" in refused(source, status=2)
+    assert "--num_heds=3; --help shows what there is" in refused(source, target, "--num_heds=3", status=2)
+    target.write_text("somebody's weights")
+    assert "is there already; delete it" in refused(source, target, "--num_heads=1", status=2)
+    assert target.read_text() == "somebody's weights"
+
+
+def test_a_full_disk_gives_one_line_and_leaves_nothing(released, tmp_path, refused):
+    source = released("dit")
+    with full_disk(10_000):
+        line = refused(source, tmp_path / "new" / "x.safetensors", "--num_heads=1", status=1)
+    assert "x.safetensors could not be written" in line
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_what_is_written_says_what_it_is(released, tmp_path):
+    run(released("dig_plain"), tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
+        about = file.metadata()
+    assert (about["format"], about["step"], about["ema"]) == ("dig-jax", "0", "0.9999")
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == Path(released("dit")).stat().st_mode & 0o777
+
+
+def test_the_config_of_a_converted_file_is_the_published_recipe():
+    c = base.get_config()
+    c.data.name, c.data.options = "fake", {"image_size": 32, "channels": 4, "num_classes": 1000}
+    c.sampling.ema = "0.9999"
+    expected = config.from_dict(c.to_dict())
+    assert describe(dataclasses.asdict(expected.model), expected.data.options, "0.9999") == expected
+
+
+@pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])
+def test_a_file_that_torch_wrote_becomes_ours(tmp_path, case):
+    """With PyTorch installed; the golden outputs are those of these parameters, in test_convert."""
+    torch = pytest.importorskip("torch")
+    arrays = {name: torch.from_numpy(array) for name, array in state_dict(case).items()}
+    model = torch.nn.ParameterDict()
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(arrays["x_embedder.proj.bias"])])
+    content = {"model": model.state_dict(), "ema": arrays, "opt": optimizer.state_dict(), "args": object}
+    torch.save(content, tmp_path / "x.pt")
+    run(tmp_path / "x.pt", tmp_path / "x.safetensors", *HEADS.get(case, []))
+    assert_same(read_model(tmp_path / "x.safetensors")[2], expected(case))
+    run(tmp_path / "x.safetensors", tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    for name in arrays.keys() - {"pos_embed"}:
+        assert torch.equal(back[name], arrays[name])
+    with zipfile.ZipFile(tmp_path / "back.pt") as archive:
+        assert archive.testzip() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", ["ours", "torch"])
+@pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])
+def test_golden_weights_in_a_file_give_the_golden_outputs(tmp_path, case, writer):
+    path, arrays = tmp_path / "x.pt", state_dict(case)
+    if writer == "ours":
+        write_torch(path, arrays)
+    else:
+        torch = pytest.importorskip("torch")
+        torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
+    run(path, tmp_path / "x.safetensors", *HEADS.get(case, []))
+    sampler, data = dig_jax.load(tmp_path / "x.safetensors"), golden(case)
+    t, y = (jnp.asarray(data[name], jnp.int32) for name in "ty")
+    out = sampler.experiment.denoise(sampler.params, nhwc(data["x"]), t, y)
+    assert relative_error(out, nhwc(data["out"])) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # those of other people's packages
+def test_a_dit_that_diffusers_saved_computes_as_there(tmp_path):
+    """Its timestep's frequencies and second epsilon are set to those of the released DiT."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "num_embeds_ada_norm": 10}
+    theirs = diffusers.DiTTransformer2DModel(
+        **sizes, in_channels=4, out_channels=8, sample_size=8, patch_size=2, norm_eps=1e-6
+    ).eval()
+    shared = theirs.transformer_blocks[0].norm1.emb
+    for parameter in theirs.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.load_state_dict(shared.state_dict())
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    theirs.save_pretrained(tmp_path / "transformer")
+    run(tmp_path / "transformer", tmp_path / "x.safetensors")
+    sampler = dig_jax.load(tmp_path / "x.safetensors")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([17, 803]), torch.tensor([3, 10])
+    with torch.no_grad():
+        expected = theirs(x, timestep=t, class_labels=y, return_dict=False)[0].numpy()
+    out = sampler.experiment.denoise(sampler.params, nhwc(x.numpy()), jnp.asarray(t), jnp.asarray(y))
+    assert relative_error(out, nhwc(expected)) < 1e-4

@@ -1,0 +1,379 @@
+"""Files of PyTorch: what is in them is read, and what is hostile in them gives one line and does nothing."""
+
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch_files as made
+from torch_files import namespace, number, parameter, pickled, tensor, text, tree, write
+
+from dig_jax import CheckpointError
+from dig_jax.convert.torch_file import open_torch
+from dig_jax.convert.torch_writer import write_torch
+
+SIX = np.arange(6, dtype="<f4").tobytes()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "x.pt"
+
+
+def read(path, name="", values=True):
+    with open_torch(path) as file:
+        return {key: file.read(x) if values else x for key, x in file.tensors(name).items()}
+
+
+def refusal(path, name=""):
+    """The one line that reading gives."""
+    with pytest.raises(CheckpointError) as caught:
+        read(path, name)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert len(message) < 600
+    return message
+
+
+def test_what_is_written_is_read_bit_for_bit(path):
+    rng = np.random.default_rng(0)
+    shapes = {"a": (2, 3, 4), "b.weight": (5,), "scalar": (), "one": (1, 1)}
+    arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    arrays["turned"] = arrays["a"].T
+    arrays["again"] = arrays["a"]
+    write_torch(path, arrays)
+    result = read(path)
+    assert list(result) == list(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(result[name], array)
+        assert result[name].dtype == np.float32
+    with zipfile.ZipFile(path) as archive:
+        assert sum("/data/" in name for name in archive.namelist()) == 5  # the alias is no copy
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("FloatStorage", np.float32),
+        ("HalfStorage", np.float16),
+        ("BFloat16Storage", jnp.bfloat16),
+        ("DoubleStorage", np.float64),
+        ("LongStorage", np.int64),
+        ("BoolStorage", np.bool_),
+    ],
+)
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_storages_of_all_dtypes_and_byte_orders_are_read(path, kind, dtype, order):
+    values = np.array([0, 1, 0, 1, 1, 0]).astype(dtype)
+    size = values.dtype.itemsize
+    data = values.view(f"u{size}").astype(f"{'<' if order == 'little' else '>'}u{size}").tobytes()
+    write(path, pickled(tree(x=tensor(kind=kind))), order=order.encode(), s0=data)
+    result = read(path)["x"]
+    assert result.dtype == dtype
+    np.testing.assert_array_equal(result, values.reshape(2, 3))
+
+
+def test_offsets_strides_and_shared_storages_are_followed(path):
+    views = {
+        "whole": tensor(),
+        "turned": tensor(shape=(3, 2), strides=(1, 3)),
+        "part": tensor(offset=1, shape=(2, 2), strides=(3, 1)),
+        "last": parameter(offset=5, shape=(), strides=()),
+        "thin": tensor(shape=(6, 1), strides=(1, 2**60)),
+    }
+    write(path, pickled(tree(**views)), order=None, s0=SIX)
+    result, whole = read(path), np.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(result["whole"], whole)
+    np.testing.assert_array_equal(result["turned"], whole.T)
+    np.testing.assert_array_equal(result["part"], whole[:, 1:])
+    np.testing.assert_array_equal(result["last"], 5.0)
+    np.testing.assert_array_equal(result["thin"], whole.reshape(6, 1))
+
+
+def test_only_the_wanted_tree_must_be_tensors_and_whole(path):
+    content = tree(
+        model=tree(w=tensor()),
+        ema=tree(w=tensor(key="1")),
+        opt=tree(state=tree(a=tensor()), param_groups=b"]"),
+        args=namespace(model="DiG-S/2"),
+    )
+    write(path, pickled(content), s0=SIX, s1=SIX)
+    damaged = path.read_bytes().replace(SIX, b"\1" * len(SIX), 1)
+    path.write_bytes(damaged)
+    np.testing.assert_array_equal(read(path, "ema")["w"], np.arange(6.0).reshape(2, 3))
+    assert list(read(path, "opt.state", values=False)) == ["a"]
+    with open_torch(path) as file:
+        assert file.content["args"].state == {"model": "DiG-S/2"}
+    assert "x/data/0 is damaged: its checksum is another" in refusal(path, "model")
+    assert "opt.param_groups is no tensor (list)" in refusal(path, "opt")
+    assert "has no tree 'emma'; there are: model, ema, opt, args" in refusal(path, "emma")
+    assert "args is no tree of tensors (argparse.Namespace)" in refusal(path, "args")
+
+
+class Call:
+    """A pickle of it calls os.mkdir."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_pickle_with_a_call_does_nothing_and_is_named(path, tmp_path, protocol):
+    marker = tmp_path / "executed"
+    write(path, pickle.dumps({"model": {"w": Call(marker)}}, protocol))
+    assert f"model.w is no tensor ({os.name}.mkdir)" in refusal(path, "model")
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Call(marker), protocol))
+    assert marker.exists()  # what an unpickler that calls would have done
+
+
+@pytest.mark.parametrize(
+    "gadget",
+    [
+        b"cbuiltins\neval\n" + text("1/0") + b"\x85R",
+        b"cos\nsystem\n" + text("true") + b"\x85R}b",
+        b"cbuiltins\n__import__\n" + text("antigravity") + b"\x85R",
+        text("os") + text("system") + b"\x93" + text("true") + b"\x85R",
+        b"cos\nno_such_thing\n)\x81}(" + text("__class__") + text("x") + b"ub",
+    ],
+)
+def test_names_in_a_pickle_are_never_imported(path, gadget):
+    write(path, pickled(tree(w=gadget)))
+    assert "w is no tensor (" in refusal(path)
+
+
+def test_a_placeholder_takes_what_it_is_given(path):
+    strange = b"csome\nList\n)R(" + number(1) + b"e(" + number(1) + number(2) + b"u"
+    write(path, pickled(tree(strange=strange, w=tensor(), n=b"N")), s0=SIX)
+    with open_torch(path) as file:
+        assert file.content["strange"].kind == "some.List"
+
+
+NAN = b"G" + struct.pack(">d", math.nan)
+DAMAGED_TENSORS = {
+    "beyond_its_storage": (
+        tensor(shape=(2, 4), strides=(3, 1)),
+        "reaches to value 6 of x/data/0, which",
+    ),
+    "offset_beyond": (tensor(offset=6, shape=(1,), strides=(1,)), "reaches to value 6"),
+    "offset_of_an_exabyte": (tensor(offset=2**60), "reaches to value"),
+    "strides_of_an_exabyte": (tensor(strides=(2**62, 1)), "reaches to value"),
+    "negative_offset": (tensor(offset=-1), "offset, shape or strides cannot be"),
+    "negative_strides": (tensor(offset=5, shape=(6,), strides=(-1,)), "cannot be"),
+    "negative_shape": (tensor(shape=(-2, -3)), "cannot be"),
+    "more_strides": (tensor(shape=(6,)), "cannot be"),
+    "huge_numbers": (tensor(shape=(2**100,), strides=(0,)), "cannot be"),
+    "repeated": (tensor(shape=(2**40,), strides=(0,)), "repeats the 6 values of its storage"),
+    "nine_dimensions": (tensor(shape=(1,) * 9, strides=(1,) * 9), "has 9 dimensions"),
+    "without_values": (
+        tensor(shape=(0, 2**62), strides=(2**62, 1)),
+        "w is no tensor (a tensor without",
+    ),
+    "storage_lies": (tensor(numel=2**40), "has 24 bytes, and not 1,099,511,627,776 values of float32"),
+    "storage_of_another_dtype": (tensor(kind="DoubleStorage"), "has 24 bytes, and not 6 values of float64"),
+    "storage_outside": (tensor(key="../../etc/passwd"), "storage x/data/../../etc/passwd is missing"),
+    "storage_missing": (tensor(key="1"), "the storage x/data/1 is missing"),
+    "storage_unknown": (
+        tensor(kind="UntypedStorage", module="torch.storage"),
+        "(a tensor of another kind)",
+    ),
+    "no_storage": (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(" + number(1) + b"tR",
+        "else than a storage",
+    ),
+    "no_tensor": (number(3), "w is no tensor (int)"),
+    "not_a_number": (NAN, "w is no tensor (float)"),
+    "numpy_scalar": (b"cnumpy.core.multiarray\nscalar\n)R", "(numpy.core.multiarray.scalar)"),
+    "ordered_dict_of_numbers": (b"ccollections\nOrderedDict\n(" + number(1) + b"tR", "else than pairs"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_TENSORS)
+def test_a_tensor_that_lies_gives_one_line(path, damage):
+    entry, message = DAMAGED_TENSORS[damage]
+    write(path, pickled(tree(w=entry)), s0=SIX)
+    assert message in refusal(path)
+
+
+NESTED = 20_000
+DAMAGED_PICKLES = {
+    "empty": (b"", "pickle exhausted before seeing STOP"),
+    "no_end": (b"\x80\x02}", "pickle exhausted before seeing STOP"),
+    "text": (b"hello", "its pickle is damaged"),
+    "cut_string": (pickled(text("model"))[:-4], "its pickle is damaged"),
+    "string_of_an_exabyte": (b"\x80\x04\x8d" + struct.pack("<Q", 2**60), "its pickle is damaged"),
+    "bytes_of_an_exabyte": (b"\x80\x04\x8e" + struct.pack("<Q", 2**60), "its pickle is damaged"),
+    "bytearray_of_an_exabyte": (b"\x80\x05\x96" + struct.pack("<Q", 2**60), "its pickle is damaged"),
+    "memo_of_gigabytes": (pickled(b"Nr\xff\xff\xff\xff"), "all of it is no tree"),
+    "memo_that_is_not_there": (pickled(b"h\x05"), "it takes what is not there"),
+    "stack_that_is_not_there": (pickled(b"su"), "it takes what is not there"),
+    "mark_that_is_not_there": (pickled(b"}u"), "it takes what is not there"),
+    "odd_items": (pickled(b"}(" + text("a") + b"u"), "its pickle is damaged"),
+    "items_of_a_number": (pickled(number(1) + text("a") + text("b") + b"s"), "sets an item of a int"),
+    "appended_to_a_number": (pickled(number(1) + number(1) + b"a"), "appends to a int"),
+    "number_of_a_megabyte": (pickled(b"\x8b" + struct.pack("<i", 2**20) + b"\1" * 2**20), "8388601 bits"),
+    "protocol": (b"\x80\x09}.", "protocol 9, and not 2 to 5"),
+    "extension": (pickled(b"\x82\x01"), "the opcode EXT1, which PyTorch does not write"),
+    "old_instance": (pickled(b"(ios\nsystem\n"), "the opcode INST, which PyTorch does not write"),
+    "deep_lists": (pickled(b"]" * NESTED + b"a" * (NESTED - 1)), "no tree of tensors (list)"),
+    "deep_dicts": (
+        pickled(b"".join([b"}" + text("a")] * NESTED) + b"N" + b"s" * NESTED),
+        "nested more than 8 deep",
+    ),
+    "a_tree_in_itself": (pickled(b"}q\0" + text("a") + b"h\0s"), "nested more than 8 deep"),
+    "the_same_name_twice": (pickled(b"}(" + (text("w") + b"N") * 2 + b"u"), "the name 'w' stands twice"),
+    "a_name_of_two_lines": (pickled(tree(**{"a\nb": b"N"})), r"a name in it is no name: 'a\nb'"),
+    "a_name_of_a_megabyte": (pickled(tree(**{"a" * 2**20: b"N"})), "a name in it is no name: 'aaaa"),
+    "a_name_that_is_a_tuple": (pickled(b"})Ns"), "a name in it is no name"),
+    "no_tree": (pickled(number(1)), "all of it is no tree of tensors (int)"),
+    "an_empty_tree_in_it": (pickled(tree(a=b"}")), "a is no tensor (dict)"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PICKLES)
+def test_a_damaged_or_hostile_pickle_gives_one_line(path, damage):
+    data, message = DAMAGED_PICKLES[damage]
+    write(path, data)
+    assert message in refusal(path)
+
+
+def archive(path):
+    write(path, pickled(tree(w=tensor())), s0=SIX)
+    return path.read_bytes()
+
+
+def entry_edited(content, name, offset, data):
+    """The file with other bytes in the directory's entry of a member, counted from the entry's start."""
+    start = content.rindex(b"PK\1\2", 0, content.rindex(name))
+    return content[: start + offset] + data + content[start + offset + len(data) :]
+
+
+BROKEN_ARCHIVES = {
+    "empty": (lambda content: b"", "is empty"),
+    "web_page": (lambda content: b"<!DOCTYPE html><title>404</title>" * 9, "is no .pt file of PyTorch"),
+    "half": (lambda content: content[: len(content) // 2], "no .pt file of PyTorch, or a truncated one"),
+    "one_byte_short": (lambda content: content[:-1], "no .pt file of PyTorch, or a truncated one"),
+    "front_missing": (lambda content: content[50:], "damaged"),
+    "flipped_bit": (
+        lambda content: content.replace(SIX, b"\1" + SIX[1:]),
+        "x/data/0 is damaged: its checksum",
+    ),
+    "size_of_an_exabyte": (
+        lambda content: entry_edited(content, b"x/data/0", 20, struct.pack("<II", 2**31, 2**31)),
+        "has 2,147,483,648 bytes, and not 6 values",
+    ),
+    "pickle_of_a_gigabyte": (
+        lambda content: entry_edited(content, b"x/data.pkl", 20, struct.pack("<II", 2**30, 2**30)),
+        "claims 1,073,741,824 bytes, more than 4,194,304",
+    ),
+    "beyond_the_end": (
+        lambda content: entry_edited(content, b"x/data.pkl", 20, struct.pack("<II", 2**20, 2**20)),
+        "is truncated: x/data.pkl ends after the file",
+    ),
+    "member_elsewhere": (
+        lambda content: entry_edited(content, b"x/data.pkl", 42, struct.pack("<I", 7)),
+        "x/data.pkl is not where its directory says",
+    ),
+    "encrypted": (lambda content: entry_edited(content, b"x/data/0", 8, b"\1\0"), "is encrypted in it"),
+    "directory_of_gigabytes": (
+        lambda content: content[:-10] + struct.pack("<I", 2**31) + content[-6:],
+        "its directory claims 2,147,483,648 bytes",
+    ),
+    "zip64_directory_of_terabytes": (
+        lambda content: content[:-22] + b"PK\6\6" + bytes(36) + struct.pack("<QQ", 2**40, 0) + content[-22:],
+        "its directory claims 1,099,511,627,776 bytes",
+    ),
+    "before_1_6": (
+        lambda content: b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + content,
+        "is of PyTorch's format before 1.6",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN_ARCHIVES)
+def test_a_broken_archive_gives_one_line(path, damage):
+    change, message = BROKEN_ARCHIVES[damage]
+    path.write_bytes(change(archive(path)))
+    assert message in refusal(path)
+
+
+def test_a_zip_bomb_is_refused_by_its_directory(path):
+    write(path, pickled(tree(w=tensor())), compression=zipfile.ZIP_DEFLATED, s0=bytes(10**8))
+    assert path.stat().st_size < 10**6
+    assert re.search("'x/.*' is compressed in it, which PyTorch never does", refusal(path))
+
+
+def test_many_views_of_one_storage_do_not_grow_beyond_the_file(path):
+    parts = {f"w{i}": tensor(numel=60, offset=i, shape=(30,), strides=(1,)) for i in range(30)}
+    write(path, pickled(tree(**parts)), s0=bytes(240))
+    assert len(read(path)) == 30
+    parts = {f"w{i}": tensor(numel=60000, offset=i, shape=(30000,), strides=(1,)) for i in range(30)}
+    write(path, pickled(tree(**parts)), s0=bytes(240000))
+    assert "its tensors claim 3,600,000 bytes; the file has 24" in refusal(path)
+
+
+def test_two_members_of_one_name_are_refused(path):
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "w") as file:
+        file.writestr("x/data.pkl", b"")
+        file.writestr("x/data.pkl", pickled(tree(w=tensor())))
+    assert "the name 'x/data.pkl' stands twice" in refusal(path)
+
+
+@pytest.mark.parametrize("order", [b"middle", b""])
+def test_an_unknown_byte_order_is_refused(path, order):
+    write(path, pickled(tree()), order=order)
+    assert "its byte order is" in refusal(path)
+
+
+def test_another_zip_archive_is_told(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("word/document.xml", "<w/>")
+    assert "is a zip archive, but none that PyTorch wrote" in refusal(path)
+
+
+def test_a_file_that_is_not_there_or_a_folder_is_told(path, tmp_path):
+    assert "No such file" in refusal(path)
+    assert "Is a directory" in refusal(tmp_path)
+
+
+def test_torch_reads_what_is_written_and_is_read(path):
+    """With PyTorch installed: its own reader, without any code, and its own writer."""
+    torch = pytest.importorskip("torch")
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "s": np.float32(1).reshape(())}
+    arrays |= {"turned": arrays["a"].T, "alias": arrays["a"]}
+    write_torch(path, arrays)
+    loaded = torch.load(path, weights_only=True)
+    assert list(loaded) == list(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name].numpy(), array)
+
+    kinds = (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+    )
+    base = torch.arange(24).reshape(4, 6) % 2
+    stored = {str(kind): base.to(kind) for kind in kinds}
+    stored |= {
+        "turned": base.float().T,
+        "part": base.float()[1:, ::2],
+        "parameter": torch.nn.Parameter(base.float()),
+    }
+    torch.save({"model": stored, "args": made.namespace, "step": 3}, path, pickle_protocol=4)
+    for name, array in read(path, "model").items():
+        expected = stored[name].detach()
+        assert array.dtype.name == str(expected.dtype).removeprefix("torch.")
+        np.testing.assert_array_equal(array.astype(np.float64), expected.double().numpy())
