@@ -4,18 +4,16 @@ Every file is written beside its place under another name and then moved there, 
 that is killed, never meets half a picture.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from dig_jax.files import replacing
 from dig_jax.records import read_records, series, smooth
 
 # The paper is grey so that white strokes which reach the edge of an image end there.
@@ -311,16 +309,3 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
         else:
             lines.append(word)
     return [_cut(line, font, width) for line in lines]
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends, or vanishes if it fails."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 import datetime
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from dig_jax.config import Config
 from dig_jax.errors import ConfigError, blaming
+from dig_jax.files import replacing
 from dig_jax.pictures import save_grid, save_loss_curve, save_pair_grid, save_small_grid
 from dig_jax.run_page import write_report
 from dig_jax.sampling import Sampler, load
@@ -144,9 +144,9 @@ def summary(scores: dict[str, Any]) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _drawable(sampler: Sampler) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dig_jax.config import flattened
-from dig_jax.pictures import replacing
+from dig_jax.files import replacing
 from dig_jax.records import read_records, series
 from dig_jax.run_page.assets import SCRIPT, STYLE
 from dig_jax.run_page.charts import Curve, chart, number, percent

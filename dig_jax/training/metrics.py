@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from dig_jax.files import replacing
 from dig_jax.training.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -243,9 +243,8 @@ def _truncate(path: Path, last_step: int) -> None:
             kept.append(line + "\n")
     if broken:
         log.warning("%s: dropped %d broken lines", path, broken)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write("".join(kept).encode())
 
 
 def _step_of(line: str) -> int | None:
