@@ -1,10 +1,5 @@
 import contextlib
-import io
 import json
-import logging
-import os
-import pty
-import re
 import sys
 import types
 
@@ -15,7 +10,7 @@ from PIL import Image
 
 from dig_jax.errors import ConfigError, UserError
 from dig_jax.training import metrics
-from dig_jax.training.metrics import MetricWriter, Progress, StepMeter, duration
+from dig_jax.training.metrics import MetricWriter, StepMeter, details
 from dig_jax.training.wandb_run import WandbRun, require_wandb
 
 
@@ -275,51 +270,7 @@ def test_without_the_package_wandb_cannot_be_asked_for(monkeypatch):
         require_wandb("digits")
 
 
-RECORD = {"loss": 0.12345, "images_per_second": 321.0}
-LINE = r"step 5/20  loss 0\.1235  321 images/s  ETA \d+:\d\d"
-
-
-def test_progress_goes_to_the_log_where_there_is_no_terminal(caplog, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    caplog.set_level(logging.INFO, "dig_jax")
-    with contextlib.closing(Progress(first_step=0, steps=20)) as progress:
-        progress.show(5, RECORD)
-    assert re.fullmatch(LINE, caplog.messages[0])
-    assert sys.stderr.getvalue() == ""
-
-
-def test_progress_shows_the_mfu_where_it_is_known(caplog, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    caplog.set_level(logging.INFO, "dig_jax")
-    Progress(first_step=0, steps=20).show(5, RECORD | {"mfu": 0.4567})
-    assert "321 images/s  MFU 45.7%  ETA" in caplog.messages[0]
-
-
-def test_progress_is_rewritten_in_place_on_a_terminal(caplog, monkeypatch):
-    caplog.set_level(logging.INFO, "dig_jax")
-    controller, terminal = pty.openpty()
-    with open(terminal, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        with contextlib.closing(Progress(first_step=4, steps=20)) as progress:
-            progress.show(5, RECORD)
-            progress.show(5, RECORD)
-        shown = ""
-        while not shown.endswith("\n"):
-            shown += os.read(controller, 1000).decode()
-    os.close(controller)
-    assert re.fullmatch(rf"(\r\x1b\[K{LINE}){{2}}\r\n", shown)
-    assert not caplog.messages
-
-
-def test_the_time_left_is_that_of_the_steps_of_this_start(caplog, monkeypatch):
-    caplog.set_level(logging.INFO, "dig_jax")
-    monkeypatch.setattr(metrics.time, "monotonic", iter([100.0, 130.0]).__next__)
-    Progress(first_step=1000, steps=4000).show(1010, RECORD)  # 3 seconds per step
-    assert caplog.messages[0].endswith("ETA 2:29:30")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.0, "0:00"), (59.6, "1:00"), (3599.0, "59:59"), (3723.0, "1:02:03")]
-)
-def test_durations_are_written_as_on_a_clock(seconds, text):
-    assert duration(seconds) == text
+def test_the_progress_line_shows_loss_and_speed_and_the_mfu_where_it_is_known():
+    record = {"loss": 0.12345, "images_per_second": 321.0}
+    assert details(record) == "loss 0.1235  321 images/s"
+    assert details(record | {"mfu": 0.4567}) == "loss 0.1235  321 images/s  MFU 45.7%"

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard and wandb where wanted, a progress line."""
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard and wandb where wanted."""
 
 import collections
 import contextlib
@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,42 +189,10 @@ class StepMeter:
         self._recent.append(seconds)
 
 
-class Progress:
-    """One line with the step, the loss, the speed and the time left.
-
-    On a terminal it is rewritten in place; elsewhere it goes to the log.
-    """
-
-    def __init__(self, *, first_step: int, steps: int):
-        self._first, self._steps = first_step, steps
-        self._start = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def show(self, step: int, record: Record) -> None:
-        """Reports that `step` steps are done."""
-        left = (time.monotonic() - self._start) / (step - self._first) * (self._steps - step)
-        mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-        line = (
-            f"step {step}/{self._steps}  loss {record['loss']:.4f}"
-            f"  {record['images_per_second']:.0f} images/s{mfu}  ETA {duration(left)}"
-        )
-        if self._terminal:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-        else:
-            log.info(line)
-
-    def close(self) -> None:
-        """Leaves the terminal's line, so that other text can follow."""
-        if self._terminal:
-            sys.stderr.write("\n")
-
-
-def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+def details(record: Record) -> str:
+    """What of a record stands in the progress line."""
+    mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    return f"loss {record['loss']:.4f}  {record['images_per_second']:.0f} images/s{mfu}"
 
 
 def _mean(steps: list[dict[str, Any]], name: str) -> float:

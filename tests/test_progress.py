@@ -1,0 +1,73 @@
+import contextlib
+import io
+import logging
+import os
+import pty
+import re
+import sys
+
+import pytest
+
+from dig_jax import progress
+from dig_jax.progress import Progress, duration
+
+LINE = r"step 5/20  loss 0\.5  ETA \d+:\d\d"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What the time is: a list of one number."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def lines(caplog, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    caplog.set_level(logging.INFO, "dig_jax")
+    return lambda: caplog.messages
+
+
+def test_progress_goes_to_the_log_where_there_is_no_terminal(lines):
+    with contextlib.closing(Progress("step", first=0, total=20)) as line:
+        line.show(5, "loss 0.5")
+    assert re.fullmatch(LINE, lines()[0])
+
+
+def test_progress_is_rewritten_in_place_on_a_terminal(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "dig_jax")
+    controller, terminal = pty.openpty()
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with contextlib.closing(Progress("step", first=4, total=20)) as line:
+            line.show(5, "loss 0.5")
+            line.show(5, "loss 0.5")
+        shown = ""
+        while not shown.endswith("\n"):
+            shown += os.read(controller, 1000).decode()
+    os.close(controller)
+    assert re.fullmatch(rf"(\r\x1b\[K{LINE}){{2}}\r\n", shown)
+    assert not caplog.messages
+
+
+def test_the_time_left_is_that_of_what_this_start_has_done(lines, clock):
+    line = Progress("step", first=1000, total=4000)
+    clock[0] += 30
+    line.show(1010)  # 3 seconds per step
+    assert lines() == ["step 1010/4000  0.333 per second  ETA 2:29:30"]
+
+
+def test_the_log_gets_few_lines_and_always_the_last(lines, clock):
+    line = Progress("image", first=0, total=5, every_seconds=10.0)
+    for image in range(1, 6):
+        clock[0] += 6
+        line.show(image)
+    assert [text.split()[1] for text in lines()] == ["1/5", "3/5", "5/5"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "0:00"), (59.6, "1:00"), (3599.0, "59:59"), (3723.0, "1:02:03")]
+)
+def test_durations_are_written_as_on_a_clock(seconds, text):
+    assert duration(seconds) == text
