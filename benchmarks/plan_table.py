@@ -1,4 +1,4 @@
-"""Plans the train step of every shipped config for every kind of chip, and writes the table in docs/plan.md.
+"""Plans the train steps of shipped configs for every kind of chip, and writes the table in docs/plan.md.
 
     python benchmarks/plan_table.py [--only WORDS]
 
@@ -18,7 +18,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 PAGE = ROOT / "docs" / "plan.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
-CONFIGS = ("dig_s", "dig_b", "dig_l", "dig_xl", "dig_xl:512", "cifar10", "celeba64", "digits", "smoke")
+CONFIGS = (
+    *(f"dig_{size}:256,paper" for size in ("s", "b", "l", "xl")),
+    "dig_xl:512,paper",
+    *("cifar10:paper", "celeba64:paper", "digits", "smoke"),
+    *(f"{model}{pixels}" for pixels in ("", ":512", ":1024") for model in ("dig_xl", "dit_xl")),
+)
 TOPOLOGIES = ("v4:4x4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x2x1", "h200:8", "h100:8x4")
 HEADER = (
     "| config | chips | images per device | GiB of memory per device | compute, memory, interconnect, ms |"
@@ -29,8 +34,8 @@ import json, runpy, sys
 sys.path.insert(0, ".")
 from dig_jax import config, plan
 from dig_jax.errors import UserError
-name, _, argument = sys.argv[1].partition(":")
-settings = runpy.run_path(f"configs/{name}.py")["get_config"](*[argument] * bool(argument))
+name, _, arguments = sys.argv[1].partition(":")
+settings = runpy.run_path(f"configs/{name}.py")["get_config"](*filter(None, arguments.split(",")))
 try:
     found = plan.plan(config.from_dict(settings.to_dict()), sys.argv[2], train_only=True)
 except UserError as error:
@@ -42,11 +47,12 @@ print(json.dumps(found))
 def main() -> None:
     """Makes the plans that are missing, and the table of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[], help="names of configs or of topologies")
-    only = parser.parse_args().only
+    parser.add_argument("--only", nargs="*", default=[], help="names of configs, of topologies, or of both")
+    only = set(parser.parse_args().only)
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     for key in _keys():
-        if key in record or (only and not set(key.split()) & set(only)):
+        parts = zip(key.split(), (CONFIGS, TOPOLOGIES), strict=True)
+        if key in record or not all(part in only or not only & set(words) for part, words in parts):
             continue
         record[key] = _plan(*key.split())
         print(_row(key, record[key]), flush=True)

@@ -27,10 +27,21 @@ def get_config() -> ConfigDict:
     c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
 
     c.data = ConfigDict()
-    c.data.name = "digits"  # digits | fake | image_folder | tfds (docs/data.md)
+    c.data.name = "digits"  # digits | fake | image_folder | tfds | hub | latents (docs/data.md, latents.md)
     c.data.batch_size = 256  # images per step, over all devices and hosts
     c.data.flip = True  # mirror half of the images, where the source says that classes survive it
     c.data.options = ConfigDict()  # keyword arguments of the source
+
+    c.autoencoder = ConfigDict()  # Stable Diffusion's, where the model works on its latents
+    c.autoencoder.path = ""  # folder, safetensors file or name on the Hub; "": the model works in pixels
+    c.autoencoder.dtype = "float32"  # of its matrix products: float32 | bfloat16
+
+    c.encode = ConfigDict()  # --mode=encode: from pictures to the latents in data.options.path
+    c.encode.name = ""  # source of the pictures, as data.name
+    c.encode.options = ConfigDict()  # keyword arguments of that source
+    c.encode.batch_size = 32  # pictures at once on each device
+    c.encode.shard_size = 4096  # pictures per file
+    c.encode.dtype = "float32"  # of the stored moments: float32 | float16 (half the disk)
 
     c.diffusion = ConfigDict()
     c.diffusion.schedule = "linear"  # betas: linear (Ho et al. 2020) | cosine (Nichol & Dhariwal 2021)

@@ -4,6 +4,7 @@ Exit status: 0 all is done; 1 a checkpoint, a disk or the like was not as it sho
 the config cannot be; 130 interrupted (128 + SIGINT). A traceback is a bug of ours.
 """
 
+import dataclasses
 import inspect
 import logging
 import re
@@ -12,7 +13,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,9 +21,11 @@ import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from PIL import Image
 
-from dig_jax.config import Config, check_field, from_dict
-from dig_jax.errors import ConfigError, UserError
+from dig_jax.config import Config, check_field, from_dict, read_settings
+from dig_jax.data.class_names import class_index
+from dig_jax.errors import ConfigError, UserError, blaming
 from dig_jax.parallel import is_loss_of_process, leave
 from dig_jax.suggest import suggest
 
@@ -31,11 +34,11 @@ log = logging.getLogger(__name__)
 _ALL_AGAIN = "The same command, given to all of them again, goes on from the last checkpoint"
 
 
-def run(main: Callable[[Config, str], None], usage: str) -> None:
+def run(main: Callable[[Config, Path], None], usage: str) -> None:
     """Calls `main` with the config of the command line; what the user can mend is told in one line.
 
     Args:
-        main: (config, name of its file) → None; it may read absl's flags.
+        main: (config, workdir that it has by default) → None; it may read absl's flags.
         usage: what --help shows above the list of flags.
     """
     _start_log()
@@ -51,7 +54,7 @@ def run(main: Callable[[Config, str], None], usage: str) -> None:
     except OSError as error:
         _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        _fail("interrupted; the same command goes on", 130)
     except Exception as error:
         if is_loss_of_process(error):
             reason = str(error).splitlines()[0][:200]
@@ -80,6 +83,27 @@ def numbers(text: str | None, flag: str) -> np.ndarray | None:
     return np.concatenate([np.arange(first, last + 1) for first, last in ranges])
 
 
+def labels(text: str | None, class_names: Sequence[str]) -> np.ndarray | None:
+    """ "0,5-7,golden retriever" as [0, 5, 6, 7, 207], by the classes' indices and names.
+
+    What is written in digits is an index, also where classes are called by numbers: class names are sorted
+    as text, so that of a hundred classes "1", "2", …, "100" index 2 is "100".
+
+    Args:
+        text: indices, ranges of them and names, with commas between them.
+        class_names: of all classes, in order; see `class_index`.
+
+    Raises:
+        ConfigError: the text is no such list, or one of more than a million numbers.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    with blaming("--labels"):
+        named = {part: class_index(part, class_names) for part in parts if re.search(r"[^\d-]", part)}
+    return numbers(",".join(str(named.get(part, part)) for part in parts), "labels")
+
+
 def say_how_to_go_on() -> None:
     """Shows the command that resumes: the one that was given."""
     log.info("to go on: %s", shlex.join(["python", *sys.argv]))
@@ -97,10 +121,12 @@ def _start_log() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    # Pillow's, of pictures that we refuse in a line of our own.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def _parse(argv: list[str]) -> tuple[Config, str]:
-    """The config that --config and --config.FIELD stand for, and its name; other flags go to absl."""
+def _parse(argv: list[str]) -> tuple[Config, Path]:
+    """The config that --config and --config.FIELD stand for, and its workdir; other flags go to absl."""
     text, argv = _take_config_flag(argv)
     settings = _load(text)
     for argument in argv[1:]:
@@ -114,7 +140,10 @@ def _parse(argv: list[str]) -> tuple[Config, str]:
         raise ConfigError(str(error)) from error
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
-    return from_dict(holder.value.to_dict()), Path(text.partition(":")[0]).stem
+    path = Path(text.partition(":")[0])
+    return from_dict(holder.value.to_dict()), path.parent if path.suffix == ".json" else Path(
+        "runs", path.stem
+    )
 
 
 def _take_config_flag(argv: list[str]) -> tuple[str, list[str]]:
@@ -131,17 +160,19 @@ def _take_config_flag(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def _load(text: str) -> ConfigDict:
-    """What get_config() returns in the file FILE.py or FILE.py:ARGUMENT."""
+    """What get_config() returns in FILE.py or FILE.py:ARGUMENT,ARGUMENT, or what a run's config.json says."""
     name, _, argument = text.partition(":")
     if not Path(name).is_file():
         known = [str(other) for other in Path(name).parent.glob("*.py")] or ["configs/digits.py"]
         raise ConfigError(f"there is no config file {name!r}{suggest(name, known)}")
+    if name.endswith(".json"):
+        return ConfigDict(dataclasses.asdict(read_settings(Path(name))))
     try:
         get_config = runpy.run_path(name)["get_config"]
         if not argument:
             return get_config()
-        if inspect.signature(get_config).parameters:
-            return get_config(argument)
+        if parameters := inspect.signature(get_config).parameters:
+            return get_config(*argument.split(",", len(parameters) - 1))
     except Exception as error:  # whatever happens in the user's file
         raise ConfigError(f"--config={text}: {type(error).__name__}: {error}") from error
     raise ConfigError(f"--config={text}: {name} takes no argument")

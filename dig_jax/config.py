@@ -5,9 +5,11 @@ default here too: the configs of older runs lack it.
 """
 
 import dataclasses
+import json
 import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from dig_jax.errors import ConfigError
@@ -48,6 +50,32 @@ class Data:
 
     def __post_init__(self):
         positive("data", self, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """What stands between pictures and the images that the model sees."""
+
+    path: str = ""
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        one_of("autoencoder.dtype", self.dtype, ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Which pictures --mode=encode makes latents of, and how they are stored."""
+
+    name: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    batch_size: int = 32
+    shard_size: int = 4096
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        positive("encode", self, "batch_size", "shard_size")
+        one_of("encode.dtype", self.dtype, ("float32", "float16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +221,8 @@ class Config:
     sampling: Sampling
     evaluation: Evaluation
     mesh: Mesh
+    autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
+    encode: Encode = dataclasses.field(default_factory=Encode)
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**31:
@@ -220,10 +250,28 @@ def from_dict(settings: Mapping[str, Any]) -> Config:
     return _build(Config, settings, "config")
 
 
+def read_settings(path: Path) -> Config:
+    """The settings that stand in a workdir's config.json.
+
+    Raises:
+        ConfigError: it cannot be read, or another version of the program wrote it.
+    """
+    try:
+        stored = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; delete it, checkpoints hold a copy") from error
+    try:
+        return from_dict(stored)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is of another version of this program, or was changed: {error}") from error
+
+
 # A workdir goes on only with the settings it began with, these excepted. Data may move: their fingerprint is
-# compared too.
+# compared too, and latents know the autoencoder that made them.
 _CHANGEABLE = ("training.steps", "logging", "checkpoint", "sampling", "evaluation", "mesh")
-_CHANGEABLE += tuple(f"data.options.{name}" for name in ("path", "heldout_path", "data_dir"))
+_CHANGEABLE += ("autoencoder", "encode")
+_PLACES = ("path", "heldout_path", "data_dir", "dataset", "cache_dir")
+_CHANGEABLE += tuple(f"data.options.{name}" for name in _PLACES)
 
 
 def check_same(old: Config, new: Config, workdir: object) -> None:

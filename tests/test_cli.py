@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -6,8 +7,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from dig_jax import cli
+from configs import smoke
+from dig_jax import cli, config
+from dig_jax.checkpoint import described
 from dig_jax.errors import CheckpointError, ConfigError
+from dig_jax.files import write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 def command(monkeypatch, capsys):
     """Runs a command line against a main function: (exit status, stderr)."""
 
-    def run(*arguments, main=lambda settings, name: None):
+    def run(*arguments, main=lambda settings, workdir: None):
         values = flags.FlagValues()
         flags.DEFINE_enum("mode", "train", ["train", "sample"], "", flag_values=values)
         monkeypatch.setattr(flags, "FLAGS", values)
@@ -92,15 +96,29 @@ def test_fields_are_set_in_every_spelling_that_absl_knows(command, arguments):
     seen = []
     status, stderr = command(*arguments, main=lambda *given: seen.append(given))
     assert (status, stderr) == (0, "")
-    settings, name = seen[0]
+    settings, workdir = seen[0]
     assert settings.training.steps == 7
-    assert name in " ".join(arguments)
-    if name == "dig_xl":
+    assert workdir.parts[0] == "runs" and workdir.name in " ".join(arguments)
+    if workdir.name == "dig_xl":
         assert settings.data.options["image_size"] == 64
 
 
+def test_the_config_of_a_run_may_be_given_and_its_workdir_with_it(command, tmp_path):
+    settings = config.from_dict(smoke.get_config().to_dict())
+    write_json(tmp_path / "config.json", described(settings))
+    seen = []
+    path = f"--config={tmp_path}/config.json"
+    status, stderr = command(path, "--config.sampling.steps=7", main=lambda *given: seen.append(given))
+    assert (status, stderr) == (0, "")
+    sampling = dataclasses.replace(settings.sampling, steps=7)
+    assert seen == [(dataclasses.replace(settings, sampling=sampling), tmp_path)]
+    (tmp_path / "config.json").write_text("{}")
+    status, stderr = command(path)
+    assert status == 2 and stderr.startswith(f"error: {tmp_path}/config.json cannot be read: ")
+
+
 def raising(error):
-    def main(settings, name):
+    def main(settings, workdir):
         raise error
 
     return main
@@ -117,7 +135,7 @@ def raising(error):
             "No space left on device: w/a.png",
         ),
         (OSError("no data"), 1, "no data"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last checkpoint"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
     ],
 )
 def test_what_the_user_can_mend_is_told_in_one_line(command, error, status, line):
@@ -160,7 +178,7 @@ def test_help_tells_how_to_use_it():
     for word in (
         "python main.py --config=configs/digits.py",
         "--workdir",
-        "<train|sample|evaluate|export|plan>",
+        "<train|sample|evaluate|encode|export|plan>",
         "--labels",
     ):
         assert word in result.stdout
@@ -186,7 +204,7 @@ def test_what_a_failed_save_leaves_undone_is_not_told_after_the_error():
     code = """
 from dig_jax import cli
 
-def main(settings, name):
+def main(settings, workdir):
     async def write(): ...
     write()
     raise cli.UserError("the disk is full")

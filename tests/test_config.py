@@ -1,14 +1,16 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 
 from configs import base, smoke
+from dig_jax.cli import _load
 from dig_jax.config import Config, check_same, flattened, from_dict
+from dig_jax.data.registry import SOURCES
 from dig_jax.errors import ConfigError
 from dig_jax.training.loop import train
 
@@ -24,14 +26,141 @@ def changed(**fields) -> dict:
     return settings
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
-def test_every_shipped_config_is_valid_and_survives_json(path):
-    get_config = runpy.run_path(str(path))["get_config"]
-    settings = from_dict(
-        (get_config("DiG-S/2", "256") if path.stem == "imagenet" else get_config()).to_dict()
-    )
+IMAGENET = [f"{family}_{size}" for family in ("dig", "dit") for size in ("s", "b", "l", "xl")]
+SHIPPED = (
+    *(
+        f"{name}:{argument}"
+        for name in IMAGENET
+        for argument in ("256", "512", "1024", "256,paper", "1024,paper")
+    ),
+    *IMAGENET,
+    *("cifar10", "cifar10:paper", "celeba64", "celeba64:paper"),
+    *("base", "digits", "imagefolder", "imagefolder:pictures", "imagefolder_latents:pictures", "smoke"),
+)
+
+
+def shipped(name):
+    """What the command line makes of configs/NAME.py[:ARGUMENT,…]."""
+    file, _, arguments = name.partition(":")
+    return _load(f"configs/{file}.py:{arguments}")
+
+
+def test_all_shipped_configs_are_tested():
+    files = {path.stem for path in Path("configs").glob("*.py")} - {"imagenet", "recipes"}
+    assert files == {name.partition(":")[0] for name in SHIPPED}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_is_valid_and_survives_json(name):
+    settings = from_dict(shipped(name).to_dict())
     assert isinstance(settings, Config)
     assert from_dict(json.loads(json.dumps(dataclasses.asdict(settings)))) == settings
+
+
+# Zhu et al. 2025, section 4.1, and the released trainer and sampler.
+PUBLISHED = {
+    "model.dtype": "float32",
+    "model.learn_sigma": True,
+    "model.directions": 4,
+    "model.conv": "after",
+    "model.norm": "layer",
+    "model.skip": "none",
+    "model.skip_alignment": "upstream",
+    "data.batch_size": 256,
+    "data.flip": True,
+    "diffusion.schedule": "linear",
+    "diffusion.num_steps": 1000,
+    "diffusion.loss": "mse",
+    "training.steps": 400_000,
+    "training.accumulation": 1,
+    "training.label_dropout": 0.1,
+    "training.ema_decays": [0.9999],
+    "optimizer.learning_rate": 1e-4,
+    "optimizer.warmup_steps": 0,
+    "optimizer.schedule": "constant",
+    "optimizer.b1": 0.9,
+    "optimizer.b2": 0.999,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip_norm": 0.0,
+    "sampling.sampler": "ddpm",
+    "sampling.steps": 250,
+    "sampling.guidance_scale": 1.0,
+    "sampling.guidance_channels": 3,
+    "sampling.clip": False,
+    "sampling.ema": "",
+    "autoencoder.path": "stabilityai/sd-vae-ft-ema",
+    "encode.options.crop": "adm",
+    "encode.options.upright": False,
+    "encode.options.heldout_fraction": 0.0,
+}
+PIXELS = {
+    name: "" if name == "autoencoder.path" else x for name, x in PUBLISHED.items() if "encode" not in name
+}
+PAPER = {
+    **{f"{name}:256,paper": PUBLISHED for name in IMAGENET},
+    **{f"{name}:512,paper": PUBLISHED for name in IMAGENET},
+    "cifar10:paper": PIXELS | {"training.steps": 273_000},
+    "celeba64:paper": PIXELS | {"training.steps": 889_000, "training.label_dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_recipe_of_the_paper_has_the_published_values(name):
+    found = flattened(dataclasses.asdict(from_dict(shipped(name).to_dict())))
+    assert {field: found[field] for field in PAPER[name]} == PAPER[name]
+
+
+@pytest.mark.parametrize("name", [*IMAGENET, "cifar10", "celeba64"])
+def test_our_recipe_differs_from_the_papers_where_it_says_so_alone(name):
+    paper, ours = (
+        flattened(dataclasses.asdict(from_dict(shipped(f"{name}:{argument}").to_dict())))
+        for argument in ({"dig": "256,paper", "dit": "256,paper"}.get(name[:3], "paper"), "")
+    )
+    said = {"model.dtype", "model.remat", "model.skip_alignment"}
+    said |= {"sampling.guidance_scale", "sampling.guidance_channels", "sampling.clip"}
+    said |= {"training.steps"} if name == "celeba64" else set()
+    assert {field for field in ours if ours[field] != paper[field]} <= said
+    assert (ours["model.dtype"], ours["model.remat"]) == ("bfloat16", "full")
+
+
+@pytest.mark.parametrize("pixels", [256, 512, 1024])
+def test_latents_are_made_of_pictures_of_the_resolution(pixels):
+    settings = from_dict(shipped(f"dig_xl:{pixels}").to_dict())
+    assert settings.data.options == {
+        "path": f"latents/imagenet_{pixels}",
+        "image_size": pixels // 8,
+        "channels": 4,
+        "num_classes": 1000,
+    }
+    assert settings.encode.options["image_size"] == pixels
+    assert settings.encode.batch_size * pixels**2 == 32 * 256**2
+
+
+@pytest.mark.parametrize("name", ["latents", "image_folder"])
+def test_the_options_of_shipped_configs_are_those_of_their_sources(name):
+    known = set(inspect.signature(SOURCES[name]).parameters) - {"split"}
+    for file in ("dig_s", "imagefolder_latents", "imagefolder"):
+        c = shipped(f"{file}:256" if file == "dig_s" else f"{file}:pictures")
+        for group in (c.data, c.encode):
+            assert group.name != name or set(group.options) <= known
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dig_s.py:128", "ValueError: the resolution '128' is none of 256, 512, 1024"),
+        ("dig_s.py:256,papr", "ValueError: the recipe 'papr' is none of ours, paper"),
+        ("dig_s.py:256,paper,3", "ValueError: the recipe 'paper,3' is none of ours, paper"),
+        ("celeba64.py:64", "ValueError: the recipe '64' is none of ours, paper"),
+    ],
+)
+def test_an_argument_that_cannot_be_is_told(text, message):
+    with pytest.raises(ConfigError, match=f"--config=configs/{text}: {message}"):
+        _load(f"configs/{text}")
+
+
+def test_a_directory_may_have_commas_in_its_name():
+    assert _load("configs/imagefolder.py:a,b").data.options.path == "a,b"
 
 
 @pytest.mark.parametrize(

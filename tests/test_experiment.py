@@ -1,49 +1,57 @@
 import functools
-import importlib
+import runpy
 from pathlib import Path
 
 import jax
 import pytest
 from tiny_experiment import tiny_experiment
 
-from dig_jax import ConfigError, config
-from dig_jax.experiment import Experiment, param_count
+from dig_jax import ConfigError
+from dig_jax.experiment import param_count
 from dig_jax.training.step import init_params
 
-CONFIGS = sorted(
-    path.stem
-    for path in (Path(__file__).parent.parent / "configs").glob("*.py")
-    if path.stem not in ("__init__", "base", "imagenet")
+ROOT = Path(__file__).parent.parent
+cost = runpy.run_path(str(ROOT / "benchmarks" / "costs.py"))["cost"]
+
+# Without the fixed table of positions.
+PUBLISHED = {
+    "dig_s": 32_983_328,
+    "dig_b": 130_551_584,
+    "dig_l": 464_760_352,
+    "dig_xl": 675_659_040,
+    "dit_s": 32_865_056,
+    "dit_b": 130_315_808,
+    "dit_l": 457_840_672,
+    "dit_xl": 674_834_720,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_have_their_size(name):
+    found = cost(name)
+    assert (found.parameters, found.image_shape, found.tokens) == (PUBLISHED[name], (32, 32, 4), 256)
+
+
+@pytest.mark.parametrize("name", ["dig_s", "dit_s"])
+def test_the_resolution_changes_the_tokens_and_not_the_parameters(name):
+    found = cost(f"{name}:1024,paper")
+    assert (found.parameters, found.image_shape, found.tokens) == (PUBLISHED[name], (128, 128, 4), 4096)
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "celeba64:paper", "digits", "imagefolder", "imagefolder_latents", "smoke"]
 )
-PUBLISHED = {"dig_s": 32_983_328, "dig_b": 130_551_584, "dig_l": 464_760_352, "dig_xl": 675_659_040}
+def test_the_other_shipped_configs_build(name):
+    assert cost(name).parameters > 0
 
 
-def shapes_of(name, *argument):
-    """Image shape and the parameters' shapes of a shipped config, on synthetic data of the same form."""
-    c = importlib.import_module(f"configs.{name}").get_config(*argument)
-    if c.data.name not in ("digits", "fake"):
-        shape = {k: v for k, v in c.data.options.items() if k in ("image_size", "channels", "num_classes")}
-        c.data.name, c.data.options = "fake", shape
-    experiment = Experiment(config.from_dict(c.to_dict()))
-    return experiment.train_source.image_shape, jax.eval_shape(functools.partial(init_params, experiment))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_shipped_config_builds_and_the_published_ones_have_their_size(name):
-    image_shape, params = shapes_of(name)
-    assert param_count(params) == PUBLISHED.get(name, param_count(params)) > 0
-    if name in PUBLISHED:
-        assert image_shape == (32, 32, 4)
-
-
-def test_the_resolution_changes_the_latents_and_not_the_parameters():
-    image_shape, params = shapes_of("dig_s", "512")
-    assert image_shape == (64, 64, 4)
-    assert param_count(params) == PUBLISHED["dig_s"]
-
-
-def test_all_published_configs_are_there():
-    assert PUBLISHED.keys() <= set(CONFIGS)
+@pytest.mark.parametrize("name", ["dig_s", "dit_s", "cifar10", "imagefolder"])
+def test_a_config_states_the_cost_that_its_flops_make(name):
+    said = (ROOT / "configs" / f"{name}.py").read_text().partition('"""')[2].partition('"""')[0]
+    found = cost(name)
+    assert f"{found.flops:.1e} flops, {found.hours:,.0f} hours of one v5e chip".replace(
+        "e+", "e"
+    ) in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
