@@ -1,13 +1,8 @@
 """python -m dig_jax.convert: other people's files to ours and back."""
 
 import dataclasses
-import functools
-import json
-import logging
-import zipfile
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,70 +11,25 @@ from flax import nnx, traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_checkpoint import full_disk
-from test_convert import CASES, GOLDEN, fresh, golden, nhwc, relative_error
+from test_convert import CASES
+from upstream_files import HEADS, abstract, assert_same, assert_upstreams, expected, refused, run, state_dict
 
 import dig_jax
 from configs import base
 from dig_jax import config
-from dig_jax.convert.__main__ import main
-from dig_jax.convert.names import Stored, read_params, torch_arrays
-from dig_jax.convert.recognise import describe, is_flow_matching, looks_like_official_dit, recognise
+from dig_jax.convert.names import torch_arrays
+from dig_jax.convert.recognise import (
+    describe,
+    is_flow_matching,
+    looks_like_official_dit,
+    recognise,
+)
 from dig_jax.convert.sources import Source
 from dig_jax.convert.torch_file import open_torch
 from dig_jax.convert.torch_writer import write_torch
+from dig_jax.data import ImageSpec
 from dig_jax.export import read_model
-
-
-def state_dict(case):
-    """The golden parameters, float32, as upstream saves them."""
-    data = np.load(GOLDEN / f"{case}.npz")
-    return {name[6:]: data[name].astype(np.float32) for name in data if name.startswith("param/")}
-
-
-@functools.cache
-def abstract(case):
-    return nnx.eval_shape(lambda: fresh(case))
-
-
-@functools.cache
-def expected(case):
-    """What the golden outputs are computed with, in test_convert."""
-    stored = {name: Stored(x.shape, "float32", lambda x=x: x) for name, x in state_dict(case).items()}
-    return traverse_util.unflatten_dict(read_params(abstract(case), stored))
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def run(*arguments, status=0):
-    assert main([str(argument) for argument in arguments]) == status
-
-
-@pytest.fixture(autouse=True)
-def log_of_each_command():
-    """The command writes its log where standard error then is."""
-    root, absl = logging.getLogger(), logging.getLogger("absl")
-    level, absl_level = root.level, absl.level
-    yield
-    root.handlers = [handler for handler in root.handlers if type(handler) is not logging.StreamHandler]
-    root.setLevel(level)
-    absl.setLevel(absl_level)
-
-
-@pytest.fixture
-def refused(capsys):
-    """Runs what must fail; gives its one line."""
-
-    def fail(*arguments, status):
-        run(*arguments, status=status)
-        lines = capsys.readouterr().err.splitlines()
-        assert lines[-1].startswith("error: ")
-        assert sum(line.startswith("error: ") for line in lines) == 1
-        return lines[-1]
-
-    return fail
+from dig_jax.safetensors_file import Stored
 
 
 @pytest.fixture
@@ -107,23 +57,12 @@ def entry(array, index):
     return made.tensor(key=str(index), numel=array.size, shape=array.shape, strides=strides)
 
 
-HEADS = {"dit": ["--num_heads=1"]}
-
-
-def assert_upstreams(arrays, case):
-    assert arrays.keys() == state_dict(case).keys() | {"pos_embed"}
-    for name, array in state_dict(case).items():
-        if name == "pos_embed":  # the golden one is rounded to float16
-            np.testing.assert_allclose(arrays[name], array, atol=1e-3)
-        else:
-            np.testing.assert_array_equal(arrays[name], array)
-
-
 @pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])
 def test_upstreams_file_becomes_ours_and_comes_back_bit_for_bit(released, tmp_path, case):
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.pt"
     run(released(case), ours, *HEADS.get(case, []))
-    settings, step, params = read_model(ours)
+    experiment, step, params = read_model(ours)
+    settings = experiment.config
     assert_same(params, expected(case))
     assert (step, settings.sampled_ema) == (0, "0.9999")
     assert settings.model.skip_alignment == ("upstream" if case == "dig_skip" else "raster")
@@ -156,68 +95,11 @@ def test_a_workdir_is_written_that_can_be_sampled_from_and_converted_back(releas
     assert_same(dig_jax.load(tmp_path / "run").params, expected("dig_plain"))
     run(tmp_path / "run", tmp_path / "back.pt", "--tree=params")
     run(tmp_path / "back.pt", tmp_path / "ours.safetensors")
-    settings, _, params = read_model(tmp_path / "ours.safetensors")
+    experiment, _, params = read_model(tmp_path / "ours.safetensors")
     assert_same(params, expected("dig_plain"))
-    assert settings.sampled_ema == "params"  # a file without trees does not say that it is an average
-
-
-def diffusers(arrays):
-    """DiT's parameters as diffusers names them."""
-    renamed = {}
-    names = {
-        "x_embedder.proj": "pos_embed.proj",
-        "final_layer.adaLN_modulation.1": "proj_out_1",
-        "final_layer.linear": "proj_out_2",
-    }
-    inner = {"adaLN_modulation.1": "norm1.linear", "attn.proj": "attn1.to_out.0"}
-    inner |= {"mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}
-    shared = {"t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1"}
-    shared |= {"t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2"}
-    shared |= {"y_embedder.embedding_table": "norm1.emb.class_embedder.embedding_table"}
-    for name, array in arrays.items():
-        stem, leaf = name.rsplit(".", 1) if "." in name else (name, "")
-        if stem in names:
-            renamed[f"{names[stem]}.{leaf}"] = array
-        elif stem in shared:
-            renamed |= {f"transformer_blocks.{i}.{shared[stem]}.{leaf}": array.copy() for i in range(4)}
-        elif stem.startswith("blocks."):
-            _, block, part = stem.split(".", 2)
-            start = f"transformer_blocks.{block}"
-            if part == "attn.qkv":
-                for letter, piece in zip("qkv", np.split(array, 3), strict=True):
-                    renamed[f"{start}.attn1.to_{letter}.{leaf}"] = np.ascontiguousarray(piece)
-            else:
-                renamed[f"{start}.{inner[part]}.{leaf}"] = array
-    return renamed
-
-
-@pytest.fixture
-def diffusers_folder(tmp_path):
-    def write(**changes):
-        folder = tmp_path / "transformer"
-        folder.mkdir(exist_ok=True)
-        arrays = diffusers(state_dict("dit")) | changes
-        save_file(arrays, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps({"num_attention_heads": 1, "sample_size": 8}))
-        return folder
-
-    return write
-
-
-def test_diffusers_layout_is_that_of_dit(diffusers_folder, tmp_path):
-    run(diffusers_folder(), tmp_path / "ours.safetensors")
-    settings, _, params = read_model(tmp_path / "ours.safetensors")
-    assert_same(params, expected("dit"))
-    assert (settings.model.num_heads, settings.data.options["image_size"]) == (1, 8)
-
-
-def test_diffusers_blocks_with_different_embedders_are_refused(diffusers_folder, tmp_path, refused):
-    name = "transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias"
-    line = refused(diffusers_folder(**{name: np.zeros(32, np.float32)}), tmp_path / "x.safetensors", status=1)
-    assert "the blocks have different copies of t_embedder.mlp.0.bias" in line
-    name = "transformer_blocks.2.attn1.to_k.bias"
-    line = refused(diffusers_folder(**{name: np.zeros(3, np.float32)}), tmp_path / "x.safetensors", status=1)
-    assert "beside transformer_blocks.2.attn1.to_q.bias, to_k or to_v is missing or of another shape" in line
+    assert (
+        experiment.config.sampled_ema == "params"
+    )  # a file without trees does not say that it is an average
 
 
 @pytest.fixture
@@ -241,6 +123,29 @@ def test_the_model_is_found_by_the_shapes(dit_xl):
     named = recognise(dit_xl, model="SiT-XL/2", input_size=64)
     assert (named.model.name, named.model.depth) == ("DiT-XL/2", 0)
     assert named.data.options["image_size"] == 64
+
+
+@pytest.mark.parametrize("target", ["ours.safetensors", "run"])
+def test_a_converted_model_of_latents_knows_its_autoencoder_and_imagenets_classes(tmp_path, target):
+    table = {"y_embedder.embedding_table.weight": np.zeros((1001, 32), np.float32)}
+    save_file(state_dict("dit") | table, tmp_path / "theirs.safetensors")
+    run(tmp_path / "theirs.safetensors", tmp_path / target, "--num_heads=1")
+    sampler = dig_jax.load(tmp_path / target)
+    assert sampler.experiment.config.autoencoder.path == "stabilityai/sd-vae-ft-ema"
+    assert sampler.experiment.images.image_shape == (8, 8, 4)
+    assert sampler.experiment.images.class_names[207] == "n02099601"
+    assert sampler.resolve("golden retriever", None)[0].tolist() == [207]
+
+
+def test_a_model_of_pixels_without_classes_is_converted_both_ways(tmp_path):
+    save_file(state_dict("dig_unconditional_rgb"), tmp_path / "theirs.safetensors")
+    run(tmp_path / "theirs.safetensors", tmp_path / "run")
+    sampler = dig_jax.load(tmp_path / "run")
+    assert_same(sampler.params, expected("dig_unconditional_rgb"))
+    assert sampler.experiment.images == ImageSpec((8, 8, 3), ())
+    assert sampler.experiment.config.autoencoder.path == ""
+    run(tmp_path / "run", tmp_path / "back.safetensors")
+    assert_upstreams(load_file(tmp_path / "back.safetensors"), "dig_unconditional_rgb")
 
 
 def test_the_published_dit_is_known_by_its_shapes(dit_xl):
@@ -318,7 +223,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_arrays_that_are_no_model_give_one_line_and_write_nothing(tmp_path, refused, damage):
+def test_arrays_that_are_no_model_give_one_line_and_write_nothing(tmp_path, damage):
     change, message = DAMAGES[damage]
     source = damaged(tmp_path, change)
     line = refused(source, tmp_path / "x.safetensors", "--num_heads=1", status=1)
@@ -327,7 +232,7 @@ def test_arrays_that_are_no_model_give_one_line_and_write_nothing(tmp_path, refu
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_float16_and_bfloat16_are_read_exactly_and_other_dtypes_refused(tmp_path, refused):
+def test_float16_and_bfloat16_are_read_exactly_and_other_dtypes_refused(tmp_path):
     for dtype in (np.float16, jnp.bfloat16):
         arrays = {name: array.astype(dtype) for name, array in state_dict("dit").items()}
         save_file(arrays, tmp_path / "x.safetensors")
@@ -338,32 +243,17 @@ def test_float16_and_bfloat16_are_read_exactly_and_other_dtypes_refused(tmp_path
     arrays["final_layer.linear.bias"] = np.zeros(32, np.int64)
     save_file(arrays, tmp_path / "x.safetensors")
     line = refused(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--num_heads=1", status=1)
-    assert "of another dtype: final_layer.linear.bias I64" in line
+    assert "of another dtype: final_layer.linear.bias int64" in line
 
 
-def test_a_damaged_safetensors_file_gives_one_line(tmp_path, refused):
-    save_file(state_dict("dit"), tmp_path / "x.safetensors")
-    content, target = (tmp_path / "x.safetensors").read_bytes(), tmp_path / "y.safetensors"
-
-    def line(damaged):
-        (tmp_path / "x.safetensors").write_bytes(damaged)
-        return refused(tmp_path / "x.safetensors", target, status=1)
-
-    assert "is no safetensors file, or a damaged one" in line(content[:-1])
-    assert "is no safetensors file, or a damaged one" in line(b"")
-    assert "its header claims" in line(b"\xff" * 8 + content[8:])
-    first, second = b"blocks.0.mlp.fc1.bias", b"blocks.1.mlp.fc1.bias"
-    assert f"the name '{first.decode()}' stands twice" in line(content.replace(second, first, 1))
-
-
-def test_a_hostile_file_executes_and_writes_nothing(tmp_path, refused):
+def test_a_hostile_file_executes_and_writes_nothing(tmp_path):
     call = b"cos\nmkdir\n" + made.text(str(tmp_path / "executed")) + b"\x85R"
     source = made.write(tmp_path / "x.pt", made.pickled(made.tree(ema=made.tree(w=call))))
     assert "ema.w is no tensor (os.mkdir)" in refused(source, tmp_path / "y.safetensors", status=1)
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_commands_that_cannot_be_give_one_line(released, tmp_path, refused):
+def test_commands_that_cannot_be_give_one_line(released, tmp_path):
     source, target = released("dit"), tmp_path / "x.safetensors"
     assert "--num_heads is needed" in refused(source, target, status=2)
     assert "--model=DiG-XL/2: the names of its parameters are those of DiT" in refused(
@@ -375,16 +265,24 @@ def test_commands_that_cannot_be_give_one_line(released, tmp_path, refused):
     assert "has neither checkpoints nor" in refused(tmp_path, target, status=1)
     assert "the following arguments are required: target" in refused(source, status=2)
     assert "--num_heds=3; --help shows what there is" in refused(source, target, "--num_heds=3", status=2)
+    run(source, tmp_path / "ours.safetensors", "--num_heads=1")
+    line = refused(tmp_path / "ours.safetensors", tmp_path / "x.npz", status=2)
+    assert "must be FILE.safetensors, FILE.pt or a new folder for diffusers" in line
     target.write_text("somebody's weights")
     assert "is there already; delete it" in refused(source, target, "--num_heads=1", status=2)
     assert target.read_text() == "somebody's weights"
 
 
-def test_a_full_disk_gives_one_line_and_leaves_nothing(released, tmp_path, refused):
+def test_a_full_disk_gives_one_line_and_leaves_nothing(released, tmp_path):
     source = released("dit")
     with full_disk(10_000):
         line = refused(source, tmp_path / "new" / "x.safetensors", "--num_heads=1", status=1)
     assert "x.safetensors could not be written" in line
+    run(source, tmp_path / "ours.safetensors", "--num_heads=1")
+    for name in ("x.pt", "transformer"):
+        with full_disk(10_000):
+            line = refused(tmp_path / "ours.safetensors", tmp_path / "new" / name, status=1)
+        assert f"{name} could not be written" in line
     assert not any((tmp_path / "new").iterdir())
 
 
@@ -399,69 +297,7 @@ def test_what_is_written_says_what_it_is(released, tmp_path):
 def test_the_config_of_a_converted_file_is_the_published_recipe():
     c = base.get_config()
     c.data.name, c.data.options = "fake", {"image_size": 32, "channels": 4, "num_classes": 1000}
+    c.autoencoder.path = "stabilityai/sd-vae-ft-ema"
     c.sampling.ema = "0.9999"
     expected = config.from_dict(c.to_dict())
     assert describe(dataclasses.asdict(expected.model), expected.data.options, "0.9999") == expected
-
-
-@pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])
-def test_a_file_that_torch_wrote_becomes_ours(tmp_path, case):
-    """With PyTorch installed; the golden outputs are those of these parameters, in test_convert."""
-    torch = pytest.importorskip("torch")
-    arrays = {name: torch.from_numpy(array) for name, array in state_dict(case).items()}
-    model = torch.nn.ParameterDict()
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(arrays["x_embedder.proj.bias"])])
-    content = {"model": model.state_dict(), "ema": arrays, "opt": optimizer.state_dict(), "args": object}
-    torch.save(content, tmp_path / "x.pt")
-    run(tmp_path / "x.pt", tmp_path / "x.safetensors", *HEADS.get(case, []))
-    assert_same(read_model(tmp_path / "x.safetensors")[2], expected(case))
-    run(tmp_path / "x.safetensors", tmp_path / "back.pt")
-    back = torch.load(tmp_path / "back.pt", weights_only=True)
-    for name in arrays.keys() - {"pos_embed"}:
-        assert torch.equal(back[name], arrays[name])
-    with zipfile.ZipFile(tmp_path / "back.pt") as archive:
-        assert archive.testzip() is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("writer", ["ours", "torch"])
-@pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])
-def test_golden_weights_in_a_file_give_the_golden_outputs(tmp_path, case, writer):
-    path, arrays = tmp_path / "x.pt", state_dict(case)
-    if writer == "ours":
-        write_torch(path, arrays)
-    else:
-        torch = pytest.importorskip("torch")
-        torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
-    run(path, tmp_path / "x.safetensors", *HEADS.get(case, []))
-    sampler, data = dig_jax.load(tmp_path / "x.safetensors"), golden(case)
-    t, y = (jnp.asarray(data[name], jnp.int32) for name in "ty")
-    out = sampler.experiment.denoise(sampler.params, nhwc(data["x"]), t, y)
-    assert relative_error(out, nhwc(data["out"])) < 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # those of other people's packages
-def test_a_dit_that_diffusers_saved_computes_as_there(tmp_path):
-    """Its timestep's frequencies and second epsilon are set to those of the released DiT."""
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "num_embeds_ada_norm": 10}
-    theirs = diffusers.DiTTransformer2DModel(
-        **sizes, in_channels=4, out_channels=8, sample_size=8, patch_size=2, norm_eps=1e-6
-    ).eval()
-    shared = theirs.transformer_blocks[0].norm1.emb
-    for parameter in theirs.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    for block in theirs.transformer_blocks:
-        block.norm1.emb.load_state_dict(shared.state_dict())
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    theirs.save_pretrained(tmp_path / "transformer")
-    run(tmp_path / "transformer", tmp_path / "x.safetensors")
-    sampler = dig_jax.load(tmp_path / "x.safetensors")
-    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([17, 803]), torch.tensor([3, 10])
-    with torch.no_grad():
-        expected = theirs(x, timestep=t, class_labels=y, return_dict=False)[0].numpy()
-    out = sampler.experiment.denoise(sampler.params, nhwc(x.numpy()), jnp.asarray(t), jnp.asarray(y))
-    assert relative_error(out, nhwc(expected)) < 1e-4

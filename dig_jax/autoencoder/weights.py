@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
-from safetensors import SafetensorError, safe_open
 
 from dig_jax.autoencoder.model import Autoencoder
 from dig_jax.autoencoder.networks import AutoencoderConfig
 from dig_jax.errors import CheckpointError
+from dig_jax.safetensors_file import Stored, open_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 # What a config may say of networks that are not this one, and how it says that they are.
@@ -33,9 +33,8 @@ _FIXED = {
 _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 # The names of attention layers before diffusers 0.16, which the published files have.
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-_DTYPES = ("F32", "F16", "BF16")
-# Bytes; the published files have headers of 30 kB.
-_MAX_HEADER = _MAX_CONFIG = 2**20
+_DTYPES = ("float32", "float16", "bfloat16")
+_MAX_CONFIG = 2**20  # bytes
 
 
 def load(path_or_name: str | Path, *, dtype: DTypeLike = jnp.float32) -> Autoencoder:
@@ -135,43 +134,17 @@ def _same_kind(value: object, default: object) -> bool:
 
 def _read_weights(path: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, Array]:
     """Our arrays by their paths, float32; all names, shapes and dtypes are compared before one is read."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > _MAX_HEADER:
-                raise ValueError(
-                    f"is no safetensors file of an autoencoder: its header claims {size:,} bytes"
-                )
-            header = file.read(size)
-        with safe_open(path, framework="np") as file:
-            json.loads(header, object_pairs_hook=_without_duplicates)
-            stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in stored.items()}
-            names = _match(found, shapes)
+    with open_safetensors(path) as file:
+        try:
+            names = _match(file.arrays, shapes)
             return {
-                ours: _converted(name, file.get_tensor(name), shapes[ours]) for ours, name in names.items()
+                ours: _converted(name, file.arrays[name].read(), shapes[ours]) for ours, name in names.items()
             }
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no such file") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: is no whole safetensors file ({_first_line(error)})") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {_first_line(error)}") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """What JSON readers take silently: one name for several arrays."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"is damaged: the name {reprlib.repr(max(names, key=names.count))} stands twice in its header"
-        )
-    return dict(pairs)
-
-
-def _match(
-    stored: Mapping[str, tuple[str, tuple[int, ...]]], shapes: Mapping[tuple, tuple[int, ...]]
-) -> dict[tuple, str]:
+def _match(stored: Mapping[str, Stored], shapes: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, str]:
     """The name in the file of each of our arrays."""
     names, missing, wrong = {}, [], []
     for path, shape in shapes.items():
@@ -180,12 +153,11 @@ def _match(
             missing.append(_torch_names(path)[0])
             continue
         names[path] = name
-        dtype, actual = stored[name]
-        expected = _torch_shapes(shape)
-        if actual not in expected:
-            wrong.append(f"{name} has shape {list(actual)} and not {list(expected[0])}")
-        elif dtype not in _DTYPES:
-            wrong.append(f"{name} is {dtype} and none of {', '.join(_DTYPES)}")
+        array, expected = stored[name], _torch_shapes(shape)
+        if array.shape not in expected:
+            wrong.append(f"{name} has shape {list(array.shape)} and not {list(expected[0])}")
+        elif array.dtype not in _DTYPES:
+            wrong.append(f"{name} is {array.dtype} and none of {', '.join(_DTYPES)}")
     unexpected = sorted(set(stored) - set(names.values()))
     problems = {"missing": missing, "unexpected": unexpected, "wrong": wrong}
     if any(problems.values()):

@@ -4,6 +4,7 @@ python -m dig_jax.convert 0400000.pt dig.safetensors          upstream's DiG, or
 python -m dig_jax.convert 0400000.pt runs/dig --tree=model    as a workdir with a checkpoint
 python -m dig_jax.convert runs/dig dig.pt                     a run of ours, or a file of --mode=export,
 python -m dig_jax.convert runs/dig dig.safetensors            under upstream's names
+python -m dig_jax.convert runs/dit transformer                a DiT of ours as a folder of diffusers
 
 What is written is whole or not at all. dig_jax.load and --config.init_from read what is ours.
 """
@@ -19,20 +20,27 @@ from typing import NoReturn
 import jax
 import numpy as np
 from flax import nnx, traverse_util
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from dig_jax.checkpoint import Checkpoints, has_checkpoints
+from dig_jax.checkpoint import Checkpoints, described, has_checkpoints
 from dig_jax.config import Config
+from dig_jax.convert import diffusers
 from dig_jax.convert.names import read_params, torch_arrays
 from dig_jax.convert.pickled import Refused
-from dig_jax.convert.recognise import EMA, is_flow_matching, looks_like_official_dit, recognise
+from dig_jax.convert.recognise import (
+    EMA,
+    images_of,
+    is_flow_matching,
+    looks_like_official_dit,
+    recognise,
+)
 from dig_jax.convert.sources import open_source
 from dig_jax.convert.torch_writer import write_torch
 from dig_jax.errors import CheckpointError, ConfigError, UserError
 from dig_jax.experiment import Experiment
-from dig_jax.export import FORMAT, read_model, write_model, write_whole
+from dig_jax.export import FORMAT, read_model, write_model, writing_to
+from dig_jax.files import new_folder, replacing, write_json
 from dig_jax.models import DiffusionTransformer
+from dig_jax.safetensors_file import open_safetensors, write_safetensors
 
 log = logging.getLogger("dig_jax.convert")
 
@@ -42,7 +50,8 @@ def convert(source: Path, target: Path, tree: str | None = None, **options: str 
 
     Args:
         source: somebody's file; or ours: a workdir, a checkpoint in it, or an exported file.
-        target: FILE.safetensors; of somebody's parameters also a new workdir, of ours also FILE.pt.
+        target: FILE.safetensors; of somebody's parameters also a new workdir, of ours also FILE.pt or a new
+            folder in diffusers' layout.
         tree: of a .pt file, the tree; of a run of ours, the average's decay or "params".
 
     Raises:
@@ -52,8 +61,12 @@ def convert(source: Path, target: Path, tree: str | None = None, **options: str 
     if target.exists():
         raise ConfigError(f"{target} is there already; delete it, or take another name")
     ours = _is_ours(source)
-    if target.suffix not in ((".safetensors", ".pt") if ours else (".safetensors", "")):
-        known = "FILE.safetensors or FILE.pt" if ours else "FILE.safetensors or a new workdir"
+    kinds, known = (
+        ((".safetensors", ".pt", ""), "FILE.safetensors, FILE.pt or a new folder for diffusers")
+        if ours
+        else ((".safetensors", ""), "FILE.safetensors or a new workdir")
+    )
+    if target.suffix not in kinds:
         raise ConfigError(f"{target}: what {source} is converted to must be {known}")
     if ours and any(value is not None for value in options.values()):
         raise ConfigError(f"{source} has its config in it: of the options, only --tree goes with it")
@@ -65,7 +78,8 @@ def _to_ours(source: Path, target: Path, tree: str | None, **options: str | int 
         name = options.get("model") or source.name
         try:
             settings = recognise(found, **options)
-            params = read_params(_model(settings), found.stored)
+            experiment = Experiment(settings, images_of(settings))
+            params = read_params(_model(experiment), found.stored)
         except ConfigError:
             raise
         except Refused:  # open_source names the file
@@ -84,23 +98,33 @@ def _to_ours(source: Path, target: Path, tree: str | None, **options: str | int 
                 " CC-BY-NC, which excludes commercial use"
             )
     if target.suffix:
-        write_model(target, settings, 0, traverse_util.unflatten_dict(params))  # the step is not known
+        # The step is not known.
+        write_model(target, experiment, 0, traverse_util.unflatten_dict(params))
     else:
-        _write_workdir(target, settings, params)
+        _write_workdir(target, experiment, params)
     log.info("written: %s", target)
 
 
 def _to_theirs(source: Path, target: Path, tree: str | None, **options: None) -> None:
-    settings, step, params = read_model(source, tree)
+    experiment, step, params = read_model(source, tree)
     flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params).items()}
+    model = _model(experiment)
     try:
-        arrays = torch_arrays(_model(settings), flat)
+        about = None if target.suffix else diffusers.config_of(model)
+        arrays = torch_arrays(model, flat)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    if target.suffix == ".pt":
-        write_whole(target, lambda path: write_torch(path, arrays))
-    else:
-        write_whole(target, lambda path: save_file(arrays, path, {"format": "pt"}))
+    with writing_to(target):
+        if target.suffix == ".pt":
+            with replacing(target) as file:
+                write_torch(file, arrays)
+        elif target.suffix:
+            write_safetensors(target, arrays, {"format": "pt"})
+        else:
+            with new_folder(target) as folder:
+                write_json(folder / "config.json", about)
+                arrays = diffusers.from_upstream(arrays, model.blocks.depth)
+                write_safetensors(folder / diffusers.WEIGHTS, arrays, {"format": "pt"})
     log.info("written: %s, %d arrays of step %d", target, len(arrays), step)
 
 
@@ -112,14 +136,14 @@ def _is_ours(source: Path) -> bool:
     if source.suffix != ".safetensors":
         return False
     # What is no safetensors file is told by who reads it.
-    with contextlib.suppress(SafetensorError, OSError), safe_open(source, framework="numpy") as file:
-        return (file.metadata() or {}).get("format") == FORMAT
+    with contextlib.suppress(CheckpointError), open_safetensors(source) as file:
+        return file.metadata.get("format") == FORMAT
     return False
 
 
-def _model(settings: Config) -> DiffusionTransformer:
-    """The model of a config, without values."""
-    return nnx.eval_shape(lambda: Experiment(settings).make_model(nnx.Rngs(0)))
+def _model(experiment: Experiment) -> DiffusionTransformer:
+    """Its model, without values."""
+    return nnx.eval_shape(lambda: experiment.make_model(nnx.Rngs(0)))
 
 
 def _tell(settings: Config, tree: str, params: Mapping[tuple, np.ndarray]) -> None:
@@ -138,12 +162,14 @@ def _tell(settings: Config, tree: str, params: Mapping[tuple, np.ndarray]) -> No
     )
 
 
-def _write_workdir(target: Path, settings: Config, params: Mapping[tuple, np.ndarray]) -> None:
+def _write_workdir(target: Path, experiment: Experiment, params: Mapping[tuple, np.ndarray]) -> None:
     """A checkpoint whose average and parameters are the same, without an optimiser's state."""
     nested = traverse_util.unflatten_dict(params)
     state = {"step": np.int32(0), "params": nested, "ema": {EMA: nested}}
-    with Checkpoints(target, settings.checkpoint) as checkpoints:
-        checkpoints.save(0, state, {"examples": 0}, settings)
+    with Checkpoints(target, experiment.config.checkpoint) as checkpoints:
+        data = {"examples": 0} | experiment.images.described()
+        checkpoints.save(0, state, data, experiment.config)
+    write_json(target / "config.json", described(experiment.config))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -159,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("source", type=Path, help="somebody's file, or a run or an exported file of ours")
-    parser.add_argument("target", type=Path, help="FILE.safetensors, FILE.pt, or a new workdir")
+    parser.add_argument("target", type=Path, help="FILE.safetensors, FILE.pt, a new workdir or folder")
     parser.add_argument(
         "--tree", help="of a .pt file: ema, model, …; of ours: the average's decay, or params"
     )

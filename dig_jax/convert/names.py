@@ -15,6 +15,7 @@ from flax import nnx
 from dig_jax.models.dig import DIRECTIONS, DiG
 from dig_jax.models.embeddings import sincos_positions
 from dig_jax.models.transformer import DiffusionTransformer
+from dig_jax.safetensors_file import Stored
 
 # ours → theirs; a name stands for its weight (kernel) and, where ours has one, its bias.
 _TOP = {
@@ -52,15 +53,6 @@ _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias"
 _ALIASES = {"norm1": "attn_norm", "norm2": "mlp_norm"}
 # Floats that are exact in float32.
 _FLOATS = ("float32", "float16", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """An array of somebody's file: what is known before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

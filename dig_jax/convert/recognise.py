@@ -7,12 +7,15 @@ from typing import Any
 
 from dig_jax.config import Config, from_dict
 from dig_jax.convert.sources import Source
+from dig_jax.data import ImageSpec
+from dig_jax.data.class_names import imagenet_ids
 from dig_jax.errors import CheckpointError, ConfigError
 
 # width → size and, which DiT's tensors do not show, heads: table 1 of DiT.
 _SIZES = {384: ("S", 6), 768: ("B", 12), 1024: ("L", 16), 1152: ("XL", 16)}
 _FAMILIES = {"attn.gk_proj.0.weight": "DiG", "attn.qkv.weight": "DiT"}
 EMA = "0.9999"  # upstream's decay
+_AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # the recipe's, of four channels
 
 
 def recognise(source: Source, **options: Any) -> Config:
@@ -136,8 +139,18 @@ def describe(model: Mapping[str, Any], data: Mapping[str, Any], ema: str) -> Con
             },
             "evaluation": {"num_images": 500},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "cpu_devices": 1},
+            "autoencoder": {"path": _AUTOENCODER if data["channels"] == 4 else ""},
         }
     )
+
+
+def images_of(settings: Config) -> ImageSpec:
+    """Shape and classes of what a converted model makes; a thousand classes are ImageNet's."""
+    size, channels, classes = (
+        settings.data.options[name] for name in ("image_size", "channels", "num_classes")
+    )
+    names = imagenet_ids() if classes == 1000 else tuple(map(str, range(classes)))
+    return ImageSpec((size, size, channels), names)
 
 
 def _family(source: Source) -> str:

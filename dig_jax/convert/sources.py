@@ -4,42 +4,24 @@ import contextlib
 import dataclasses
 import json
 import re
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
-from dig_jax.convert.names import Stored
-from dig_jax.convert.pickled import Opaque, Refused
+from dig_jax.convert.diffusers import WEIGHTS, as_upstream
+from dig_jax.convert.pickled import Opaque, Refused, put
 from dig_jax.convert.torch_file import Tensor, TorchFile, open_torch
 from dig_jax.errors import CheckpointError
+from dig_jax.safetensors_file import Stored, open_safetensors
 
-# diffusers' DiTTransformer2DModel → upstream's DiT; a name stands for its weight and its bias.
-_DIFFUSERS_TOP = {
-    "pos_embed.proj": "x_embedder.proj",
-    "proj_out_1": "final_layer.adaLN_modulation.1",
-    "proj_out_2": "final_layer.linear",
-}
-_DIFFUSERS_BLOCK = {
-    "norm1.linear": "adaLN_modulation.1",
-    "attn1.to_out.0": "attn.proj",
-    "ff.net.0.proj": "mlp.fc1",
-    "ff.net.2": "mlp.fc2",
-}
-# Each block has its own copy of these, and diffusers trains them apart; upstream has one.
-_DIFFUSERS_SHARED = {
-    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
-}
-_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_DIFFUSERS_FILES = (
+    WEIGHTS,
+    f"{WEIGHTS}.index.json",  # of several files
+    "diffusion_pytorch_model.bin",
+)
 _TREES = ("ema", "model", "state_dict")
-_MAX_HEADER = 8 * 2**20  # bytes
-_MAX_CONFIG = 2**20
+_MAX_JSON = 2**20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,115 +54,61 @@ def open_source(path: Path, tree: str | None = None) -> Iterator[Source]:
         if not there:
             raise CheckpointError(f"{path}: has neither checkpoints nor {' or '.join(_DIFFUSERS_FILES)}")
         path = there[0]
-    if path.suffix == ".safetensors":
-        if tree:
-            raise CheckpointError(f"{path}: a safetensors file has no trees, and so no --tree={tree}")
-        with _open_safetensors(path) as stored:
-            yield Source(_as_upstream(stored), "", _diffusers_config(path))
-        return
-    with open_torch(path) as file:
-        content = file.content if isinstance(file.content, dict) else {}
-        if tree is None:
-            tree = next((name for name in _TREES if isinstance(content.get(name), dict)), "")
-        stored = {name: _stored(file, tensor) for name, tensor in file.tensors(tree).items()}
-        arguments = content.get("args")
-        hints = arguments.state if isinstance(arguments, Opaque) else _diffusers_config(path)
-        yield Source(_as_upstream(stored), tree, hints)
+    try:
+        with contextlib.ExitStack() as stack:
+            if path.suffix in (".safetensors", ".json"):
+                if tree:
+                    raise Refused(f"a safetensors file has no trees, and so no --tree={tree}")
+                files = [path] if path.suffix == ".safetensors" else _shards(path)
+                stored, hints, tree = {}, _diffusers_config(path), ""
+                for file in files:
+                    for name, array in stack.enter_context(open_safetensors(file)).arrays.items():
+                        put(stored, name, array)
+            else:
+                file = stack.enter_context(open_torch(path))
+                stored, hints, tree = _of_torch(file, tree, path)
+            yield Source(as_upstream(stored), tree, hints)
+    except Refused as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _of_torch(file: TorchFile, tree: str | None, path: Path) -> tuple[dict[str, Stored], dict[Any, Any], str]:
+    content = file.content if isinstance(file.content, dict) else {}
+    if tree is None:
+        tree = next((name for name in _TREES if isinstance(content.get(name), dict)), "")
+    stored = {name: _stored(file, tensor) for name, tensor in file.tensors(tree).items()}
+    arguments = content.get("args")
+    hints = arguments.state if isinstance(arguments, Opaque) else _diffusers_config(path)
+    return stored, hints, tree
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of diffusers names, beside it; their own headers say what is in them."""
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise Refused("is no index of diffusers: it has no weight_map")
+    files = sorted(set(map(str, names.values())))
+    for file in files:
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+            raise Refused(f"names {reprlib.repr(file)}, which is no safetensors file beside it")
+    return [index.with_name(file) for file in files]
 
 
 def _diffusers_config(path: Path) -> dict[Any, Any]:
     """config.json beside a file, where it is one of diffusers' DiT."""
+    config = _json(path.with_name("config.json"))
+    return config if "num_attention_heads" in config else {}
+
+
+def _json(path: Path) -> dict[Any, Any]:
+    """An object in a small file, empty where there is none."""
     try:
-        with path.with_name("config.json").open("rb") as file:
-            config = json.loads(file.read(_MAX_CONFIG))
+        with path.open("rb") as file:
+            content = json.loads(file.read(_MAX_JSON))
     except (OSError, ValueError, RecursionError):
         return {}
-    return config if isinstance(config, dict) and "num_attention_heads" in config else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _stored(file: TorchFile, tensor: Tensor) -> Stored:
     return Stored(tensor.shape, tensor.dtype.name, lambda: file.read(tensor))
-
-
-@contextlib.contextmanager
-def _open_safetensors(path: Path) -> Iterator[dict[str, Stored]]:
-    """Arrays of a safetensors file, whose header has each name once."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > _MAX_HEADER:
-                raise Refused(f"its header claims {size:,} bytes, more than {_MAX_HEADER:,}")
-            _check_names(file.read(size))
-        with safe_open(path, framework="numpy") as file:
-            stored = {}
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
-                part = file.get_slice(name)
-                dtype = _DTYPES.get(part.get_dtype(), part.get_dtype())
-                stored[name] = Stored(tuple(part.get_shape()), dtype, lambda name=name: file.get_tensor(name))
-            yield stored
-    except Refused as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except (SafetensorError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {reason}") from error
-
-
-def _check_names(header: bytes) -> None:
-    """What readers take silently: one name for several arrays."""
-    try:
-        json.loads(header, object_pairs_hook=_without_duplicates)
-    except Refused:
-        raise
-    except (ValueError, RecursionError):  # told by the reader of the arrays
-        return
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise Refused(f"the name {max(names, key=names.count)[:100]!r} stands twice in its header")
-    return dict(pairs)
-
-
-def _as_upstream(stored: dict[str, Stored]) -> dict[str, Stored]:
-    """diffusers' names as upstream's; others are left as they are."""
-    if not any(name.startswith("transformer_blocks.") for name in stored):
-        return stored
-    found: dict[str, Stored] = {}
-    copies: dict[str, list[Stored]] = {}
-    for name, array in stored.items():
-        stem, _, leaf = name.rpartition(".")
-        block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", stem)
-        if name == "pos_embed.pos_embed":
-            found["pos_embed"] = array
-        elif block is None:
-            found[f"{_DIFFUSERS_TOP.get(stem, stem)}.{leaf}"] = array
-        elif block[2] in _DIFFUSERS_SHARED:
-            copies.setdefault(f"{_DIFFUSERS_SHARED[block[2]]}.{leaf}", []).append(array)
-        elif block[2] == _QKV[0]:
-            parts = [stored.get(f"transformer_blocks.{block[1]}.{part}.{leaf}") for part in _QKV]
-            found[f"blocks.{block[1]}.attn.qkv.{leaf}"] = _fused(parts, name)
-        elif block[2] not in _QKV:
-            found[f"blocks.{block[1]}.{_DIFFUSERS_BLOCK.get(block[2], block[2])}.{leaf}"] = array
-    return found | {name: _agreed(arrays, name) for name, arrays in copies.items()}
-
-
-def _agreed(arrays: list[Stored], name: str) -> Stored:
-    """One array for several that must be equal; they are compared when it is read."""
-
-    def read() -> np.ndarray:
-        array = arrays[0].read()
-        if not all(np.array_equal(array, other.read()) for other in arrays[1:]):
-            raise Refused(f"the blocks have different copies of {name}; our DiT has one for all")
-        return array
-
-    return Stored(arrays[0].shape, arrays[0].dtype, read)
-
-
-def _fused(parts: list[Stored | None], name: str) -> Stored:
-    """Arrays one below the other."""
-    whole = [part for part in parts if part is not None and part.shape]
-    if len(whole) < len(parts) or len({(part.shape, part.dtype) for part in whole}) > 1:
-        raise Refused(f"beside {name}, to_k or to_v is missing or of another shape or dtype")
-    shape = (sum(part.shape[0] for part in whole), *whole[0].shape[1:])
-    return Stored(shape, whole[0].dtype, lambda: np.concatenate([part.read() for part in whole]))

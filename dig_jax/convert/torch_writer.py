@@ -5,6 +5,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -21,8 +22,8 @@ _PROTOCOL, _MARK, _TUPLE, _BY_ID, _FALSE, _CALL, _SET_ITEMS, _STOP = (
 )
 
 
-def write_torch(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict; `torch.load(path, weights_only=True)` gives it back. Equal input, equal bytes.
+def write_torch(file: Path | BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict; `torch.load(file, weights_only=True)` gives it back. Equal input, equal bytes.
 
     Args:
         arrays: float32; what is one array under several names is one storage in the file.
@@ -34,7 +35,7 @@ def write_torch(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     for array in arrays.values():
         members.setdefault(id(array), (str(len(members)), array))
     keys = {name: members[id(array)][0] for name, array in arrays.items()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
         def write(name: str, data: bytes | memoryview) -> None:
             info = zipfile.ZipInfo(f"archive/{name}")

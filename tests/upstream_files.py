@@ -1,0 +1,71 @@
+"""Upstream's parameters in files, and the command that converts them."""
+
+import contextlib
+import functools
+import io
+import logging
+
+import jax
+import numpy as np
+from flax import nnx, traverse_util
+from test_convert import GOLDEN, fresh
+
+from dig_jax.convert.__main__ import main
+from dig_jax.convert.names import read_params
+from dig_jax.safetensors_file import Stored
+
+HEADS = {"dit": ["--num_heads=1"]}  # which its parameters do not show
+
+
+def state_dict(case):
+    """The golden parameters, float32, as upstream saves them."""
+    data = np.load(GOLDEN / f"{case}.npz")
+    return {name[6:]: data[name].astype(np.float32) for name in data if name.startswith("param/")}
+
+
+@functools.cache
+def abstract(case):
+    return nnx.eval_shape(lambda: fresh(case))
+
+
+@functools.cache
+def expected(case):
+    """What the golden outputs are computed with, in test_convert."""
+    stored = {name: Stored(x.shape, "float32", lambda x=x: x) for name, x in state_dict(case).items()}
+    return traverse_util.unflatten_dict(read_params(abstract(case), stored))
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def run(*arguments, status=0):
+    """The command; its log goes where standard error is now."""
+    root, absl = logging.getLogger(), logging.getLogger("absl")
+    level, absl_level, handlers = root.level, absl.level, list(root.handlers)
+    try:
+        assert main([str(argument) for argument in arguments]) == status
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
+        absl.setLevel(absl_level)
+
+
+def refused(*arguments, status):
+    """Runs what must fail; gives its one line."""
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        run(*arguments, status=status)
+    lines = told.getvalue().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    return lines[-1]
+
+
+def assert_upstreams(arrays, case):
+    assert arrays.keys() == state_dict(case).keys() | {"pos_embed"}
+    for name, array in state_dict(case).items():
+        if name == "pos_embed":  # the golden one is rounded to float16
+            np.testing.assert_allclose(arrays[name], array, atol=1e-3)
+        else:
+            np.testing.assert_array_equal(arrays[name], array)
