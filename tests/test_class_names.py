@@ -1,0 +1,130 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from dig_jax import cli
+from dig_jax.data.class_names import class_index, display_name, imagenet_ids
+from dig_jax.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+ANIMALS = ("cat", "Guinea_pig", "sea-lion")
+
+
+def test_imagenets_classes_are_a_thousand_in_the_order_of_their_ids():
+    ids = imagenet_ids()
+    assert len(ids) == 1000
+    assert list(ids) == sorted(set(ids))
+    first, last = "n01440764", "n15075141"
+    assert (ids[0], ids[-1]) == (first, last)
+    for index, name in [
+        (0, "tench"),
+        (207, "golden retriever"),
+        (281, "tabby"),
+        (388, "giant panda"),
+        (717, "pickup"),
+        (850, "teddy"),
+        (979, "valley"),
+        (999, "toilet tissue"),
+    ]:
+        assert display_name(ids[index]) == name
+        assert class_index(name, ids) == class_index(ids[index], ids) == index
+
+
+@pytest.mark.parametrize(
+    "name", ["golden retriever", "Golden Retriever", "golden_retriever", "golden-retriever", "n02099601"]
+)
+def test_a_class_is_found_by_its_id_and_by_its_name_however_it_is_written(name):
+    assert class_index(name, imagenet_ids()) == 207
+    assert class_index(name, ("n01440764", "n02099601")) == 1
+
+
+def test_all_of_a_classs_names_are_known():
+    assert class_index("coon bear", imagenet_ids()) == 388
+    assert class_index("jack-o'-lantern", imagenet_ids()) == 607
+    assert class_index("Tinca tinca", ("goldfish, Carassius auratus", "tench, Tinca tinca")) == 1
+
+
+def test_names_of_other_data_are_found_as_they_are():
+    assert [class_index(name, ANIMALS) for name in ("CAT", "guinea pig", "Sea Lion")] == [0, 1, 2]
+    assert class_index("3", tuple("0123456789")) == 3
+    assert display_name("Guinea_pig") == "Guinea_pig"
+    assert display_name("tench, Tinca tinca") == "tench"
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("golden retreiver", "there is no class 'golden retreiver'; did you mean 'golden retriever'?"),
+        ("panda bear cub", "there is no class 'panda bear cub'; did you mean 'panda bear'?"),
+        ("xyzzy", "there is no class 'xyzzy'"),
+        ("", "there is no class ''"),
+        (
+            "cat",
+            "there is no class 'cat'; did you mean 'tabby cat' or 'tiger cat' or 'Persian cat'?",
+        ),
+        (
+            "crane",
+            "'crane' is the name of several classes; say which by its index: 134 (n02012849: crane) or 517"
+            " (n03126707: crane)",
+        ),
+        ("maillot", "638 (n03710637: maillot) or 639 (n03710721: maillot, tank suit)"),
+    ],
+)
+def test_a_name_that_is_none_or_several_says_which_there_are(name, told):
+    with pytest.raises(ValueError) as caught:
+        class_index(name, imagenet_ids())
+    assert str(caught.value).endswith(told)
+
+
+def test_few_classes_are_listed_where_none_is_near():
+    with pytest.raises(ValueError, match="no class 'cta'; did you mean 'cat'"):
+        class_index("cta", ANIMALS)
+    with pytest.raises(ValueError, match="no class 'horse'; they are cat, Guinea_pig, sea-lion"):
+        class_index("horse", ANIMALS)
+
+
+def test_without_classes_there_are_no_names():
+    with pytest.raises(ValueError, match="no class 'cat': the model has no classes"):
+        class_index("cat", ())
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("0,3,5-7", [0, 3, 5, 6, 7]),
+        ("golden retriever,tabby", [207, 281]),
+        ("9, golden_retriever ,1-2,n01440764", [9, 207, 1, 2, 0]),
+        ("T-shirt", [610]),
+    ],
+)
+def test_labels_are_indices_ranges_and_names(text, expected):
+    assert cli.labels(text, imagenet_ids()).tolist() == expected
+    assert cli.labels(None, imagenet_ids()) is None
+
+
+def test_what_is_written_in_digits_is_an_index_whatever_the_classes_are_called():
+    assert cli.labels("2,10", ("1", "10", "100", "2")).tolist() == [2, 10]
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("tench,golden retreiver", "--labels: there is no class 'golden retreiver'; did you mean"),
+        ("3-", "--labels='3-' is not a list of numbers"),
+        ("7-5,tench", "is not a list of numbers"),
+        ("tench,,3", "is not a list of numbers"),
+        ("0-9999999,tench", "more than a million"),
+    ],
+)
+def test_labels_that_cannot_be_are_told_in_one_line(text, told):
+    with pytest.raises(ConfigError, match=told):
+        cli.labels(text, imagenet_ids())
+
+
+def test_what_is_read_beside_the_code_is_installed_with_it():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = project["tool"]["setuptools"]["package-data"]["dig_jax"]
+    package = ROOT / "dig_jax"
+    found = [str(path.relative_to(package)) for path in package.rglob("*.txt")]
+    assert sorted(listed) == sorted(found) != []

@@ -1,0 +1,250 @@
+import io
+import logging
+import shutil
+import socket
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data_images import noise
+
+from dig_jax.data import batches, load_source
+from dig_jax.data.images import adm_crop, decode
+from dig_jax.errors import UserError
+
+ANIMALS = ["cat", "dog", "fox"]
+DAMAGED = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    return pytest.importorskip("datasets", reason="pip install -e '.[hub]'")
+
+
+def picture(number):
+    """JPEGs, grey, CMYK and transparent ones and a damaged one among them."""
+    image = Image.fromarray(noise(20 + number, 24, seed=number))
+    image = image.convert({1: "L", 2: "CMYK", 3: "RGBA", 5: "P"}.get(number, "RGB"))
+    file = io.BytesIO()
+    image.save(file, "PNG" if image.mode in ("RGBA", "P") else "JPEG")
+    return file.getvalue()[: 300 if number == DAMAGED else None]
+
+
+def write_declared(library, path, numbers, labels=lambda number: number % 3):
+    """As `push_to_hub` writes shards: with the kinds of the columns in them."""
+    features = library.Features({"image": library.Image(), "label": library.ClassLabel(names=ANIMALS)})
+    columns = {
+        "image": [{"bytes": picture(number), "path": None} for number in numbers],
+        "label": [labels(number) for number in numbers],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:  # given a path, it shows a bar of progress
+        library.Dataset.from_dict(columns, features=features).to_parquet(file)
+
+
+def write_plain(path, **columns):
+    import pyarrow
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+def write_tar(path, numbers):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for number in numbers:
+            for kind, data in (("jpg", picture(0)), ("cls", b"%d" % (number % 3))):
+                member = tarfile.TarInfo(f"{number:05}.{kind}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def root(library, tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    for shard in range(3):
+        numbers = range(3 * shard, 3 * shard + 3)
+        write_declared(library, root / "animals" / f"data/train-0000{shard}-of-00003.parquet", numbers)
+    write_declared(library, root / "animals/data/test-00000-of-00001.parquet", range(3))
+    write_declared(library, root / "animals/data/validation-00000-of-00001.parquet", range(2))
+    return root
+
+
+def load(root, dataset="animals", split="train", **options):
+    options = {"image_size": 8, "cache_dir": str(root / "cache"), **options}
+    return load_source("hub", split, dataset=str(root / dataset), **options)
+
+
+def test_examples_are_those_that_were_written(root):
+    source = load(root)
+    assert (source.name, source.class_names, len(source)) == ("hub", tuple(ANIMALS), 9)
+    for index in set(range(9)) - {DAMAGED}:
+        expected = adm_crop(decode(picture(index), upright=False), 8)
+        np.testing.assert_array_equal(source[index]["image"], expected)
+        assert source[index]["label"] == index % 3
+
+
+def test_a_damaged_image_is_named_and_replaced(root, caplog):
+    caplog.set_level(logging.WARNING, logger="dig_jax")
+    source = load(root)
+    replaced = source[DAMAGED]
+    assert source.num_unreadable == 1
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith(f"row {DAMAGED} of {root / 'animals'} train is replaced by another image: ")
+    again = load(root)[DAMAGED]
+    np.testing.assert_array_equal(replaced["image"], again["image"])
+    assert replaced["label"] == again["label"]
+
+
+def test_threads_read_the_same_batches(root):
+    def stream(threads):
+        iterator = batches(load(root), batch_size=6, seed=1, num_threads=threads)
+        taken = [next(iterator)["image"] for _ in range(4)]
+        iterator.close()
+        return np.stack(taken)
+
+    np.testing.assert_array_equal(stream(0), stream(3))
+
+
+def test_held_out_images_are_the_validation_split_or_else_the_one_that_is_named(root, library):
+    assert len(load(root, split="heldout")) == 2
+    assert len(load(root, split="heldout", heldout_split="test")) == 3
+    assert len(load(root, train_split="train[:6]")) == 6
+    with pytest.raises(UserError, match="the split 'tran' of .* cannot be opened: .* one of .'train', "):
+        load(root, train_split="tran")
+    write_declared(
+        load.__globals__["pytest"].importorskip("datasets"), root / "whole/train.parquet", range(4)
+    )
+    with pytest.raises(UserError, match="neither validation nor test images; set train_split="):
+        load(root, "whole", "heldout")
+    with pytest.raises(UserError, match="has 3 classes, not num_classes=10"):
+        load(root, num_classes=10)
+
+
+def test_columns_that_are_declared_nowhere_are_recognised(root):
+    images = [picture(0)] * 5
+    stored = [{"bytes": image, "path": "/etc/passwd"} for image in images]
+    for name, column in {"bytes": images, "struct": stored}.items():
+        write_plain(root / name / "train.parquet", jpg=column, cls=[0, 1, 2, 4, 1], url=["x"] * 5)
+        write_plain(root / name / "test.parquet", jpg=column[:2], cls=[3, 0], url=["x"] * 2)
+        source = load(root, name)
+        assert (source.class_names, source[3]["label"]) == (tuple("01234"), 4)
+        assert load(root, name, "heldout").class_names == tuple("01234")
+        assert load(root, name, num_classes=7).num_classes == 7
+    write_plain(root / "unlabelled/train.parquet", image=images)
+    source = load(root, "unlabelled")
+    assert (source.class_names, source[1]["label"]) == ((), 0)
+
+
+def test_an_image_that_is_a_path_alone_is_not_followed(root, tmp_path, caplog):
+    path = tmp_path / "secret.jpg"
+    path.write_bytes(picture(0))
+    rows = [{"bytes": None, "path": str(path)}, {"bytes": picture(1), "path": None}]
+    write_plain(root / "paths/train.parquet", image=rows, label=[0, 1])
+    source = load(root, "paths")
+    assert [source[index]["label"] for index in range(2)] == [1, 1]
+    assert source.num_unreadable == 1
+
+
+ONE = {"image": [b"1"], "label": [1]}
+
+
+@pytest.mark.parametrize(
+    "columns, options, told",
+    [
+        ({"text": ["a"]}, {}, r"has no columns of images \(text\); say which it is"),
+        ({"a": [b"1"], "b": [b"2"]}, {}, r"has 2 columns of images \(a, b\); say which it is"),
+        (ONE | {"label": ["cat"]}, {}, "column 'label' of .* is of type string; classes are whole numbers"),
+        (ONE | {"label": [[1]]}, {}, "column 'label' of .* classes are whole numbers"),
+        (ONE | {"class": [2]}, {}, "label is missing: .* has label, class"),
+        (ONE, {"label": "lable"}, "'lable' is no column of .*; did you mean 'label'"),
+        (ONE, {"image": "label"}, r"has no columns of images \(image, label\); say which it is"),
+        (ONE | {"label": [-1]}, {}, "has labels from -1 to -1, and its 0 classes are numbered from 0"),
+        ({"image": [b"1", b"2"], "label": [3, None]}, {}, "has labels from -1 to 3, and its 4 classes"),
+    ],
+)
+def test_columns_that_do_not_fit_are_told_in_one_line(tmp_path, columns, options, told):
+    write_plain(tmp_path / "shards/train.parquet", **columns)
+    with pytest.raises((UserError, ValueError), match=told) as caught:
+        load(tmp_path, "shards", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_tars_are_read_by_index_too(root):
+    write_tar(root / "tars/train-000000.tar", range(4))
+    write_tar(root / "tars/train-000001.tar", range(4, 7))
+    source = load(root, "tars")
+    assert len(source) == 7
+    assert [source[index]["label"] for index in (6, 0, 5)] == [0, 0, 2]
+    np.testing.assert_array_equal(source[6]["image"], adm_crop(decode(picture(0)), 8))
+
+
+def test_fingerprints_tell_splits_contents_and_crops_apart(root, library, tmp_path):
+    sources = [load(root), load(root, split="heldout"), load(root, train_split="train[:5]")]
+    sources += [load(root, image_size=9)]
+    assert len({source.fingerprint for source in sources}) == len(sources)
+    moved = shutil.copytree(root / "animals", tmp_path / "moved")
+    assert load(tmp_path, moved).fingerprint == sources[0].fingerprint
+    shard = moved / "data/train-00000-of-00003.parquet"
+    write_declared(library, shard, range(3), labels=lambda _: 0)
+    assert load(tmp_path, moved).fingerprint != sources[0].fingerprint
+
+
+def test_local_shards_are_read_without_a_network_and_nothing_in_them_is_run(root, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: called.append("connect"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: called.append("getaddrinfo"))
+    copy = shutil.copytree(root / "animals", tmp_path / "shards")
+    (copy / "README.md").write_text("---\nlicense: mit\n---\n")
+    (copy / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert len(load(tmp_path, "shards")) == 9
+    (copy / "shards.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match="shards cannot be opened by datasets: .* no longer supported"):
+        load(tmp_path, "shards")
+    assert not (tmp_path / "ran").exists()
+    assert not called
+
+
+def test_what_is_no_shard_or_damaged_or_not_there_is_told_in_one_line(root, tmp_path, capfd, monkeypatch):
+    with pytest.raises(ValueError, match="dataset of the hub source is missing"):
+        load_source("hub", "train")
+    with pytest.raises(UserError, match="there is no folder '.*', nor can it be a name on the Hub"):
+        load(tmp_path, "nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pictures/cat").mkdir(parents=True)
+    (tmp_path / "pictures/cat/1.jpg").write_bytes(picture(0))
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/a.csv").write_text("label\n1\n")
+    truncated = tmp_path / "truncated/train.parquet"
+    truncated.parent.mkdir()
+    whole = root / "animals/data/train-00000-of-00003.parquet"
+    truncated.write_bytes(whole.read_bytes()[:-50])
+    for name, told in {
+        "empty": "cannot be opened by datasets: EmptyDatasetError",
+        "pictures": "is read as imagefolder, and not as shards .* config.data.name=image_folder",
+        "tables": "is read as csv, and not as shards",
+        "truncated": "truncated cannot be opened by datasets: ArrowInvalid: ",
+    }.items():
+        with pytest.raises(UserError, match=told) as caught:
+            load(tmp_path, name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="there is no folder 'pandas'"):  # that reader takes pickles
+        load_source("hub", "train", dataset="pandas")
+
+    def resolve(*_, **__):
+        raise RuntimeError("no network")  # an OSError would be tried again, for 25 seconds
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with pytest.raises(UserError, match="nobody/nothing cannot be opened by datasets: ") as caught:
+        load_source("hub", "train", dataset="nobody/nothing", cache_dir=str(tmp_path / "cache"))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_without_the_library_the_command_that_installs_it_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hub\]'"):
+        load_source("hub", "train", dataset="a/b")
