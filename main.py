@@ -7,10 +7,11 @@ python main.py --config=configs/digits.py --mode=evaluate     score again
 python main.py --config=configs/digits.py --mode=export --output=digits.safetensors    parameters to share
 python main.py --config=configs/dig_xl.py --mode=plan --topology=v5e:16x16    memory and time on such chips
 
---config=configs/dig_xl.py:512 gives the config an argument, --config.FIELD=VALUE sets a field, such as
---config.training.steps=4000; configs/base.py lists all fields.
+--config=configs/dig_xl.py:512 gives the config an argument, --config=WORKDIR/config.json takes that of a run,
+--config.FIELD=VALUE sets a field, such as --config.training.steps=4000; configs/base.py lists all fields.
 """
 
+import functools
 from pathlib import Path
 
 from absl import flags
@@ -18,15 +19,19 @@ from absl import flags
 from dig_jax import cli, plan, report
 from dig_jax.compilation import keep_compiled_programs
 from dig_jax.config import Config
+from dig_jax.encode import encode
 from dig_jax.errors import ConfigError
 from dig_jax.export import export
+from dig_jax.image_set import sample
 from dig_jax.parallel import join_processes, prepare_cpu
 from dig_jax.training.loop import train
 from dig_jax.training.profiling import profiled_steps
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME_OF_CONFIG by default.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "export", "plan"], "What to do.")
-_LABELS = flags.DEFINE_string("labels", None, "With --mode=sample: classes, such as 0,3,5-7; one of each.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "sample", "evaluate", "encode", "export", "plan"], "What to do."
+)
+_LABELS = flags.DEFINE_string("labels", None, "With --mode=sample: classes, such as 0,5-7 or tabby,goldfish.")
 _SEEDS = flags.DEFINE_string("seeds", None, "With --mode=sample: seeds, such as 0-15; 0, 1, … by default.")
 _OUTPUT = flags.DEFINE_string("output", None, "With --mode=export: the file, FILE.safetensors.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -39,18 +44,20 @@ _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "In training: steps to be traced by JAX's profiler, such as 100-105."
 )
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Of several training processes: ADDRESS:PORT of the first; TPU pods, SLURM: no flag."
+    "coordinator",
+    None,
+    "Of several processes that train, encode or sample: ADDRESS:PORT of the first; TPU pods, SLURM: no flag.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 _JOIN_TIMEOUT = flags.DEFINE_float("join_timeout", 300, "Seconds that processes wait for each other.")
 
 
-def main(settings: Config, name: str) -> None:
+def main(settings: Config, default_workdir: Path) -> None:
     """Calls the one function that the mode stands for."""
-    workdir = Path(_WORKDIR.value or f"runs/{name}")
-    labels, seeds = cli.numbers(_LABELS.value, "labels"), cli.numbers(_SEEDS.value, "seeds")
-    if _MODE.value != "sample" and not (labels is seeds is None):
+    workdir = Path(_WORKDIR.value or default_workdir)
+    seeds = cli.numbers(_SEEDS.value, "seeds")
+    if _MODE.value != "sample" and not (_LABELS.value is seeds is None):
         raise ConfigError("--labels and --seeds go with --mode=sample")
     if _MODE.value != "plan" and (_TOPOLOGY.value or _JSON.value):
         raise ConfigError("--topology and --json go with --mode=plan")
@@ -62,14 +69,17 @@ def main(settings: Config, name: str) -> None:
     prepare_cpu(settings.mesh.cpu_devices)
     if _MODE.value != "plan":  # whose chips are not there to run what would be kept
         keep_compiled_programs()
-    if _MODE.value == "train":
+    if _MODE.value in ("train", "encode", "sample"):
         join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value)
+    if _MODE.value == "train":
         if train(settings, workdir, profiled) is None:
             cli.say_how_to_go_on()
     elif _MODE.value == "plan":
         plan.show(settings, _TOPOLOGY.value or plan.THIS, _JSON.value)
     elif _MODE.value == "sample":
-        report.sample(settings, workdir, labels, seeds)
+        sample(settings, workdir, functools.partial(cli.labels, _LABELS.value), seeds)
+    elif _MODE.value == "encode":
+        encode(settings)
     elif _MODE.value == "export":
         export(settings, workdir, Path(_OUTPUT.value))
     else:

@@ -26,7 +26,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dig_jax import config
 from dig_jax.config import Config
+from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError, ConfigError
+from dig_jax.experiment import Experiment, Params
 from dig_jax.parallel import from_first, is_loss_of_process, who_lack
 
 log = logging.getLogger(__name__)
@@ -189,8 +191,8 @@ def read_config(path: Path) -> Config:
     return _config(_newest_intact(path)[0])
 
 
-def read_params(path: Path, ema: str | None = None) -> tuple[Config, int, Any]:
-    """Config, step and parameters in the newest intact checkpoint of a workdir, or in one of them.
+def read_params(path: Path, ema: str | None = None) -> tuple[Experiment, int, Params]:
+    """Experiment, step and parameters in the newest intact checkpoint of a workdir, or in one of them.
 
     Of several processes all must call it.
 
@@ -200,13 +202,14 @@ def read_params(path: Path, ema: str | None = None) -> tuple[Config, int, Any]:
             empty, as the config says.
 
     Returns:
-        The parameters lie on one local device, whatever mesh they were saved from.
+        The parameters lie on one local device, whatever mesh they were saved from. The experiment knows its
+        images, without their source, unless an older version wrote the checkpoint.
 
     Raises:
         CheckpointError: there is no checkpoint, all are damaged, or there is no such average.
     """
     directory, _ = _agreed_newest_intact(path)
-    settings = _config(directory)
+    settings, images = _config(directory), _images(directory)
     name = ema or settings.sampled_ema
     averages = [str(decay) for decay in settings.training.ema_decays]
     if name not in [*averages, "params"]:
@@ -229,7 +232,7 @@ def read_params(path: Path, ema: str | None = None) -> tuple[Config, int, Any]:
         ),
     ).state
     params = state["params"] if name == "params" else state["ema"][name]
-    return settings, int(state["step"]), _integer_keys(params)
+    return Experiment(settings, images), int(state["step"]), _integer_keys(params)
 
 
 def _agreed_newest_intact(path: Path) -> tuple[Path, list[Path]]:
@@ -314,6 +317,13 @@ def _config(directory: Path) -> Config:
         return config.from_dict(ocp.JsonCheckpointHandler().restore(directory / "config")["config"])
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {directory} is of another version: {error}") from error
+
+
+def _images(directory: Path) -> ImageSpec | None:
+    try:
+        return ImageSpec.of(ocp.JsonCheckpointHandler().restore(directory / "data"))
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {directory}: {error}") from error
 
 
 def _integer_keys(tree: Any) -> Any:

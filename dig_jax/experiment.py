@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from dig_jax import autoencoder
+from dig_jax.autoencoder import Autoencoder
 from dig_jax.config import Config
-from dig_jax.data import Source, load_source
+from dig_jax.data import ImageSpec, Source, load_source
 from dig_jax.diffusion import GaussianDiffusion
 from dig_jax.errors import blaming
 from dig_jax.models import DiffusionTransformer, create_model
@@ -24,9 +26,13 @@ class Experiment:
     """Model, diffusion and data of a config, each made once, when it is first needed.
 
     Parameters are a plain nested dict; the network is the pure function `denoise`.
+
+    config: the settings.
+    known: what is known of the images without a look at them; None: what the source says.
     """
 
     config: Config
+    known: ImageSpec | None = None
 
     @functools.cached_property
     def train_source(self) -> Source:
@@ -39,6 +45,27 @@ class Experiment:
         """Images of the same kind that training never sees."""
         with blaming("config.data"):
             return load_source(self.config.data.name, "heldout", **self.config.data.options)
+
+    @functools.cached_property
+    def images(self) -> ImageSpec:
+        """Shape and classes of what the model sees."""
+        if self.known is not None:
+            return self.known
+        return ImageSpec(tuple(self.train_source.image_shape), tuple(self.train_source.class_names))
+
+    @functools.cached_property
+    def autoencoder(self) -> Autoencoder | None:
+        """What makes pictures of the model's images; None: they are pictures, or made up.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        settings = self.config.autoencoder
+        made_up = self.known is None and self.config.data.name == "fake"
+        if not settings.path or made_up:
+            return None
+        with blaming("config.autoencoder.path"):
+            return autoencoder.load(settings.path, dtype=jnp.dtype(settings.dtype))
 
     @functools.cached_property
     def diffusion(self) -> GaussianDiffusion:
@@ -78,7 +105,7 @@ class Experiment:
     def make_model(self, rngs: nnx.Rngs) -> DiffusionTransformer:
         """The network as a module with random parameters."""
         m = self.config.model
-        height, width, channels = self.train_source.image_shape
+        height, width, channels = self.images.image_shape
         overrides: dict[str, Any] = {"dtype": jnp.dtype(m.dtype), "remat": _optional(m.remat)}
         for field in ("patch_size", "depth", "hidden_size", "num_heads"):
             if getattr(m, field):
@@ -95,7 +122,7 @@ class Experiment:
             return create_model(
                 m.name,
                 input_size=(height, width),
-                num_classes=self.train_source.num_classes,
+                num_classes=self.images.num_classes,
                 in_channels=channels,
                 learn_sigma=m.learn_sigma,
                 rngs=rngs,

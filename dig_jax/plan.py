@@ -30,8 +30,8 @@ from dig_jax.planning.program import Counts, count
 from dig_jax.planning.roofline import roofline
 from dig_jax.planning.summary import summary
 from dig_jax.planning.topology import THIS, Topology, find_topology
+from dig_jax.progress import duration
 from dig_jax.training.lowering import abstract_batch, abstract_state, laid_out, lower_train_step
-from dig_jax.training.metrics import duration
 
 __all__ = ["THIS", "plan", "show"]
 
@@ -141,7 +141,7 @@ class _Run:
     def model_flops(self) -> int:
         """Of training on one image."""
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state["params"])
-        image = jax.ShapeDtypeStruct((1, *self.experiment.train_source.image_shape), jnp.float32)
+        image = jax.ShapeDtypeStruct((1, *self.experiment.images.image_shape), jnp.float32)
         number = jax.ShapeDtypeStruct((1,), jnp.int32)
         return training_flops(self.experiment.denoise, params, image, number, number)
 
@@ -200,7 +200,7 @@ def _lower_train_step(run: _Run) -> jax.stages.Lowered:
 
 
 def _lower_sampler(run: _Run) -> jax.stages.Lowered:
-    settings, source, mesh = run.settings.sampling, run.experiment.train_source, sampling_mesh(run.mesh)
+    settings, images, mesh = run.settings.sampling, run.experiment.images, sampling_mesh(run.mesh)
     numbers = jax.ShapeDtypeStruct((run.drawn,), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         return sampling.generate.lower(
@@ -209,10 +209,10 @@ def _lower_sampler(run: _Run) -> jax.stages.Lowered:
             seeds=numbers,
             scale=jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)),
             experiment=run.experiment,
-            shape=source.image_shape,
+            shape=images.image_shape,
             sampler=settings.sampler,
             steps=settings.steps,
-            guided=settings.guidance_scale != 1 and source.num_classes > 0,
+            guided=settings.guidance_scale != 1 and images.num_classes > 0,
             trajectory=False,
         )
 

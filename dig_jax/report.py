@@ -1,7 +1,6 @@
 """What a run shows: sample grids, nearest training images, the loss curve and the scores."""
 
 import datetime
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from dig_jax.config import Config
+from dig_jax.data.class_names import display_name
 from dig_jax.errors import ConfigError, blaming
-from dig_jax.files import replacing
+from dig_jax.files import write_json
 from dig_jax.pictures import save_grid, save_loss_curve, save_pair_grid, save_small_grid
 from dig_jax.run_page import write_report
 from dig_jax.sampling import Sampler, load
@@ -25,7 +25,7 @@ def draw_samples(sampler: Sampler, workdir: Path) -> None:
     """Writes samples.png: a row per class, for the first ten, and loss.png, where there are losses to draw.
 
     The grid is also kept, small, as samples/STEP.png.
-    Images that are neither grey nor RGB, such as latents, make no picture.
+    Images that are neither grey nor RGB, such as latents without an autoencoder, make no picture.
     """
     if _drawable(sampler):
         labels, seeds = _grid(sampler)
@@ -57,8 +57,8 @@ def score(sampler: Sampler, workdir: Path) -> dict[str, Any]:
     Returns:
         The scores and what they depend on; empty where there is no score for the data.
     """
-    settings, source = sampler.experiment.config, sampler.experiment.train_source
-    if source.name != "digits" or not settings.evaluation.num_images:
+    settings = sampler.experiment.config
+    if settings.data.name != "digits" or not settings.evaluation.num_images:
         return {}
     from dig_jax.evaluation import score_digits
 
@@ -79,36 +79,6 @@ def score(sampler: Sampler, workdir: Path) -> dict[str, Any]:
     }
     write_json(workdir / "scores.json", scores)
     return scores
-
-
-def sample(
-    settings: Config, workdir: Path, labels: np.ndarray | None = None, seeds: np.ndarray | None = None
-) -> None:
-    """Draws images from a workdir's newest checkpoint into generated.npz and, if grey or RGB, generated.png.
-
-    The npz holds `arr_0`, uint8 [N, height, width, C], as evaluators of the field read it, and beside it
-    `labels` and `seeds`.
-
-    Args:
-        settings: its `sampling` decides how; the rest must be what the workdir began with.
-        labels, seeds: as in a call of `Sampler`; neither: one image of each class.
-
-    Raises:
-        UserError: no checkpoint, other settings, or labels or seeds that cannot be.
-    """
-    sampler = load(workdir, settings=settings)
-    if labels is None and seeds is None:
-        seeds = np.arange(max(sampler.experiment.train_source.num_classes, 1))
-    with blaming("--labels, --seeds or config.sampling"):
-        labels, seeds = sampler.resolve(labels, seeds)
-        images = sampler(labels, seeds=seeds)
-    np.savez(workdir / "generated.npz", arr_0=images, labels=labels, seeds=seeds)
-    if _drawable(sampler):
-        names = sampler.experiment.train_source.class_names
-        titles = [names[label] for label in labels] if names else ()
-        columns = min(len(images), settings.sampling.images_per_class)
-        save_grid(workdir / "generated.png", images, columns=columns, titles=titles)
-    log.info("%d images of step %d are in %s", len(images), sampler.step, workdir / "generated.npz")
 
 
 def evaluate(settings: Config, workdir: Path) -> dict[str, Any]:
@@ -142,25 +112,18 @@ def summary(scores: dict[str, Any]) -> str:
     )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
 def _drawable(sampler: Sampler) -> bool:
-    return sampler.experiment.train_source.image_shape[2] in (1, 3)
+    return sampler.picture_shape[2] in (1, 3)
 
 
 def _grid(sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
     """Labels and seeds of the grid: the same images as the first ones that are scored."""
-    classes = max(sampler.experiment.train_source.num_classes, 1)
+    classes = max(sampler.experiment.images.num_classes, 1)
     rows, columns = min(classes, _ROWS), sampler.experiment.config.sampling.images_per_class
     seeds = np.arange(rows)[:, None] + classes * np.arange(columns)
     return (seeds % classes).reshape(-1), seeds.reshape(-1)
 
 
 def _grid_options(sampler: Sampler) -> dict[str, Any]:
-    names = sampler.experiment.train_source.class_names[:_ROWS]
+    names = tuple(map(display_name, sampler.experiment.images.class_names[:_ROWS]))
     return {"columns": sampler.experiment.config.sampling.images_per_class, "row_labels": names}

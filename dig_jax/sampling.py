@@ -1,6 +1,7 @@
 """Images from a trained model. An image is a function of its seed and label, not of the batch around it."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +9,22 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
+from dig_jax.autoencoder import Autoencoder, to_uint8
 from dig_jax.config import Config, check_same
+from dig_jax.data.class_names import class_index
 from dig_jax.diffusion import classifier_free, get_sampler
 from dig_jax.experiment import Experiment, Params
 from dig_jax.export import read_model
 from dig_jax.parallel import batch_parts, constrain, distribute, sampling_mesh, state_sharding
 
 Numbers = int | Sequence[int] | np.ndarray | None
+Labels = Numbers | str | Sequence[str]
+
+# Latent pixels that each device decodes at once: 16 images of 256 pixels, or one of 1,024.
+_DECODED = 128 * 128
 
 
 class Sampler:
@@ -37,7 +44,7 @@ class Sampler:
 
     def __call__(
         self,
-        labels: Numbers = None,
+        labels: Labels = None,
         *,
         seeds: Numbers = None,
         sampler: str | None = None,
@@ -49,23 +56,25 @@ class Sampler:
         """Draws one image per seed.
 
         Args:
-            labels: a class for each image, or one for all; by default image of seed s gets s mod classes.
+            labels: a class for each image, or one for all, by its number or its name; by default the image of
+                seed s gets s mod classes.
             seeds: non-negative, one for each image; by default 0, 1, … for as many as there are labels.
             sampler: "ddim" or "ddpm".
             steps: of the sampler.
             guidance_scale: 1 is none; the noise is null + scale·(class - null) (Ho & Salimans 2022).
-            size: height and width, or one number for both; by default the training images'.
+            size: height and width in pixels, or one number for both; by default the training images'.
             return_latents: give the model's own space as float32 instead of pixels.
 
         Raises:
             ValueError: labels, seeds, sampler, steps or size that cannot be.
+            UserError: the autoencoder cannot be read.
         """
         x = self._draw(labels, seeds, sampler, steps, guidance_scale, size, trajectory=False)
-        return x if return_latents else to_pixels(x)
+        return x if return_latents else self._pictures(x)
 
     def trajectory(
         self,
-        labels: Numbers = None,
+        labels: Labels = None,
         *,
         seeds: Numbers = None,
         sampler: str | None = None,
@@ -73,16 +82,29 @@ class Sampler:
         guidance_scale: float | None = None,
     ) -> UInt8[np.ndarray, "steps n height width c"]:
         """What the model takes the finished image for, at each step; arguments as in a call."""
-        return to_pixels(self._draw(labels, seeds, sampler, steps, guidance_scale, None, trajectory=True))
+        x = self._draw(labels, seeds, sampler, steps, guidance_scale, None, trajectory=True)
+        return self._pictures(x.reshape(-1, *x.shape[2:])).reshape(*x.shape[:2], *self.picture_shape)
 
-    def resolve(self, labels: Numbers, seeds: Numbers) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the pictures that are drawn by default."""
+        height, width, channels = self.experiment.images.image_shape
+        decoder = self.experiment.autoencoder
+        if decoder is None:
+            return height, width, channels
+        factor = decoder.config.downsampling
+        return factor * height, factor * width, decoder.config.out_channels
+
+    def resolve(self, labels: Labels, seeds: Numbers) -> tuple[np.ndarray, np.ndarray]:
         """The labels and seeds, int32 [N] each, that a call with these arguments uses.
 
         Raises:
-            ValueError: a label or seed out of range, or different numbers of them.
+            ValueError: an unknown class, a label or seed out of range, or different numbers of them.
         """
-        classes = max(self.experiment.train_source.num_classes, 1)
+        images = self.experiment.images
+        classes = max(images.num_classes, 1)
         if labels is not None:
+            labels = _numbers(labels, images.class_names)
             labels = _checked("label", labels, classes)
         if seeds is None:
             seeds = np.arange(1 if labels is None else len(labels))
@@ -95,14 +117,12 @@ class Sampler:
         return labels.astype(np.int32), seeds.astype(np.int32)
 
     def _draw(self, labels, seeds, sampler, steps, guidance_scale, size, *, trajectory: bool) -> np.ndarray:
-        settings, source = self.experiment.config.sampling, self.experiment.train_source
+        settings, images = self.experiment.config.sampling, self.experiment.images
         labels, seeds = self.resolve(labels, seeds)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
-        height, width, channels = source.image_shape
+        height, width, channels = images.image_shape
         if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-        if min(height, width) < 1:
-            raise ValueError(f"size={size} is not positive")
+            height, width = self._size_of(size)
         draw = functools.partial(
             generate,
             self.params,
@@ -111,7 +131,7 @@ class Sampler:
             shape=(height, width, channels),
             sampler=settings.sampler if sampler is None else sampler,
             steps=settings.steps if steps is None else steps,
-            guided=scale != 1 and source.num_classes > 0,
+            guided=scale != 1 and images.num_classes > 0,
             trajectory=trajectory,
         )
         batch_size = self._batch_size(len(seeds))
@@ -124,13 +144,33 @@ class Sampler:
             parts.append(np.asarray(x))
         return np.concatenate(parts, axis=-4)[..., : len(seeds), :, :, :]
 
+    def _size_of(self, size: int | tuple[int, int]) -> tuple[int, int]:
+        """Height and width of what the model draws, for pictures of this size in pixels."""
+        factor = decoder.config.downsampling if (decoder := self.experiment.autoencoder) else 1
+        height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < 1 or height % factor or width % factor:
+            multiple = f" and a multiple of the autoencoder's {factor}" if factor > 1 else ""
+            raise ValueError(f"size={size} is not positive{multiple}")
+        return height // factor, width // factor
+
+    def _pictures(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:
+        decoder = self.experiment.autoencoder
+        return to_pixels(x) if decoder is None else _decoded(decoder, x)
+
     def _batch_size(self, count: int) -> int:
         """The config's, or what suffices where that is less, rounded up to what the mesh divides."""
         parts = batch_parts(self._mesh) if self._mesh else 1
         return -(-min(count, self.experiment.config.sampling.batch_size) // parts) * parts
 
 
-def load(path: str | Path, ema: str | None = None, *, settings: Config | None = None) -> Sampler:
+def load(
+    path: str | Path,
+    ema: str | None = None,
+    *,
+    autoencoder: str | Path | None = None,
+    settings: Config | None = None,
+    mesh: Mesh | None = None,
+) -> Sampler:
     """A sampler of a training run.
 
     Args:
@@ -138,7 +178,9 @@ def load(path: str | Path, ema: str | None = None, *, settings: Config | None = 
             --mode=export wrote.
         ema: the decay of the average to sample from, such as "0.9999", or "params" for none; by default what
             the config says.
+        autoencoder: what decodes latents, a folder, a file or a name on the Hub; by default the config's.
         settings: replaces the changeable settings of the checkpoint, such as `sampling`.
+        mesh: devices to draw on; None: one.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be read.
@@ -147,9 +189,38 @@ def load(path: str | Path, ema: str | None = None, *, settings: Config | None = 
     if ema is None and settings is not None:
         ema = settings.sampled_ema
     stored, step, params = read_model(Path(path), ema)
-    if settings is not None:
-        check_same(stored, settings, path)
-    return Sampler(Experiment(settings or stored), params, step=step)
+    if settings is None:
+        settings = stored.config
+    else:
+        check_same(stored.config, settings, path)
+    if autoencoder is not None:
+        decoder = dataclasses.replace(settings.autoencoder, path=str(autoencoder))
+        settings = dataclasses.replace(settings, autoencoder=decoder)
+    return Sampler(Experiment(settings, stored.known), params, step=step, mesh=mesh)
+
+
+def _numbers(labels: Labels, class_names: Sequence[str]) -> Numbers:
+    """Labels of which none is a name."""
+    if isinstance(labels, str):
+        return class_index(labels, class_names)
+    if isinstance(labels, Sequence):
+        return [class_index(label, class_names) if isinstance(label, str) else label for label in labels]
+    return labels
+
+
+def _decoded(autoencoder: Autoencoder, latents: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n H W C"]:
+    """Pictures, decoded by all devices of this process, some at a time."""
+    count, height, width, _ = latents.shape
+    devices = np.array(jax.local_devices())
+    size = len(devices) * max(_DECODED // (height * width), 1)
+    size = min(size, -(-count // len(devices)) * len(devices))
+    layout = NamedSharding(Mesh(devices, "images"), PartitionSpec("images"))
+    pictures = []
+    for first in range(0, count, size):
+        numbers = np.minimum(np.arange(first, first + size), count - 1)  # filled up: one shape is compiled
+        part = jax.device_put(latents[numbers], layout)
+        pictures.append(np.asarray(to_uint8(autoencoder.decode(part))))
+    return np.concatenate(pictures)[:count]
 
 
 def _checked(name: str, numbers: Numbers, limit: int) -> Int[np.ndarray, " n"]:
@@ -197,7 +268,7 @@ def generate(
     trajectory: bool,
 ) -> Float[Array, "*images"]:
     """Images in the model's own space: [B, *shape], or [steps, B, *shape] of a trajectory."""
-    settings, classes = experiment.config.sampling, experiment.train_source.num_classes
+    settings, classes = experiment.config.sampling, experiment.images.num_classes
     denoiser = classifier_free(
         functools.partial(experiment.denoise, params),
         labels,

@@ -2,19 +2,17 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
+from tiny_autoencoder import GOLDEN, write_autoencoder
 
 from dig_jax.autoencoder import Autoencoder, AutoencoderConfig, load, to_uint8
 from dig_jax.autoencoder.model import default_stripes
 
-GOLDEN = Path(__file__).parent / "golden" / "vae.npz"
 SMALL = AutoencoderConfig(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
 
 
@@ -33,11 +31,7 @@ def relative_error(value, expected):
 
 @pytest.fixture(scope="module")
 def golden_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vae")
-    (folder / "config.json").write_text(str(golden()["config"]))
-    arrays = {name[len("param/") :]: x for name, x in golden().items() if name.startswith("param/")}
-    save_file(arrays, folder / "diffusion_pytorch_model.safetensors")
-    return folder
+    return write_autoencoder(tmp_path_factory.mktemp("vae"))
 
 
 @functools.cache

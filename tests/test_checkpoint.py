@@ -17,10 +17,12 @@ from jax.sharding import SingleDeviceSharding
 from configs import smoke
 from dig_jax import checkpoint, config
 from dig_jax.checkpoint import Checkpoints, has_checkpoints, read_config, read_params
+from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError
 from dig_jax.parallel import batch_sharding, make_mesh, replicated
 
 SETTINGS = config.from_dict(smoke.get_config().to_dict())
+IMAGES = ImageSpec((8, 8, 3), ("cat", "dog"))
 
 
 @contextlib.contextmanager
@@ -60,7 +62,9 @@ def save(
 ) -> None:
     with contextlib.closing(Checkpoints(workdir, settings)) as checkpoints:
         for step in steps:
-            checkpoints.save(step, make_state(step, size), {"examples": 16 * step}, SETTINGS)
+            checkpoints.save(
+                step, make_state(step, size), {"examples": 16 * step, **IMAGES.described()}, SETTINGS
+            )
         checkpoints.wait()
 
 
@@ -101,7 +105,7 @@ def test_what_is_restored_is_what_was_saved(saved):
     state, data = restore(saved)
     assert_equal(state, make_state(2))
     assert jax.tree.structure(state) == jax.tree.structure(make_state(2))
-    assert data == {"examples": 32}
+    assert data == {"examples": 32, **IMAGES.described()}
     assert read_config(saved) == SETTINGS
 
 
@@ -114,9 +118,9 @@ def test_an_empty_workdir_has_nothing_to_restore(tmp_path):
 
 @pytest.mark.parametrize(("ema", "pick"), [(None, "0.9"), ("", "0.9"), ("0.99", "0.99"), ("params", None)])
 def test_parameters_are_read_by_the_name_of_their_average(saved, ema, pick):
-    settings, step, params = read_params(saved, ema)
+    experiment, step, params = read_params(saved, ema)
     state = make_state(2)
-    assert (settings, step) == (SETTINGS, 2)
+    assert (experiment.config, experiment.known, step) == (SETTINGS, IMAGES, 2)
     assert_equal(params, state["ema"][pick] if pick else state["params"])
 
 
@@ -206,7 +210,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside_when_training_goes_on
     with contextlib.closing(Checkpoints(workdir, SETTINGS.checkpoint)) as checkpoints:
         state, data = checkpoints.restore(abstract(make_state(0)))
         assert_equal(state, make_state(1))
-        assert data == {"examples": 16}
+        assert data["examples"] == 16
         assert "checkpoint" in caplog.text and "2 is damaged (changed, lost or added: state/" in caplog.text
         assert "falling back to 1" in caplog.text
         assert names(workdir) == ["1", "2"]  # nothing was saved yet
@@ -266,7 +270,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next_save(wo
     checkpoints = workdir / "checkpoints"
     shutil.copytree(checkpoints / "2", checkpoints / "3.orbax-checkpoint-tmp")
     (checkpoints / "3.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
-    assert restore(workdir)[1] == {"examples": 32}
+    assert restore(workdir)[1]["examples"] == 32
     save(workdir, 3)
     assert names(workdir) == ["1", "2", "3"]
     assert_equal(restore(workdir)[0], make_state(3))

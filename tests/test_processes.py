@@ -194,7 +194,7 @@ def test_a_workdir_that_not_all_processes_share_stops_them_with_one_line(directo
         assert status == 1
         assert log.splitlines()[-1] == (
             f"error: process 1 does not see what process 0 writes to {workdir}:"
-            " --workdir must be on a file system that all hosts share"
+            " it must be on a file system that all hosts share"
         )
     assert [path.name for path in folders[0].rglob("*")] == ["run", "config.json"]
     assert not any(folders[1].iterdir())

@@ -3,7 +3,6 @@ import logging
 
 import numpy as np
 import pytest
-from PIL import Image
 from tiny_experiment import PlainExperiment, tiny_settings, write_checkpoint
 
 from dig_jax import ConfigError, Sampler, evaluation, report
@@ -92,46 +91,6 @@ def test_latents_make_no_picture(tmp_path):
     write_metrics(tmp_path, loss=0.5)
     report.draw_samples(plain_sampler(**LATENTS), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
-
-
-def test_sampled_images_are_written_as_evaluators_read_them(tmp_path, monkeypatch):
-    sampler = plain_sampler(sampling__batch_size=2)
-    monkeypatch.setattr(report, "load", lambda workdir, settings: sampler)
-    report.sample(sampler.experiment.config, tmp_path, np.array([1, 4, 2]), np.array([7]))
-    with np.load(tmp_path / "generated.npz") as file:
-        written = dict(file)
-    assert set(written) == {"arr_0", "labels", "seeds"}
-    assert written["arr_0"].dtype == np.uint8
-    np.testing.assert_array_equal(written["arr_0"], sampler([1, 4, 2], seeds=7))
-    np.testing.assert_array_equal(written["labels"], [1, 4, 2])
-    np.testing.assert_array_equal(written["seeds"], [7, 7, 7])
-    with Image.open(tmp_path / "generated.png") as picture:
-        assert picture.format == "PNG"
-
-
-def test_of_latents_there_are_only_numbers_and_by_default_one_image_of_each_class(tmp_path, monkeypatch):
-    sampler = plain_sampler(**LATENTS)
-    monkeypatch.setattr(report, "load", lambda workdir, settings: sampler)
-    report.sample(sampler.experiment.config, tmp_path)
-    with np.load(tmp_path / "generated.npz") as file:
-        assert file["arr_0"].shape == (5, 4, 4, 4)
-        np.testing.assert_array_equal(file["labels"], range(5))
-        np.testing.assert_array_equal(file["seeds"], range(5))
-    assert [path.name for path in tmp_path.iterdir()] == ["generated.npz"]
-
-
-@pytest.mark.parametrize(
-    ("labels", "changes", "message"),
-    [
-        ([9], {}, r"--labels.*: label 9 is out of range"),
-        (None, {"sampling__steps": 1}, r"config.sampling: steps must keep at least 2"),
-    ],
-)
-def test_samples_that_cannot_be_are_blamed_on_their_setting(labels, changes, message, tmp_path):
-    settings = tiny_settings(**changes)
-    write_checkpoint(tmp_path, settings)
-    with pytest.raises(ConfigError, match=message):
-        report.sample(settings, tmp_path, labels and np.array(labels))
 
 
 def test_a_workdir_is_evaluated_anew_even_without_its_metrics(tmp_path):

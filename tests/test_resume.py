@@ -9,10 +9,11 @@ from ended_runs import FIELDS, assert_ended_alike, records, state_at
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
-from dig_jax import config, experiment, report
+from dig_jax import config, experiment
 from dig_jax.data.sources import FakeSource
 from dig_jax.errors import CheckpointError, ConfigError, UserError
 from dig_jax.export import export
+from dig_jax.image_set import sample
 from dig_jax.training import loop
 
 
@@ -208,9 +209,8 @@ def test_a_workdir_that_cannot_be_written_to_gives_one_line(tmp_path):
     ],
 )
 def test_labels_and_seeds_that_cannot_be_are_refused(trained, labels, seeds, message):
-    arrays = [None if numbers is None else np.array(numbers) for numbers in (labels, seeds)]
     with pytest.raises(ConfigError, match=message):
-        report.sample(settings(), trained, *arrays)
+        sample(settings(), trained, lambda class_names: labels, seeds and np.array(seeds))
     assert not (trained / "generated.npz").exists()
 
 
@@ -230,7 +230,7 @@ def test_init_from_an_exported_file_starts_as_from_its_workdir(trained, tmp_path
         loop.train(settings(init_from=str(source), training__steps=0), tmp_path / source.stem)
     ours, theirs = (sampler.params for sampler in drawn[-2:])
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    with pytest.raises(ConfigError, match="config.init_from: there is no file nowhere.safetensors"):
+    with pytest.raises(ConfigError, match="config.init_from: nowhere.safetensors: there is no such file"):
         loop.train(settings(init_from="nowhere.safetensors"), tmp_path / "nowhere")
 
 

@@ -51,14 +51,14 @@ class PlainExperiment(Experiment):
 
     def denoise(self, params, x, t, y, drop=None):
         alpha = jnp.float32(self.diffusion.alphas_cumprod)[t][:, None, None, None]
-        brightness = y[:, None, None, None] / self.train_source.num_classes
+        brightness = y[:, None, None, None] / self.images.num_classes
         noise = jnp.sqrt(1 - alpha) * (x - jnp.sqrt(alpha) * brightness)
         return jnp.concatenate([noise, jnp.zeros_like(x)], axis=-1)
 
 
-def write_checkpoint(workdir, settings, step=7):
+def write_checkpoint(workdir, settings, step=7, known=None):
     """A workdir whose averages and parameters all differ: {name: parameters}."""
-    experiment = Experiment(settings)
+    experiment = Experiment(settings, known)
     names = ["params", *map(str, settings.training.ema_decays)]
     trees = {name: random_params(experiment, seed) for seed, name in enumerate(names)}
     state = {
@@ -67,5 +67,5 @@ def write_checkpoint(workdir, settings, step=7):
         "ema": {name: trees[name] for name in names[1:]},
     }
     with contextlib.closing(Checkpoints(workdir, settings.checkpoint)) as checkpoints:
-        checkpoints.save(step, state, {"examples": 0}, settings)
+        checkpoints.save(step, state, {"examples": 0, **experiment.images.described()}, settings)
     return trees

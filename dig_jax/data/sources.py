@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -11,6 +12,47 @@ from jaxtyping import Bool, Int32, UInt8
 Example = dict[str, np.ndarray | np.int32]
 
 SPLITS = ("train", "heldout")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """What a model must know of the images that it makes, and a checkpoint says of them.
+
+    image_shape: (height, width, channels).
+    class_names: the name of each label, in order.
+    """
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; 0: there are no classes."""
+        return len(self.class_names)
+
+    def described(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"image_shape": list(self.image_shape), "class_names": list(self.class_names)}
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> "ImageSpec | None":
+        """What `described` gave, beside other things; None where it is not there.
+
+        Raises:
+            ValueError: it is there, but damaged.
+        """
+        if not {"image_shape", "class_names"} <= described.keys():
+            return None
+        shape, names = described["image_shape"], described["class_names"]
+        if not (
+            isinstance(shape, list)
+            and isinstance(names, list)
+            and len(shape) == 3
+            and all(type(size) is int and size > 0 for size in shape)
+            and all(type(name) is str for name in names)
+        ):
+            raise ValueError(f"image_shape={shape!r} and class_names cannot be")
+        return cls(tuple(shape), tuple(names))
 
 
 @runtime_checkable
@@ -40,7 +82,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """{"image": uint8 [height, width, channels], "label": int32} for 0 ≤ index < len."""
+        """{"image": [height, width, channels], "label": int32} for 0 ≤ index < len.
+
+        The image is uint8, or float32 as the model sees it, in about -1…1.
+        """
         ...
 
 
@@ -159,6 +204,7 @@ def fake(
     num_classes: int = 10,
     length: int = 1024,
     seed: int = 0,
+    path: str = "",
 ) -> FakeSource:
     """Made-up images of any size: `length` to train on and a fifth as many held out.
 
@@ -169,7 +215,9 @@ def fake(
         num_classes: labels go round: the label of image i is i mod num_classes; 0: no classes, all are 0.
         length: number of training images.
         seed: another seed makes other images of the same classes.
+        path: of what these stand in for, so that the options of latents may stay; nothing is there.
     """
+    del path
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     least = {"image_size": 1, "channels": 1, "num_classes": 0, "length": 1}
     given = (min(height, width), channels, num_classes, length)

@@ -16,6 +16,7 @@ from dig_jax.parallel.mesh import (
     batch_parts,
     batch_sharding,
     distribute,
+    local_mesh,
     make_mesh,
     process_share,
     replicated,
@@ -29,6 +30,7 @@ from dig_jax.parallel.processes import (
     is_loss_of_process,
     join_processes,
     leave,
+    wait_for_all,
     who_lack,
 )
 from dig_jax.parallel.rules import all_but_gathered, gathered, state_sharding
@@ -53,6 +55,7 @@ __all__ = [
     "is_loss_of_process",
     "join_processes",
     "leave",
+    "local_mesh",
     "make_mesh",
     "on_rows",
     "own_grid",
@@ -62,6 +65,7 @@ __all__ = [
     "sampling_mesh",
     "state_sharding",
     "to_global",
+    "wait_for_all",
     "who_lack",
     "with_halo",
 ]

@@ -105,6 +105,12 @@ def sampling_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices.reshape(data * fsdp, 1, *rest), mesh.axis_names, axis_types=mesh.axis_types)
 
 
+def local_mesh() -> Mesh:
+    """This process's devices, each with images of its own."""
+    shape = (jax.local_device_count(), 1, 1, 1)
+    return Mesh(np.array(jax.local_devices()).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis split over the devices that share a batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -25,6 +25,7 @@ from dig_jax.errors import ConfigError, UserError
 _SLOTS = 256
 
 _LEAVING_SECONDS = 10
+_LONGEST_WAIT_SECONDS = 7 * 24 * 3600
 _joined = threading.Event()
 
 T = TypeVar("T")
@@ -149,6 +150,12 @@ def who_lack(here: bool) -> list[int]:
     return np.flatnonzero(~multihost_utils.process_allgather(np.bool_(here))).tolist()
 
 
+def wait_for_all(what: str) -> None:
+    """Returns when all processes are here, however long that takes; `what` names the place."""
+    if jax.process_count() > 1:
+        ocp.multihost.get_barrier_sync_fn()(key=what, timeout_ms=1000 * _LONGEST_WAIT_SECONDS)
+
+
 def check_shared(directory: Path) -> None:
     """Raises, in all processes, unless the first one's directory is there for all of them.
 
@@ -166,7 +173,7 @@ def check_shared(directory: Path) -> None:
     if lacking:
         raise UserError(
             f"process {', '.join(map(str, lacking))} does not see what process 0 writes to {directory}:"
-            " --workdir must be on a file system that all hosts share"
+            " it must be on a file system that all hosts share"
         )
 
 

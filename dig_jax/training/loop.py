@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import tempfile
 import time
@@ -23,10 +22,12 @@ from dig_jax.checkpoint import Checkpoints, described, has_checkpoints, read_con
 from dig_jax.compilation import cache_hits
 from dig_jax.config import Config
 from dig_jax.data import batches
+from dig_jax.data.latents import LatentSource, check_cache
 from dig_jax.diffusion import get_sampler
 from dig_jax.errors import ConfigError, UserError, blaming
 from dig_jax.experiment import Experiment, Params, param_count
 from dig_jax.export import read_model
+from dig_jax.files import write_json
 from dig_jax.parallel import (
     check_agreement,
     check_shared,
@@ -36,12 +37,13 @@ from dig_jax.parallel import (
     state_sharding,
     to_global,
 )
+from dig_jax.progress import Progress, duration
 from dig_jax.run_page import note_start, write_report
 from dig_jax.sampling import Sampler
 from dig_jax.training import step as steps
 from dig_jax.training.heldout import HeldoutLoss
 from dig_jax.training.lowering import abstract_batch, abstract_state, fresh_state, lower_train_step
-from dig_jax.training.metrics import MetricWriter, Progress, StepMeter, duration
+from dig_jax.training.metrics import MetricWriter, StepMeter, details
 from dig_jax.training.peak import peak_memory, peak_of
 from dig_jax.training.preemption import notice_of_end
 from dig_jax.training.profiling import ProfiledSteps, Profiler
@@ -137,7 +139,7 @@ def _claim(settings: Config, workdir: Path) -> None:
         config.check_same(_began_with(workdir), settings, workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        report.write_json(workdir / "config.json", described(settings))
+        write_json(workdir / "config.json", described(settings))
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be written to: {error.strerror}") from error
 
@@ -153,16 +155,7 @@ def _output(workdir: Path) -> Iterator[Path]:
 
 def _began_with(workdir: Path) -> Config:
     path = workdir / "config.json"
-    if not path.exists():
-        return read_config(workdir)
-    try:
-        stored = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; delete it, checkpoints hold a copy") from error
-    try:
-        return config.from_dict(stored)
-    except ConfigError as error:
-        raise ConfigError(f"{path} is of another version of this program, or was changed: {error}") from error
+    return config.read_settings(path) if path.exists() else read_config(workdir)
 
 
 def _check(experiment: Experiment) -> None:
@@ -172,8 +165,12 @@ def _check(experiment: Experiment) -> None:
         ConfigError: names the setting.
     """
     require_wandb(experiment.config.logging.wandb)
-    settings, channels = experiment.config.sampling, experiment.train_source.image_shape[2]
-    diffusion, _ = experiment.diffusion, experiment.heldout_source
+    settings, channels = experiment.config.sampling, experiment.images.image_shape[2]
+    diffusion, _, source = experiment.diffusion, experiment.heldout_source, experiment.train_source
+    if isinstance(source, LatentSource):
+        # It is needed for samples anyway, and loaded here so that they do not fail in mid-run.
+        decoder = experiment.autoencoder
+        check_cache(source, experiment.config, decoder.fingerprint() if decoder else None)
     with blaming("config.sampling"):
         get_sampler(settings.sampler)
         diffusion.respaced(settings.steps)
@@ -236,8 +233,8 @@ def _data_item(run: _Run, examples: int) -> dict[str, Any]:
     return {
         "seed": run.settings.seed,
         "fingerprint": source.fingerprint,
-        "class_names": list(source.class_names),
         "examples": examples,
+        **run.experiment.images.described(),
     }
 
 
@@ -314,7 +311,7 @@ def _loop(
 
     with (
         contextlib.closing(_batches(run, examples)) as data,
-        contextlib.closing(Progress(first_step=first, steps=last)) as progress,
+        contextlib.closing(Progress("step", first=first, total=last)) as progress,
         contextlib.closing(Profiler(run.output / "profile", run.profile, first, last)) as profiler,
         notice_of_end() as is_last,
     ):
@@ -330,7 +327,7 @@ def _loop(
             record |= peak.shares(record["images_per_second"]) | peak_memory(run.mesh.local_devices)
             record |= {} if heldout is None else {"heldout_loss": heldout}
             writer.write(step, record)
-            progress.show(step, record)
+            progress.show(step, details(record))
 
         pending, saved, batch = None, clock(), next_batch()
         for step in range(first + 1, last + 1):

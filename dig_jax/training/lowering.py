@@ -41,7 +41,7 @@ def laid_out(state: Any, mesh: Mesh) -> Any:
 def abstract_batch(experiment: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and layout of a batch of the config's size."""
     size, split = experiment.config.data.batch_size, batch_sharding(mesh)
-    shape = experiment.train_source.image_shape
+    shape = experiment.images.image_shape
     return {
         "image": jax.ShapeDtypeStruct((size, *shape), jnp.float32, sharding=split),
         "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),

@@ -58,7 +58,7 @@ def peak_memory(devices: Iterable[Any]) -> dict[str, float]:
 
 def _model_seconds(experiment: Experiment, mesh: Mesh, chip: Chip) -> float:
     params = jax.eval_shape(lambda: steps.init_params(experiment))
-    image = jax.ShapeDtypeStruct((1, *experiment.train_source.image_shape), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *experiment.images.image_shape), jnp.float32)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     # One image on no mesh: on one, kernels would be seen with a device's part.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):

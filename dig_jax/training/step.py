@@ -110,7 +110,7 @@ def draw(
 ) -> tuple[Int[Array, " b"], Float[Array, "b h w c"], Bool[Array, " b"]]:
     """Timestep, noise and whether the label is dropped, of the images of these numbers in a step's batch."""
     key = jax.random.fold_in(_key(experiment, _TRAIN), step)
-    shape = experiment.train_source.image_shape
+    shape = experiment.images.image_shape
 
     def draw_one(number: Array) -> tuple[Array, Array, Array]:
         for_t, for_noise, for_drop = jax.random.split(jax.random.fold_in(key, number), 3)
