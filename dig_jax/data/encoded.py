@@ -110,12 +110,19 @@ class EncodedSource:
                 continue
             record = self.records.read(candidate)
             try:
-                image = CROPS[self.crop](decode(record.data, upright=self.upright), self.image_size)
+                return self.decoded(record)
             except UnreadableImage as error:
                 self._note(candidate, record.name, error)
-            else:
-                return {"image": image, "label": np.int32(record.label)}
         raise UserError(f"no image of the {self.name} source can be read: the log names some")
+
+    def decoded(self, record: Record) -> Example:
+        """The example that a record is, for those who want no other image in the place of an unreadable one.
+
+        Raises:
+            UnreadableImage: says why.
+        """
+        image = CROPS[self.crop](decode(record.data, upright=self.upright), self.image_size)
+        return {"image": image, "label": np.int32(record.label)}
 
     def _note(self, index: int, name: str, error: UnreadableImage) -> None:
         with self._lock:

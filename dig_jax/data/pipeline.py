@@ -1,24 +1,43 @@
 """Batches for training, resumable from the count of examples consumed, and one pass for evaluation.
 
 The n-th example of a run, counted over all processes, is a function of (seed, n) alone: n // len(source) is
-its epoch, each epoch has its own permutation, and n picks the block of random bits that decides its flip.
-A run is therefore continued exactly by `start=n`, with any batch size and any number of processes.
+its epoch, each epoch has its own permutation, and n picks the blocks of random bits that decide its flip and,
+where there is one, its draw from a posterior. A run is therefore continued exactly by `start=n`, with any
+batch size and any number of processes.
 """
 
 import functools
+import math
 import os
 import sys
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
-from dig_jax.data.sources import Source
+from dig_jax.data.sources import Example, Source
 
 Batch = dict[str, np.ndarray]
 
 # The streams of random numbers that one seed gives: each is a function of (seed, stream, counter).
-_ORDER, _FLIP = 0, 1
+_ORDER, _FLIP, _NOISE = 0, 1, 2
+
+
+@runtime_checkable
+class Random(Protocol):
+    """A source whose training examples are drawn from a distribution; `source[index]` is its mean."""
+
+    def draw(self, index: int, mirrored: bool, noise: Float32[np.ndarray, "h w c"]) -> Example:
+        """An example with a float32 image, by standard normal noise of its shape.
+
+        Args:
+            index: of the example.
+            mirrored: left to right.
+            noise: of the image's shape.
+        """
+        ...
 
 
 def batches(
@@ -47,12 +66,13 @@ def batches(
         process_count: how many processes share a batch.
         flip: mirror half of the images left to right, drawn anew in each epoch, if `source.flip` allows it.
         num_threads: batches made at the same time; 0 makes each one when it is asked for; None: as many as
-            there are cores, from 4 to 32. Pillow decodes and resizes without holding Python's lock.
+            there are cores, from 4 to 32, as Pillow decodes and resizes without holding Python's lock; or two
+            where examples are drawn, in steps so short that more threads would only fight for the lock.
         prefetch: batches kept ready, if there are no more threads than that.
 
     Returns:
-        An iterator of {"image": float32 [b, h, w, c] in [-1, 1], "label": int32 [b]}, b = batch_size /
-        process_count. Its `close()` ends the threads.
+        An iterator of {"image": float32 [b, h, w, c], "label": int32 [b]}, b = batch_size / process_count.
+        Pixels are in [-1, 1], latents are fresh draws. Its `close()` ends the threads.
 
     Raises:
         ValueError: if the arguments do not fit together.
@@ -64,14 +84,18 @@ def batches(
 
     def load(first: int) -> Batch:
         positions = np.arange(first, first + share)
-        batch = _gather(source, _shuffled(len(source), seed, positions))
-        if mirror:
-            flipped = _coins(seed, positions)
-            batch["image"][flipped] = batch["image"][flipped, :, ::-1]
+        indices = _shuffled(len(source), seed, positions)
+        mirrored = _coins(seed, positions) if mirror else np.zeros(share, bool)
+        if isinstance(source, Random):
+            noise = _noise(seed, first, source.image_shape)
+            drawn = zip(indices.tolist(), mirrored.tolist(), noise, strict=False)
+            return _stacked([source.draw(*one) for one in drawn])
+        batch = _stacked([source[index] for index in indices.tolist()])
+        batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
         return batch
 
     firsts = grain.MapDataset.range(start + process_index * share, sys.maxsize, batch_size)
-    return iter(firsts.map(load).to_iter_dataset(_read_options(num_threads, prefetch)))
+    return iter(firsts.map(load).to_iter_dataset(_read_options(source, num_threads, prefetch)))
 
 
 def epoch(
@@ -97,7 +121,8 @@ def epoch(
         prefetch: as in `batches`.
 
     Returns:
-        An iterator of {"image": float32 [b, h, w, c] in [-1, 1], "label": int32 [b], "mask": bool [b]}.
+        An iterator of {"image": float32 [b, h, w, c], "label": int32 [b], "mask": bool [b]}. Pixels are in
+        [-1, 1], latents are means.
 
     Raises:
         ValueError: if the arguments do not fit together.
@@ -106,12 +131,12 @@ def epoch(
 
     def load(first: int) -> Batch:
         indices = np.arange(first, first + share)
-        batch = _gather(source, np.minimum(indices, len(source) - 1))
+        batch = _stacked([source[index] for index in np.minimum(indices, len(source) - 1).tolist()])
         return {**batch, "mask": indices < len(source)}
 
     offset = process_index * share
     firsts = grain.MapDataset.range(offset, len(source) + offset, batch_size)
-    return iter(firsts.map(load).to_iter_dataset(_read_options(num_threads, prefetch)))
+    return iter(firsts.map(load).to_iter_dataset(_read_options(source, num_threads, prefetch)))
 
 
 def normalize(images: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
@@ -124,7 +149,14 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _read_options(num_threads: int | None, prefetch: int) -> grain.ReadOptions:
+def _read_options(source: Source, num_threads: int | None, prefetch: int) -> grain.ReadOptions:
+    if num_threads is None and isinstance(source, Random):
+        num_threads = 2
+    return read_options(num_threads, prefetch)
+
+
+def read_options(num_threads: int | None, prefetch: int) -> grain.ReadOptions:
+    """How many items are made at the same time and kept ready; the arguments are those of `batches`."""
     if num_threads is None:
         num_threads = min(max(_usable_cores(), 4), 32)
     return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads))
@@ -145,10 +177,10 @@ def _share(source: Source, batch_size: int, process_index: int, process_count: i
     return batch_size // process_count
 
 
-def _gather(source: Source, indices: Int[np.ndarray, " b"]) -> Batch:
-    examples = [source[int(index)] for index in indices]
+def _stacked(examples: list[Example]) -> Batch:
+    images = np.stack([example["image"] for example in examples])
     return {
-        "image": normalize(np.stack([example["image"] for example in examples])),
+        "image": normalize(images) if images.dtype == np.uint8 else images,
         "label": np.array([example["label"] for example in examples], np.int32),
     }
 
@@ -177,3 +209,24 @@ def _coins(seed: int, positions: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"
     """
     bits = np.random.Philox(np.random.SeedSequence([seed, _FLIP])).advance(int(positions[0]))
     return (bits.random_raw(4 * len(positions))[::4] & 1).astype(bool)
+
+
+def _noise(seed: int, first: int, shape: tuple[int, int, int]) -> Iterator[Float32[np.ndarray, "h w c"]]:
+    """Standard normal noise for the positions from `first` on: each owns as many blocks as its numbers need.
+
+    A word of 64 bits gives two numbers (Box and Muller 1958). NumPy promises the words; of the functions of
+    them, whose last bits depend on the processor, it promises only that they are near.
+    """
+    size = math.prod(shape)
+    blocks = -(-size // 8)
+    bits = np.random.Philox(np.random.SeedSequence([seed, _NOISE])).advance(first * blocks)
+    while True:
+        radius, angle = bits.random_raw(4 * blocks).view(np.uint32).astype(np.float32).reshape(2, -1)
+        # In place, as fresh memory costs as much as arithmetic.
+        radius += 1
+        radius *= np.float32(2**-32)
+        np.sqrt(-2 * np.log(radius, out=radius), out=radius)
+        angle *= np.float32(2 * math.pi * 2**-32)
+        numbers = np.stack([np.cos(angle), np.sin(angle)])
+        numbers *= radius
+        yield numbers.ravel()[:size].reshape(shape)

@@ -3,7 +3,9 @@
 import inspect
 from collections.abc import Callable
 
+from dig_jax.data.hub_source import hub
 from dig_jax.data.image_folder import image_folder
+from dig_jax.data.latents import latents
 from dig_jax.data.sources import SPLITS, Source, digits, fake
 from dig_jax.data.tfds_source import tfds
 from dig_jax.suggest import suggest
@@ -12,7 +14,9 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "fake": fake,
     "image_folder": image_folder,
+    "latents": latents,
     "tfds": tfds,
+    "hub": hub,
 }
 
 

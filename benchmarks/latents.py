@@ -1,0 +1,92 @@
+"""Cached latents delivered per second, beside what a TPU v5e chip takes: is the input ever the bottleneck?
+
+python benchmarks/latents.py [--images=4096] [--batches=64] [--repeats=3]
+
+Caches of random numbers are written and then read in random order, in batches of 256, with flips and draws,
+by the threads of two cores: images per second of wall-clock time and, as busy machines distort that, twice
+those per second of CPU time. A v5e takes no more than its arithmetic allows at the very best: DiG-XL/2's own
+flops in bfloat16 at the chip's peak, by benchmarks/plan_table.json.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from dig_jax.data import batches, load_source
+from dig_jax.data.latents import FORMAT, INDEX, Shard, checksum, packed
+from dig_jax.data.sources import Source
+from dig_jax.files import write_json
+from dig_jax.shard_writer import file_sha256, record_file
+
+_BATCH, _SHARD, _CORES = 256, 1024, 2
+_PLANS, _PLAN = Path(__file__).with_name("plan_table.json"), "v5e:16x16"
+
+
+def main() -> None:
+    """Writes the caches and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for name, default in {"images": 4096, "batches": 64, "repeats": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_CORES])
+    print(f"{'':28}  wall clock  CPU time  v5e at most  ratios")
+    for name, side in {"dig_xl": 32, "dig_xl:512": 64}.items():
+        plan = json.loads(_PLANS.read_text())[f"{name} {_PLAN}"]
+        most = plan["chip"]["flops"]["bfloat16"] / plan["model_flops_per_image"]
+        for dtype in ("float32", "float16"):
+            with tempfile.TemporaryDirectory() as directory:
+                _write(Path(directory), options.images, side, dtype)
+                source = load_source("latents", "train", path=directory)
+                wall, cpu = _speed(source, options.batches, options.repeats)
+            row = f"{name}, {side}×{side}×8 {dtype}"
+            ratios = f"{wall / most:.0f} {cpu / most:.0f}"
+            print(f"{row:28}  {wall:10.0f}  {cpu:8.0f}  {most:11.1f}  {ratios}", flush=True)
+
+
+def _write(directory: Path, images: int, side: int, dtype: str) -> None:
+    """A cache of random numbers."""
+    random, shards = np.random.default_rng(0), []
+    (directory / "train").mkdir()
+    for number, first in enumerate(range(0, images, _SHARD)):
+        count, file = min(_SHARD, images - first), f"train/{number:05}.array_record"
+        with record_file(directory / file) as write:
+            for record in range(2 * count):
+                moments = random.standard_normal((side, side, 8), np.float32).astype(dtype)
+                write(packed(record % 1000, moments))
+        size = (directory / file).stat().st_size
+        shards.append(Shard(file, count, size, file_sha256(directory / file), (), (), ())._asdict())
+    index = {
+        "format": FORMAT,
+        "autoencoder": {"scaling_factor": 0.18215},
+        "latents": {"shape": [side, side, 4], "dtype": dtype},
+        "class_names": [str(label) for label in range(1000)],
+        "flip": True,
+        "splits": {"train": shards},
+    }
+    write_json(directory / INDEX, {**index, "sha256": checksum(index)})
+
+
+def _speed(source: Source, count: int, repeats: int) -> tuple[float, float]:
+    """Images per second, the best of some runs after one that warms up: wall clock; both cores' CPU time."""
+    walls, cpus = [], []
+    for _ in range(repeats + 1):
+        with closing(batches(source, batch_size=_BATCH, seed=0, flip=True)) as data:
+            next(data)
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(count):
+                next(data)
+            walls.append(time.perf_counter() - wall)
+            cpus.append(time.process_time() - cpu)
+    images = count * _BATCH
+    return images / min(walls[1:]), _CORES * images / min(cpus[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+import functools
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ended_runs import GLOO, environment, joined
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from test_data_images import noise
+from tiny_autoencoder import write_autoencoder
+
+from configs import base
+from dig_jax import autoencoder, config, shard_writer
+from dig_jax import encode as encode_module
+from dig_jax.autoencoder.model import _encode
+from dig_jax.data import load_source
+from dig_jax.encode import encode
+from dig_jax.errors import ConfigError, UserError
+from dig_jax.parallel import batch_sharding, local_mesh, replicated
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ("ant", "bee")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with pictures, two of which are damaged, and an autoencoder that halves their sides."""
+    root = tmp_path_factory.mktemp("made")
+    for label, name in enumerate(CLASSES):
+        folder = root / "pictures" / name
+        folder.mkdir(parents=True)
+        for number in range(8):
+            Image.fromarray(noise(16 + number, 20, seed=10 * label + number)).save(folder / f"{number}.png")
+        (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:99])
+    write_autoencoder(root / "autoencoder")
+    return root
+
+
+def fields(made, path, **changes):
+    """`encode__dtype="float16"` sets config.encode.dtype."""
+    c = base.get_config()
+    c.data.name, c.data.options = "latents", {"path": str(path)}
+    c.autoencoder.path = str(made / "autoencoder")
+    c.encode.name, c.encode.batch_size, c.encode.shard_size = "image_folder", 1, 5
+    c.encode.options = {"path": str(made / "pictures"), "image_size": 16, "heldout_fraction": 0.25}
+    for name, value in changes.items():
+        group, field = name.split("__")
+        c[group][field] = value
+    return c.to_dict()
+
+
+def settings(made, path, **changes):
+    return config.from_dict(fields(made, path, **changes))
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """A complete cache, and its index."""
+    path = tmp_path_factory.mktemp("whole") / "cache"
+    return path, encode(settings(made, path))
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole[0], tmp_path / "copy")
+
+
+def tree(directory):
+    """All that can be seen of a directory's content."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def pictures(made, split):
+    source = load_source("image_folder", split, **settings(made, "").encode.options)
+    records = [source.records.read(index) for index in range(len(source))]
+    return [source.decoded(record) for record in records if not record.name.endswith("3.png")]
+
+
+def assert_holds(directory, made, atol):
+    """Both splits of a cache are the moments of all readable pictures and of their mirror images."""
+    model = autoencoder.load(made / "autoencoder")
+    for split in ("train", "heldout"):
+        source, expected = load_source("latents", split, path=str(directory)), pictures(made, split)
+        assert len(source) == len(expected) > 0
+        for index, picture in enumerate(expected):
+            for mirrored, image in enumerate((picture["image"], picture["image"][:, ::-1])):
+                label, *moments = source.posterior(index, bool(mirrored))
+                assert label == picture["label"]
+                (computed,) = model.encode(image[None])
+                np.testing.assert_allclose(np.concatenate(moments, axis=-1), computed, atol=atol)
+
+
+@pytest.mark.parametrize("dtype, atol", [("float32", 1e-4), ("float16", 2e-2)])
+def test_a_cache_holds_the_moments_of_every_picture_and_of_its_mirror_image(made, tmp_path, dtype, atol):
+    index = encode(settings(made, tmp_path, encode__dtype=dtype))
+    assert_holds(tmp_path, made, atol)
+    stored = json.loads((tmp_path / "index.json").read_text())
+    assert stored == index
+    assert stored["class_names"] == list(CLASSES)
+    assert stored["latents"]["shape"] == [8, 8, 4]
+    assert stored["latents"]["dtype"] == dtype
+    assert stored["pictures"]["size"] == [16, 16]
+    assert stored["pictures"]["crop"] == "adm"
+    assert stored["autoencoder"]["fingerprint"] == autoencoder.load(made / "autoencoder").fingerprint()
+    shards = stored["splits"]["train"] + stored["splits"]["heldout"]
+    unreadable = {name for shard in shards for name in shard["unreadable"]}
+    assert unreadable == {str(made / "pictures" / name / "3.png") for name in CLASSES}
+
+
+def test_the_index_has_mean_and_deviation_of_draws_from_the_posteriors(whole):
+    path, index = whole
+    source = load_source("latents", "train", path=str(path))
+    both = [source.posterior(index, mirrored) for index in range(len(source)) for mirrored in (False, True)]
+    mean, logvar = (np.stack([one[part] for one in both]).astype(float) for part in (1, 2))
+    expected = mean.mean((0, 1, 2))
+    np.testing.assert_allclose(index["latents"]["mean"], expected, rtol=1e-9)
+    variance = (mean**2 + np.exp(logvar)).mean((0, 1, 2)) - expected**2
+    np.testing.assert_allclose(index["latents"]["deviation"], np.sqrt(variance), rtol=1e-9)
+
+
+def test_files_without_a_readable_picture_are_passed_over(made, tmp_path):
+    index = encode(settings(made, tmp_path, encode__shard_size=1))
+    assert sorted(shard["images"] for shard in index["splits"]["train"])[:3] == [0, 0, 1]
+    assert_holds(tmp_path, made, 1e-4)
+
+
+def test_pictures_that_are_no_files_are_encoded_too(made, tmp_path):
+    options = {"image_size": 16, "length": 6, "num_classes": 2}
+    encode(settings(made, tmp_path, encode__name="fake", encode__options=options))
+    source, expected = (
+        load_source("latents", "train", path=str(tmp_path)),
+        load_source("fake", "train", **options),
+    )
+    model = autoencoder.load(made / "autoencoder")
+    for index in range(6):
+        computed = model.mean(model.encode(expected[index]["image"][None]))[0]
+        np.testing.assert_allclose(source[index]["image"], computed, atol=1e-4)
+
+
+class Ended(BaseException):
+    """In place of a signal."""
+
+
+def end_at(monkeypatch, call):
+    """The call-th time that something on the disk is to change, it ends before that."""
+    count = 0
+
+    def counted(function):
+        def counting(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == call:
+                raise Ended
+            return function(*args, **kwargs)
+
+        return counting
+
+    for module, name in (
+        (shard_writer, "record_file"),
+        (shard_writer, "file_sha256"),
+        (shard_writer, "write_json"),
+        (encode_module, "write_json"),
+        (shard_writer.os, "replace"),
+    ):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+
+
+def test_ended_at_any_place_it_goes_on_and_redoes_no_finished_file(made, whole, tmp_path, monkeypatch):
+    expected = tree(whole[0])
+    monkeypatch.setattr(autoencoder, "load", functools.cache(autoencoder.load))  # it takes most of the time
+    for call in range(1, 100):
+        path = tmp_path / str(call)
+        with monkeypatch.context() as patch:
+            end_at(patch, call)
+            try:
+                encode(settings(made, path))
+                break
+            except Ended:
+                pass
+        assert not (path / "index.json").exists()
+        left = tree(path) if path.exists() else {}
+        assert not any(Path(name).name.startswith(".") for name in left)
+        done = {
+            name: (path / name).stat().st_mtime_ns
+            for name in left
+            if name.endswith(".array_record") and name.replace("array_record", "json") in left
+        }
+        encode(settings(made, path))
+        assert {name: (path / name).stat().st_mtime_ns for name in done} == done
+        assert tree(path) == expected
+    assert call > 20
+
+
+def test_what_a_killed_run_left_is_cleared_away(made, whole, copy):
+    expected = tree(whole[0])
+    train = copy / "train"
+    (copy / "index.json").unlink()
+    (train / ".00001.array_record.1234").write_bytes(b"half")
+    (train / ".00001.json.1234").write_bytes(b"{")
+    (train / "00000.json").write_bytes(b"")  # a machine that lost its power
+    (train / "00001.json").unlink()
+    (train / "00001.array_record").write_bytes(b"half")
+    (copy / "heldout" / "00000.array_record").write_bytes(b"short")
+    encode(settings(made, copy))
+    assert tree(copy) == expected
+
+
+def test_a_complete_cache_is_checked_and_what_is_damaged_is_written_anew(made, whole, copy, caplog):
+    caplog.set_level(logging.INFO)
+    expected, config_ = tree(whole[0]), settings(made, copy)
+    times = {name: (copy / name).stat().st_mtime_ns for name in expected if name.endswith("record")}
+    encode(config_)
+    assert "is damaged" not in caplog.text
+    file = copy / "train" / "00001.array_record"
+    content = bytearray(file.read_bytes())
+    content[3000] ^= 1
+    file.write_bytes(content)
+    (copy / "index.json").write_bytes(b"{")
+    encode(config_)
+    assert tree(copy) == expected
+    assert f"{file} is damaged, and is written anew" in caplog.text
+    assert caplog.text.count("written anew") == 1
+    changed = [name for name in times if (copy / name).stat().st_mtime_ns != times[name]]
+    assert changed == ["train/00001.array_record"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"encode__dtype": "float16"}, "latents.dtype: float32 → float16"),
+        ({"encode__shard_size": 4}, "shard_size: 5 → 4"),
+        ({"autoencoder__dtype": "bfloat16"}, "autoencoder.dtype: float32 → bfloat16"),
+        ({"size": 32}, "latents.shape: .8, 8, 4. → .16, 16, 4."),
+        ({"crop": "celeba"}, "pictures.crop: adm → celeba"),
+        ({"heldout_fraction": 0.1}, "pictures.fingerprints.heldout: "),
+        ({"weights": 2.0}, "autoencoder.fingerprint: "),
+    ],
+)
+def test_a_cache_of_other_settings_is_refused_and_not_touched(made, copy, tmp_path, changes, message):
+    before = tree(copy)
+    wanted = fields(made, copy, **{name: value for name, value in changes.items() if "__" in name})
+    options = wanted["encode"]["options"]
+    options |= {name: value for name, value in changes.items() if name in ("crop", "heldout_fraction")}
+    options["image_size"] = changes.get("size", 16)
+    if "weights" in changes:
+        wanted["autoencoder"]["path"] = str(changed_autoencoder(made, tmp_path, changes["weights"]))
+    for finished in (True, False):
+        if not finished:
+            (copy / "index.json").unlink()
+            del before["index.json"]
+        with pytest.raises(ConfigError, match=message) as caught:
+            encode(config.from_dict(wanted))
+        assert "were begun with others" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert tree(copy) == before
+
+
+def changed_autoencoder(made, tmp_path, factor):
+    folder = shutil.copytree(made / "autoencoder", tmp_path / "autoencoder")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    arrays = load_file(file)
+    save_file(arrays | {"quant_conv.weight": arrays["quant_conv.weight"] * np.float32(factor)}, file)
+    return folder
+
+
+def test_an_autoencoder_that_has_moved_is_the_same(made, copy, tmp_path):
+    folder = shutil.copytree(made / "autoencoder", tmp_path / "moved")
+    index = encode(settings(made, copy, autoencoder__path=str(folder)))
+    assert index["autoencoder"]["path"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data__name": "fake"}, "--mode=encode writes what config.data.name=latents reads"),
+        ({"data__options": {}}, "to config.data.options.path; they are latents and ''"),
+        ({"autoencoder__path": ""}, "config.autoencoder.path is missing"),
+        (
+            {"autoencoder__path": "/nowhere"},
+            "config.autoencoder.path: autoencoder /nowhere: there is no such",
+        ),
+        ({"encode__name": ""}, "config.encode.name is missing"),
+        (
+            {"encode__name": "imagefolder"},
+            "config.encode: .*'imagefolder' is unknown; did you mean 'image_folder'",
+        ),
+        ({"encode__options": {"path": "/nowhere"}}, "config.encode: there is no directory '/nowhere'"),
+        (
+            {"encode__name": "fake", "encode__options": {"image_size": 9}},
+            "images of 9×9 pixels and 3 channels; the autoencoder takes multiples of 2 and 3 channels",
+        ),
+        ({"encode__name": "digits", "encode__options": {}}, "images of 8×8 pixels and 1 channels"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_before_anything_is_written(made, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        encode(settings(made, tmp_path / "new", **changes))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("option, value", [("image_size", 16), ("channels", 8), ("num_classes", 1000)])
+def test_latents_that_the_config_would_not_train_on_are_not_made(made, tmp_path, option, value):
+    options = {"path": str(tmp_path / "new"), option: value}
+    with pytest.raises(ConfigError, match=rf"config.data.options.{option}={value}, but .* give \d"):
+        encode(settings(made, "", data__options=options))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_with_other_things_is_not_written_to(made):
+    before = tree(made)
+    with pytest.raises(UserError, match="has other things in it; latents take a directory of their own"):
+        encode(settings(made, made / "pictures"))
+    assert tree(made) == before
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(made, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="file/cache cannot be written to: Not a directory"):
+        encode(settings(made, tmp_path / "file" / "cache"))
+
+
+def test_a_full_disk_is_one_line_and_what_is_finished_is_kept(made, whole, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    smallest = min(path.stat().st_size for path in (whole[0] / "train").glob("*.array_record"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 2, hard))  # which Python takes for a full disk
+    try:
+        with pytest.raises(UserError, match="cannot be written to: write.. failed: File too large") as caught:
+            encode(settings(made, tmp_path / "cache"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert sorted(tree(tmp_path / "cache")) == ["encoding.json"]
+    encode(settings(made, tmp_path / "cache"))
+    assert tree(tmp_path / "cache") == tree(whole[0])
+
+
+def test_moments_that_are_no_numbers_are_not_stored(made, tmp_path):
+    folder = changed_autoencoder(made, tmp_path, 1e6)
+    wanted = settings(made, tmp_path / "cache", autoencoder__path=str(folder), encode__dtype="float16")
+    with pytest.raises(UserError, match="no finite float16 numbers, for images 0 to 4 of train"):
+        encode(wanted)
+
+
+def test_sigterm_ends_it_as_an_interruption_and_the_next_run_goes_on(made, whole, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    replace = os.replace
+
+    def told(source, target):
+        if Path(target).name == "00001.array_record":
+            os.kill(os.getpid(), signal.SIGTERM)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer.os, "replace", told)
+        with pytest.raises(KeyboardInterrupt):
+            encode(settings(made, tmp_path / "cache"))
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (tmp_path / "cache" / "train" / "00000.json").exists()
+    encode(settings(made, tmp_path / "cache"))
+    assert tree(tmp_path / "cache") == tree(whole[0])
+
+
+def test_devices_share_a_batch_without_a_word_between_them(made):
+    mesh = local_mesh()
+    assert mesh.size == 4
+    graphdef, state = nnx.split(autoencoder.load(made / "autoencoder"))
+    images = jax.device_put(np.zeros((8, 16, 16, 3), np.uint8), batch_sharding(mesh))
+    compiled = _encode.lower(graphdef, jax.device_put(state, replicated(mesh)), images).compile()
+    assert compiled.output_shardings.is_equivalent_to(batch_sharding(mesh), 4)
+    program = compiled.as_text()
+    for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert word not in program
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+def get_config():
+    return ConfigDict({!r})
+"""
+
+
+def test_processes_share_the_files(made, whole, tmp_path):
+    cache, file = tmp_path / "cache", tmp_path / "config.py"
+    file.write_text(CONFIG.format(fields(made, cache)))
+    command = [sys.executable, "main.py", f"--config={file}", "--mode=encode"]
+    options = {"cwd": ROOT, "env": environment(tmp_path / "compiled") | GLOO}
+    options |= {"stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, *flags], **options) for flags in joined(2)]
+    logs = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], logs
+    assert_holds(cache, made, 1e-4)
+    found, alone = (sorted(tree(directory)) for directory in (cache, whole[0]))
+    assert found == alone
+    # ant/3.png is in the first file, bee/3.png in the second.
+    told = [[name for name in CLASSES if f"{name}/3.png is left out" in log] for log in logs]
+    assert told == [["ant"], ["bee"]], logs
