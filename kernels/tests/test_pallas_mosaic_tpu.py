@@ -105,11 +105,11 @@ def inputs(case):
     return arrays, cotangents, ids, gates
 
 
-def run(case, arrays, cotangents, ids, gates, interpret=True):
+def program(case):
+    """Outputs and gradients by name, of all cases that differ in values alone."""
     gating = GATING if case.gated else None
-    scan = Scan(case.k**-0.5, case.grid, case.direction, case.chunk_size, gating, interpret)
+    scan = Scan(case.k**-0.5, case.grid, case.direction, case.chunk_size, gating, interpret=True)
 
-    @jax.jit
     def both(arrays, cotangents, ids, gates):
         operands = Operands(*arrays[:4], *(gates or (None, None)), arrays[4] if case.initial else None, ids)
         assert mosaic.unsupported(operands, scan) is None
@@ -121,12 +121,13 @@ def run(case, arrays, cotangents, ids, gates, interpret=True):
             assert gradient is None or (gradient.shape, gradient.dtype) == (operand.shape, operand.dtype)
         return {"o": o, "final_state": final_state} | {f"d{k}": x for k, x in gradients._asdict().items()}
 
-    return both(arrays, cotangents, None if ids is None else jnp.asarray(ids), gates)
+    return jax.jit(both)
 
 
-def check(case, interpret=True, tolerance=None):
+def check(case, compiled=None, tolerance=None):
     arrays, cotangents, ids, gates = inputs(case)
-    actual = run(case, arrays, cotangents, ids, gates, interpret)
+    run = compiled or program(case)
+    actual = run(arrays, cotangents, None if ids is None else jnp.asarray(ids), gates)
     wanted = expected(case, arrays, cotangents, ids, gates)
     wanted = {name: x for name, x in wanted.items() if actual[name] is not None}
     oracle.assert_close(
@@ -163,15 +164,18 @@ def test_values_and_gradients(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("widths", [(32, 64), (16, 32), (64, 64), (64, 128), (60, 60)], ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("gate", oracle.GATES)
-def test_values_and_gradients_of_all_lengths_and_directions(widths, dtype, gate):
+@pytest.mark.parametrize("gated", [False, True])
+def test_values_and_gradients_of_all_lengths_directions_and_gates(widths, dtype, gated):
     grids = [(1, 1), (1, 15), (7, 9), (4, 16), (13, 5), (10, 20), (1, 257), (16, 24)]
     for grid, direction in itertools.product(grids, DIRECTIONS):
-        check(Case(grid, *widths, gate, dtype, "float32", direction, 1))
-        if gate in ("dig", "strong"):
-            # The norm's gradient of a lone token is a small difference of what has been rounded to 16 bits.
-            tolerance = 1e-2 if dtype != "float32" and grid == (1, 1) else None
-            check(Case(grid, *widths, gate, dtype, "float32", direction, 1, gated=True), tolerance=tolerance)
+        compiled = program(Case(grid, *widths, "dig", dtype, "float32", direction, 1, gated=gated))
+        # What reaches the second launch has been rounded to 16 bits, and the norm cancels most of it where
+        # tokens are few.
+        rounded = {(1, 1): 1e-2}.get(grid, 7e-3) if gated and dtype != "float32" else None
+        for gate in ("dig", "strong") if gated else oracle.GATES:
+            case = Case(grid, *widths, gate, dtype, "float32", direction, 1, gated=gated)
+            check(case, compiled, rounded)
+    jax.clear_caches()
 
 
 @pytest.mark.slow
@@ -203,7 +207,7 @@ def test_heads_that_do_not_fit_one_block(monkeypatch):
 def test_no_64_bit_type_appears_when_x64_is_on():
     case = Case((1, 20), heads=1, chunk_size=16, segments=True)
     with jax.enable_x64(True):
-        jaxpr = str(jax.make_jaxpr(functools.partial(run, case))(*inputs(case)[:2], inputs(case)[2], None))
+        jaxpr = str(jax.make_jaxpr(program(case))(*inputs(case)[:2], inputs(case)[2], None))
         assert "f64" not in jaxpr
         check(case)
 
