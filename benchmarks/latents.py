@@ -64,7 +64,8 @@ def _write(directory: Path, images: int, side: int, dtype: str) -> None:
         shards.append(Shard(file, count, size, file_sha256(directory / file), (), (), ())._asdict())
     index = {
         "format": FORMAT,
-        "autoencoder": {"scaling_factor": 0.18215},
+        "autoencoder": {"path": "", "fingerprint": "", "scaling_factor": 0.18215},
+        "pictures": {"size": [8 * side, 8 * side], "crop": "adm", "upright": False},
         "latents": {"shape": [side, side, 4], "dtype": dtype},
         "class_names": [str(label) for label in range(1000)],
         "flip": True,

@@ -130,6 +130,13 @@ def test_the_index_has_mean_and_deviation_of_draws_from_the_posteriors(whole):
     np.testing.assert_allclose(index["latents"]["deviation"], np.sqrt(variance), rtol=1e-9)
 
 
+def test_without_held_out_pictures_that_split_is_empty(made, tmp_path):
+    options = settings(made, "").encode.options | {"heldout_fraction": 0.0}
+    encode(settings(made, tmp_path, encode__options=options))
+    assert len(load_source("latents", "train", path=str(tmp_path))) == 14
+    assert len(load_source("latents", "heldout", path=str(tmp_path))) == 0
+
+
 def test_files_without_a_readable_picture_are_passed_over(made, tmp_path):
     index = encode(settings(made, tmp_path, encode__shard_size=1))
     assert sorted(shard["images"] for shard in index["splits"]["train"])[:3] == [0, 0, 1]

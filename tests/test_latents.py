@@ -266,6 +266,9 @@ SUMS = {"sums": [], "squares": []}
         (edit(format=2), "is of format 2, this program reads format 1"),
         (edit(splits=None), r"index.json is damaged \(KeyError: 'splits'\)"),
         (edit(latents={"shape": [4], "dtype": "float32"}), "index.json is damaged"),
+        (edit(latents={"shape": [4, 4, 2], "dtype": "float64"}), "index.json is damaged"),
+        (edit(autoencoder={"path": "", "fingerprint": ""}), "index.json is damaged"),
+        (edit(pictures=[]), "index.json is damaged"),
         (edit(splits={"train": [1]}), "index.json is damaged"),
         (edit(splits={"train": [SHARD]}), "index.json is damaged"),
         (edit(splits={"train": [SHARD | SUMS | {"images": -1}]}), "index.json is damaged"),
@@ -314,10 +317,10 @@ def settings(**encode):
         (
             {"image_size": 64},
             None,
-            "were made with image_size=32×32, not config.encode.options.image_size=64×64",
+            "were made with size=32×32, not 64×64, as config.encode.options has it",
         ),
-        ({"crop": "celeba"}, None, "were made with crop=adm, not config.encode.options.crop=celeba"),
-        ({"upright": False}, None, "were made with upright=True, not config.encode.options.upright=False"),
+        ({"crop": "celeba"}, None, "were made with crop=adm, not celeba, as config.encode.options has it"),
+        ({"upright": False}, None, "were made with upright=True, not False, as config.encode.options has it"),
     ],
 )
 def test_latents_of_another_autoencoder_resolution_or_crop_are_refused(cache, encode, fingerprint, message):

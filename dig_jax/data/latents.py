@@ -93,17 +93,23 @@ class LatentSource:
     """Latents of images: float32, scaled; a fresh draw from the posterior each time in training.
 
     path: the cache's directory.
-    index: what its index.json says.
     shards: the files of this split.
+    dtype: of the numbers in them.
+    scale: of latents, in the posterior's units.
+    autoencoder: path and fingerprint of the one that made them.
+    pictures: size, crop and upright of what it was given; None where there was none of these.
     """
 
     split: str
     path: Path
-    index: Mapping[str, Any]
     shards: tuple[Shard, ...]
     image_shape: tuple[int, int, int]
+    dtype: np.dtype
+    scale: np.float32
     class_names: tuple[str, ...]
     flip: bool
+    autoencoder: Mapping[str, str]
+    pictures: Mapping[str, Any]
     name: str = "latents"
 
     @property
@@ -115,7 +121,7 @@ class LatentSource:
     def fingerprint(self) -> str:
         """Hash of everything that an example of this source depends on."""
         files = [shard.sha256 for shard in self.shards]
-        return fingerprint(self.name, self.split, files, self.class_names, self._scale)
+        return fingerprint(self.name, self.split, files, self.class_names, float(self.scale))
 
     def __len__(self) -> int:
         return self._length
@@ -126,7 +132,7 @@ class LatentSource:
 
     def __getitem__(self, index: int) -> Example:
         posterior = self.posterior(index)
-        return {"image": posterior.mean * self._scale, "label": np.int32(posterior.label)}
+        return {"image": posterior.mean * self.scale, "label": np.int32(posterior.label)}
 
     def draw(self, index: int, mirrored: bool, noise: Float32[np.ndarray, "h w c"]) -> Example:
         """The latents mean + deviation · noise."""
@@ -135,7 +141,7 @@ class LatentSource:
         np.exp(image, out=image)
         image *= noise
         image += mean
-        image *= self._scale
+        image *= self.scale
         return {"image": image, "label": np.int32(label)}
 
     def posterior(self, index: int, mirrored: bool = False) -> Posterior:
@@ -147,20 +153,15 @@ class LatentSource:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside a source of {len(self)} images")
-        dtype = _DTYPES[self.index["latents"]["dtype"]]
         try:
             record = self._records[2 * index + mirrored]
             label = int(np.frombuffer(record, _LABEL, 1)[0])
-            moments = np.frombuffer(record, dtype, offset=_LABEL.itemsize).astype(np.float32, copy=False)
+            moments = np.frombuffer(record, self.dtype, offset=_LABEL.itemsize).astype(np.float32, copy=False)
             return Posterior(label, *moments.reshape(2, *self.image_shape))
         except Exception as error:  # array_record has no errors of its own
             raise UserError(
                 f"{self._place(index)} cannot be read ({_first_line(error)}); {_AGAIN}"
             ) from error
-
-    @property
-    def _scale(self) -> np.float32:
-        return np.float32(self.index["autoencoder"]["scaling_factor"])
 
     @functools.cached_property
     def _records(self) -> Any:
@@ -218,11 +219,14 @@ def latents(
         source = LatentSource(
             split=split,
             path=directory,
-            index=index,
             shards=tuple(map(Shard.of, index["splits"][split])),
             image_shape=(height, width, depth),
+            dtype=_DTYPES[index["latents"]["dtype"]],
+            scale=np.float32(index["autoencoder"]["scaling_factor"]),
             class_names=tuple(map(str, index["class_names"])),
             flip=bool(index["flip"]),
+            autoencoder={name: str(index["autoencoder"][name]) for name in ("path", "fingerprint")},
+            pictures={name: index["pictures"][name] for name in ("size", "crop", "upright")},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{directory / INDEX} is damaged ({_first_line(error)}); {_AGAIN}") from error
@@ -249,7 +253,7 @@ def check_cache(source: LatentSource, settings: Config, fingerprint: str | None)
     Raises:
         ConfigError: says what differs.
     """
-    encoder, pictures = source.index["autoencoder"], source.index["pictures"]
+    encoder, known = source.autoencoder, source.pictures
     if fingerprint not in (None, encoder["fingerprint"]):
         raise ConfigError(
             f"the latents in {source.path} were made by another autoencoder ({encoder['path']}, fingerprint"
@@ -257,13 +261,12 @@ def check_cache(source: LatentSource, settings: Config, fingerprint: str | None)
             f" ({fingerprint[:12]}), which could not decode what a model learns of them"
         )
     for name, value in settings.encode.options.items():
-        known = {"image_size": pictures["size"], "crop": pictures["crop"], "upright": pictures["upright"]}
         if name == "image_size":
-            value = [value, value] if isinstance(value, int) else list(value)
-        if name in known and known[name] not in (None, value):
+            name, value = "size", [value, value] if isinstance(value, int) else list(value)
+        if known.get(name) not in (None, value):
             raise ConfigError(
                 f"the latents in {source.path} were made with {name}={_written(known[name])}, not"
-                f" config.encode.options.{name}={_written(value)}"
+                f" {_written(value)}, as config.encode.options has it"
             )
 
 

@@ -26,7 +26,7 @@ _ORDER, _FLIP, _NOISE = 0, 1, 2
 
 
 @runtime_checkable
-class Random(Protocol):
+class RandomSource(Protocol):
     """A source whose training examples are drawn from a distribution; `source[index]` is its mean."""
 
     def draw(self, index: int, mirrored: bool, noise: Float32[np.ndarray, "h w c"]) -> Example:
@@ -86,7 +86,7 @@ def batches(
         positions = np.arange(first, first + share)
         indices = _shuffled(len(source), seed, positions)
         mirrored = _coins(seed, positions) if mirror else np.zeros(share, bool)
-        if isinstance(source, Random):
+        if isinstance(source, RandomSource):
             noise = _noise(seed, first, source.image_shape)
             drawn = zip(indices.tolist(), mirrored.tolist(), noise, strict=False)
             return _stacked([source.draw(*one) for one in drawn])
@@ -150,7 +150,7 @@ def _usable_cores() -> int:
 
 
 def _read_options(source: Source, num_threads: int | None, prefetch: int) -> grain.ReadOptions:
-    if num_threads is None and isinstance(source, Random):
+    if num_threads is None and isinstance(source, RandomSource):
         num_threads = 2
     return read_options(num_threads, prefetch)
 
