@@ -15,6 +15,7 @@ from dig_jax.errors import CheckpointError, ConfigError, UserError
 from dig_jax.export import export
 from dig_jax.image_set import sample
 from dig_jax.training import loop
+from dig_jax.training.workdir import claim_workdir
 
 
 def settings(**fields) -> config.Config:
@@ -153,8 +154,8 @@ def test_a_workdir_that_began_with_other_settings_is_refused_and_left_alone(copi
 
 
 def test_other_settings_are_welcome_where_nothing_is_trained_yet(tmp_path):
-    loop.claim_workdir(settings(), tmp_path)
-    loop.claim_workdir(settings(seed=5), tmp_path)
+    claim_workdir(settings(), tmp_path)
+    claim_workdir(settings(seed=5), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["config"]["seed"] == 5
 
 

@@ -18,19 +18,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dig_jax import config, report
-from dig_jax.checkpoint import Checkpoints, described, has_checkpoints, read_config
+from dig_jax.checkpoint import Checkpoints, described
 from dig_jax.compilation import cache_hits
 from dig_jax.config import Config
 from dig_jax.data import batches
 from dig_jax.data.latents import LatentSource, check_cache
 from dig_jax.diffusion import get_sampler
-from dig_jax.errors import ConfigError, UserError, blaming
+from dig_jax.errors import ConfigError, blaming
 from dig_jax.experiment import Experiment, Params, param_count
 from dig_jax.export import read_model
-from dig_jax.files import write_json
 from dig_jax.parallel import (
     check_agreement,
-    check_shared,
     from_first,
     make_mesh,
     process_share,
@@ -48,6 +46,7 @@ from dig_jax.training.peak import peak_memory, peak_of
 from dig_jax.training.preemption import notice_of_end
 from dig_jax.training.profiling import ProfiledSteps, Profiler
 from dig_jax.training.wandb_run import WandbRun, require_wandb
+from dig_jax.training.workdir import claim_workdir
 
 log = logging.getLogger(__name__)
 
@@ -122,28 +121,6 @@ def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None)
     return scores
 
 
-def claim_workdir(settings: Config, workdir: Path) -> None:
-    """Makes the workdir and writes config.json into it, unless it began with other settings.
-
-    Raises:
-        UserError: it did, and there are checkpoints; or the settings that it began with cannot be read; or it
-            cannot be written to.
-    """
-    # The first process's part, whose errors are those of all.
-    from_first(functools.partial(_claim, settings, workdir))
-    check_shared(workdir)
-
-
-def _claim(settings: Config, workdir: Path) -> None:
-    if has_checkpoints(workdir):
-        config.check_same(_began_with(workdir), settings, workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", described(settings))
-    except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be written to: {error.strerror}") from error
-
-
 @contextlib.contextmanager
 def _output(workdir: Path) -> Iterator[Path]:
     if jax.process_index() == 0:
@@ -151,11 +128,6 @@ def _output(workdir: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as directory:
         yield Path(directory)
-
-
-def _began_with(workdir: Path) -> Config:
-    path = workdir / "config.json"
-    return config.read_settings(path) if path.exists() else read_config(workdir)
 
 
 def _check(experiment: Experiment) -> None:
