@@ -23,8 +23,9 @@ from dig_jax.parallel import batch_parts, constrain, distribute, sampling_mesh, 
 Numbers = int | Sequence[int] | np.ndarray | None
 Labels = Numbers | str | Sequence[str]
 
-# Latent pixels that each device decodes at once: 16 images of 256 pixels, or one of 1,024.
-_DECODED = 128 * 128
+# Latent pixels that each device decodes at once: 4 images of 256 pixels, or one of 512. It takes about a
+# gigabyte, beside what training keeps on the device.
+_DECODED = 64 * 64
 
 
 class Sampler:
