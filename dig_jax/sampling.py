@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from dig_jax.autoencoder import Autoencoder, to_uint8
@@ -18,7 +18,16 @@ from dig_jax.data.class_names import class_index
 from dig_jax.diffusion import classifier_free, get_sampler
 from dig_jax.experiment import Experiment, Params
 from dig_jax.export import read_model
-from dig_jax.parallel import batch_parts, constrain, distribute, sampling_mesh, state_sharding
+from dig_jax.parallel import (
+    batch_parts,
+    batch_sharding,
+    constrain,
+    distribute,
+    local_mesh,
+    replicated,
+    sampling_mesh,
+    state_sharding,
+)
 
 Numbers = int | Sequence[int] | np.ndarray | None
 Labels = Numbers | str | Sequence[str]
@@ -155,8 +164,12 @@ class Sampler:
         return height // factor, width // factor
 
     def _pictures(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:
-        decoder = self.experiment.autoencoder
-        return to_pixels(x) if decoder is None else _decoded(decoder, x)
+        return to_pixels(x) if self.experiment.autoencoder is None else _decoded(self._decoder, x)
+
+    @functools.cached_property
+    def _decoder(self) -> Autoencoder:
+        """The autoencoder, on all devices of this process."""
+        return self.experiment.autoencoder.on(replicated(local_mesh()))
 
     def _batch_size(self, count: int) -> int:
         """The config's, or what suffices where that is less, rounded up to what the mesh divides."""
@@ -212,14 +225,12 @@ def _numbers(labels: Labels, class_names: Sequence[str]) -> Numbers:
 def _decoded(autoencoder: Autoencoder, latents: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n H W C"]:
     """Pictures, decoded by all devices of this process, some at a time."""
     count, height, width, _ = latents.shape
-    devices = np.array(jax.local_devices())
-    size = len(devices) * max(_DECODED // (height * width), 1)
-    size = min(size, -(-count // len(devices)) * len(devices))
-    layout = NamedSharding(Mesh(devices, "images"), PartitionSpec("images"))
+    devices = jax.local_device_count()
+    size = devices * min(max(_DECODED // (height * width), 1), -(-count // devices))
     pictures = []
     for first in range(0, count, size):
         numbers = np.minimum(np.arange(first, first + size), count - 1)  # filled up: one shape is compiled
-        part = jax.device_put(latents[numbers], layout)
+        part = jax.device_put(latents[numbers], batch_sharding(local_mesh()))
         pictures.append(np.asarray(to_uint8(autoencoder.decode(part))))
     return np.concatenate(pictures)[:count]
 

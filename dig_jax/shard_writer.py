@@ -12,7 +12,6 @@ from typing import NamedTuple
 import grain
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from dig_jax import config
@@ -89,8 +88,7 @@ class ShardWriter:
         self._directory, self._sources, self._settings = directory, sources, settings
         mesh = local_mesh()
         self._batch_size, self._split = settings.batch_size * mesh.size, batch_sharding(mesh)
-        graphdef, state = nnx.split(autoencoder)
-        self._autoencoder = nnx.merge(graphdef, jax.device_put(state, replicated(mesh)))
+        self._autoencoder = autoencoder.on(replicated(mesh))
         self._unreadable = 0
 
     def write(self, parts: Sequence[Part]) -> None:

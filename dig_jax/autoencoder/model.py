@@ -93,6 +93,11 @@ class Autoencoder(nnx.Module):
             raise ValueError(f"stripes={stripes} does not divide the latents' height of {height}")
         return _decode(*nnx.split(self), jnp.asarray(latents), stripes)
 
+    def on(self, sharding: jax.sharding.Sharding) -> "Autoencoder":
+        """The same, with parameters that lie as `sharding` says."""
+        graphdef, params = nnx.split(self)
+        return nnx.merge(graphdef, jax.device_put(params, sharding))
+
     def fingerprint(self) -> str:
         """SHA-256 of config and parameters, in hex: latents go with the autoencoders of one fingerprint."""
         digest = hashlib.sha256(repr(self.config).encode())
