@@ -122,6 +122,11 @@ class Checkpoints:
         if not from_first(lambda: has_checkpoints(self._directory.parent)):
             return None
         directory, self._damaged = _agreed_newest_intact(self._directory.parent)
+        if lacking := abstract_state.keys() - _stored(directory).keys():
+            raise CheckpointError(
+                f"{directory} is whole, but has no {', '.join(sorted(lacking))}, and training cannot go on"
+                f" without: start another --workdir with --config.init_from={self._directory.parent}"
+            )
         items = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
         restored = _read(directory, **items)
         return restored.state, restored.data
@@ -215,8 +220,7 @@ def read_params(path: Path, ema: str | None = None) -> tuple[Experiment, int, Pa
     if name not in [*averages, "params"]:
         raise CheckpointError(f"{directory} has no average {name!r}; it has {', '.join(averages)} and params")
 
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        metadata = handler.metadata(directory / "state").tree
+    metadata = _stored(directory)
     wanted = {"params": metadata["params"]} if name == "params" else {"ema": {name: metadata["ema"][name]}}
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
@@ -299,6 +303,12 @@ def _sums(directory: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 sums[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
+
+
+def _stored(directory: Path) -> dict[str, Any]:
+    """Shapes and dtypes of a state."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        return handler.metadata(directory / "state").tree
 
 
 def _read(directory: Path, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:

@@ -72,15 +72,7 @@ def numbers(text: str | None, flag: str) -> np.ndarray | None:
     Raises:
         ConfigError: the text is no such list, or one of more than a million numbers.
     """
-    if text is None:
-        return None
-    parts = [re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part) for part in text.split(",")]
-    ranges = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
-    if None in parts or any(first > last for first, last in ranges):
-        raise ConfigError(f"--{flag}={text!r} is not a list of numbers and ranges such as 0,3,5-7")
-    if sum(last - first + 1 for first, last in ranges) > 10**6:
-        raise ConfigError(f"--{flag}={text!r} is more than a million numbers")
-    return np.concatenate([np.arange(first, last + 1) for first, last in ranges])
+    return None if text is None else _joined(list(map(_range, text.split(","))), text, flag)
 
 
 def labels(text: str | None, class_names: Sequence[str]) -> np.ndarray | None:
@@ -101,7 +93,22 @@ def labels(text: str | None, class_names: Sequence[str]) -> np.ndarray | None:
     parts = [part.strip() for part in text.split(",")]
     with blaming("--labels"):
         named = {part: class_index(part, class_names) for part in parts if re.search(r"[^\d-]", part)}
-    return numbers(",".join(str(named.get(part, part)) for part in parts), "labels")
+    return _joined([_range(str(named.get(part, part))) for part in parts], text, "labels")
+
+
+def _range(part: str) -> range:
+    """ "5-7" or "5"; empty, where it is neither."""
+    bounds = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part)
+    return range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1) if bounds else range(0)
+
+
+def _joined(ranges: Sequence[range], text: str, flag: str) -> np.ndarray:
+    """The numbers that a flag's text stands for."""
+    if not all(ranges):
+        raise ConfigError(f"--{flag}={text!r} is not a list of numbers and ranges such as 0,3,5-7")
+    if sum(map(len, ranges)) > 10**6:
+        raise ConfigError(f"--{flag}={text!r} is more than a million numbers")
+    return np.concatenate(ranges)
 
 
 def say_how_to_go_on() -> None:
@@ -166,6 +173,8 @@ def _load(text: str) -> ConfigDict:
         known = [str(other) for other in Path(name).parent.glob("*.py")] or ["configs/digits.py"]
         raise ConfigError(f"there is no config file {name!r}{suggest(name, known)}")
     if name.endswith(".json"):
+        if argument:
+            raise ConfigError(f"--config={text}: {name} takes no argument")
         return ConfigDict(dataclasses.asdict(read_settings(Path(name))))
     try:
         get_config = runpy.run_path(name)["get_config"]

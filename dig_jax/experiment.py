@@ -99,8 +99,13 @@ class Experiment:
         return nnx.merge(self._graphdef, params)(x, t, y, drop=drop)
 
     @functools.cached_property
+    def abstract_model(self) -> DiffusionTransformer:
+        """The network without values."""
+        return nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0)))
+
+    @functools.cached_property
     def _graphdef(self) -> nnx.GraphDef:
-        return nnx.split(nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0))))[0]
+        return nnx.split(self.abstract_model)[0]
 
     def make_model(self, rngs: nnx.Rngs) -> DiffusionTransformer:
         """The network as a module with random parameters."""

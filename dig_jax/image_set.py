@@ -4,19 +4,20 @@ An image depends on its seed and label alone, so a set is drawn in parts by whoe
 WORKDIR/generated until all are; then WORKDIR/generated.npz takes their place.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
 from dig_jax.config import Config
 from dig_jax.data.class_names import display_name
@@ -87,26 +88,27 @@ class _Parts:
         """What the images depend on."""
         experiment = self.sampler.experiment
         options = dataclasses.asdict(experiment.config.sampling)
-        numbers = np.stack([self.labels, self.seeds]).astype("<i8").tobytes()
         return {
             "step": self.sampler.step,
             "parameters": experiment.config.sampled_ema,
+            "values of the parameters": _digest(jax.tree.leaves(self.sampler.params)),
             **{name: value for name, value in options.items() if name not in (*_IRRELEVANT, "ema")},
             "autoencoder": experiment.autoencoder.fingerprint() if experiment.autoencoder else "",
+            "autoencoder.dtype": experiment.config.autoencoder.dtype,
             "images": len(self.seeds),
-            "labels and seeds": hashlib.sha256(numbers).hexdigest()[:16],
+            "labels and seeds": _digest([self.labels, self.seeds]),
         }
 
     def claim(self) -> None:
-        """Makes the directory, unless there are parts of another set in it.
+        """Makes the directory, unless there are parts of another set or other things in it.
 
         Raises:
             UserError: there are, or it cannot be written to.
         """
         path, ours = self.directory / "set.json", self.described()
-        try:
+        with _writing_to(self.directory):
             if path.exists():
-                theirs = json.loads(path.read_text())
+                theirs = _read(path)
                 changed = [
                     f"{name}: {theirs.get(name)} → {value}"
                     for name, value in ours.items()
@@ -117,32 +119,29 @@ class _Parts:
                         f"{self.directory} has parts of another set ({'; '.join(changed)}): give the settings"
                         " that it began with, or delete it"
                     )
+            elif any(self.directory.glob("[!.]*")):
+                raise ConfigError(f"{self.directory} has other things than a set in it: move them elsewhere")
             self.directory.mkdir(exist_ok=True)
             write_json(path, ours)
-        except (ValueError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path} cannot be read: {error}; delete {self.directory}") from error
-        except OSError as error:
-            raise UserError(f"{self.directory} cannot be written to: {error.strerror}") from error
 
     def draw(self, *, index: int, count: int) -> None:
         """Draws those parts which are not there, of every `count` the one with this index."""
-        firsts = range(index * self.size, len(self.seeds), count * self.size)
-        missing = [first for first in firsts if not self._is_whole(first)]
-        done = min(self.size * len(list(self.directory.glob("*.npy"))), len(self.seeds))
+        missing = [first for first in range(0, len(self.seeds), self.size) if not self._is_whole(first)]
+        done = len(self.seeds) - sum(len(self.seeds[first : first + self.size]) for first in missing)
+        # Not every count-th of what is missing: others may be drawing already.
+        own = [first for first in missing if first // self.size % count == index]
         if done:
             log.info("%d of %d images are there already", done, len(self.seeds))
         progress = Progress("image", first=done, total=len(self.seeds), every_seconds=10.0)
-        for number, first in enumerate(missing, 1):
+        for number, first in enumerate(own, 1):
             chosen = slice(first, first + self.size)
             with blaming("config.sampling"):
                 images = self.sampler(self.labels[chosen], seeds=self.seeds[chosen])
-            with replacing(self._path(first)) as file:
+            with _writing_to(self.directory), replacing(self._path(first)) as file:
                 np.save(file, images)
             if index == 0:
                 progress.show(min(done + number * count * self.size, len(self.seeds)))
-        if missing:
+        if own:
             progress.close()
 
     def read(self) -> Iterator[UInt8[np.ndarray, "n height width channels"]]:
@@ -151,6 +150,12 @@ class _Parts:
             if not self._is_whole(first):
                 raise UserError(f"{self._path(first)} is gone or damaged: the same command draws it again")
             yield np.load(self._path(first))
+
+    def delete(self) -> None:
+        """Deletes the parts, and only then what says which set they are of."""
+        for path in self.directory.glob("*.npy"):
+            path.unlink()
+        shutil.rmtree(self.directory)
 
     def _path(self, first: int) -> Path:
         return self.directory / f"{first:08}.npy"
@@ -166,8 +171,21 @@ class _Parts:
 
 def _collect(parts: _Parts, workdir: Path, names: tuple[str, ...]) -> None:
     """One file of all parts, and a picture of the first images."""
+    with _writing_to(workdir):
+        shown = _write_npz(parts, workdir / "generated.npz")
+        picture = workdir / "generated.png"
+        picture.unlink(missing_ok=True)
+        if shown.shape[-1] in (1, 3):
+            titles = [display_name(names[label]) for label in parts.labels[:_SHOWN]] if names else ()
+            columns = min(len(shown), parts.sampler.experiment.config.sampling.images_per_class)
+            save_grid(picture, shown, columns=columns, titles=titles)
+        parts.delete()
+
+
+def _write_npz(parts: _Parts, path: Path) -> UInt8[np.ndarray, "n height width channels"]:
+    """The npz of a set, of which it gives the first images."""
     shape, shown = (len(parts.seeds), *parts.sampler.picture_shape), []
-    with replacing(workdir / "generated.npz") as file, zipfile.ZipFile(file, "w") as archive:
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         # One part at a time: np.savez would hold all of them.
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -179,9 +197,27 @@ def _collect(parts: _Parts, workdir: Path, names: tuple[str, ...]) -> None:
         for name in ("labels", "seeds"):
             with archive.open(f"{name}.npy", "w") as member:
                 np.save(member, getattr(parts, name))
-    if shape[-1] in (1, 3):
-        images = np.concatenate(shown)[:_SHOWN]
-        titles = [display_name(names[label]) for label in parts.labels[:_SHOWN]] if names else ()
-        columns = min(len(images), parts.sampler.experiment.config.sampling.images_per_class)
-        save_grid(workdir / "generated.png", images, columns=columns, titles=titles)
-    shutil.rmtree(parts.directory)
+    return np.concatenate(shown)[:_SHOWN]
+
+
+def _digest(arrays: Iterable[Array | np.ndarray]) -> str:
+    """Hash of the values of arrays, in hexadecimal."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}; delete {path.parent}") from error
+
+
+@contextlib.contextmanager
+def _writing_to(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written to: {error.strerror or error}") from error

@@ -157,10 +157,10 @@ class Sampler:
     def _size_of(self, size: int | tuple[int, int]) -> tuple[int, int]:
         """Height and width of what the model draws, for pictures of this size in pixels."""
         factor = decoder.config.downsampling if (decoder := self.experiment.autoencoder) else 1
+        patch = factor * self.experiment.abstract_model.patch_size
         height, width = (size, size) if isinstance(size, int) else size
-        if min(height, width) < 1 or height % factor or width % factor:
-            multiple = f" and a multiple of the autoencoder's {factor}" if factor > 1 else ""
-            raise ValueError(f"size={size} is not positive{multiple}")
+        if min(height, width) < 1 or height % patch or width % patch:
+            raise ValueError(f"size={size} must be positive and a multiple of {patch} pixels, a token's side")
         return height // factor, width // factor
 
     def _pictures(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:

@@ -251,9 +251,13 @@ def test_damaged_checkpoints_stay_where_they_are_when_there_is_no_other(workdir,
 
 
 def test_a_whole_checkpoint_that_does_not_fit_is_not_taken_for_damaged(workdir, caplog):
-    target = abstract(make_state(0)) | {"more": jax.ShapeDtypeStruct((), jnp.int32)}
+    state, more = abstract(make_state(0)), {"more": jax.ShapeDtypeStruct((), jnp.int32)}
+    checkpoints = Checkpoints(workdir, SETTINGS.checkpoint)
     with pytest.raises(CheckpointError, match=r"checkpoints/2 is whole, but cannot be used: .*"):
-        Checkpoints(workdir, SETTINGS.checkpoint).restore(target)
+        checkpoints.restore(state | {"params": more})
+    message = rf"checkpoints/2 is whole, but has no more, .* --config.init_from={workdir}$"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.restore(state | more)
     assert not caplog.text
     assert names(workdir) == ["1", "2"]
 

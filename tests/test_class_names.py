@@ -112,9 +112,9 @@ def test_what_is_written_in_digits_is_an_index_whatever_the_classes_are_called()
     [
         ("tench,golden retreiver", "--labels: there is no class 'golden retreiver'; did you mean"),
         ("3-", "--labels='3-' is not a list of numbers"),
-        ("7-5,tench", "is not a list of numbers"),
+        ("7-5,tench", "--labels='7-5,tench' is not a list of numbers"),
         ("tench,,3", "is not a list of numbers"),
-        ("0-9999999,tench", "more than a million"),
+        ("0-9999999,tench", "--labels='0-9999999,tench' is more than a million"),
     ],
 )
 def test_labels_that_cannot_be_are_told_in_one_line(text, told):

@@ -17,6 +17,7 @@ from upstream_files import HEADS, abstract, assert_same, assert_upstreams, expec
 import dig_jax
 from configs import base
 from dig_jax import config
+from dig_jax.convert import __main__ as convert
 from dig_jax.convert.names import torch_arrays
 from dig_jax.convert.recognise import (
     describe,
@@ -283,6 +284,16 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing(released, tmp_path):
         with full_disk(10_000):
             line = refused(tmp_path / "ours.safetensors", tmp_path / "new" / name, status=1)
         assert f"{name} could not be written" in line
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_a_workdir_is_written_whole_or_not_at_all(released, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, "write_json", full)
+    line = refused(released("dit"), tmp_path / "new" / "run", "--num_heads=1", status=1)
+    assert "run could not be written: " in line
     assert not any((tmp_path / "new").iterdir())
 
 

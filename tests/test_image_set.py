@@ -1,4 +1,8 @@
+import contextlib
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +24,9 @@ def draw(tmp_path, monkeypatch):
     """Draws a set in `.workdir` and gives what generated.npz holds; `.drawn`: the seeds drawn so far."""
     (tmp_path / "run").mkdir()
 
-    def sample(labels=None, seeds=None, known=None, **changes):
+    def sample(labels=None, seeds=None, known=None, params=(), **changes):
         settings = tiny_settings(**{"sampling__batch_size": 2, "sampling__steps": 3} | changes)
-        sampler = Sampler(PlainExperiment(settings, known), {}, step=7)
+        sampler = Sampler(PlainExperiment(settings, known), dict(params), step=7)
         sample.sampler = sampler
         monkeypatch.setattr(image_set, "load", lambda *_, **__: sampler)
         call = Sampler.__call__
@@ -124,6 +128,78 @@ def _interrupt(*_):
     raise KeyboardInterrupt
 
 
+def test_a_set_of_which_only_a_damaged_part_is_missing_is_finished(draw, monkeypatch):
+    seeds = np.arange(4)
+    whole = draw(seeds=seeds)["arr_0"]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(image_set, "_collect", _interrupt)
+        draw(seeds=seeds)
+    (draw.workdir / "generated" / "00000002.npy").write_bytes(b"")
+    np.testing.assert_array_equal(draw(seeds=seeds)["arr_0"], whole)
+
+
+def test_parts_without_a_record_of_their_set_are_never_left(draw, monkeypatch):
+    deleted, unlink = [], Path.unlink
+
+    def interrupted(path, **options):
+        if path.suffix == ".npy" and deleted:
+            raise KeyboardInterrupt
+        deleted.extend([path] if path.suffix == ".npy" else [])
+        unlink(path, **options)
+
+    def rmtree(directory):
+        for path in sorted(directory.iterdir(), reverse=True):  # in whatever order the disk has them
+            interrupted(path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", interrupted)
+        patched.setattr(shutil, "rmtree", rmtree)
+        draw(seeds=np.arange(4))
+    with pytest.raises(ConfigError, match="has parts of another set"):
+        draw(seeds=np.arange(4, 8))
+    np.testing.assert_array_equal(draw(seeds=np.arange(4))["seeds"], range(4))
+
+
+def test_what_somebody_else_keeps_in_the_place_of_the_parts_is_left_alone(draw):
+    (draw.workdir / "generated").mkdir()
+    (draw.workdir / "generated" / "best.png").write_text("a picture")
+    with pytest.raises(ConfigError, match="generated has other things than a set in it: move them elsewhere"):
+        draw(seeds=np.arange(2))
+    assert (draw.workdir / "generated" / "best.png").read_text() == "a picture"
+
+
+def test_parts_that_other_parameters_or_another_precision_drew_are_not_mixed_in(draw, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(image_set, "_collect", _interrupt)
+        draw(seeds=np.arange(2))
+    with pytest.raises(ConfigError, match="another set .autoencoder.dtype: float32 → bfloat16"):
+        draw(seeds=np.arange(2), autoencoder__dtype="bfloat16")
+    with pytest.raises(ConfigError, match="another set .values of the parameters: "):
+        draw(seeds=np.arange(2), params={"bias": np.ones(3, np.float32)})
+
+
+@pytest.mark.parametrize("name", ["00000000.npy", "generated.npz"])
+def test_a_full_disk_is_told_in_one_line_and_the_set_goes_on(draw, monkeypatch, name):
+    @contextlib.contextmanager
+    def full(path):
+        raise OSError(f"{path.name} requested and 0 written")
+        yield
+
+    replacing = image_set.replacing
+    message = f"cannot be written to: {name} requested"
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=message):
+        patched.setattr(image_set, "replacing", lambda path: (full if path.name == name else replacing)(path))
+        draw(seeds=np.arange(2))
+    assert draw(seeds=np.arange(2))["arr_0"].shape[0] == 2
+
+
+def test_the_picture_of_an_earlier_set_does_not_outlive_it(draw):
+    draw(seeds=np.arange(2))
+    assert (draw.workdir / "generated.png").exists()
+    draw(data__options={"image_size": 4, "channels": 4, "num_classes": 5, "length": 60})
+    assert not (draw.workdir / "generated.png").exists()
+
+
 def test_a_record_of_what_the_parts_depend_on_lies_beside_them(draw, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(image_set, "_collect", _interrupt)
@@ -194,8 +270,12 @@ def test_the_size_of_pictures_of_latents_is_in_pixels(latent_run):
     sampler = dig_jax.load(latent_run[0])
     factor = sampler.experiment.autoencoder.config.downsampling
     assert sampler(size=(2 * factor, 4 * factor)).shape == (1, 2 * factor, 4 * factor, 3)
-    with pytest.raises(ValueError, match=f"size=3 is not .* a multiple of the autoencoder's {factor}"):
-        sampler(size=3)
+    patch = factor * sampler.experiment.abstract_model.patch_size
+    assert patch > factor
+    for size in (0, 3, factor, (patch, patch + factor)):
+        message = re.escape(f"size={size} must be positive and a multiple of {patch} pixels")
+        with pytest.raises(ValueError, match=message):
+            sampler(size=size)
 
 
 def test_another_autoencoder_may_be_given(latent_run, tmp_path):

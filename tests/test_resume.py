@@ -153,6 +153,17 @@ def test_a_workdir_that_began_with_other_settings_is_refused_and_left_alone(copi
     assert not path.exists()
 
 
+def test_a_run_goes_on_with_the_data_it_began_with_alone(copied, monkeypatch):
+    monkeypatch.setattr(FakeSource, "fingerprint", "0" * 16)
+    monkeypatch.setattr(FakeSource, "class_names", tuple(f"wave {k}" for k in range(4)))
+    message = (
+        r"was trained on other data \(fingerprint: '\w{16}' → '0{16}';"
+        r" class_names: \['0', '1', '2', '3'\] → \['wave 0', 'wave 1', 'wave 2', 'wave 3'\]\)$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        loop.train(settings(), copied)
+
+
 def test_other_settings_are_welcome_where_nothing_is_trained_yet(tmp_path):
     claim_workdir(settings(), tmp_path)
     claim_workdir(settings(seed=5), tmp_path)

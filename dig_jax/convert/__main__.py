@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import jax
 import numpy as np
-from flax import nnx, traverse_util
+from flax import traverse_util
 
 from dig_jax.checkpoint import Checkpoints, described, has_checkpoints
 from dig_jax.config import Config
@@ -39,7 +39,6 @@ from dig_jax.errors import CheckpointError, ConfigError, UserError
 from dig_jax.experiment import Experiment
 from dig_jax.export import FORMAT, read_model, write_model, writing_to
 from dig_jax.files import new_folder, replacing, write_json
-from dig_jax.models import DiffusionTransformer
 from dig_jax.safetensors_file import open_safetensors, write_safetensors
 
 log = logging.getLogger("dig_jax.convert")
@@ -79,7 +78,7 @@ def _to_ours(source: Path, target: Path, tree: str | None, **options: str | int 
         try:
             settings = recognise(found, **options)
             experiment = Experiment(settings, images_of(settings))
-            params = read_params(_model(experiment), found.stored)
+            params = read_params(experiment.abstract_model, found.stored)
         except ConfigError:
             raise
         except Refused:  # open_source names the file
@@ -108,7 +107,7 @@ def _to_ours(source: Path, target: Path, tree: str | None, **options: str | int 
 def _to_theirs(source: Path, target: Path, tree: str | None, **options: None) -> None:
     experiment, step, params = read_model(source, tree)
     flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params).items()}
-    model = _model(experiment)
+    model = experiment.abstract_model
     try:
         about = None if target.suffix else diffusers.config_of(model)
         arrays = torch_arrays(model, flat)
@@ -141,11 +140,6 @@ def _is_ours(source: Path) -> bool:
     return False
 
 
-def _model(experiment: Experiment) -> DiffusionTransformer:
-    """Its model, without values."""
-    return nnx.eval_shape(lambda: experiment.make_model(nnx.Rngs(0)))
-
-
 def _tell(settings: Config, tree: str, params: Mapping[tuple, np.ndarray]) -> None:
     model, options = settings.model, settings.data.options
     log.info(
@@ -166,10 +160,11 @@ def _write_workdir(target: Path, experiment: Experiment, params: Mapping[tuple, 
     """A checkpoint whose average and parameters are the same, without an optimiser's state."""
     nested = traverse_util.unflatten_dict(params)
     state = {"step": np.int32(0), "params": nested, "ema": {EMA: nested}}
-    with Checkpoints(target, experiment.config.checkpoint) as checkpoints:
-        data = {"examples": 0} | experiment.images.described()
-        checkpoints.save(0, state, data, experiment.config)
-    write_json(target / "config.json", described(experiment.config))
+    with writing_to(target), new_folder(target) as folder:
+        with Checkpoints(folder, experiment.config.checkpoint) as checkpoints:
+            data = {"examples": 0} | experiment.images.described()
+            checkpoints.save(0, state, data, experiment.config)
+        write_json(folder / "config.json", described(experiment.config))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dig_jax.data.encoded import EncodedSource, Record
-from dig_jax.data.sources import fingerprint
+from dig_jax.data.sources import default_heldout, fingerprint
 from dig_jax.errors import UserError
 from dig_jax.suggest import suggest
 
@@ -102,7 +102,9 @@ def hub(
     library = _library()
     with _quiet(library):
         builder = _prepared(library, dataset, subset, cache_dir)
-        chosen = train_split if split == "train" else heldout_split or _heldout(builder, dataset)
+        chosen = train_split
+        if split == "heldout":
+            chosen = heldout_split or default_heldout(dataset, builder.info.splits)
         train, rows = (_rows(builder, dataset, part) for part in (train_split, chosen))
     image, label = _columns(library, dataset, rows.features, image, label)
     names = _class_names(dataset, train, label, num_classes)
@@ -174,16 +176,6 @@ def _prepared(library: Any, dataset: str, subset: str, cache_dir: str) -> Any:
     except Exception as error:  # of the network, the Hub, the file system, Arrow, `datasets`
         raise UserError(f"{dataset} cannot be opened by datasets: {_reason(error)}") from error
     return builder
-
-
-def _heldout(builder: Any, dataset: str) -> str:
-    names = ("validation", "test")
-    if not any(name in builder.info.splits for name in names):
-        raise UserError(
-            f"{dataset} has neither validation nor test images; set train_split='train[:98%]' and"
-            " heldout_split='train[98%:]', or the like"
-        )
-    return next(name for name in names if name in builder.info.splits)
 
 
 def _rows(builder: Any, dataset: str, split: str) -> Any:

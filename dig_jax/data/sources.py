@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
+
+from dig_jax.errors import UserError
 
 Example = dict[str, np.ndarray | np.int32]
 
@@ -231,6 +233,21 @@ def fake(
         length=length if split == "train" else -(-length // 5),
         seed=seed,
     )
+
+
+def default_heldout(dataset: str, splits: Collection[str]) -> str:
+    """Which of the splits of a dataset is held out where nothing is said: validation, or else test.
+
+    Raises:
+        UserError: it has neither.
+    """
+    found = [name for name in ("validation", "test") if name in splits]
+    if not found:
+        raise UserError(
+            f"{dataset} has neither validation nor test images; set train_split='train[:98%]' and"
+            " heldout_split='train[98%:]', or the like"
+        )
+    return found[0]
 
 
 def _stratified(labels: Int32[np.ndarray, " n"], per_class: int) -> Bool[np.ndarray, " n"]:

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from dig_jax.data.encoded import EncodedSource, Record
-from dig_jax.data.sources import fingerprint
+from dig_jax.data.sources import default_heldout, fingerprint
 from dig_jax.errors import UserError
 from dig_jax.suggest import suggest
 
@@ -83,12 +83,7 @@ def tfds(
         raise ValueError("dataset of the tfds source is missing: a name such as cifar10")
     builder = _builder(library, dataset, data_dir)
     known = list(builder.info.splits)
-    heldout = heldout_split or next((name for name in ("validation", "test") if name in known), "")
-    if not heldout:
-        raise UserError(
-            f"{dataset} has neither validation nor test images; set train_split='train[:98%]' and"
-            " heldout_split='train[98%:]', or the like"
-        )
+    heldout = heldout_split or default_heldout(dataset, known)
     image, label = _features(library, builder, label)
     names = tuple(builder.info.features[label].names) if label else ()
     if num_classes not in (-1, len(names)):

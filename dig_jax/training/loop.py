@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import reprlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -167,8 +168,13 @@ def _start(run: _Run, abstract: steps.State, checkpoints: Checkpoints) -> tuple[
     if restored is not None:
         state, data = restored
         expected = _data_item(run, data["examples"])
-        if any(data[name] != expected.get(name) for name in data):
-            raise ConfigError(f"{run.workdir} was trained on other data: {data}, now {expected}")
+        changed = [
+            f"{name}: {reprlib.repr(value)} → {reprlib.repr(expected.get(name))}"
+            for name, value in data.items()
+            if value != expected.get(name)
+        ]
+        if changed:
+            raise ConfigError(f"{run.workdir} was trained on other data ({'; '.join(changed)})")
         return state, data["examples"]
     layout, params = state_sharding(abstract, run.mesh), None
     if run.settings.init_from:
