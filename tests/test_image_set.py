@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -237,8 +238,13 @@ def latent_run(tmp_path_factory):
     return workdir, folder
 
 
+@functools.cache
+def loaded(workdir):
+    return dig_jax.load(workdir)
+
+
 def test_latents_are_decoded_by_the_autoencoder_that_the_config_names(latent_run):
-    sampler = dig_jax.load(latent_run[0])
+    sampler = loaded(latent_run[0])
     latents = sampler([0, 1], seeds=[3, 4], return_latents=True)
     pictures = sampler([0, 1], seeds=[3, 4])
     assert latents.shape == (2, 4, 6, 4)
@@ -251,14 +257,14 @@ def test_latents_are_decoded_by_the_autoencoder_that_the_config_names(latent_run
 
 
 def test_decoding_in_parts_changes_nothing(latent_run, monkeypatch):
-    sampler = dig_jax.load(latent_run[0])
+    sampler = loaded(latent_run[0])
     whole = sampler(seeds=range(5)).astype(int)
     monkeypatch.setattr("dig_jax.sampling._DECODED", 1)
     assert np.abs(sampler(seeds=range(5)) - whole).max() <= 1
 
 
 def test_classes_are_drawn_by_name_even_where_the_data_are_elsewhere(latent_run):
-    sampler = dig_jax.load(latent_run[0])
+    sampler = loaded(latent_run[0])
     labels, _ = sampler.resolve(["golden retriever", "tabby", 2, "Siamese"], None)
     np.testing.assert_array_equal(labels, [1, 0, 2, 2])
     np.testing.assert_array_equal(sampler.resolve("golden_retriever", None)[0], [1])
@@ -267,7 +273,7 @@ def test_classes_are_drawn_by_name_even_where_the_data_are_elsewhere(latent_run)
 
 
 def test_the_size_of_pictures_of_latents_is_in_pixels(latent_run):
-    sampler = dig_jax.load(latent_run[0])
+    sampler = loaded(latent_run[0])
     factor = sampler.experiment.autoencoder.config.downsampling
     assert sampler(size=(2 * factor, 4 * factor)).shape == (1, 2 * factor, 4 * factor, 3)
     patch = factor * sampler.experiment.abstract_model.patch_size
@@ -289,6 +295,6 @@ def test_a_set_of_decoded_pictures_is_written_with_titles(latent_run):
     workdir, folder = latent_run
     image_set.sample(latent_settings(folder), workdir, lambda names: [0, 1, 2, 1])
     with np.load(workdir / "generated.npz") as file:
-        np.testing.assert_array_equal(file["arr_0"], dig_jax.load(workdir)([0, 1, 2, 1]))
+        np.testing.assert_array_equal(file["arr_0"], loaded(workdir)([0, 1, 2, 1]))
     with Image.open(workdir / "generated.png") as picture:
-        assert picture.width > 4 * dig_jax.load(workdir).picture_shape[1]
+        assert picture.width > 4 * loaded(workdir).picture_shape[1]

@@ -96,24 +96,25 @@ def test_reversed_scan_is_causal_from_the_last_token_on():
         assert difference.min() > 0  # forward and reverse together reach everything
 
 
+@functools.cache
+def loss_and_gradient(remat, skip):
+    x, t, y = inputs(height=4, width=4)
+    depth = 8 if skip else 5  # groups of four, and blocks outside of them
+    graphdef, params = nnx.split(awake(tiny(depth=depth, input_size=4, skip=skip, remat=remat)))
+
+    def loss(params):
+        return jnp.square(nnx.merge(graphdef, params)(x, t, y)).mean()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
 @pytest.mark.parametrize(("remat", "skip"), [("dots", None), ("full", None), ("full", "linear")])
 def test_rematerialisation_changes_neither_output_nor_gradient(remat, skip):
-    x, t, y = inputs(height=4, width=4)
-    results = []
-    for choice in (None, remat):
-        depth = 12 if skip else 5  # groups of four, and blocks outside of them
-        graphdef, params = nnx.split(awake(tiny(depth=depth, input_size=4, skip=skip, remat=choice)))
-
-        def loss(params, graphdef=graphdef):
-            return jnp.square(nnx.merge(graphdef, params)(x, t, y)).mean()
-
-        results.append(jax.jit(jax.value_and_grad(loss))(params))
-
     def assert_close(actual, expected):
         # The norm of a head's first outputs cancels what of their gradient is larger: rounding is amplified.
         assert jnp.linalg.norm(actual - expected) <= 1e-3 * jnp.linalg.norm(expected)
 
-    jax.tree.map(assert_close, *results)
+    jax.tree.map(assert_close, loss_and_gradient(None, skip), loss_and_gradient(remat, skip))
 
 
 @pytest.mark.parametrize("depth", [8, 12, 6])

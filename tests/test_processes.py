@@ -120,6 +120,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on_from_them(one, two, dir
     assert_like_one(workdir, one, 24)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_both_go_on_from_before_a_damaged_checkpoint(two, directory):
     workdir = directory / "killed"
     commands = [digits(workdir, *own, **SPLIT, checkpoint__every_steps=5) for own in joined(2)]
