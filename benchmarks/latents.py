@@ -3,8 +3,8 @@
 python benchmarks/latents.py [--images=4096] [--batches=64] [--repeats=3]
 
 Caches of random numbers are written and then read in random order, in batches of 256, with flips and draws,
-by the threads of two cores: images per second of wall-clock time and, as busy machines distort that, twice
-those per second of CPU time. A v5e takes no more than its arithmetic allows at the very best: DiG-XL/2's own
+on two cores as training would: images per second of wall-clock time and, as busy machines distort that, of
+CPU time. A v5e takes no more than its arithmetic allows at the very best: DiG-XL/2's own
 flops in bfloat16 at the chip's peak, by benchmarks/plan_table.json.
 """
 
@@ -22,6 +22,7 @@ from dig_jax.data import batches, load_source
 from dig_jax.data.latents import FORMAT, INDEX, Shard, checksum, packed
 from dig_jax.data.sources import Source
 from dig_jax.files import write_json
+from dig_jax.parallel import prepare_cpu
 from dig_jax.shard_writer import file_sha256, record_file
 
 _BATCH, _SHARD, _CORES = 256, 1024, 2
@@ -36,6 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_CORES])
+    prepare_cpu(1)  # as main.py does
     print(f"{'':28}  wall clock  CPU time  v5e at most  ratios")
     for name, side in {"dig_xl": 32, "dig_xl:512": 64}.items():
         plan = json.loads(_PLANS.read_text())[f"{name} {_PLAN}"]
@@ -75,7 +77,7 @@ def _write(directory: Path, images: int, side: int, dtype: str) -> None:
 
 
 def _speed(source: Source, count: int, repeats: int) -> tuple[float, float]:
-    """Images per second, the best of some runs after one that warms up: wall clock; both cores' CPU time."""
+    """Images per second, the best of some runs after one that warms up: of wall-clock and of CPU time."""
     walls, cpus = [], []
     for _ in range(repeats + 1):
         with closing(batches(source, batch_size=_BATCH, seed=0, flip=True)) as data:
@@ -86,7 +88,7 @@ def _speed(source: Source, count: int, repeats: int) -> tuple[float, float]:
             walls.append(time.perf_counter() - wall)
             cpus.append(time.process_time() - cpu)
     images = count * _BATCH
-    return images / min(walls[1:]), _CORES * images / min(cpus[1:])
+    return images / min(walls[1:]), images / min(cpus[1:])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ Batch = dict[str, np.ndarray]
 
 # The streams of random numbers that one seed gives: each is a function of (seed, stream, counter).
 _ORDER, _FLIP, _NOISE = 0, 1, 2
+# Images whose noise is drawn at once: between NumPy's calls Python's lock changes hands.
+_DRAWN = 8
 
 
 @runtime_checkable
@@ -66,7 +68,7 @@ def batches(
         process_count: how many processes share a batch.
         flip: mirror half of the images left to right, drawn anew in each epoch, if `source.flip` allows it.
         num_threads: batches made at the same time; 0 makes each one when it is asked for; None: as many as
-            there are cores, from 4 to 32, as Pillow decodes and resizes without holding Python's lock; or two
+            there are cores, from 4 to 32, as Pillow decodes and resizes without holding Python's lock; or one
             where examples are drawn, in steps so short that more threads would only fight for the lock.
         prefetch: batches kept ready, if there are no more threads than that.
 
@@ -151,7 +153,7 @@ def _usable_cores() -> int:
 
 def _read_options(source: Source, num_threads: int | None, prefetch: int) -> grain.ReadOptions:
     if num_threads is None and isinstance(source, RandomSource):
-        num_threads = 2
+        num_threads = 1
     return read_options(num_threads, prefetch)
 
 
@@ -221,12 +223,15 @@ def _noise(seed: int, first: int, shape: tuple[int, int, int]) -> Iterator[Float
     blocks = -(-size // 8)
     bits = np.random.Philox(np.random.SeedSequence([seed, _NOISE])).advance(first * blocks)
     while True:
-        radius, angle = bits.random_raw(4 * blocks).view(np.uint32).astype(np.float32).reshape(2, -1)
-        # In place, as fresh memory costs as much as arithmetic.
+        words = bits.random_raw(_DRAWN * 4 * blocks).view(np.uint32).astype(np.float32)
+        # [images, radius and angle, numbers]; in place, as fresh memory costs as much as arithmetic.
+        radius, angle = words.reshape(_DRAWN, 2, -1).swapaxes(0, 1)
         radius += 1
         radius *= np.float32(2**-32)
-        np.sqrt(-2 * np.log(radius, out=radius), out=radius)
+        np.log(radius, out=radius)
+        radius *= -2
+        np.sqrt(radius, out=radius)
         angle *= np.float32(2 * math.pi * 2**-32)
-        numbers = np.stack([np.cos(angle), np.sin(angle)])
-        numbers *= radius
-        yield numbers.ravel()[:size].reshape(shape)
+        numbers = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        numbers *= radius[:, None]
+        yield from numbers.reshape(_DRAWN, -1)[:, :size].reshape(_DRAWN, *shape)
