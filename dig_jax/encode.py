@@ -26,7 +26,7 @@ from dig_jax.autoencoder import Autoencoder
 from dig_jax.config import Config
 from dig_jax.data import SPLITS, Source, load_source
 from dig_jax.data.latents import BEGUN, FORMAT, INDEX, Shard, checksum
-from dig_jax.errors import ConfigError, UserError, blaming
+from dig_jax.errors import ConfigError, UserError, blaming, blaming_disk
 from dig_jax.experiment import Experiment
 from dig_jax.files import write_json
 from dig_jax.parallel import check_agreement, check_shared, from_first, wait_for_all, who_lack
@@ -67,7 +67,7 @@ def encode(settings: Config) -> dict[str, Any]:
         if missing:
             _say_what_is_missing(directory, parts, missing)
             mine = [parts[n] for n in missing[jax.process_index() :: jax.process_count()]]
-            with _told_of_disk(directory):
+            with blaming_disk(directory):
                 ShardWriter(directory, autoencoder, sources, settings.encode).write(mine)
         wait_for_all("encoded")
     index = from_first(functools.partial(_write_index, directory, header, parts))
@@ -171,7 +171,7 @@ def _claim(directory: Path, header: dict[str, Any]) -> None:
             )
     elif directory.exists() and any(not name.startswith(".") for name in os.listdir(directory)):
         raise UserError(f"{directory} has other things in it; latents take a directory of their own")
-    with _told_of_disk(directory):
+    with blaming_disk(directory):
         directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_json(path, header)
@@ -210,7 +210,7 @@ def _check_files(directory: Path, parts: Sequence[Part]) -> None:
             damaged.append(part)
     wait_for_all("checked")
     if who_lack(not damaged):
-        with _told_of_disk(directory):
+        with blaming_disk(directory):
             from_first(functools.partial((directory / INDEX).unlink, missing_ok=True))
             for part in damaged:
                 log.warning("%s is damaged, and is written anew", directory / part.file)
@@ -229,7 +229,7 @@ def _write_index(directory: Path, header: dict[str, Any], parts: Sequence[Part])
     index["latents"] = {**header["latents"], **_statistics(splits["train"], header["latents"]["shape"])}
     index["sha256"] = checksum(index)
     index = json.loads(json.dumps(index))
-    with _told_of_disk(directory):
+    with blaming_disk(directory):
         if _json(directory / INDEX) != index:
             write_json(directory / INDEX, index)
     return index
@@ -282,11 +282,3 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def _told_of_disk(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written to: {error.strerror}") from error

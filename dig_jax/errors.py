@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -25,3 +26,12 @@ def blaming(setting: str) -> Iterator[None]:
         raise
     except (ValueError, UserError) as error:
         raise ConfigError(f"{setting}: {error}") from error
+
+
+@contextlib.contextmanager
+def blaming_disk(directory: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names the directory which cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written to: {error.strerror or error}") from error

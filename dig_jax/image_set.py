@@ -4,7 +4,6 @@ An image depends on its seed and label alone, so a set is drawn in parts by whoe
 WORKDIR/generated until all are; then WORKDIR/generated.npz takes their place.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,7 +20,7 @@ from jaxtyping import Array, Int, UInt8
 
 from dig_jax.config import Config
 from dig_jax.data.class_names import display_name
-from dig_jax.errors import ConfigError, UserError, blaming
+from dig_jax.errors import ConfigError, UserError, blaming, blaming_disk
 from dig_jax.files import replacing, write_json
 from dig_jax.parallel import check_shared, from_first, local_mesh, wait_for_all
 from dig_jax.pictures import save_grid
@@ -106,7 +105,7 @@ class _Parts:
             UserError: there are, or it cannot be written to.
         """
         path, ours = self.directory / "set.json", self.described()
-        with _writing_to(self.directory):
+        with blaming_disk(self.directory):
             if path.exists():
                 theirs = _read(path)
                 changed = [
@@ -137,7 +136,7 @@ class _Parts:
             chosen = slice(first, first + self.size)
             with blaming("config.sampling"):
                 images = self.sampler(self.labels[chosen], seeds=self.seeds[chosen])
-            with _writing_to(self.directory), replacing(self._path(first)) as file:
+            with blaming_disk(self.directory), replacing(self._path(first)) as file:
                 np.save(file, images)
             if index == 0:
                 progress.show(min(done + number * count * self.size, len(self.seeds)))
@@ -171,7 +170,7 @@ class _Parts:
 
 def _collect(parts: _Parts, workdir: Path, names: tuple[str, ...]) -> None:
     """One file of all parts, and a picture of the first images."""
-    with _writing_to(workdir):
+    with blaming_disk(workdir):
         shown = _write_npz(parts, workdir / "generated.npz")
         picture = workdir / "generated.png"
         picture.unlink(missing_ok=True)
@@ -213,11 +212,3 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}; delete {path.parent}") from error
-
-
-@contextlib.contextmanager
-def _writing_to(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written to: {error.strerror or error}") from error
