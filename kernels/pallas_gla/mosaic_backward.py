@@ -44,7 +44,7 @@ def kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | 
     spans = []
     d_weights = dict.fromkeys(tiling.groups, 0.0)
     i, j = tiling.positions()
-    sum_to, sum_before = j <= i, j < i
+    sum_to, sum_before = fwd.to_token(tiling), j < i
     causal, anticausal = {}, {}
     for group in tiling.groups:
         row, lane = tiling.positions(group.heads)
@@ -55,7 +55,7 @@ def kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | 
         g = fwd.decay(refs, tiling, chunk, group, gating)
         total = tiling.sums(sum_to, g, fwd.unit(gating))
         yield
-        q, k, leave, enter, span = fwd.factorised(refs, tiling, chunk, group, total, scale)
+        q, k, leave, enter, span = fwd.factorised(refs, tiling, chunk, group, g, total, scale, gating)
         spans.append(span)
         v, d_o = (refs[name].load(chunk, group.values) for name in ("v", "d_o"))
         entered = (refs["states"][chunk, :, group.keys].astype(jnp.float32) * enter).astype(tiling.dtype)
@@ -85,7 +85,7 @@ def kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | 
         through = jnp.sum(entered.astype(jnp.float32) * both, axis=0, keepdims=True)
         difference = q.astype(jnp.float32) * d_q - k.astype(jnp.float32) * d_k
         d_g = through - tiling.sums(sum_before, difference)
-        first, middle, last = (fwd.row(total, r) for r in tiling.scan_rows)
+        middle = fwd.row(total, tiling.scan_rows[1])
         refs["d_q"].store(chunk, group.keys, d_q * fwd.query_factor(total, middle, scale))
         refs["d_k"].store(chunk, group.keys, d_k * jnp.exp2(middle - total))
         yield
@@ -141,16 +141,16 @@ def _bisect_chunk(
     gating: Gating | None,
     slot: Int[Array, ""],
 ) -> None:
-    g = fwd.decay(refs, tiling, chunk, group, gating).astype(jnp.float32)
+    g = fwd.any_decay(refs, tiling, chunk, group, gating)
     q = refs["q"].load(chunk, group.keys, jnp.float32) * scale
     k = refs["k"].load(chunk, group.keys, jnp.float32)
     v, d_o = (refs[name].load(chunk, group.values) for name in ("v", "d_o"))
     state = refs["states"][chunk, :, group.keys].astype(jnp.float32)
     d_state = refs["state"][slot, :, group.keys]
-    from_start, to_end = fwd.block_sums(tiling, g, tiles.levels(tiling.chunk), gating)
+    from_start, to_end = fwd.block_sums(tiling, g, tiles.levels(tiling.chunk))
     decay = jnp.exp2(fwd.row(from_start, tiling.scan_rows[2]))
     queries, keys = q * jnp.exp2(from_start), k * jnp.exp2(to_end)
-    scores = fwd.bisected_scores(tiling, group, q, k, g, gating)
+    scores = fwd.bisected_scores(tiling, group, q, k, g)
     if gating is not None:
         o = fwd.attend(tiling, group, scores, v) + fwd.read_state(tiling, group, queries, state)
         d_o, d_weight = _through_norm(refs, tiling, chunk, group, o, d_o, gating)
@@ -171,7 +171,7 @@ def _bisect_chunk(
 
     def add(level: Int[Array, ""], sums: tuple[Float[Array, "c w"], ...]) -> tuple[Float[Array, "c w"], ...]:
         d_q, d_k, d_g = sums
-        from_start, to_end = (jnp.exp2(x) for x in fwd.block_sums(tiling, g, level, gating))
+        from_start, to_end = (jnp.exp2(x) for x in fwd.block_sums(tiling, g, level))
         queries, keys = q * from_start, k * to_end
         pairs = tiles.keep(tiles.pair_masks(i, j, level), d_scores)
         d_queries = tiling.dot(pairs, tiles.stack_heads(keys, group.heads))

@@ -1,15 +1,16 @@
 """The TPU kernel's forward pass over the chunks of one grid step.
 
-With G the sum of decays from the chunk's start, M its value in the middle and L at the end, S the
-(transposed) state that enters, and tokens i >= j along the scan:
+With G the sum of decays after the chunk's first token, M its value in the middle and L at the end, S the
+(transposed) state that enters, g_0 the decay of the first token, and tokens i >= j along the scan:
 
-    q~ = scale q exp(G - M),   k~ = k exp(M - G),   S~ = S exp(M)
+    q~ = scale q exp(G - M),   k~ = k exp(M - G),   S~ = S exp(g_0 + M)
     o = mask(q~ k~^T) v + q~ S~^T,   S <- exp(L - M) (S~ + v^T k~)
 
 so that a token needs two exponentials and the rest is matrix products (Yang et al. 2024, section 4.2, with
-the reference in the middle, which halves the range of the exponents). A step whose decays span more than
-`MAX_SPAN` is run again by bisection: pairs (i, j) are met in neighbouring blocks of 1, 2, 4, ... tokens,
-whose decay is a sum from j to the end of its block and one from the start of i's, both <= 0.
+the reference in the middle, which halves the range of the exponents, and without g_0, which no pair of tokens
+of the chunk meets and which may be a reset). A step whose decays span more than `MAX_SPAN` is run again by
+bisection: pairs (i, j) are met in neighbouring blocks of 1, 2, 4, ... tokens, whose decay is a sum from j to
+the end of its block and one from the start of i's, both <= 0.
 """
 
 import math
@@ -19,12 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_gla import mosaic_tiles as tiles
 from pallas_gla.mosaic_order import LANES
 from pallas_gla.mosaic_tiles import Group, Tiling
 from pallas_gla.scan import Gating
+
+# A decay of so many bits is zero in float32.
+NO_STATE = -512.0
 
 
 def kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | None) -> None:
@@ -40,15 +44,14 @@ def kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | 
 
     states = {group: state_ref[before, :, group.keys] for group in tiling.groups}
     spans = []
-    i, j = tiling.positions()
-    sum_to = j <= i
+    sum_to = to_token(tiling)
     causal = {group.heads: jnp.greater_equal(*tiling.positions(group.heads)) for group in tiling.groups}
 
     def stages(chunk: int, group: Group) -> Iterator[None]:
         g = decay(refs, tiling, chunk, group, gating)
         total = tiling.sums(sum_to, g, unit(gating))
         yield
-        q, k, leave, enter, span = factorised(refs, tiling, chunk, group, total, scale)
+        q, k, leave, enter, span = factorised(refs, tiling, chunk, group, g, total, scale, gating)
         spans.append(span)
         yield
         v = refs["v"].load(chunk, group.values)
@@ -92,15 +95,15 @@ def _bisect_step(
 
     def run(chunk: Int[Array, ""]) -> None:
         for group in tiling.groups:
-            g = decay(refs, tiling, chunk, group, gating).astype(jnp.float32)
+            g = any_decay(refs, tiling, chunk, group, gating)
             q = refs["q"].load(chunk, group.keys, jnp.float32) * scale
             k = refs["k"].load(chunk, group.keys, jnp.float32)
             v = refs["v"].load(chunk, group.values)
             state = state_ref[after, :, group.keys]
             if "states" in refs:
                 refs["states"][chunk, :, group.keys] = state.astype(refs["states"].dtype)
-            from_start, to_end = block_sums(tiling, g, tiles.levels(tiling.chunk), gating)
-            scores = bisected_scores(tiling, group, q, k, g, gating)
+            from_start, to_end = block_sums(tiling, g, tiles.levels(tiling.chunk))
+            scores = bisected_scores(tiling, group, q, k, g)
             o = attend(tiling, group, scores, v)
             o += read_state(tiling, group, q * jnp.exp2(from_start), state)
             finish(refs, tiling, chunk, group, o, gating)
@@ -121,22 +124,46 @@ def decay(
     return tiles.softplus_bits(-refs["g"].load(chunk, group.keys, jnp.float32)).astype(tiling.dtype)
 
 
+def any_decay(
+    refs: dict[str, Any], tiling: Tiling, chunk: Int[Array, ""], group: Group, gating: Gating | None
+) -> Float[Array, "c w"]:
+    """The chunk's decays in bits, `NO_STATE` at least, so that their sums are finite."""
+    g = decay(refs, tiling, chunk, group, gating).astype(jnp.float32) * unit(gating)
+    return jnp.maximum(g, NO_STATE)
+
+
 def unit(gating: Gating | None) -> float:
     """What turns `decay` into bits."""
     return tiles.BITS if gating is None else -1.0 / gating.normalizer
 
 
+def to_token(tiling: Tiling) -> Bool[Array, "c c"]:
+    """Of the tokens after a chunk's first, those up to that of the row."""
+    i, j = tiling.positions()
+    return (j <= i) & (j > 0)
+
+
 def factorised(
-    refs: dict[str, Any], tiling: Tiling, chunk: int, group: Group, total: Float[Array, "c w"], scale: float
+    refs: dict[str, Any],
+    tiling: Tiling,
+    chunk: int,
+    group: Group,
+    g: Float[Array, "c w"],
+    total: Float[Array, "c w"],
+    scale: float,
+    gating: Gating | None,
 ) -> tuple[
     Float[Array, "c w"], Float[Array, "c w"], Float[Array, "1 w"], Float[Array, "1 w"], Float[Array, "1 w"]
 ]:
-    """q~ and k~ in the dtype of products, exp(L - M), exp(M), and the decay between the middle and an end."""
-    first, middle, last = (row(total, r) for r in tiling.scan_rows)
+    """q~ and k~ in the dtype of products, exp(L - M), exp(g_0 + M), and the decay from M to an end."""
+    first, *rows = tiling.scan_rows
+    first = row(g, first).astype(jnp.float32) * unit(gating)
+    middle, last = (row(total, r) for r in rows)
     q = refs["q"].load(chunk, group.keys, jnp.float32) * query_factor(total, middle, scale)
     k = refs["k"].load(chunk, group.keys, jnp.float32) * jnp.exp2(middle - total)
-    span = jnp.maximum(first - middle, middle - last)
-    return q.astype(tiling.dtype), k.astype(tiling.dtype), jnp.exp2(last - middle), jnp.exp2(middle), span
+    span = jnp.maximum(-middle, middle - last)
+    enter = jnp.exp2(first + middle)
+    return q.astype(tiling.dtype), k.astype(tiling.dtype), jnp.exp2(last - middle), enter, span
 
 
 def query_factor(
@@ -193,11 +220,11 @@ def read_state(
 
 
 def block_sums(
-    tiling: Tiling, g: Float[Array, "c w"], level: Int[Array, ""] | int, gating: Gating | None
+    tiling: Tiling, g: Float[Array, "c w"], level: Int[Array, ""] | int
 ) -> tuple[Float[Array, "c w"], Float[Array, "c w"]]:
     """Bits of decay in blocks of 2**level tokens: from the start to every token, and after it to the end."""
     to, after = tiles.sum_masks(*tiling.positions(), level)
-    return tiling.sums(to, g, unit(gating)), tiling.sums(after, g, unit(gating))
+    return tiling.sums(to, g), tiling.sums(after, g)
 
 
 def bisected_scores(
@@ -206,14 +233,13 @@ def bisected_scores(
     q: Float[Array, "c w"],
     k: Float[Array, "c w"],
     g: Float[Array, "c w"],
-    gating: Gating | None,
 ) -> Float[Array, "c n"]:
     """Decayed scores of all pairs, 0 for j > i, without an exponent above 0."""
     i, j = tiling.positions(group.heads)
     diagonal = tiling.dot(q, tiles.stack_heads(k, group.heads), "nt")
 
     def add(level: Int[Array, ""], scores: Float[Array, "c n"]) -> Float[Array, "c n"]:
-        from_start, to_end = block_sums(tiling, g, level, gating)
+        from_start, to_end = block_sums(tiling, g, level)
         keys = tiles.stack_heads(k * jnp.exp2(to_end), group.heads)
         cross = tiling.dot(q * jnp.exp2(from_start), keys, "nt")
         return jnp.where(tiles.pair_masks(i, j, level), cross, scores)

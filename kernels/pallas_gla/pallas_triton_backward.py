@@ -189,6 +189,8 @@ class _Chunk:
             program.store("d_k", positions, d_k * jnp.exp2(decay.middle - decay.total))
             terms -= k_float * d_k
             d_g = terms - jnp.cumsum(terms, axis=0) + (jnp.sum(terms, axis=0) + constant)[None, :]
+            # A decay without an effect has a gradient of zero, of which sums would leave a rest.
+            d_g = only(d_g, runs and runs.goes_on)
             program.store("d_g", positions, logit_gradients(program, d_g, program.load("g", positions)))
         if runs is not None:
             d_state = jnp.where(runs.passes, d_state, 0.0)
@@ -210,6 +212,7 @@ class _Chunk:
         def backwards(i: Int[Array, ""], carry: tuple) -> tuple:
             d_state, d_g = carry
             i = count - 1 - i
+            decay = token_decay(program, start + i)
             q, d_o = program.load_token("q", start + i) * scale, program.load_token("d_o", start + i)
             d_state += d_o[:, None] * q[None, :]
             if self.with_gradients:
@@ -217,10 +220,10 @@ class _Chunk:
                 d_k = jnp.sum(d_state * v[:, None], axis=0)
                 program.store_token("d_k", start + i, d_k)
                 program.store_token("d_v", start + i, jnp.sum(d_state * k[None, :], axis=1))
-                d_g += pick(terms, i) - k * d_k
+                d_g = jnp.where(decay > 0, d_g + pick(terms, i) - k * d_k, 0.0)
                 g = program.load_token("g", start + i)
                 program.store_token("d_g", start + i, logit_gradients(program, d_g, g))
-            return d_state * token_decay(program, start + i)[None, :], d_g
+            return d_state * decay[None, :], d_g
 
         terms, d_g = jnp.zeros_like(self.decay.total), jnp.zeros_like(self.decay.middle)
         if self.with_gradients:

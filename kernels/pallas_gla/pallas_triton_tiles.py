@@ -332,12 +332,14 @@ class Runs:
     """The segments inside a chunk.
 
     first, last: which tokens belong to the segment that enters and to the one that leaves.
+    goes_on: which tokens continue the segment of the one before.
     same: which pairs of tokens share a segment.
     passes: whether one segment goes through the whole chunk.
     """
 
     first: Bool[Array, " c"]
     last: Bool[Array, " c"]
+    goes_on: Bool[Array, " c"]
     same: Bool[Array, "c c"]
     passes: Bool[Array, ""]
 
@@ -349,8 +351,9 @@ class Runs:
         positions = program.positions(chunk)
         start = chunk * program.tiling.chunk
         entering, leaving = program.run(start - 1), program.run(start + program.tiling.chunk - 1)
-        run = program.run(positions)
-        return cls(run == entering, run == leaving, run[:, None] == run[None, :], entering == leaving)
+        run, before = program.run(positions), program.run(positions - 1)
+        same = run[:, None] == run[None, :]
+        return cls(run == entering, run == leaving, run == before, same, entering == leaving)
 
 
 def only(x: Float[Array, "c n"], rows: Bool[Array, " c"] | None) -> Float[Array, "c n"]:

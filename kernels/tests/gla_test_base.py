@@ -101,6 +101,20 @@ class GLATestBase:
         options = {"segment_ids": jnp.asarray(SEGMENTS), "reverse": reverse}
         actual = self.results(arrays, cotangents, **options)
         oracle.assert_close(actual, oracle.recurrence(arrays, cotangents, **options).values(), FLOAT32)
+        scanned = SEGMENTS[:, ::-1] if reverse else SEGMENTS
+        starts = np.diff(scanned, axis=1, prepend=scanned[:, :1]) != 0
+        assert not np.asarray(actual[5])[starts[:, ::-1] if reverse else starts].any()
+
+    @pytest.mark.parametrize("reset", [-1e4, -1e30, float(jnp.finfo(jnp.float32).min)])
+    def test_resets_of_any_size_are_exact_and_have_no_gradient(self, reset):
+        (q, k, v, g, state), cotangents = oracle.inputs(15, t=40)
+        # First tokens of chunks, and inside a chunk some of the channels.
+        resets = np.zeros(g.shape, bool)
+        resets[:, (0, 16)], resets[:, 39, :, ::3] = True, True
+        g = jnp.where(resets, reset, 1e-3 * g)
+        actual = self.results((q, k, v, g, state), cotangents)
+        oracle.assert_close(actual, oracle.recurrence((q, k, v, g, state), cotangents).values(), 1e-5)
+        assert not np.asarray(actual[5])[resets].any()
 
     @pytest.mark.parametrize("direction", ["row", "row_reversed", "column", "column_reversed"])
     def test_directions_equal_a_scan_of_reordered_tokens(self, direction):
