@@ -147,7 +147,7 @@ def main() -> None:
         # JAX reads these when it is first imported, which is later.
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump}"
+        os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_emitter_re=.*"
         if arguments.json:
             cases = [Case(**case) for case in json.loads(arguments.json)]
             print(json.dumps({case.name: measure(case, dump) for case in cases}))

@@ -5,10 +5,12 @@ registers and the states that entered the chunks read from memory. With q~, k~, 
 `pallas_triton_forward`, A = tril(q~ k~^T), P = tril(dO v^T) and D~ = D exp(G_last - m):
 
     dv = A^T dO + k~ D~      dq = (P k~ + dO S~) scale exp(G - m)      dk = (P^T q~ + v D~) exp(m - G)
-    dS = (D~ + dO^T q~) exp(m)      dg_t = sum_{s >= t} (q dq - k dk)_s + sum_v D S'
+    dS~ = D~ + dO^T q~       dS = dS~ exp(m)
+    dg_t = sum_v S~ dS~ - sum_{s < t} (q~ dq~ - k~ dk~)_s
 
-The last sum, of the state after the chunk, is sum_v D~ S~ + sum_t k~ (v D~) and takes no product of its own.
-Taken per chunk, and with q~ and k~ as rounded for the products, the terms of dg cancel as they should.
+The decay of a token takes part in what it and later ones read of the state before it: at the chunk's start
+that is the first sum, and every token adds the key that it brings and takes away what only its query read.
+Taken per chunk, and of numbers as rounded for the products, the terms cancel as they should.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from pallas_gla.pallas_triton_tiles import (
     Program,
     Runs,
     Tiling,
+    anticausal,
     causal,
     chunk_decay,
     iota,
@@ -58,7 +61,8 @@ def backward_parts_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..
 
         def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
             d_state, decay = carry
-            decay += jnp.sum(chunk_decay(program, program.positions(chunk)), axis=0)
+            g, unit = chunk_decay(program, program.positions(chunk))
+            decay += jnp.sum(g.astype(jnp.float32), axis=0) * unit
             return _chunk(program, chunk, d_state), decay
 
         carry = (program.zero_state(), jnp.zeros((tiling.key_width,), jnp.float32))
@@ -76,7 +80,7 @@ def ungate_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]
     def gla_ungate(*refs: Any) -> None:
         program = Program.current(tiling, dict(zip(names, refs, strict=True)))
         positions = program.positions(program.part)
-        decay = Decay.of(chunk_decay(program, positions))
+        decay = Decay.of(program, positions)
         here = _Chunk(program, program.part, positions, decay)
         lax.cond(decay.bounded, here.ungate, here.ungate_safe)
 
@@ -97,7 +101,7 @@ def _last_gradient(program: Program) -> State:
 def _chunk(program: Program, chunk: Int[Array, ""], d_state: State) -> State:
     """Takes a chunk, stores its gradients if the launch has them, and returns the carry before it."""
     positions = program.positions(chunk)
-    decay = Decay.of(chunk_decay(program, positions))
+    decay = Decay.of(program, positions)
     here = _Chunk(program, chunk, positions, decay)
     return lax.cond(decay.bounded, here.fast, here.safe, d_state)
 
@@ -122,14 +126,13 @@ class _Chunk:
         return state.astype(jnp.float32)
 
     def decayed(self) -> tuple[Float[Array, "c k"], Float[Array, "c k"], State]:
-        """q~ and k~, as rounded for the products, and S~."""
-        operand, decay = self.program.tiling.operand, self.decay
+        """q~, k~ and S~, as rounded for the products."""
+        tiling, decay = self.program.tiling, self.decay
         q, k = self.program.load("q", self.positions), self.program.load("k", self.positions)
-        q_factor = jnp.exp2(decay.total - decay.middle) * self.program.tiling.scan.scale
-        k_factor = jnp.exp2(decay.middle - decay.total)
-        q_tilde = operand(q.astype(jnp.float32) * q_factor)
-        k_tilde = operand(k.astype(jnp.float32) * k_factor)
-        return q_tilde, k_tilde, self.state() * jnp.exp2(decay.middle)[None, :]
+        q_tilde = tiling.times_exp2(q.astype(jnp.float32) * tiling.scan.scale, decay.relative)
+        k_tilde = tiling.times_exp2(k.astype(jnp.float32), -decay.relative)
+        state = tiling.times_exp2(self.state(), decay.before)
+        return tiling.operand(q_tilde), tiling.operand(k_tilde), tiling.operand(state)
 
     def ungate(self) -> None:
         """Computes o again; stores the gradients of o, of the gate and of norm_weight."""
@@ -171,31 +174,30 @@ class _Chunk:
         runs = Runs.of(program, self.chunk)
         first, last = (None, None) if runs is None else (runs.first, runs.last)
         q_tilde, k_tilde, state = self.decayed()
-        v, d_o = program.load("v", positions), program.load("d_o", positions)
-        d_state *= jnp.exp2(decay.last - decay.middle)[None, :]
+        d_o = program.load("d_o", positions)
+        d_state = tiling.times_exp2(d_state, decay.after)
         if self.with_gradients:
-            scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), runs)
-            d_v = tiling.dot(scores, d_o, (0, 0)) + tiling.dot(only(k_tilde, last), d_state, (1, 1))
+            scores = anticausal(tiling.dot(k_tilde, q_tilde, (1, 1)), runs)
+            d_v = tiling.dot(scores, d_o) + tiling.dot(only(k_tilde, last), d_state, (1, 1))
             program.store("d_v", positions, d_v)
+            v = program.load("v", positions)
             d_scores = causal(tiling.dot(d_o, v, (1, 1)), runs)
             d_q = tiling.dot(d_scores, k_tilde) + only(tiling.dot(d_o, state), first)
-            program.store("d_q", positions, d_q * (jnp.exp2(decay.total - decay.middle) * tiling.scan.scale))
-            terms = q_tilde.astype(jnp.float32) * d_q
-            d_k = only(tiling.dot(v, d_state), last)
-            through = state * d_state if runs is None else jnp.where(runs.passes, state * d_state, 0.0)
-            k_float = k_tilde.astype(jnp.float32)
-            constant = jnp.sum(through, axis=0) + jnp.sum(k_float * d_k, axis=0)
-            d_k += tiling.dot(d_scores, q_tilde, (0, 0))
-            program.store("d_k", positions, d_k * jnp.exp2(decay.middle - decay.total))
-            terms -= k_float * d_k
-            d_g = terms - jnp.cumsum(terms, axis=0) + (jnp.sum(terms, axis=0) + constant)[None, :]
-            # A decay without an effect has a gradient of zero, of which sums would leave a rest.
-            d_g = only(d_g, runs and runs.goes_on)
-            program.store("d_g", positions, logit_gradients(program, d_g, program.load("g", positions)))
+            program.store("d_q", positions, tiling.times_exp2(d_q * tiling.scan.scale, decay.relative))
+            terms = tiling.widen(q_tilde) * d_q
+            d_k = tiling.dot(d_scores, q_tilde, (0, 0)) + only(tiling.dot(v, d_state), last)
+            program.store("d_k", positions, tiling.times_exp2(d_k, -decay.relative))
+            terms -= tiling.widen(k_tilde) * d_k
         if runs is not None:
             d_state = jnp.where(runs.passes, d_state, 0.0)
         d_state += tiling.dot(d_o, only(q_tilde, first), (0, 0))
-        return d_state * jnp.exp2(decay.middle)[None, :]
+        if self.with_gradients:
+            through = tiling.widen(state) * d_state
+            d_g = -tiling.sum_before(terms) + tiling.sum_values(through)
+            # A decay without an effect has a gradient of zero, of which sums would leave a rest.
+            d_g = only(d_g, runs and runs.goes_on)
+            program.store("d_g", positions, logit_gradients(program, d_g, program.load("g", positions)))
+        return tiling.times_exp2(d_state, decay.before)
 
     def safe(self, d_state: State) -> State:
         """The gradients token by token: forwards that of q, backwards the others."""
@@ -225,7 +227,8 @@ class _Chunk:
                 program.store_token("d_g", start + i, logit_gradients(program, d_g, g))
             return d_state * decay[None, :], d_g
 
-        terms, d_g = jnp.zeros_like(self.decay.total), jnp.zeros_like(self.decay.middle)
+        terms = jnp.zeros_like(self.decay.relative)
+        d_g = jnp.zeros(terms.shape[1:], jnp.float32)
         if self.with_gradients:
             carry = (self.state(), terms)
             state, terms = lax.fori_loop(jnp.int32(0), count, forwards, carry)

@@ -49,7 +49,8 @@ def parts_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
 
         def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
             state, decay = carry
-            decay += jnp.sum(chunk_decay(program, program.positions(chunk)), axis=0)
+            g, unit = chunk_decay(program, program.positions(chunk))
+            decay += jnp.sum(g.astype(jnp.float32), axis=0) * unit
             return _chunk(program, chunk, state), decay
 
         carry = (program.zero_state(), jnp.zeros((tiling.key_width,), jnp.float32))
@@ -72,7 +73,7 @@ def _chunk(program: Program, chunk: Int[Array, ""], state: Float[Array, "v k"]) 
     """Runs a chunk, stores o if the launch has it, and returns the next state."""
     tiling = program.tiling
     positions = program.positions(chunk)
-    decay = Decay.of(chunk_decay(program, positions))
+    decay = Decay.of(program, positions)
     with_output = "o" in program.refs
     q = program.load("q", positions) if with_output else None
     k, v = program.load("k", positions), program.load("v", positions)
@@ -81,10 +82,10 @@ def _chunk(program: Program, chunk: Int[Array, ""], state: Float[Array, "v k"]) 
 
     def fast(state: Float[Array, "v k"]) -> Float[Array, "v k"]:
         runs = Runs.of(program, chunk)
-        k_tilde = k.astype(jnp.float32) * jnp.exp2(decay.middle - decay.total)
-        state = state * jnp.exp2(decay.middle)[None, :]
+        k_tilde = k.astype(jnp.float32) * tiling.exp2(-decay.relative)
+        state = state * tiling.exp2(decay.before)
         if with_output:
-            q_tilde = q.astype(jnp.float32) * (jnp.exp2(decay.total - decay.middle) * tiling.scan.scale)
+            q_tilde = q.astype(jnp.float32) * (tiling.exp2(decay.relative) * tiling.scan.scale)
             scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), runs)
             o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, runs and runs.first), state, (1, 1))
             if tiling.scan.gating is not None:
@@ -94,7 +95,7 @@ def _chunk(program: Program, chunk: Int[Array, ""], state: Float[Array, "v k"]) 
         if runs is not None:
             state = jnp.where(runs.passes, state, 0.0)
         state += tiling.dot(v, only(k_tilde, runs and runs.last), (0, 0))
-        return state * jnp.exp2(decay.last - decay.middle)[None, :]
+        return state * tiling.exp2(decay.after)
 
     def safe(state: Float[Array, "v k"]) -> Float[Array, "v k"]:
         def token(i: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:

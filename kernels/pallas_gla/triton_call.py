@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, BFloat16, Bool, Float, Int, Shaped
 
 try:
     from jax.experimental.pallas import triton
@@ -43,13 +43,29 @@ def store(
 
 
 def approximate(instruction: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """One of PTX's approximate functions of a float32, "rcp" or "lg2"; numbers below 2**-126 are zero."""
+    """PTX's approximate "rcp", "lg2" or "ex2" of a float32; numbers below 2**-126 are zero."""
+    return _inline(f"{instruction}.approx.ftz.f32 $0, $1;", "=f,f", x)
+
+
+def times_exp2(x: Float[Array, "..."], exponent: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x * 2**exponent in float32; powers below 2**-126 are zero.
+
+    In one piece, so that a power that is wanted twice is computed twice and does not wait in a register.
+    """
+    code = "{ .reg .f32 power; ex2.approx.ftz.f32 power, $2; mul.f32 $0, $1, power; }"
+    return _inline(code, "=f,f,f", x, jnp.broadcast_to(exponent, x.shape))
+
+
+def widen(x: BFloat16[Array, "..."]) -> Float[Array, "..."]:
+    """To float32 where it stands: a cast would take place as soon as x is known, and take its registers."""
+    code = "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }"
+    return _inline(code, "=r,=r,r", x, pack=2)
+
+
+def _inline(code: str, constraints: str, *arrays: Float[Array, "..."], pack: int = 1) -> Float[Array, "..."]:
+    result = jax.ShapeDtypeStruct(arrays[0].shape, jnp.float32)
     [y] = triton.elementwise_inline_asm(
-        f"{instruction}.approx.ftz.f32 $0, $1;",
-        args=[x],
-        constraints="=f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        code, args=arrays, constraints=constraints, pack=pack, result_shape_dtypes=[result]
     )
     return y
 
