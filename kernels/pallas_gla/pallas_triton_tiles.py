@@ -15,6 +15,8 @@ LOG2_E = 1.4426950408889634
 # Either half of a chunk may decay by 2**-SPAN at most, so that the factors relative to its middle, and sums
 # of their products with keys and values, stay finite.
 SPAN = 64.0
+# The most entries of a state for which a chunk is summed by products.
+LARGEST_STATE = 64 * 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,14 @@ class Tiling:
         """Whether the chip's approximate instructions are out of the question."""
         return self.dtype == jnp.float32 or self.scan.interpret
 
+    @property
+    def by_products(self) -> bool:
+        """Whether sums along a chunk are products with marks, not scans, which take twice the instructions.
+
+        That takes tiles as large as a state, for which a large one leaves no registers, and gives 16 bits.
+        """
+        return self.dtype != jnp.float32 and self.key_width * self.value_width <= LARGEST_STATE
+
     def operand(self, x: Float[Array, "m n"]) -> Float[Array, "m n"]:
         """A tile as the tensor cores take it.
 
@@ -95,13 +105,13 @@ class Tiling:
 
     def sum_before(self, x: Float[Array, "c n"]) -> Float[Array, "c n"]:
         """For every token the sum over those before it."""
-        if self.dtype == jnp.float32:
+        if not self.by_products:
             return jnp.cumsum(x, axis=0) - x
         return self.sums(jnp.where(iota((x.shape[0],) * 2, 0) > iota((x.shape[0],) * 2, 1), 1.0, 0.0), x)
 
     def sum_values(self, x: Float[Array, "v k"]) -> Float[Array, "_ k"]:
         """The sum over the values of a state, in one row or in one for every token of a chunk."""
-        if self.dtype == jnp.float32:
+        if not self.by_products:
             return jnp.sum(x, axis=0)[None, :]
         return self.sums(jnp.ones((self.chunk, x.shape[0]), jnp.float32), x)
 
@@ -357,15 +367,12 @@ class Decay:
 
     @classmethod
     def of(cls, program: Program, positions: Int[Array, " c"]) -> "Decay":
-        """Sums a chunk's logarithms.
-
-        In 16 bits by products with marks: a scan and its shuffles take twice as many instructions.
-        """
+        """Sums a chunk's logarithms."""
         tiling = program.tiling
         g, unit = chunk_decay(program, positions)
         half = tiling.chunk // 2
-        if tiling.dtype == jnp.float32:
-            g, row = g * unit, iota(g.shape, 0)
+        if not tiling.by_products:
+            g, row = g.astype(jnp.float32) * unit, iota(g.shape, 0)
             total = jnp.cumsum(jnp.where(row > 0, g, 0.0), axis=0)
             halves = (jnp.sum(jnp.where(rows, g, 0.0), axis=0)[None, :] for rows in (row < half, row >= half))
             return cls(total - pick(total, half - 1), *halves)

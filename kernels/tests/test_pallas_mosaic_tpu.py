@@ -124,15 +124,23 @@ def program(case):
     return jax.jit(both)
 
 
-def check(case, compiled=None, tolerance=None):
+def tolerance(case, name):
+    """Relative error in root mean square that a result may have."""
+    few = {1: 1e-2, 15: 7e-3}.get(case.grid[0] * case.grid[1])
+    if case.dtype == "float32" or not case.gated:
+        return TOLERANCE[case.dtype]
+    # The norm cancels most of what gradients are made of, which shows where they are no mean over many.
+    return few or (7e-3 if name == "dnorm_weight" else TOLERANCE[case.dtype])
+
+
+def check(case, compiled=None):
     arrays, cotangents, ids, gates = inputs(case)
     run = compiled or program(case)
     actual = run(arrays, cotangents, None if ids is None else jnp.asarray(ids), gates)
     wanted = expected(case, arrays, cotangents, ids, gates)
     wanted = {name: x for name, x in wanted.items() if actual[name] is not None}
-    oracle.assert_close(
-        [actual[x] for x in wanted], wanted.values(), tolerance or TOLERANCE[case.dtype], list(wanted)
-    )
+    for name, x in wanted.items():
+        oracle.assert_close([actual[name]], [x], tolerance(case, name), [name])
     assert actual["o"].dtype == case.dtype
     assert actual["final_state"].dtype == jnp.float32
 
@@ -169,12 +177,9 @@ def test_values_and_gradients_of_all_lengths_directions_and_gates(widths, dtype,
     grids = [(1, 1), (1, 15), (7, 9), (4, 16), (13, 5), (10, 20), (1, 257), (16, 24)]
     for grid, direction in itertools.product(grids, DIRECTIONS):
         compiled = program(Case(grid, *widths, "dig", dtype, "float32", direction, 1, gated=gated))
-        # What reaches the second launch has been rounded to 16 bits, and the norm cancels most of it where
-        # tokens are few.
-        rounded = {(1, 1): 1e-2}.get(grid, 7e-3) if gated and dtype != "float32" else None
         for gate in ("dig", "strong") if gated else oracle.GATES:
             case = Case(grid, *widths, gate, dtype, "float32", direction, 1, gated=gated)
-            check(case, compiled, rounded)
+            check(case, compiled)
     jax.clear_caches()
 
 

@@ -107,7 +107,7 @@ def test_product_of_sizes_dtypes_and_gates_in_changing_directions(number, case):
     jax.clear_caches()
 
 
-def check_gated(grid, k, v, dtype, direction, segmented, strength, batch=2):
+def check_gated(grid, k, v, dtype, direction, segmented, strength, batch=2, gating=GATING, tolerance=None):
     """Compares `gated_gla_2d` with its formula in float64, around the float64 recurrence."""
     tokens, index = grid[0] * grid[1], order(grid, direction)
     (q, keys, values, noise, state), (d_out, d_state) = oracle.inputs(
@@ -116,7 +116,7 @@ def check_gated(grid, k, v, dtype, direction, segmented, strength, batch=2):
     logits, out_gate = strength * noise, jnp.roll(d_out, 1, axis=1)
     weight = jnp.broadcast_to(jnp.linspace(0.5, 2, v, dtype=dtype), (batch, v))
     ids = segments(batch, tokens) if segmented else None
-    scan = Scan(k**-0.5, grid, direction, gating=GATING, interpret=True)
+    scan = Scan(k**-0.5, grid, direction, gating=gating, interpret=True)
     operands = Operands(
         q, keys, values, logits, out_gate, weight, state, None if ids is None else jnp.asarray(ids)
     )
@@ -125,14 +125,14 @@ def check_gated(grid, k, v, dtype, direction, segmented, strength, batch=2):
         logits, out_gate, weight, d_out = (
             jnp.asarray(np.asarray(x, np.float64)) for x in (logits, out_gate, weight, d_out)
         )
-        g, to_logits = jax.vjp(lambda x: jax.nn.log_sigmoid(x) / GATING.normalizer, logits)
+        g, to_logits = jax.vjp(lambda x: jax.nn.log_sigmoid(x) / gating.normalizer, logits)
         arrays = [np.asarray(x, np.float64)[:, index] for x in (q, keys, values, g)] + [state]
         scanned = None if ids is None else ids[:, index]
         inverse = np.argsort(index)
         o = oracle.recurrence(arrays, segment_ids=scanned)["o"][:, inverse]
 
         def output(o, out_gate, weight):
-            o = o * jax.lax.rsqrt(jnp.mean(jnp.square(o), axis=-1, keepdims=True) + GATING.eps)
+            o = o * jax.lax.rsqrt(jnp.mean(jnp.square(o), axis=-1, keepdims=True) + gating.eps)
             return o * weight[:, None, None] * out_gate * jax.nn.sigmoid(out_gate)
 
         expected_out, to_inputs = jax.vjp(output, jnp.asarray(o), out_gate, weight)
@@ -143,8 +143,7 @@ def check_gated(grid, k, v, dtype, direction, segmented, strength, batch=2):
         expected += [to_logits(jnp.asarray(raster["dg"]))[0], d_gate, d_weight, results["dinitial_state"]]
     names = ["out", "final_state", "dq", "dk", "dv", "dlogits", "dgate", "dweight", "dstate"]
     actual = [out, final_state, d.q, d.k, d.v, d.g, d.out_gate, d.norm_weight, d.initial_state]
-    # The gradient of o is orthogonal to o, so that its products with the state cancel more than others.
-    oracle.assert_close(actual, expected, 2 * TOLERANCE[dtype], names)
+    oracle.assert_close(actual, expected, tolerance or TOLERANCE[dtype], names)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +156,26 @@ def check_gated(grid, k, v, dtype, direction, segmented, strength, batch=2):
     ids=str,
 )
 def test_gated_scan_equals_its_formula(case):
+    # The norm cancels what gradients are made of, the more so the fewer tokens a decay lets o remember.
+    tolerance = 1e-5 if case[3] == "float32" else 1e-2
     for strength in (0.5, 30.0):
-        check_gated(*case, strength)
+        check_gated(*case, strength, tolerance=tolerance)
+
+
+GATED_PRODUCT = itertools.product(
+    [(3, 5), (7, 9), (4, 16), (10, 20), (1, 257)], [(32, 64), (16, 32), (64, 64), (60, 60)], TOLERANCE
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "case"), list(enumerate(GATED_PRODUCT)), ids=str)
+def test_product_of_gated_scans_with_the_gates_of_dig(number, case):
+    grid, widths, dtype = case
+    tolerance = 7e-3 if dtype != "float32" and grid == (3, 5) else None
+    for strength in (0.25, 1.0):
+        options = {"batch": 1, "gating": Gating(16.0, 1e-6), "tolerance": tolerance}
+        check_gated(grid, *widths, dtype, DIRECTIONS[number % 4], number % 5 < 2, strength, **options)
+    jax.clear_caches()
 
 
 def split_everything(monkeypatch):
@@ -178,7 +195,7 @@ def test_a_scan_split_along_t_equals_the_recurrence(monkeypatch, segmented):
 
 def test_a_gated_scan_split_along_t_equals_its_formula(monkeypatch):
     split_everything(monkeypatch)
-    check_gated((19, 23), 32, 64, "bfloat16", "row_reversed", False, 1.0)
+    check_gated((19, 23), 32, 64, "bfloat16", "row_reversed", False, 1.0, tolerance=1e-2)
     run.clear_cache()
 
 
