@@ -4,8 +4,8 @@ Operands go in as they are, [B, T, H, K] and [B, T, H, V], in whatever direction
 its tokens are. One launch runs forward and one backward (a gated scan: two); where batch and heads give too
 few programs for the chip, a long scan is split along T and takes one more of each.
 
-`pallas_triton_forward` and `pallas_triton_backward` are the kernels, `pallas_triton_tiles` what they share,
-`tuning` the block sizes, `triton_call` the way to Triton.
+`pallas_triton_forward` and `pallas_triton_backward` are the kernels, `pallas_triton_tiles` and
+`pallas_triton_chunk` what they share, `tuning` the block sizes, `triton_call` the way to Triton.
 """
 
 import dataclasses

@@ -21,21 +21,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_gla.pallas_triton_tiles import (
+from pallas_gla.pallas_triton_chunk import (
     Decay,
-    Program,
     Runs,
-    Tiling,
     anticausal,
     causal,
     chunk_decay,
-    iota,
     next_state,
     only,
-    pick,
     token_count,
     token_decay,
 )
+from pallas_gla.pallas_triton_tiles import Program, Tiling, iota, pick
 
 State = Float[Array, "v k"]
 

@@ -17,17 +17,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_gla.pallas_triton_tiles import (
+from pallas_gla.pallas_triton_chunk import (
     Decay,
-    Program,
     Runs,
-    Tiling,
     causal,
     chunk_decay,
     next_state,
     only,
     token_count,
 )
+from pallas_gla.pallas_triton_tiles import Program, Tiling
 
 
 def forward_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
