@@ -147,6 +147,7 @@ def main() -> None:
         # JAX reads these when it is first imported, which is later.
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
         os.environ["JAX_PLATFORMS"] = "cpu"
+        # From 0.11 on it dumps PTX only of emitters that are asked for.
         os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_emitter_re=.*"
         if arguments.json:
             cases = [Case(**case) for case in json.loads(arguments.json)]
