@@ -87,16 +87,16 @@ def _chunk(program: Program, chunk: Int[Array, ""], state: Float[Array, "v k"]) 
             q_tilde = q.astype(jnp.float32) * (tiling.exp2(decay.relative) * tiling.scan.scale)
             scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), runs)
             o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, runs and runs.first), state, (1, 1))
+            if tiling.scan.gating is None:
+                program.store("o", positions, o)
         if runs is not None:
             state = jnp.where(runs.passes, state, 0.0)
         state += tiling.dot(v, only(k_tilde, runs and runs.last), (0, 0))
         state *= tiling.exp2(decay.after)
-        if with_output:
+        if with_output and tiling.scan.gating is not None:
             # After the state, whose operands would wait in registers that the gate needs.
-            if tiling.scan.gating is not None:
-                gate = program.load("out_gate", positions).astype(jnp.float32)
-                o = gated(program, o, gate)
-            program.store("o", positions, o)
+            gate = program.load("out_gate", positions).astype(jnp.float32)
+            program.store("o", positions, gated(program, o, gate))
         return state
 
     def safe(state: Float[Array, "v k"]) -> Float[Array, "v k"]:
