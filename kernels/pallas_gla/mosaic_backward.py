@@ -52,10 +52,9 @@ def kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | 
 
     def stages(chunk: int, group: Group) -> Iterator[None]:
         heads = group.heads
-        g = fwd.decay(refs, tiling, chunk, group, gating)
-        total = tiling.sums(sum_to, g, fwd.unit(gating))
+        first, total = fwd.decay_sums(refs, tiling, chunk, group, sum_to, gating)
         yield
-        q, k, leave, enter, span = fwd.factorised(refs, tiling, chunk, group, g, total, scale, gating)
+        q, k, leave, enter, span = fwd.factorised(refs, tiling, chunk, group, first, total, scale)
         spans.append(span)
         v, d_o = (refs[name].load(chunk, group.values) for name in ("v", "d_o"))
         entered = (refs["states"][chunk, :, group.keys].astype(jnp.float32) * enter).astype(tiling.dtype)

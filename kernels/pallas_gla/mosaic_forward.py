@@ -48,10 +48,9 @@ def kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | 
     causal = {group.heads: jnp.greater_equal(*tiling.positions(group.heads)) for group in tiling.groups}
 
     def stages(chunk: int, group: Group) -> Iterator[None]:
-        g = decay(refs, tiling, chunk, group, gating)
-        total = tiling.sums(sum_to, g, unit(gating))
+        first, total = decay_sums(refs, tiling, chunk, group, sum_to, gating)
         yield
-        q, k, leave, enter, span = factorised(refs, tiling, chunk, group, g, total, scale, gating)
+        q, k, leave, enter, span = factorised(refs, tiling, chunk, group, first, total, scale)
         spans.append(span)
         yield
         v = refs["v"].load(chunk, group.values)
@@ -137,6 +136,20 @@ def unit(gating: Gating | None) -> float:
     return tiles.BITS if gating is None else -1.0 / gating.normalizer
 
 
+def decay_sums(
+    refs: dict[str, Any],
+    tiling: Tiling,
+    chunk: int,
+    group: Group,
+    sum_to: Bool[Array, "c c"],
+    gating: Gating | None,
+) -> tuple[Float[Array, "1 w"], Float[Array, "c w"]]:
+    """Bits of decay of the chunk's first token, and from there to every token."""
+    g = decay(refs, tiling, chunk, group, gating)
+    first = row(g, tiling.scan_rows[0]).astype(jnp.float32) * unit(gating)
+    return first, tiling.sums(sum_to, g, unit(gating))
+
+
 def to_token(tiling: Tiling) -> Bool[Array, "c c"]:
     """Of the tokens after a chunk's first, those up to that of the row."""
     i, j = tiling.positions()
@@ -148,17 +161,14 @@ def factorised(
     tiling: Tiling,
     chunk: int,
     group: Group,
-    g: Float[Array, "c w"],
+    first: Float[Array, "1 w"],
     total: Float[Array, "c w"],
     scale: float,
-    gating: Gating | None,
 ) -> tuple[
     Float[Array, "c w"], Float[Array, "c w"], Float[Array, "1 w"], Float[Array, "1 w"], Float[Array, "1 w"]
 ]:
     """q~ and k~ in the dtype of products, exp(L - M), exp(g_0 + M), and the decay from M to an end."""
-    first, *rows = tiling.scan_rows
-    first = row(g, first).astype(jnp.float32) * unit(gating)
-    middle, last = (row(total, r) for r in rows)
+    middle, last = (row(total, r) for r in tiling.scan_rows[1:])
     q = refs["q"].load(chunk, group.keys, jnp.float32) * query_factor(total, middle, scale)
     k = refs["k"].load(chunk, group.keys, jnp.float32) * jnp.exp2(middle - total)
     span = jnp.maximum(-middle, middle - last)

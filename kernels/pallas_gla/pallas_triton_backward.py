@@ -24,11 +24,10 @@ from jaxtyping import Array, Float, Int
 from pallas_gla.pallas_triton_chunk import (
     Decay,
     Runs,
-    anticausal,
     causal,
-    chunk_decay,
     next_state,
     only,
+    run_part,
     token_count,
     token_decay,
 )
@@ -54,16 +53,7 @@ def backward_parts_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..
     """The first pass over a split scan: the gradient of the state that enters a part, made of zero."""
 
     def gla_backward_parts(*refs: Any) -> None:
-        program = Program.current(tiling, dict(zip(names, refs, strict=True)))
-
-        def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
-            d_state, decay = carry
-            g, unit = chunk_decay(program, program.positions(chunk))
-            decay += jnp.sum(g.astype(jnp.float32), axis=0) * unit
-            return _chunk(program, chunk, d_state), decay
-
-        carry = (program.zero_state(), jnp.zeros((tiling.key_width,), jnp.float32))
-        program.store_part(*program.loop(step, carry, backward=True))
+        run_part(Program.current(tiling, dict(zip(names, refs, strict=True))), _chunk, backward=True)
 
     return gla_backward_parts
 
@@ -174,7 +164,7 @@ class _Chunk:
         d_o = program.load("d_o", positions)
         d_state = tiling.times_exp2(d_state, decay.after)
         if self.with_gradients:
-            scores = anticausal(tiling.dot(k_tilde, q_tilde, (1, 1)), runs)
+            scores = causal(tiling.dot(k_tilde, q_tilde, (1, 1)), runs, query_axis=1)
             d_v = tiling.dot(scores, d_o) + tiling.dot(only(k_tilde, last), d_state, (1, 1))
             program.store("d_v", positions, d_v)
             v = program.load("v", positions)

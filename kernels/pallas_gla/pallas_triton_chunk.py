@@ -1,6 +1,7 @@
 """What the GPU kernels know of a chunk: its decay, its segments, its masks, and the recurrence itself."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -91,16 +92,26 @@ def only(x: Float[Array, "c n"], rows: Bool[Array, " c"] | None) -> Float[Array,
     return x if rows is None else jnp.where(rows[:, None], x, 0.0)
 
 
-def causal(x: Float[Array, "c c"], runs: Runs | None) -> Float[Array, "c c"]:
-    """The pairs (i, j) with j <= i in the same segment."""
-    pairs = iota(x.shape, 0) >= iota(x.shape, 1)
+def causal(x: Float[Array, "c c"], runs: Runs | None, query_axis: int = 0) -> Float[Array, "c c"]:
+    """The pairs of a query and a key of its segment that is not after it."""
+    pairs = iota(x.shape, query_axis) >= iota(x.shape, 1 - query_axis)
     return jnp.where(pairs if runs is None else pairs & runs.same, x, 0.0)
 
 
-def anticausal(x: Float[Array, "c c"], runs: Runs | None) -> Float[Array, "c c"]:
-    """The pairs (j, i) with j <= i in the same segment."""
-    pairs = iota(x.shape, 0) <= iota(x.shape, 1)
-    return jnp.where(pairs if runs is None else pairs & runs.same, x, 0.0)
+def run_part(program: Program, take: Callable[..., Float[Array, "v k"]], backward: bool = False) -> None:
+    """The first pass over a split scan, where `take(program, chunk, state)` returns the next state.
+
+    Stores what this part makes of a zero state, and the factor by which another one would pass through.
+    """
+
+    def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
+        state, log2_decay = carry
+        g, unit = chunk_decay(program, program.positions(chunk))
+        log2_decay += jnp.sum(g.astype(jnp.float32), axis=0) * unit
+        return take(program, chunk, state), log2_decay
+
+    carry = (program.zero_state(), jnp.zeros((program.tiling.key_width,), jnp.float32))
+    program.store_part(*program.loop(step, carry, backward))
 
 
 def token_count(program: Program, chunk: Int[Array, ""]) -> Int[Array, ""]:

@@ -21,9 +21,9 @@ from pallas_gla.pallas_triton_chunk import (
     Decay,
     Runs,
     causal,
-    chunk_decay,
     next_state,
     only,
+    run_part,
     token_count,
 )
 from pallas_gla.pallas_triton_tiles import Program, Tiling
@@ -44,16 +44,7 @@ def parts_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
     """The first pass over a split scan: the state a part makes of zero, and how an earlier one decays."""
 
     def gla_forward_parts(*refs: Any) -> None:
-        program = Program.current(tiling, dict(zip(names, refs, strict=True)))
-
-        def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
-            state, decay = carry
-            g, unit = chunk_decay(program, program.positions(chunk))
-            decay += jnp.sum(g.astype(jnp.float32), axis=0) * unit
-            return _chunk(program, chunk, state), decay
-
-        carry = (program.zero_state(), jnp.zeros((tiling.key_width,), jnp.float32))
-        program.store_part(*program.loop(step, carry))
+        run_part(Program.current(tiling, dict(zip(names, refs, strict=True))), _chunk)
 
     return gla_forward_parts
 
