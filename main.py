@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from dig_jax import cli, plan, report
-from dig_jax.compilation import keep_compiled_programs
+from dig_jax.compilation import keep_compiled_programs, leave_stacks_without_names
 from dig_jax.config import Config
 from dig_jax.encode import encode
 from dig_jax.errors import ConfigError
@@ -67,6 +67,7 @@ def main(settings: Config, default_workdir: Path) -> None:
     if _MODE.value != "train" and profiled:
         raise ConfigError("--profile_steps goes with --mode=train")
     prepare_cpu(settings.mesh.cpu_devices)
+    leave_stacks_without_names()
     if _MODE.value != "plan":  # whose chips are not there to run what would be kept
         keep_compiled_programs()
     if _MODE.value in ("train", "encode", "sample"):

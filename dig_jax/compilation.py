@@ -27,6 +27,15 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache / "dig_jax" / "compiled"))
 
 
+def leave_stacks_without_names() -> None:
+    """Has LLVM look up no names for stacks, unless the environment says otherwise.
+
+    Compiling GPU kernels, Triton makes remarks that nobody sees, each with a stack: where llvm-symbolizer is
+    installed, to name its functions takes twice as long as all the rest. To be called by programs.
+    """
+    os.environ.setdefault("LLVM_DISABLE_SYMBOLIZATION", "1")
+
+
 @contextlib.contextmanager
 def cache_hits() -> Iterator[list[str]]:
     """While it is open, the list gets an entry for each program that is loaded instead of compiled."""

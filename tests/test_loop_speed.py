@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 import types
 
 import jax
@@ -194,6 +195,15 @@ def cache(tmp_path):
         compilation_cache.reset_cache()
         if values is options:
             yield tmp_path / "dig_jax" / "compiled"
+
+
+def test_programs_have_llvm_look_up_no_names_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.setenv("LLVM_DISABLE_SYMBOLIZATION", "0")
+    compilation.leave_stacks_without_names()
+    assert os.environ["LLVM_DISABLE_SYMBOLIZATION"] == "0"
+    monkeypatch.delenv("LLVM_DISABLE_SYMBOLIZATION")
+    compilation.leave_stacks_without_names()
+    assert os.environ["LLVM_DISABLE_SYMBOLIZATION"] == "1"
 
 
 def test_the_second_start_loads_what_the_first_compiled_and_says_so(cache, monkeypatch, caplog):

@@ -7,9 +7,9 @@ import pathlib
 import subprocess
 import sys
 
+import gpu_compiler
 import oracle
 import pytest
-import static_gpu
 from pallas_gla import backends, gla
 from pallas_gla.scan import Operands, Scan
 
@@ -103,9 +103,9 @@ def test_a_mesh_of_tpus_runs_the_kernel_per_shard_and_gathers_nothing():
 
 
 def test_gpus_of_a_mesh_run_the_kernel_per_shard_and_gather_nothing():
-    if reason := static_gpu.missing():
+    if reason := gpu_compiler.missing():
         pytest.skip(reason)
-    found = compiled_for("cuda", "1x1x8", static_gpu.target("sm_90a"))
+    found = compiled_for("cuda", "1x1x8", gpu_compiler.target("sm_90a"))
     (kernels, gathered), without_mesh = found["mesh"], found["no mesh"]
     assert kernels >= 2 and not gathered
     assert without_mesh == [0, []]

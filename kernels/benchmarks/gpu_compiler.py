@@ -1,0 +1,127 @@
+"""Compiles for NVIDIA GPUs that are not there.
+
+jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-nvdisasm must be installed.
+"""
+
+import dataclasses
+import functools
+import glob
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Compute capability, cores, shared memory per core and per block, bytes per second and bytes of memory.
+GPUS = {
+    "sm_90a": ("NVIDIA H200", 9, 0, 132, 233472, 232448, 4.8e12, 151397597184),
+    "sm_80": ("NVIDIA A100", 8, 0, 108, 167936, 166912, 1.555e12, 42505273344),
+}
+TARGET = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: {shared_core} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f} l2_cache_size: 41943040 clock_rate_ghz: 1.4
+  device_memory_size: {memory} shared_memory_per_block_optin: {shared_block}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+runtime_version {{ major: 12 minor: 8 patch: 0 }}
+device_description_str: "{name}"
+"""
+# As a GPU program is compiled whatever XLA_FLAGS say; from JAX 0.11 on XLA dumps PTX only of emitters that
+# are asked for.
+OPTIONS = {"xla_backend_optimization_level": 3, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": ".*"}
+# The plugin looks for libraries that only a GPU needs; and LLVM looks up names for the stacks of Triton's
+# remarks, which nobody sees and which take twice the time of all the rest.
+os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "LLVM_DISABLE_SYMBOLIZATION": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel: its PTX, its threads and its bytes of shared memory."""
+
+    ptx: str
+    threads: int
+    shared: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program: its optimised HLO, and our kernels in it by name."""
+
+    hlo: str
+    kernels: dict[str, Kernel]
+
+
+def target(gpu: str) -> str:
+    """What XLA is told of a GPU that is not there."""
+    fields = ("name", "major", "minor", "cores", "shared_core", "shared_block", "bandwidth", "memory")
+    return TARGET.format(**dict(zip(fields, GPUS[gpu], strict=True)))
+
+
+def missing() -> str | None:
+    """Which package is not installed that compiling for a GPU takes; None if all are there."""
+    for module in ("jax_plugins", "jax_plugins.xla_cuda13", "nvidia"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    tools = [name for name in ("ptxas", "nvdisasm") if not _paths(name)]
+    return f"{tools[0]} is not installed" if tools else None
+
+
+def tool(name: str) -> str:
+    """The path of one of the CUDA toolkit's programs."""
+    return _paths(name)[0]
+
+
+def _paths(name: str) -> list[str]:
+    spec = importlib.util.find_spec("nvidia")
+    return [path for root in spec.submodule_search_locations for path in glob.glob(f"{root}/*/bin/{name}")]
+
+
+def versions() -> dict[str, str]:
+    """The versions on which a kernel's code depends."""
+    report = subprocess.run([tool("ptxas"), "--version"], check=True, capture_output=True, text=True).stdout
+    return {"jaxlib": importlib.metadata.version("jaxlib"), "ptxas": re.search(r"V([\d.]+)", report).group(1)}
+
+
+@functools.cache
+def _sharding(gpu: str) -> NamedSharding:
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target(gpu))
+    return NamedSharding(Mesh(np.array(topology.devices).reshape(1), ("gpu",)), P())
+
+
+def compile_for(gpu: str, function: Callable[..., Any], *arguments: Any) -> Program:
+    """Compiles `function(*arguments)`, of which shapes and dtypes count."""
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(gpu))
+
+    lowered = jax.jit(function).lower(*jax.tree.map(placed, arguments))
+    with tempfile.TemporaryDirectory() as directory:
+        lowered.compile(compiler_options=OPTIONS | {"xla_dump_to": directory})
+        dump = pathlib.Path(directory)
+        thunks, hlo = (
+            "".join(path.read_text() for path in dump.glob(f"*{ending}"))
+            for ending in ("thunk_sequence.txt", "gpu_after_optimizations.txt")
+        )
+        kernels = {}
+        for ptx in (path.read_text() for path in sorted(dump.glob("*.ptx"))):
+            if found := re.search(r"\.entry (gla_\w+)", ptx):
+                name = found.group(1)
+                shared = re.search(rf" {name} grid.*shared_memory: (\d+)", thunks).group(1)
+                threads = re.search(r"\.reqntid (\d+)", ptx).group(1)
+                kernels[name] = Kernel(ptx, int(threads), int(shared))
+    return Program(hlo, kernels)
