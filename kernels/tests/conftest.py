@@ -14,4 +14,4 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # The tools whose records the tests compare with.
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-pytest.register_assert_rewrite("gla_test_base")
+pytest.register_assert_rewrite("gla_test_base", "triton_cases")

@@ -1,0 +1,124 @@
+"""The GPU kernels as Triton compiles them: their values, which take no GPU, and their static cost."""
+
+import itertools
+
+import gpu_compiler
+import pytest
+import static_gpu
+from pallas_gla import tuning
+from triton_cases import COVERING, GATED_COVERING, PRODUCT, check, check_gated, check_product, compiled
+
+pytestmark = pytest.mark.skipif(gpu_compiler.missing() is not None, reason=str(gpu_compiler.missing()))
+GPUS = ("sm_90a", "sm_80")
+
+
+def gates(case):
+    """Long scans take the path for bounded decays alone, short ones also the other, which runs by tokens."""
+    (rows, columns), *_ = case
+    return ("dig",) if rows * columns > 100 else ("dig", "reset_1e4")
+
+
+# float32 compiles slowly.
+@pytest.mark.parametrize(
+    ("gpu", "case"),
+    [
+        pytest.param(gpu, case, marks=pytest.mark.slow if case[3] == "float32" else (), id=f"{gpu}-{case}")
+        for gpu, case in itertools.product(GPUS, COVERING)
+    ],
+)
+def test_values_and_gradients_equal_the_recurrence(gpu, case):
+    check(compiled(gpu), *case, gates=gates(case), batch=1)
+
+
+def test_float32_equals_the_recurrence():
+    check(compiled("sm_90a"), (3, 7), 32, 32, *["float32"] * 2, "row_reversed", True, gates=("dig",), batch=1)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=pytest.mark.slow if x[3] == "float32" else ()) for x in GATED_COVERING],
+    ids=str,
+)
+def test_gated_scan_equals_its_formula(gpu, case):
+    # The norm cancels what gradients are made of, the more so the fewer tokens a decay lets o remember.
+    tolerance = 1e-5 if case[3] == "float32" else 1e-2
+    check_gated(compiled(gpu), *case, strengths=(0.5, 30.0), batch=1, tolerance=tolerance)
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Makes a scan of few heads fall into parts of two chunks."""
+    monkeypatch.setattr(tuning, "gpu", lambda kind: tuning.GpuTuning(cores=1000, least_chunks=2))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "segmented"),
+    [
+        ("sm_90a", "bfloat16", True),
+        pytest.param("sm_80", "bfloat16", False, marks=pytest.mark.slow),
+        pytest.param("sm_90a", "float32", False, marks=pytest.mark.slow),
+        pytest.param("sm_80", "float32", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_scan_split_along_t_equals_the_recurrence(parts, gpu, dtype, segmented):
+    case = ((19, 23), 32, 64, dtype, dtype, "column_reversed", segmented)
+    check(compiled(gpu), *case, gates=("dig",), batch=1)
+
+
+@pytest.mark.slow
+def test_a_gated_scan_split_along_t_equals_its_formula(parts):
+    case = ((19, 23), 32, 64, "bfloat16", "row_reversed", False)
+    check_gated(compiled("sm_80"), *case, strengths=(1.0,), batch=1, tolerance=1e-2)
+
+
+def test_gradient_of_the_decay_does_not_drift_along_t():
+    case = ((1, 2048), 32, 64, "bfloat16", "bfloat16", "row", False)
+    check(compiled("sm_90a"), *case, gates=("dig",), batch=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "case"), list(enumerate(PRODUCT)), ids=str)
+def test_product_of_sizes_dtypes_and_gates_in_changing_directions(number, case):
+    check_product(compiled(GPUS[number % 2]), number, case)
+
+
+def test_llvm_looks_up_names_for_remarks_unless_it_is_told_not_to(monkeypatch, tmp_path):
+    """Which is what a kernel's compilation would take most of its time for."""
+    symbolizer, log = tmp_path / "llvm-symbolizer", tmp_path / "log"
+    symbolizer.write_text(f"#!/bin/sh\necho called >> {log}\n")
+    symbolizer.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    case = static_gpu.Case("sm_90a", "forward", heads=1, batch=1)
+    static_gpu.compile_case(case)
+    assert not log.exists()
+    monkeypatch.delenv("LLVM_DISABLE_SYMBOLIZATION")
+    static_gpu.compile_case(case)
+    assert log.exists()
+
+
+COMPILED = [
+    {"kind": "forward"},
+    {"kind": "forward+states", "heads": 6, "side": 64, "batch": 1},
+    {"kind": "backward"},
+    {"kind": "backward", "heads": 6, "side": 64, "batch": 1},
+    {"kind": "forward+states", "direction": "column_reversed", "gated": True},
+    {"kind": "backward", "side": 64, "batch": 8, "gated": True},
+]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_compiles_for_the_gpu_at_the_recorded_cost(gpu):
+    cases = [static_gpu.Case(gpu, **case) for case in COMPILED]
+    measured = {case.name: static_gpu.measure(case) for case in cases}
+    if gpu == "sm_90a":
+        for name, kernels in measured.items():
+            for kernel, figures in kernels.items():
+                assert figures["spills"] == 0, (name, kernel)
+                assert figures["wgmma"] > 0, (name, kernel)
+                assert figures["loads_128"] > 0, (name, kernel)
+                if kernel == "gla_forward" and " gla " in name:
+                    assert figures["registers"] <= 168, name
+    if changed := static_gpu.compiler_changed():
+        pytest.skip(f"no figures to compare with: {changed}")
+    assert static_gpu.regressions(measured) == []
