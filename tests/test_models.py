@@ -97,6 +97,7 @@ def test_reversed_scan_is_causal_from_the_last_token_on():
 
 
 @functools.cache
+@functools.cache
 def loss_and_gradient(remat, skip):
     x, t, y = inputs(height=4, width=4)
     depth = 8 if skip else 5  # groups of four, and blocks outside of them
@@ -108,7 +109,7 @@ def loss_and_gradient(remat, skip):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize(("remat", "skip"), [("dots", None), ("full", None), ("full", "linear")])
+@pytest.mark.parametrize(("remat", "skip"), [("dots", None), ("full", "linear")])
 def test_rematerialisation_changes_neither_output_nor_gradient(remat, skip):
     def assert_close(actual, expected):
         # The norm of a head's first outputs cancels what of their gradient is larger: rounding is amplified.
