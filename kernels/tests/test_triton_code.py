@@ -6,6 +6,7 @@ import gpu_compiler
 import pytest
 import static_gpu
 from pallas_gla import tuning
+from ptx_traffic import CountingMachine
 from triton_cases import COVERING, GATED_COVERING, PRODUCT, check, check_gated, check_product, compiled
 
 pytestmark = pytest.mark.skipif(gpu_compiler.missing() is not None, reason=str(gpu_compiler.missing()))
@@ -75,6 +76,23 @@ def test_a_gated_scan_split_along_t_equals_its_formula(parts):
 def test_gradient_of_the_decay_does_not_drift_along_t():
     case = ((1, 2048), 32, 64, "bfloat16", "bfloat16", "row", False)
     check(compiled("sm_90a"), *case, gates=("dig",), batch=1)
+
+
+def test_shared_memory_has_no_bank_conflicts_and_global_memory_is_read_and_written_in_whole_sectors():
+    machines = []
+
+    class Remembered(CountingMachine):
+        def run(self, *arguments):
+            machines.append(self)
+            super().run(*arguments)
+
+    case = ((8, 16), 32, 64, "bfloat16", "column_reversed", False)
+    check_gated(compiled("sm_90a", Remembered), *case, strengths=(0.5,), batch=1, tolerance=1e-2)
+    assert len(machines) == 3
+    for machine in machines:
+        assert machine.wavefronts == machine.least_wavefronts > 0
+        # But for the states at the ends, which are stored across.
+        assert machine.bytes > 0.98 * 32 * machine.sectors > 0
 
 
 @pytest.mark.slow

@@ -60,25 +60,25 @@ def interpreted(operands: Operands, cotangents: tuple, scan: Scan) -> tuple:
     return forward_and_backward(operands, cotangents, dataclasses.replace(scan, interpret=True))
 
 
-def compiled(gpu: str) -> Callable[..., tuple]:
+def compiled(gpu: str, machine: type[Machine] = Machine) -> Callable[..., tuple]:
     """`forward_and_backward` by the PTX that Triton makes for a GPU, which a machine in NumPy runs."""
 
     def run(operands: Operands, cotangents: tuple, scan: Scan) -> tuple:
-        call = functools.partial(_call_compiled, gpu, triton_call.call)
+        call = functools.partial(_call_compiled, gpu, machine, triton_call.call)
         with mock.patch.object(triton_call, "call", call):
             return forward_and_backward(operands, cotangents, scan)
 
     return run
 
 
-def _call_compiled(gpu, call, kernel, arrays, results, *, programs, **options):
+def _call_compiled(gpu, machine, call, kernel, arrays, results, *, programs, **options):
     def launch(*arrays):
         return call(kernel, arrays, results, programs=programs, **options)
 
     [code] = gpu_compiler.compile_for(gpu, launch, *arrays).kernels.values()
     # What a kernel does not write is seen.
     outputs = [np.full(shape, np.nan, jnp.dtype(dtype)) for shape, dtype in results]
-    Machine(code.ptx, code.threads, code.shared).run([*map(np.array, arrays), *outputs], programs)
+    machine(code.ptx, code.threads, code.shared).run([*map(np.array, arrays), *outputs], programs)
     return [jnp.asarray(x) for x in outputs]
 
 

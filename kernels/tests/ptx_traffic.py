@@ -1,0 +1,48 @@
+"""A machine for PTX that counts what memory is asked for, by NVIDIA's rules for a warp."""
+
+import re
+
+import numpy as np
+from ptx_machine import WARP, Instruction, Machine
+
+BANKS, SECTOR = 32, 32
+
+
+class CountingMachine(Machine):
+    """Counts in all threads of all programs.
+
+    wavefronts: turns of shared memory, each of one word from every bank.
+    least_wavefronts: as many as the words would take if no two of a turn were in one bank.
+    sectors: pieces of 32 bytes of global memory that warps touch.
+    bytes: of global memory that threads touch, of every warp once.
+    """
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.wavefronts = self.least_wavefronts = self.sectors = self.bytes = 0
+
+    def step(self, instruction: Instruction, active: np.ndarray | None) -> None:
+        """Remembers the instruction for `find`."""
+        self.instruction = instruction
+        super().step(instruction, active)
+
+    def find(
+        self, text: str, width: int, space: str, active: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Counts the accesses."""
+        where, memory = super().find(text, width, space, active)
+        active = np.ones(self.lanes, bool) if active is None else active
+        matrices = re.search(r"matrix.*\.x(\d)", self.instruction.opcode)
+        # Lanes of a turn have 128 bytes together; of ldmatrix and stmatrix, eight have a matrix.
+        together = min(WARP, 128 // width) if space == "shared" else WARP
+        turns = np.where(active, where, -1).reshape(-1, WARP // together, together)
+        for turn in turns[:, : int(matrices.group(1)) if matrices else None].reshape(-1, together):
+            touched = np.unique(turn[turn >= 0][:, None] + np.arange(width))
+            if space == "global":
+                self.sectors += len(np.unique(touched // SECTOR))
+                self.bytes += len(touched)
+            elif len(touched):
+                words = np.unique(touched // 4)
+                self.wavefronts += np.bincount(words % BANKS).max()
+                self.least_wavefronts += -(-len(words) // BANKS)
+        return where, memory
