@@ -118,7 +118,12 @@ def supervise(part: str, record: Record, end: float) -> None:
     while total is None or job + 1 < total:
         command = [sys.executable, __file__, *sys.argv[1:]]
         command += [f"--part={part}", f"--start={job + 1}", f"--end={end}"]
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "PYTHONUNBUFFERED": "1",
+            # Names for the stacks of Triton's remarks take most of a kernel's compilation.
+            "LLVM_DISABLE_SYMBOLIZATION": "1",
+        }
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
