@@ -121,7 +121,8 @@ class Machine:
         for start, x in zip(starts, arrays, strict=True):
             self.memory[start : start + x.nbytes] = x.reshape(-1).view(np.uint8)
             self.inside[start : start + x.nbytes] = True
-        self.shared = np.zeros(programs * self.shared_size, np.uint8)
+        # Floats that are no numbers, as long as nothing is written.
+        self.shared = np.full(programs * self.shared_size, 0xFF, np.uint8)
         groups = [(0, np.arange(programs), {})]
         while groups:
             groups += self._run_group(*groups.pop())
@@ -137,6 +138,7 @@ class Machine:
             at += 1
             active = self._active(instruction.predicate)
             if instruction.opcode == "ret":
+                assert active is None, "some threads end before the others"
                 return []
             if not instruction.opcode.startswith("bra"):
                 try:

@@ -27,7 +27,8 @@ class TestTriton(GLATestBase):
     interpret = jax.default_backend() != "gpu"
 
 
-@pytest.mark.parametrize("case", COVERING, ids=str)
+# Those of 16 bits are run as compiled.
+@pytest.mark.parametrize("case", [case for case in COVERING if case[3] == "float32"], ids=str)
 def test_values_and_gradients_equal_the_recurrence(case):
     check(interpreted, *case)
 
