@@ -129,7 +129,7 @@ def killed(process, cache, count, number):
     return stderr
 
 
-@pytest.mark.parametrize("source", ["image_folder", "tfds"])
+@pytest.mark.parametrize("source", ["image_folder", pytest.param("tfds", marks=pytest.mark.slow)])
 def test_pictures_become_latents_a_model_of_them_and_pictures_again(run, source):
     cache, workdir = run.root / f"latents_{source}", run.root / f"run_{source}"
     if source == "image_folder":  # how it is killed is the same for both

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from pallas_gla import gated_gla_2d, gla, gla_2d
 
 FLOAT32 = 2e-5
-GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("gla_*.npz"))
 SEGMENTS = np.array(
     [[3, 3, 3, 3, 3, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 0, 4, 4], [5] * 17 + [6] * 3], np.int32
 )
@@ -28,6 +27,14 @@ examples = hypothesis.settings(
     suppress_health_check=[hypothesis.HealthCheck.differing_executors],
 )
 seeds = st.tuples(st.integers(0, 2**16), st.sampled_from(oracle.GATES))
+
+
+def golden_files():
+    """Slow are those whose decays others have: each is a size, and so a compilation, of its own."""
+    files = sorted((pathlib.Path(__file__).parent / "golden").glob("gla_*.npz"))
+    others = ("gla_0_", "gla_1_", "gla_5_")
+    marks = [pytest.mark.slow if path.stem.startswith(others) else () for path in files]
+    return [pytest.param(path, id=path.stem, marks=mark) for path, mark in zip(files, marks, strict=True)]
 
 
 class GLATestBase:
@@ -56,7 +63,7 @@ class GLATestBase:
         """What `compiled` returns."""
         return self.compiled(**options)(arrays, cotangents)
 
-    @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+    @pytest.mark.parametrize("path", golden_files())
     def test_reproduces_the_public_torch_implementation(self, path):
         file = {name: jnp.asarray(x, jnp.float32) for name, x in np.load(path).items()}
         q, k, v, g, o, do, dq, dk, dv, dg = (
