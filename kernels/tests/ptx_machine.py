@@ -308,13 +308,13 @@ class Machine:
     def _load_or_store(
         self, name: str, modifiers: list[str], operands: list[str], active: np.ndarray | None
     ) -> None:
-        if modifiers[0] == "param":
+        space = modifiers[0].split("::")[0]
+        if space == "param":
             self.put(operands[0], np.full(self.lanes, self.starts[operands[1].strip("[]")], np.uint64))
             return
         registers, address = operands if name == "ld" else operands[::-1]
         registers, dtype = names(registers), TYPES[modifiers[-1]]
         size = np.dtype(dtype).itemsize
-        space = modifiers[0].split("::")[0]
         where, memory = self.find(address, size * len(registers), space, active)
         memory = memory.view(f"u{size}")
         for i, register in enumerate(registers):
