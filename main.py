@@ -16,16 +16,18 @@ from pathlib import Path
 
 from absl import flags
 
-from dig_jax import cli, plan, report
-from dig_jax.compilation import keep_compiled_programs, leave_stacks_without_names
+from dig_jax.cli import command_line as cli
 from dig_jax.config import Config
-from dig_jax.encode import encode
+from dig_jax.encoding.encode import encode
 from dig_jax.errors import ConfigError
-from dig_jax.export import export
-from dig_jax.image_set import sample
-from dig_jax.parallel import join_processes, prepare_cpu
-from dig_jax.training.loop import train
-from dig_jax.training.profiling import profiled_steps
+from dig_jax.evaluation import evaluate as report
+from dig_jax.export.export import export
+from dig_jax.parallel import join_processes
+from dig_jax.planning import plan
+from dig_jax.runtime import keep_compiled_programs, leave_stacks_without_names, prepare_cpu
+from dig_jax.sampling.sample import sample
+from dig_jax.training.telemetry.profiler import profiled_steps
+from dig_jax.training.train import train
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/NAME_OF_CONFIG by default.")
 _MODE = flags.DEFINE_enum(

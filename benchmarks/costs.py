@@ -20,9 +20,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dig_jax import config  # noqa: E402
+from dig_jax.components import Components, param_count  # noqa: E402
 from dig_jax.data import ImageSpec  # noqa: E402
-from dig_jax.experiment import Experiment, param_count  # noqa: E402
-from dig_jax.planning.model_flops import training_flops  # noqa: E402
+from dig_jax.hardware.model_flops import training_flops  # noqa: E402
 from dig_jax.training.step import init_params  # noqa: E402
 
 PAGE = ROOT / "docs" / "configs.md"
@@ -73,17 +73,17 @@ def cost(name: str) -> Cost:
     size, channels, classes = _IMAGES.get(
         file, (options.get("image_size"), options.get("channels", 3), options.get("num_classes"))
     )
-    experiment = Experiment(settings, ImageSpec((size, size, channels), ("",) * classes))
-    params = jax.eval_shape(functools.partial(init_params, experiment))
+    components = Components(settings, ImageSpec((size, size, channels), ("",) * classes))
+    params = jax.eval_shape(functools.partial(init_params, components))
     image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     patch = settings.model.patch_size or int(settings.model.name.partition("/")[2])
     return Cost(
         settings.model.name,
-        experiment.images.image_shape,
+        components.image_spec.image_shape,
         (size // patch) ** 2,
         param_count(params),
-        training_flops(experiment.denoise, params, image, number, number),
+        training_flops(components.denoise, params, image, number, number),
         settings.training.steps,
         settings.data.batch_size,
     )

@@ -20,10 +20,10 @@ import numpy as np
 
 from dig_jax.data import batches, load_source
 from dig_jax.data.latents import FORMAT, INDEX, Shard, checksum, packed
-from dig_jax.data.sources import Source
-from dig_jax.files import write_json
+from dig_jax.data.source import Source
+from dig_jax.encoding.shard_writer import file_sha256, record_file
+from dig_jax.files.atomic import write_json
 from dig_jax.parallel import prepare_cpu
-from dig_jax.shard_writer import file_sha256, record_file
 
 _BATCH, _SHARD, _CORES = 256, 1024, 2
 _PLANS, _PLAN = Path(__file__).with_name("plan_table.json"), "v5e:16x16"

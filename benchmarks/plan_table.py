@@ -32,7 +32,8 @@ HEADER = (
 PLAN = """
 import json, runpy, sys
 sys.path.insert(0, ".")
-from dig_jax import config, plan
+from dig_jax import config
+from dig_jax.planning import plan
 from dig_jax.errors import UserError
 name, _, arguments = sys.argv[1].partition(":")
 settings = runpy.run_path(f"configs/{name}.py")["get_config"](*filter(None, arguments.split(",")))

@@ -8,7 +8,7 @@ images = sampler(labels=[0, 1, 2], guidance_scale=1.5)
 from dig_jax import convert, diffusion
 from dig_jax.errors import CheckpointError, ConfigError, UserError
 from dig_jax.models import create_model
-from dig_jax.sampling import Sampler, load
+from dig_jax.sampling.sampler import Sampler, load
 
 __all__ = [
     "CheckpointError",

@@ -1,4 +1,4 @@
-"""The experiment's settings as frozen, checked dataclasses; nothing below this module knows ml_collections.
+"""The components's settings as frozen, checked dataclasses; nothing below this module knows ml_collections.
 
 Every field is described, with its unit and source, in configs/base.py. A field that came later has its
 default here too: the configs of older runs lack it.
@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dig_jax.errors import ConfigError
-from dig_jax.suggest import suggest
+from dig_jax.errors import ConfigError, suggest
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """Which denoiser; 0 and "none" leave a choice to the name."""
 
     name: str
@@ -40,7 +39,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class DataConfig:
     """Which images, and how many per step."""
 
     name: str
@@ -53,7 +52,7 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Autoencoder:
+class AutoencoderConfig:
     """What stands between pictures and the images that the model sees."""
 
     path: str = ""
@@ -64,7 +63,7 @@ class Autoencoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Encode:
+class EncodeConfig:
     """Which pictures --mode=encode makes latents of, and how they are stored."""
 
     name: str = ""
@@ -79,7 +78,7 @@ class Encode:
 
 
 @dataclasses.dataclass(frozen=True)
-class Diffusion:
+class DiffusionConfig:
     """The forward process and the loss."""
 
     schedule: str
@@ -88,7 +87,7 @@ class Diffusion:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingConfig:
     """How long, and what is done per step beside the optimiser."""
 
     steps: int
@@ -108,7 +107,7 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     """AdamW and its learning rate over time."""
 
     learning_rate: float
@@ -128,7 +127,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     """When to save and what to keep."""
 
     every_steps: int
@@ -143,7 +142,7 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
-class Logging:
+class LoggingConfig:
     """When to write metrics, and where besides metrics.jsonl."""
 
     every_steps: int
@@ -157,7 +156,7 @@ class Logging:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingConfig:
     """How images are drawn, in training and by --mode=sample."""
 
     every_steps: int
@@ -176,7 +175,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class EvaluationConfig:
     """How many images the scores are computed from."""
 
     num_images: int
@@ -186,7 +185,7 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
+class MeshConfig:
     """Devices per axis; one of them may be -1: all that the others leave."""
 
     data: int
@@ -207,22 +206,22 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment."""
+    """One components."""
 
     seed: int
     init_from: str
-    model: Model
-    data: Data
-    diffusion: Diffusion
-    training: Training
-    optimizer: Optimizer
-    checkpoint: Checkpoint
-    logging: Logging
-    sampling: Sampling
-    evaluation: Evaluation
-    mesh: Mesh
-    autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)
-    encode: Encode = dataclasses.field(default_factory=Encode)
+    model: ModelConfig
+    data: DataConfig
+    diffusion: DiffusionConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+    mesh: MeshConfig
+    autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
+    encode: EncodeConfig = dataclasses.field(default_factory=EncodeConfig)
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**31:

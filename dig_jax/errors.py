@@ -1,7 +1,8 @@
 """Errors that are shown to people as one line, without a traceback."""
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -35,3 +36,9 @@ def blaming_disk(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{directory} cannot be written to: {error.strerror or error}") from error
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A hint at the nearest of the known words, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -3,8 +3,8 @@
 import numpy as np
 
 from dig_jax.data.latents import FORMAT, INDEX, Shard, checksum, packed
-from dig_jax.files import write_json
-from dig_jax.shard_writer import file_sha256, record_file
+from dig_jax.encoding.shard_writer import file_sha256, record_file
+from dig_jax.files.atomic import write_json
 
 HEADER = {
     "format": FORMAT,

@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny_experiment import random_params, tiny_experiment, tiny_settings
+from tiny_components import random_params, tiny_components, tiny_settings
 
 from dig_jax.parallel import distribute, make_mesh, replicated, state_sharding
 from dig_jax.training import step as steps
@@ -19,19 +19,19 @@ SIZE = 16
 
 def compare(name: str, depth: int, meshes: list[dict[str, int]]) -> list[dict]:
     """For each mesh the relative errors, the collectives' kinds and the size of what they move at most."""
-    experiment = tiny_experiment(
+    components = tiny_components(
         model__name=name,
         model__depth=depth,
         model__hidden_size=64,
         model__num_heads=2,
         data__options={"image_size": 16, "channels": 1, "num_classes": 5, "length": 60},
     )
-    params = random_params(experiment)
+    params = random_params(components)
     image = np.random.default_rng(0).standard_normal((SIZE, 16, 16, 1)).astype(np.float32)
     batch = {"image": image, "label": np.arange(SIZE, dtype=np.int32) % 5}
 
     def gradient(params, batch):
-        grads, metrics = steps._mean_gradient(experiment, params, batch, jnp.int32(3))
+        grads, metrics = steps._mean_gradient(components, params, batch, jnp.int32(3))
         return metrics["loss"], grads
 
     expected = jax.device_get(jax.jit(gradient)(params, batch))

@@ -15,8 +15,9 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from configs import smoke
-from dig_jax import checkpoint, config
-from dig_jax.checkpoint import Checkpoints, has_checkpoints, read_config, read_params
+from dig_jax import config
+from dig_jax.checkpoints import manager as checkpoint
+from dig_jax.checkpoints.manager import Checkpoints, has_checkpoints, read_config, read_params
 from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError
 from dig_jax.parallel import batch_sharding, make_mesh, replicated
@@ -58,7 +59,7 @@ def abstract(state: dict) -> dict:
 
 
 def save(
-    workdir: Path, *steps: int, size: int = 300, settings: config.Checkpoint = SETTINGS.checkpoint
+    workdir: Path, *steps: int, size: int = 300, settings: config.CheckpointConfig = SETTINGS.checkpoint
 ) -> None:
     with contextlib.closing(Checkpoints(workdir, settings)) as checkpoints:
         for step in steps:
@@ -118,9 +119,9 @@ def test_an_empty_workdir_has_nothing_to_restore(tmp_path):
 
 @pytest.mark.parametrize(("ema", "pick"), [(None, "0.9"), ("", "0.9"), ("0.99", "0.99"), ("params", None)])
 def test_parameters_are_read_by_the_name_of_their_average(saved, ema, pick):
-    experiment, step, params = read_params(saved, ema)
+    components, step, params = read_params(saved, ema)
     state = make_state(2)
-    assert (experiment.config, experiment.known, step) == (SETTINGS, IMAGES, 2)
+    assert (components.config, components.known, step) == (SETTINGS, IMAGES, 2)
     assert_equal(params, state["ema"][pick] if pick else state["params"])
 
 
@@ -143,7 +144,7 @@ def test_an_average_that_is_not_there_is_refused(saved):
 
 def test_checkpoints_move_between_meshes(tmp_path):
     size = 4 * 32
-    mesh = make_mesh(config.Mesh(data=4, fsdp=1, tensor=1, context=1, cpu_devices=1), 4)
+    mesh = make_mesh(config.MeshConfig(data=4, fsdp=1, tensor=1, context=1, cpu_devices=1), 4)
     layouts = {"spread": batch_sharding(mesh), "whole": replicated(mesh)}
     with contextlib.closing(Checkpoints(tmp_path, SETTINGS.checkpoint)) as checkpoints:
         state = make_state(1, size)
@@ -162,7 +163,7 @@ def test_checkpoints_move_between_meshes(tmp_path):
     assert_equal(restored, make_state(1, size))
 
 
-RETENTION = config.Checkpoint(every_steps=1, every_minutes=0.0, keep=1, keep_best=0, keep_every_steps=0)
+RETENTION = config.CheckpointConfig(every_steps=1, every_minutes=0.0, keep=1, keep_best=0, keep_every_steps=0)
 
 
 def test_old_checkpoints_go_as_the_config_says(tmp_path):
@@ -332,7 +333,7 @@ def test_a_directory_without_permission_gives_one_line(saved):
 
 def test_a_checkpoint_holds_its_own_step_though_its_memory_is_donated_to_the_next(tmp_path):
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
-    mesh = make_mesh(config.Mesh(data=-1, fsdp=1, tensor=1, context=1, cpu_devices=1), 4)
+    mesh = make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1, context=1, cpu_devices=1), 4)
     state = {"params": jax.device_put(jnp.zeros((1000, 1000)), replicated(mesh))}
     with contextlib.closing(Checkpoints(tmp_path, dataclasses.replace(RETENTION, keep=10))) as checkpoints:
         for step in range(1, 5):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dig_jax import cli
+from dig_jax.cli import command_line as cli
 from dig_jax.data.class_names import class_index, display_name, imagenet_ids
 from dig_jax.errors import ConfigError
 

@@ -8,10 +8,11 @@ import pytest
 from absl import flags
 
 from configs import smoke
-from dig_jax import cli, config
-from dig_jax.checkpoint import described
+from dig_jax import config
+from dig_jax.checkpoints.manager import described
+from dig_jax.cli import command_line as cli
 from dig_jax.errors import CheckpointError, ConfigError
-from dig_jax.files import write_json
+from dig_jax.files.atomic import write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -203,7 +204,7 @@ def test_a_process_that_fails_says_so_in_one_line_and_leaves_nothing(tmp_path, a
 
 def test_what_a_failed_save_leaves_undone_is_not_told_after_the_error():
     code = """
-from dig_jax import cli
+from dig_jax.cli import command_line as cli
 
 def main(settings, workdir):
     async def write(): ...

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from configs import base, smoke
-from dig_jax.cli import _load
+from dig_jax.cli.command_line import _load
 from dig_jax.config import Config, check_same, flattened, from_dict
 from dig_jax.data.registry import SOURCES
 from dig_jax.errors import ConfigError
-from dig_jax.training.loop import train
+from dig_jax.training.train import train
 
 SMOKE = smoke.get_config().to_dict()
 

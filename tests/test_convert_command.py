@@ -17,20 +17,20 @@ from upstream_files import HEADS, abstract, assert_same, assert_upstreams, expec
 import dig_jax
 from configs import base
 from dig_jax import config
-from dig_jax.convert import __main__ as convert
+from dig_jax.convert import command as convert
 from dig_jax.convert.names import torch_arrays
-from dig_jax.convert.recognise import (
+from dig_jax.convert.pytorch.reader import open_torch
+from dig_jax.convert.pytorch.writer import write_torch
+from dig_jax.convert.recognize import (
     describe,
     is_flow_matching,
     looks_like_official_dit,
     recognise,
 )
 from dig_jax.convert.sources import Source
-from dig_jax.convert.torch_file import open_torch
-from dig_jax.convert.torch_writer import write_torch
 from dig_jax.data import ImageSpec
-from dig_jax.export import read_model
-from dig_jax.safetensors_file import Stored
+from dig_jax.export.export import read_model
+from dig_jax.files.safetensors import Stored
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def entry(array, index):
 def test_upstreams_file_becomes_ours_and_comes_back_bit_for_bit(released, tmp_path, case):
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.pt"
     run(released(case), ours, *HEADS.get(case, []))
-    experiment, step, params = read_model(ours)
-    settings = experiment.config
+    components, step, params = read_model(ours)
+    settings = components.config
     assert_same(params, expected(case))
     assert (step, settings.sampled_ema) == (0, "0.9999")
     assert settings.model.skip_alignment == ("upstream" if case == "dig_skip" else "raster")
@@ -96,10 +96,10 @@ def test_a_workdir_is_written_that_can_be_sampled_from_and_converted_back(releas
     assert_same(dig_jax.load(tmp_path / "run").params, expected("dig_plain"))
     run(tmp_path / "run", tmp_path / "back.pt", "--tree=params")
     run(tmp_path / "back.pt", tmp_path / "ours.safetensors")
-    experiment, _, params = read_model(tmp_path / "ours.safetensors")
+    components, _, params = read_model(tmp_path / "ours.safetensors")
     assert_same(params, expected("dig_plain"))
     assert (
-        experiment.config.sampled_ema == "params"
+        components.config.sampled_ema == "params"
     )  # a file without trees does not say that it is an average
 
 
@@ -132,9 +132,9 @@ def test_a_converted_model_of_latents_knows_its_autoencoder_and_imagenets_classe
     save_file(state_dict("dit") | table, tmp_path / "theirs.safetensors")
     run(tmp_path / "theirs.safetensors", tmp_path / target, "--num_heads=1")
     sampler = dig_jax.load(tmp_path / target)
-    assert sampler.experiment.config.autoencoder.path == "stabilityai/sd-vae-ft-ema"
-    assert sampler.experiment.images.image_shape == (8, 8, 4)
-    assert sampler.experiment.images.class_names[207] == "n02099601"
+    assert sampler.components.config.autoencoder.path == "stabilityai/sd-vae-ft-ema"
+    assert sampler.components.image_spec.image_shape == (8, 8, 4)
+    assert sampler.components.image_spec.class_names[207] == "n02099601"
     assert sampler.resolve("golden retriever", None)[0].tolist() == [207]
 
 
@@ -143,8 +143,8 @@ def test_a_model_of_pixels_without_classes_is_converted_both_ways(tmp_path):
     run(tmp_path / "theirs.safetensors", tmp_path / "run")
     sampler = dig_jax.load(tmp_path / "run")
     assert_same(sampler.params, expected("dig_unconditional_rgb"))
-    assert sampler.experiment.images == ImageSpec((8, 8, 3), ())
-    assert sampler.experiment.config.autoencoder.path == ""
+    assert sampler.components.image_spec == ImageSpec((8, 8, 3), ())
+    assert sampler.components.config.autoencoder.path == ""
     run(tmp_path / "run", tmp_path / "back.safetensors")
     assert_upstreams(load_file(tmp_path / "back.safetensors"), "dig_unconditional_rgb")
 

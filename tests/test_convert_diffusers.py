@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from upstream_files import HEADS, assert_same, expected, refused, run, state_dict
 
-from dig_jax.export import read_model
+from dig_jax.export.export import read_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -57,8 +57,8 @@ def diffusers_folder(tmp_path):
 
 def test_diffusers_layout_is_that_of_dit(diffusers_folder, tmp_path):
     run(diffusers_folder(), tmp_path / "ours.safetensors")
-    experiment, _, params = read_model(tmp_path / "ours.safetensors")
-    settings = experiment.config
+    components, _, params = read_model(tmp_path / "ours.safetensors")
+    settings = components.config
     assert_same(params, expected("dit"))
     assert (settings.model.num_heads, settings.data.options["image_size"]) == (1, 8)
 

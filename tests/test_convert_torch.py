@@ -8,8 +8,8 @@ from test_convert import golden, nhwc, relative_error
 from upstream_files import HEADS, assert_same, expected, run, state_dict
 
 import dig_jax
-from dig_jax.convert.torch_writer import write_torch
-from dig_jax.export import read_model
+from dig_jax.convert.pytorch.writer import write_torch
+from dig_jax.export.export import read_model
 
 
 @pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])
@@ -44,7 +44,7 @@ def test_golden_weights_in_a_file_give_the_golden_outputs(tmp_path, case, writer
     run(path, tmp_path / "x.safetensors", *HEADS.get(case, []))
     sampler, data = dig_jax.load(tmp_path / "x.safetensors"), golden(case)
     t, y = (jnp.asarray(data[name], jnp.int32) for name in "ty")
-    out = sampler.experiment.denoise(sampler.params, nhwc(data["x"]), t, y)
+    out = sampler.components.denoise(sampler.params, nhwc(data["x"]), t, y)
     assert relative_error(out, nhwc(data["out"])) < 1e-4
 
 
@@ -76,7 +76,7 @@ def test_a_dit_computes_the_same_in_diffusers_and_here_whoever_saved_it(tmp_path
     assert back.state_dict().keys() == theirs.state_dict().keys()
 
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([17, 803]), torch.tensor([3, 10])
-    out = sampler.experiment.denoise(sampler.params, nhwc(x.numpy()), jnp.asarray(t), jnp.asarray(y))
+    out = sampler.components.denoise(sampler.params, nhwc(x.numpy()), jnp.asarray(t), jnp.asarray(y))
     for model in (theirs, back):
         for block in model.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = 0

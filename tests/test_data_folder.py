@@ -8,9 +8,9 @@ from test_data_images import noise, png_header
 
 from configs import imagefolder
 from dig_jax import config
+from dig_jax.components import Components
 from dig_jax.data import Source, batches, load_source
 from dig_jax.errors import ConfigError, UserError
-from dig_jax.experiment import Experiment
 
 
 def write(path, width=20, height=16, seed=0, **options):
@@ -193,11 +193,11 @@ def test_the_fingerprint_depends_on_content_and_cropping_but_not_on_the_place(fo
 
 
 def test_the_shipped_config_needs_the_directory_and_nothing_else(folder):
-    experiment = Experiment(config.from_dict(imagefolder.get_config(str(folder)).to_dict()))
-    assert experiment.train_source.image_shape == (64, 64, 3)
-    assert experiment.train_source.class_names == ("cat", "dog")
-    assert (len(experiment.train_source), len(experiment.heldout_source)) == (15, 1)
-    missing = Experiment(config.from_dict(imagefolder.get_config().to_dict()))
+    components = Components(config.from_dict(imagefolder.get_config(str(folder)).to_dict()))
+    assert components.train_source.image_shape == (64, 64, 3)
+    assert components.train_source.class_names == ("cat", "dog")
+    assert (len(components.train_source), len(components.heldout_source)) == (15, 1)
+    missing = Components(config.from_dict(imagefolder.get_config().to_dict()))
     with pytest.raises(ConfigError, match="config.data: path of the image_folder source is missing"):
         _ = missing.train_source
 

@@ -11,10 +11,10 @@ from test_data_images import noise
 
 from configs import celeba64, cifar10
 from dig_jax import config
+from dig_jax.components import Components
 from dig_jax.data import batches, load_source
 from dig_jax.data.images import adm_crop, decode
 from dig_jax.errors import UserError
-from dig_jax.experiment import Experiment
 
 pytestmark = pytest.mark.filterwarnings("default")  # TFDS and what it imports have some of their own
 
@@ -143,8 +143,8 @@ def test_the_shipped_configs_open_a_dataset_of_their_kind(data_dir, shipped, dat
     c = shipped.get_config()
     assert c.data.options.dataset in ("cifar10", "celeb_a")
     c.data.options.update(dataset=dataset, data_dir=str(data_dir), num_classes=classes)
-    experiment = Experiment(config.from_dict(c.to_dict()))
-    for source in (experiment.train_source, experiment.heldout_source):
+    components = Components(config.from_dict(c.to_dict()))
+    for source in (components.train_source, components.heldout_source):
         assert (source.image_shape, source.num_classes) == (shape, classes)
 
 

@@ -20,11 +20,12 @@ from test_data_images import noise
 from tiny_autoencoder import write_autoencoder
 
 from configs import base
-from dig_jax import autoencoder, config, shard_writer
-from dig_jax import encode as encode_module
+from dig_jax import autoencoder, config
 from dig_jax.autoencoder.model import _encode
 from dig_jax.data import load_source
-from dig_jax.encode import encode
+from dig_jax.encoding import encode as encode_module
+from dig_jax.encoding import shard_writer
+from dig_jax.encoding.encode import encode
 from dig_jax.errors import ConfigError, UserError
 from dig_jax.parallel import batch_sharding, local_mesh, replicated
 

@@ -10,12 +10,12 @@ from ended_runs import FIELDS, command, environment
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_checkpoint import full_disk
-from tiny_experiment import tiny_settings, write_checkpoint
+from tiny_components import tiny_settings, write_checkpoint
 
 import dig_jax
 from configs import smoke
 from dig_jax import CheckpointError, ConfigError, config
-from dig_jax.export import export, read_model
+from dig_jax.export.export import export, read_model
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_the_parameters_that_sampling_names_are_exported_bit_for_bit(workdir, tm
     directory, trees = workdir
     path = tmp_path / "new" / "x.safetensors"
     export(tiny_settings(sampling__ema=name), directory, path)
-    experiment, step, params = read_model(path)
-    assert (experiment.config, step) == (tiny_settings(sampling__ema=name), 7)
+    components, step, params = read_model(path)
+    assert (components.config, step) == (tiny_settings(sampling__ema=name), 7)
     assert_equal(params, trees[name])
     assert {leaf.dtype for leaf in load_file(path).values()} == {np.dtype(np.float32)}
     assert [other.name for other in path.parent.iterdir()] == [path.name]
@@ -87,7 +87,7 @@ def test_a_sampler_of_a_file_is_that_of_its_checkpoint(workdir, exported):
     ours, theirs = (dig_jax.load(path, settings=settings) for path in (str(exported), workdir[0]))
     assert_equal(ours.params, theirs.params)
     assert {type(leaf) for leaf in jax.tree.leaves(ours.params)} == {type(jax.numpy.ones(1))}
-    assert (ours.step, ours.experiment.config) == (theirs.step, theirs.experiment.config) == (7, settings)
+    assert (ours.step, ours.components.config) == (theirs.step, theirs.components.config) == (7, settings)
 
 
 def test_a_file_holds_one_average(exported):
@@ -195,9 +195,9 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
 def test_a_file_knows_its_images_where_their_source_is_not(changed):
     elsewhere = dataclasses.asdict(tiny_settings())
     elsewhere["data"] |= {"name": "nowhere"}
-    experiment = read_model(changed(config=json.dumps(elsewhere)))[0]
-    assert experiment.images.image_shape == (4, 4, 1)
-    assert experiment.images.class_names == ("0", "1", "2", "3", "4")
+    components = read_model(changed(config=json.dumps(elsewhere)))[0]
+    assert components.image_spec.image_shape == (4, 4, 1)
+    assert components.image_spec.class_names == ("0", "1", "2", "3", "4")
     # Older versions did not write it.
     with pytest.raises(ConfigError, match="config.data: .*nowhere"):
         read_model(changed(config=json.dumps(elsewhere), images=None))

@@ -29,8 +29,8 @@ from torch_files import pickled, tensor, text, tree, write
 
 import dig_jax
 from dig_jax import autoencoder
-from dig_jax.convert.__main__ import main as convert
-from dig_jax.convert.torch_writer import write_torch
+from dig_jax.convert.command import main as convert
+from dig_jax.convert.pytorch.writer import write_torch
 from dig_jax.data import batches, load_source
 from dig_jax.errors import UserError
 
@@ -250,7 +250,7 @@ def read_all(folder):
             logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
             try:
                 result = read[reader](folder / file)
-            except UserError as error:  # as dig_jax.cli shows it
+            except UserError as error:  # as dig_jax.cli.command_line shows it
                 sys.stderr.write(f"error: {error}\n")
                 result = 1
         outcomes[name] = {

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_autoencoder import write_autoencoder
-from tiny_experiment import PlainExperiment, tiny_settings, write_checkpoint
+from tiny_components import PlainComponents, tiny_settings, write_checkpoint
 
 import dig_jax
-from dig_jax import ConfigError, Sampler, image_set
+from dig_jax import ConfigError, Sampler
 from dig_jax.autoencoder import to_uint8
 from dig_jax.data import ImageSpec
 from dig_jax.errors import UserError
+from dig_jax.sampling import sample as image_set
 
 CATS = ImageSpec((4, 6, 4), ("n02123045", "n02099601", "siamese"))
 
@@ -27,7 +28,7 @@ def draw(tmp_path, monkeypatch):
 
     def sample(labels=None, seeds=None, known=None, params=(), **changes):
         settings = tiny_settings(**{"sampling__batch_size": 2, "sampling__steps": 3} | changes)
-        sampler = Sampler(PlainExperiment(settings, known), dict(params), step=7)
+        sampler = Sampler(PlainComponents(settings, known), dict(params), step=7)
         sample.sampler = sampler
         monkeypatch.setattr(image_set, "load", lambda *_, **__: sampler)
         call = Sampler.__call__
@@ -248,9 +249,9 @@ def test_latents_are_decoded_by_the_autoencoder_that_the_config_names(latent_run
     latents = sampler([0, 1], seeds=[3, 4], return_latents=True)
     pictures = sampler([0, 1], seeds=[3, 4])
     assert latents.shape == (2, 4, 6, 4)
-    factor = sampler.experiment.autoencoder.config.downsampling
+    factor = sampler.components.autoencoder.config.downsampling
     assert pictures.shape == (2, 4 * factor, 6 * factor, 3) == (2, *sampler.picture_shape)
-    expected = np.asarray(to_uint8(sampler.experiment.autoencoder.decode(latents)))
+    expected = np.asarray(to_uint8(sampler.components.autoencoder.decode(latents)))
     assert np.abs(pictures.astype(int) - expected).max() <= 1
     trajectory = sampler.trajectory([0], steps=3)
     assert trajectory.shape == (3, 1, *sampler.picture_shape)
@@ -259,7 +260,7 @@ def test_latents_are_decoded_by_the_autoencoder_that_the_config_names(latent_run
 def test_decoding_in_parts_changes_nothing(latent_run, monkeypatch):
     sampler = loaded(latent_run[0])
     whole = sampler(seeds=range(5)).astype(int)
-    monkeypatch.setattr("dig_jax.sampling._DECODED", 1)
+    monkeypatch.setattr("dig_jax.sampling.sampler._DECODED", 1)
     assert np.abs(sampler(seeds=range(5)) - whole).max() <= 1
 
 
@@ -274,9 +275,9 @@ def test_classes_are_drawn_by_name_even_where_the_data_are_elsewhere(latent_run)
 
 def test_the_size_of_pictures_of_latents_is_in_pixels(latent_run):
     sampler = loaded(latent_run[0])
-    factor = sampler.experiment.autoencoder.config.downsampling
+    factor = sampler.components.autoencoder.config.downsampling
     assert sampler(size=(2 * factor, 4 * factor)).shape == (1, 2 * factor, 4 * factor, 3)
-    patch = factor * sampler.experiment.abstract_model.patch_size
+    patch = factor * sampler.components.abstract_model.patch_size
     assert patch > factor
     for size in (0, 3, factor, (patch, patch + factor)):
         message = re.escape(f"size={size} must be positive and a multiple of {patch} pixels")

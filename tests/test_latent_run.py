@@ -18,7 +18,7 @@ from test_data_images import noise
 from test_data_tfds import library, prepare  # noqa: F401 (a fixture)
 from tiny_autoencoder import write_autoencoder
 
-from dig_jax.convert import __main__ as convert
+from dig_jax.convert import command as convert
 from dig_jax.convert import to_torch_state_dict
 from dig_jax.models import create_model
 

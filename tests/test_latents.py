@@ -8,7 +8,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from latent_caches import HEADER, random_moments, write_cache, write_index
-from tiny_experiment import tiny_settings
+from tiny_components import tiny_settings
 
 from dig_jax import config
 from dig_jax.data import Source, batches, epoch, load_source

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from tiny_experiment import mesh_of, random_params, tiny_experiment, tiny_settings
+from tiny_components import mesh_of, random_params, tiny_components, tiny_settings
 
-from dig_jax import compilation
+from dig_jax import runtime as compilation
 from dig_jax.errors import ConfigError
-from dig_jax.planning.chips import CHIPS
-from dig_jax.planning.model_flops import training_flops
-from dig_jax.planning.program import count
-from dig_jax.planning.roofline import roofline
-from dig_jax.training import loop, peak
-from dig_jax.training.profiling import ProfiledSteps, Profiler, profiled_steps
+from dig_jax.hardware.chips import CHIPS
+from dig_jax.hardware.hlo_cost import count
+from dig_jax.hardware.model_flops import training_flops
+from dig_jax.hardware.roofline import roofline
+from dig_jax.training import train as loop
+from dig_jax.training.telemetry import utilization as peak
+from dig_jax.training.telemetry.profiler import ProfiledSteps, Profiler, profiled_steps
 
 STEPS = 9
 
@@ -215,7 +216,7 @@ def test_the_second_start_loads_what_the_first_compiled_and_says_so(cache, monke
         return jax.jit(lambda x: jnp.sin(x) * 3.25).lower(jnp.ones(7))
 
     monkeypatch.setattr(loop, "lower_train_step", lowered)
-    run = loop._Run(tiny_experiment(), mesh_of(1), cache, cache, None)
+    run = loop._Run(tiny_components(), mesh_of(1), cache, cache, None)
     for _ in range(2):
         assert loop._compiled_step(run, {})(jnp.zeros(7)).sum() == 0
     assert list(cache.iterdir())
@@ -236,20 +237,20 @@ def test_jaxs_own_setting_of_the_cache_holds(cache, told):
 
 @pytest.fixture(scope="module")
 def run():
-    """(experiment, mesh of four devices, a compiled step)."""
+    """(components, mesh of four devices, a compiled step)."""
     x = jnp.ones((64, 64))
-    return tiny_experiment(), mesh_of(4), jax.jit(jnp.matmul).lower(x, x).compile()
+    return tiny_components(), mesh_of(4), jax.jit(jnp.matmul).lower(x, x).compile()
 
 
 def test_shares_are_those_of_the_peaks_that_a_plan_takes(run, monkeypatch, caplog):
-    experiment, mesh, train_step = run
+    components, mesh, train_step = run
     chip = CHIPS["h200"]
     monkeypatch.setattr(peak, "chip_of_kind", lambda kind: chip)
     caplog.set_level(logging.INFO, "dig_jax")
     with jax.set_mesh(mesh):  # as in the loop
         found = peak.peak_of(*run)
-    image, number = jnp.zeros((1, *experiment.train_source.image_shape)), jnp.zeros(1, int)
-    flops = training_flops(experiment.denoise, random_params(experiment), image, number, number)
+    image, number = jnp.zeros((1, *components.train_source.image_shape)), jnp.zeros(1, int)
+    flops = training_flops(components.denoise, random_params(components), image, number, number)
     step = roofline(count(train_step.as_text()), chip, list(mesh.devices.flat))
     assert found.shares(1000.0) == {
         "mfu": pytest.approx(1000 * flops / (4 * chip.flops["bfloat16"])),

@@ -12,8 +12,8 @@ from dig_jax.errors import ConfigError
 from dig_jax.parallel import make_mesh, to_global
 
 
-def mesh_settings(**sizes) -> config.Mesh:
-    return config.Mesh(**({"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "cpu_devices": 1} | sizes))
+def mesh_settings(**sizes) -> config.MeshConfig:
+    return config.MeshConfig(**({"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "cpu_devices": 1} | sizes))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from dig_jax.errors import ConfigError, UserError
-from dig_jax.training import metrics
-from dig_jax.training.metrics import MetricWriter, StepMeter, details
-from dig_jax.training.wandb_run import WandbRun, require_wandb
+from dig_jax.training.telemetry import writer as metrics
+from dig_jax.training.telemetry.wandb import WandbRun, require_wandb
+from dig_jax.training.telemetry.writer import MetricWriter, StepMeter, details
 
 
 def step_metrics(loss=1.0, *, grad_norm=1.0, skipped=0, loss_sum=(0, 0, 0, 0), count=(0, 0, 0, 0)) -> dict:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_experiment import tiny_settings
+from tiny_components import tiny_settings
 
 from dig_jax.training.optimizer import make_optimizer, make_schedule
 

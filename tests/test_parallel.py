@@ -7,12 +7,12 @@ from pathlib import Path
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny_experiment import tiny_experiment, tiny_settings
+from tiny_components import tiny_components, tiny_settings
 
 from dig_jax.errors import ConfigError
 from dig_jax.parallel import make_mesh, state_sharding
-from dig_jax.training import loop
-from dig_jax.training.lowering import fresh_state
+from dig_jax.training import train as loop
+from dig_jax.training.compile import fresh_state
 
 ROOT = Path(__file__).parent.parent
 MESHES = {
@@ -87,11 +87,11 @@ def test_meshes_give_the_gradients_of_one_device_also_with_scans():
 def layout(name: str = "DiG-S/2", **mesh: int) -> dict[str, P]:
     """How the leaves of a tiny model's whole state lie on a mesh."""
     fields = {f"mesh__{axis}": size for axis, size in mesh.items()}
-    experiment = tiny_experiment(
+    components = tiny_components(
         model__name=name, model__depth=4, model__hidden_size=64, model__num_heads=2, **fields
     )
-    made = make_mesh(experiment.config.mesh, 24)
-    shardings = state_sharding(jax.eval_shape(lambda: fresh_state(experiment)), made)
+    made = make_mesh(components.config.mesh, 24)
+    shardings = state_sharding(jax.eval_shape(lambda: fresh_state(components)), made)
     named = jax.tree.leaves_with_path(shardings)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.spec for path, leaf in named}
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dig_jax.pictures import (
+from dig_jax.reporting.grids import (
     GridLayout,
     draw_grid,
     save_denoising,
@@ -217,7 +217,7 @@ def test_the_loss_curve_leaves_matplotlib_settings_alone(tmp_path):
 
 def test_imports_are_light():
     """`main.py --help` must not wait for scikit-learn and matplotlib."""
-    modules = "dig_jax.data.sources, dig_jax.evaluation, dig_jax.pictures"
+    modules = "dig_jax.data.source, dig_jax.evaluation, dig_jax.reporting.grids"
     check = f"import sys, {modules}; print({{'sklearn', 'matplotlib'}} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", check]

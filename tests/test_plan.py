@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from tiny_experiment import tiny_settings
+from tiny_components import tiny_settings
 
 from configs import dig_s, dig_xl
-from dig_jax import config, plan
+from dig_jax import config
+from dig_jax.components import Components
 from dig_jax.errors import ConfigError, UserError
-from dig_jax.experiment import Experiment
-from dig_jax.planning import topology
-from dig_jax.planning.chips import CHIPS, chip_of_kind
+from dig_jax.hardware.chips import CHIPS, chip_of_kind
+from dig_jax.hardware.hlo_cost import Collective, Counts, count
+from dig_jax.hardware.model_flops import forward_flops, training_flops
+from dig_jax.hardware.roofline import roofline
+from dig_jax.planning import plan, topology
 from dig_jax.planning.compiling import compiled, optimised
 from dig_jax.planning.fitting import SIZES, largest_fitting
-from dig_jax.planning.model_flops import forward_flops, training_flops
-from dig_jax.planning.program import Collective, Counts, count
-from dig_jax.planning.roofline import roofline
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,14 +161,14 @@ def test_model_flops_are_those_of_products_and_recurrences():
 def test_model_flops_of_xl_are_those_of_its_layers_however_they_are_stored(remat):
     c = dig_xl.get_config()
     c.data.name, c.model.remat = "fake", remat
-    experiment = Experiment(config.from_dict(c.to_dict()))
-    params = jax.eval_shape(experiment.init_params, jax.random.key(0))
+    components = Components(config.from_dict(c.to_dict()))
+    params = jax.eval_shape(components.init_params, jax.random.key(0))
     image, number = jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     width, hidden, tokens = 1152, 3072, 256
     per_token = 2 * width * width // 2 + 3 * width * width + width * 16 + 16 * width // 2 + 3 * width * hidden
     block = tokens * (2 * per_token + 4 * 18 * 32 * 64) + 2 * 6 * width * width
     ends = tokens * 2 * width * (16 + 32) + 2 * (256 * width + width * width + 2 * width * width)
-    assert training_flops(experiment.denoise, params, image, number, number) == 3 * (28 * block + ends)
+    assert training_flops(components.denoise, params, image, number, number) == 3 * (28 * block + ends)
 
 
 # Times.

@@ -20,9 +20,9 @@ from ended_runs import (
     state_at,
 )
 
-from dig_jax.checkpoint import read_config
+from dig_jax.checkpoints.manager import read_config
 from dig_jax.errors import ConfigError
-from dig_jax.export import export
+from dig_jax.export.export import export
 from dig_jax.parallel import join_processes
 
 ROOT = Path(__file__).parent.parent

@@ -3,27 +3,27 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny_experiment import tiny_settings
+from tiny_components import tiny_settings
 
 from configs import dig_xl
 from dig_jax import config
-from dig_jax.experiment import Experiment, param_count
+from dig_jax.components import Components, param_count
 from dig_jax.training import step as steps
 from dig_jax.training.optimizer import make_optimizer, make_schedule
 
 
 def lowered_step(settings):
     """(abstract state, lowered train step): nothing is allocated."""
-    experiment = Experiment(settings)
+    components = Components(settings)
     optimizer = make_optimizer(settings.optimizer, settings.training.steps)
     schedule = make_schedule(settings.optimizer, settings.training.steps)
-    state = jax.eval_shape(lambda: steps.init_state(experiment, optimizer, steps.init_params(experiment)))
+    state = jax.eval_shape(lambda: steps.init_state(components, optimizer, steps.init_params(components)))
     size = settings.data.batch_size
     batch = {
-        "image": jax.ShapeDtypeStruct((size, *experiment.train_source.image_shape), jnp.float32),
+        "image": jax.ShapeDtypeStruct((size, *components.train_source.image_shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
-    train_step = jax.jit(functools.partial(steps.train_step, experiment, optimizer, schedule))
+    train_step = jax.jit(functools.partial(steps.train_step, components, optimizer, schedule))
     return state, train_step.lower(state, batch)
 
 

@@ -3,9 +3,10 @@ import logging
 
 import numpy as np
 import pytest
-from tiny_experiment import PlainExperiment, tiny_settings, write_checkpoint
+from tiny_components import PlainComponents, tiny_settings, write_checkpoint
 
-from dig_jax import ConfigError, Sampler, evaluation, report
+from dig_jax import ConfigError, Sampler, evaluation
+from dig_jax.evaluation import evaluate as report
 
 DIGITS = {
     "data__name": "digits",
@@ -18,7 +19,7 @@ LATENTS = {"data__options": {"image_size": 4, "channels": 4, "num_classes": 5, "
 
 
 def plain_sampler(**changes):
-    return Sampler(PlainExperiment(tiny_settings(**changes)), {}, step=7)
+    return Sampler(PlainComponents(tiny_settings(**changes)), {}, step=7)
 
 
 def write_metrics(workdir, **values):

@@ -9,12 +9,12 @@ from ended_runs import FIELDS, assert_ended_alike, records, state_at
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
-from dig_jax import config, experiment
-from dig_jax.data.sources import FakeSource
+from dig_jax import components, config
+from dig_jax.data.source import FakeSource
 from dig_jax.errors import CheckpointError, ConfigError, UserError
-from dig_jax.export import export
-from dig_jax.image_set import sample
-from dig_jax.training import loop
+from dig_jax.export.export import export
+from dig_jax.sampling.sample import sample
+from dig_jax.training import train as loop
 from dig_jax.training.workdir import claim_workdir
 
 
@@ -296,7 +296,7 @@ def test_the_heldout_split_may_be_of_any_size(tmp_path, drawn, heldout, reported
         length = heldout if split == "heldout" else 100
         return FakeSource(split=split, image_shape=(8, 8, 3), num_classes=4, length=length, seed=0)
 
-    monkeypatch.setattr(experiment, "load_source", load_source)
+    monkeypatch.setattr(components, "load_source", load_source)
     fields = {"training__steps": 5, "logging__heldout_every_steps": 2, "logging__every_steps": 100}
     loop.train(settings(checkpoint__every_steps=100, **fields), tmp_path)
     steps = [record["step"] for record in records(tmp_path) if record.get("heldout_loss", 0) > 0]

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_experiment import tiny_settings
+from tiny_components import tiny_settings
 
-from dig_jax.checkpoint import described
-from dig_jax.run_page import charts, note_start, write_report
-from dig_jax.run_page.charts import Curve, chart, number
-from dig_jax.run_page.samples import sample_grids
-from dig_jax.run_page.starts import read_starts
+from dig_jax.checkpoints.manager import described
+from dig_jax.reporting.html import charts, note_start, write_report
+from dig_jax.reporting.html.charts import Curve, chart, number
+from dig_jax.reporting.html.samples import sample_grids
+from dig_jax.training.telemetry.starts import read_starts
 
 LIMIT = 2_000_000
 VOID = {"meta", "img", "input", "br"}

@@ -9,14 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_autoencoder_weights import WEIGHTS, tiny_arrays
 from test_autoencoder_weights import write as write_autoencoder
-from tiny_experiment import random_params, tiny_experiment
+from tiny_components import random_params, tiny_components
 from upstream_files import state_dict
 
 from dig_jax import autoencoder
 from dig_jax.convert.sources import open_source
 from dig_jax.errors import CheckpointError
-from dig_jax.export import read_model, write_model
-from dig_jax.safetensors_file import MAX_HEADER, open_safetensors, write_safetensors
+from dig_jax.export.export import read_model, write_model
+from dig_jax.files.safetensors import MAX_HEADER, open_safetensors, write_safetensors
 
 
 def read_upstream(path):
@@ -34,8 +34,8 @@ def upstream_file(folder):
 
 
 def exported_file(folder):
-    experiment = tiny_experiment()
-    write_model(folder / "ours.safetensors", experiment, 7, random_params(experiment))
+    components = tiny_components()
+    write_model(folder / "ours.safetensors", components, 7, random_params(components))
     return folder / "ours.safetensors"
 
 

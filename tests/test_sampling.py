@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_experiment import (
-    PlainExperiment,
+from tiny_components import (
+    PlainComponents,
     mesh_of,
     random_params,
-    tiny_experiment,
+    tiny_components,
     tiny_settings,
     write_checkpoint,
 )
@@ -16,7 +16,7 @@ from tiny_experiment import (
 import dig_jax
 from dig_jax import ConfigError, Sampler
 from dig_jax.parallel import batch_sharding, state_sharding
-from dig_jax.sampling import noise, to_pixels
+from dig_jax.sampling.sampler import noise, to_pixels
 
 STEPS = 3
 SEEDS = [3, 1, 4, 15, 9]
@@ -24,15 +24,15 @@ SEEDS = [3, 1, 4, 15, 9]
 
 @functools.cache
 def sampler(batch_size=8, **axes):
-    experiment = tiny_experiment(sampling__steps=STEPS, sampling__batch_size=batch_size)
+    components = tiny_components(sampling__steps=STEPS, sampling__batch_size=batch_size)
     mesh = mesh_of(**axes) if axes else None
-    return Sampler(experiment, random_params(experiment), step=0, mesh=mesh)
+    return Sampler(components, random_params(components), step=0, mesh=mesh)
 
 
 @functools.cache
 def plain_sampler():
     settings = tiny_settings(sampling__steps=STEPS, sampling__batch_size=8)
-    return Sampler(PlainExperiment(settings), {}, step=0)
+    return Sampler(PlainComponents(settings), {}, step=0)
 
 
 def test_the_noise_of_an_image_depends_on_its_seed_and_the_step_alone():
@@ -64,12 +64,12 @@ def test_images_do_not_depend_on_the_batch_size_or_on_devices(other):
 
 
 def test_parameters_that_training_keeps_in_parts_are_gathered_once_and_not_at_every_step():
-    experiment = tiny_experiment()
+    components = tiny_components()
     mesh = mesh_of(data=1, fsdp=4)
-    params = random_params(experiment)
+    params = random_params(components)
     parts = jax.device_put(params, state_sharding(params, mesh))
     assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(parts))
-    whole = Sampler(experiment, parts, step=0, mesh=mesh).params
+    whole = Sampler(components, parts, step=0, mesh=mesh).params
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
 
 
@@ -144,13 +144,13 @@ def test_images_have_the_size_asked_for(size, shape):
 
 
 def test_the_null_class_is_computed_only_where_it_guides(monkeypatch):
-    seen, denoise = [], PlainExperiment.denoise
+    seen, denoise = [], PlainComponents.denoise
 
     def counting(self, params, x, t, y, drop=None):
         seen.append(x.shape[0])
         return denoise(self, params, x, t, y, drop)
 
-    monkeypatch.setattr(PlainExperiment, "denoise", counting)
+    monkeypatch.setattr(PlainComponents, "denoise", counting)
     for scale, expected in ((1.0, {3}), (1.5, {6})):
         seen.clear()
         plain_sampler()([0, 1, 2], guidance_scale=scale)
@@ -203,7 +203,7 @@ def test_load_takes_the_average_asked_for_else_the_settings_one(workdir, ema, se
     path, trees = workdir
     sampler = dig_jax.load(path, ema, settings=settings)
     assert sampler.step == 7
-    assert sampler.experiment.config == (settings or tiny_settings(sampling__ema="0.99"))
+    assert sampler.components.config == (settings or tiny_settings(sampling__ema="0.99"))
     jax.tree.map(np.testing.assert_array_equal, sampler.params, trees[loaded])
 
 
@@ -211,7 +211,7 @@ def test_a_loaded_sampler_draws_what_one_of_these_parameters_draws(workdir):
     path, trees = workdir
     settings = tiny_settings(sampling__steps=STEPS, sampling__batch_size=8)
     loaded = dig_jax.load(str(path / "checkpoints" / "7"), settings=settings)
-    expected = Sampler(sampler().experiment, trees["0.9"], step=7)
+    expected = Sampler(sampler().components, trees["0.9"], step=7)
     draw = {"seeds": SEEDS, "return_latents": True}
     np.testing.assert_array_equal(loaded(**draw), expected(**draw))
 

@@ -3,7 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny_experiment import mesh_of, random_params, tiny_experiment
+from tiny_components import mesh_of, random_params, tiny_components
 
 from dig_jax.data import batches, epoch
 from dig_jax.parallel import batch_sharding, replicated, to_global
@@ -16,28 +16,28 @@ DECAYS = (0.0, 0.5, 0.9)
 
 @functools.cache
 def run(devices=1, accumulation=1):
-    """(experiment, jitted step, its first state, mesh)."""
-    experiment = tiny_experiment(
+    """(components, jitted step, its first state, mesh)."""
+    components = tiny_components(
         training__ema_decays=DECAYS,
         training__accumulation=accumulation,
         optimizer__clip_norm=1.0,
         optimizer__warmup_steps=10,
     )
-    settings = experiment.config
+    settings = components.config
     optimizer = make_optimizer(settings.optimizer, settings.training.steps)
     schedule = make_schedule(settings.optimizer, settings.training.steps)
     mesh = mesh_of(devices)
     layout = replicated(mesh)
     train_step = jax.jit(
-        functools.partial(steps.train_step, experiment, optimizer, schedule), out_shardings=layout
+        functools.partial(steps.train_step, components, optimizer, schedule), out_shardings=layout
     )
-    state = steps.init_state(experiment, optimizer, random_params(experiment))
-    return experiment, train_step, jax.device_put(state, layout), mesh
+    state = steps.init_state(components, optimizer, random_params(components))
+    return components, train_step, jax.device_put(state, layout), mesh
 
 
 @functools.cache
 def batch():
-    return next(batches(tiny_experiment().train_source, batch_size=SIZE, seed=0, num_threads=0))
+    return next(batches(tiny_components().train_source, batch_size=SIZE, seed=0, num_threads=0))
 
 
 def train(count, **layout):
@@ -72,7 +72,7 @@ def test_micro_batches_on_four_devices_train_like_the_whole_batch_on_one():
 
 def test_what_is_drawn_for_an_image_depends_neither_on_the_others_nor_on_devices():
     """Bit for bit: the whole batch, every other image as in accumulation, and four devices."""
-    draw = jax.jit(functools.partial(steps.draw, tiny_experiment(training__label_dropout=0.5)))
+    draw = jax.jit(functools.partial(steps.draw, tiny_components(training__label_dropout=0.5)))
     numbers, mesh = jnp.arange(SIZE), mesh_of(4)
     whole = draw(jnp.int32(3), numbers)
     some = draw(jnp.int32(3), numbers[1::2])
@@ -89,9 +89,9 @@ def test_what_is_drawn_for_an_image_depends_neither_on_the_others_nor_on_devices
 
 def test_labels_are_dropped_at_their_rate_and_timesteps_are_uniform():
     count, rates = 4000, (0.0, 0.1, 1.0)
-    experiments = [tiny_experiment(training__label_dropout=rate) for rate in rates]
+    experiments = [tiny_components(training__label_dropout=rate) for rate in rates]
     numbers = jnp.arange(count)
-    drawn = jax.jit(lambda: [steps.draw(experiment, jnp.int32(0), numbers) for experiment in experiments])()
+    drawn = jax.jit(lambda: [steps.draw(components, jnp.int32(0), numbers) for components in experiments])()
     for rate, (t, _, drop) in zip(rates, drawn, strict=True):
         assert abs(drop.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / count)
         assert t.min() < 5
@@ -150,17 +150,17 @@ def test_a_small_batch_can_be_learnt_by_heart():
 
 
 def test_the_heldout_loss_is_of_the_images_alone_whatever_the_batch_size_and_its_filling():
-    experiment, _, state, _ = run()
-    loss = jax.jit(functools.partial(steps.heldout_loss, experiment))
+    components, _, state, _ = run()
+    loss = jax.jit(functools.partial(steps.heldout_loss, components))
 
     def mean(size, filling=None):
         sums = []
-        for number, part in enumerate(epoch(experiment.heldout_source, batch_size=size)):
+        for number, part in enumerate(epoch(components.heldout_source, batch_size=size)):
             if filling is not None:
                 part["image"][~part["mask"]] = filling
             sums.append(loss(state["params"], part, number * size))
         total, count = map(sum, zip(*sums, strict=True))
-        assert count == len(experiment.heldout_source) == 12
+        assert count == len(components.heldout_source) == 12
         return float(total / count)
 
     np.testing.assert_allclose(mean(12), mean(8), rtol=1e-6)

@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx, traverse_util
 from test_convert import GOLDEN, fresh
 
-from dig_jax.convert.__main__ import main
+from dig_jax.convert.command import main
 from dig_jax.convert.names import read_params
-from dig_jax.safetensors_file import Stored
+from dig_jax.files.safetensors import Stored
 
 HEADS = {"dit": ["--num_heads=1"]}  # which its parameters do not show
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from dig_jax.convert.pickled import Refused
+from dig_jax.convert.pytorch.pickle_reader import Refused
+from dig_jax.files.safetensors import Stored
+from dig_jax.models.backbone import DiffusionTransformer
 from dig_jax.models.dit import DiT
-from dig_jax.models.transformer import DiffusionTransformer
-from dig_jax.safetensors_file import Stored
 
 # diffusers' → upstream's; a name stands for its weight and its bias.
 _TOP = {

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dig_jax.files.safetensors import Stored
+from dig_jax.models.backbone import DiffusionTransformer
 from dig_jax.models.dig import DIRECTIONS, DiG
 from dig_jax.models.embeddings import sincos_positions
-from dig_jax.models.transformer import DiffusionTransformer
-from dig_jax.safetensors_file import Stored
 
 # ours → theirs; a name stands for its weight (kernel) and, where ours has one, its bias.
 _TOP = {

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dig_jax.convert.diffusers import WEIGHTS, as_upstream
-from dig_jax.convert.pickled import Opaque, Refused, put
-from dig_jax.convert.torch_file import Tensor, TorchFile, open_torch
+from dig_jax.convert.pytorch.pickle_reader import Opaque, Refused, put
+from dig_jax.convert.pytorch.reader import Tensor, TorchFile, open_torch
 from dig_jax.errors import CheckpointError
-from dig_jax.safetensors_file import Stored, open_safetensors
+from dig_jax.files.safetensors import Stored, open_safetensors
 
 _DIFFUSERS_FILES = (
     WEIGHTS,

@@ -2,6 +2,6 @@
 
 from dig_jax.data.pipeline import batches, epoch, normalize
 from dig_jax.data.registry import load_source
-from dig_jax.data.sources import SPLITS, ImageSpec, Source
+from dig_jax.data.source import SPLITS, ImageSpec, Source
 
 __all__ = ["SPLITS", "ImageSpec", "Source", "batches", "epoch", "load_source", "normalize"]

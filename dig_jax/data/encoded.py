@@ -10,9 +10,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from dig_jax.data.images import CROPS, UnreadableImage, decode
-from dig_jax.data.sources import Example, fingerprint
-from dig_jax.errors import UserError
-from dig_jax.suggest import suggest
+from dig_jax.data.source import Example, fingerprint
+from dig_jax.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 

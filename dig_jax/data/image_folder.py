@@ -13,9 +13,8 @@ from jaxtyping import Int32
 
 from dig_jax.data.encoded import EncodedSource, Record
 from dig_jax.data.images import MAX_BYTES
-from dig_jax.data.sources import fingerprint
-from dig_jax.errors import UserError
-from dig_jax.suggest import suggest
+from dig_jax.data.source import fingerprint
+from dig_jax.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 

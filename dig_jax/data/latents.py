@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from dig_jax.config import Config
-from dig_jax.data.sources import SPLITS, Example, fingerprint
+from dig_jax.data.source import SPLITS, Example, fingerprint
 from dig_jax.errors import ConfigError, UserError
 
 FORMAT = 1

@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
-from dig_jax.data.sources import Example, Source
+from dig_jax.data.source import Example, Source
 
 Batch = dict[str, np.ndarray]
 

@@ -3,12 +3,12 @@
 import inspect
 from collections.abc import Callable
 
-from dig_jax.data.hub_source import hub
+from dig_jax.data.hub import hub
 from dig_jax.data.image_folder import image_folder
 from dig_jax.data.latents import latents
-from dig_jax.data.sources import SPLITS, Source, digits, fake
-from dig_jax.data.tfds_source import tfds
-from dig_jax.suggest import suggest
+from dig_jax.data.source import SPLITS, Source, digits, fake
+from dig_jax.data.tfds import tfds
+from dig_jax.errors import suggest
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": digits,

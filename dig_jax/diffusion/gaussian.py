@@ -45,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
-from dig_jax.suggest import suggest
+from dig_jax.errors import suggest
 
 Denoiser = Callable[[Float[Array, "b h w c"], Int[Array, " b"]], Float[Array, "b h w d"]]
 """(x_t, timesteps of the original process) -> noise [..., C], or noise and variance [..., 2C]."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dig_jax.diffusion.gaussian import Denoiser, GaussianDiffusion, Prediction, lookup
-from dig_jax.suggest import suggest
+from dig_jax.errors import suggest
 
 Noise = Callable[[Int[Array, ""]], Float[Array, "b h w c"]]
 """(traced index 0 … steps-1 of the executed step) -> standard normal noise of the images' shape."""

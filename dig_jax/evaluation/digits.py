@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float64, Int, UInt8
 
 from dig_jax.data.pipeline import normalize
-from dig_jax.data.sources import digits
+from dig_jax.data.source import digits
 from dig_jax.evaluation.frechet import frechet_distance
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dig_jax.models.linear import FusedLinear, Linear, xavier
+from dig_jax.models.layers import FusedLinear, Linear, xavier
 from dig_jax.parallel import BATCH_AXES, constrain, constrain_batch, constrain_tokens, with_halo
 
 EPSILON = 1e-6

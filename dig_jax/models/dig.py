@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dig_jax.models.backbone import DiffusionTransformer
 from dig_jax.models.blocks import Block, SwiGLU
 from dig_jax.models.mixers import GatedLinearAttention
-from dig_jax.models.transformer import DiffusionTransformer
 
 # Block i scans in direction i mod 4. Tokens stay in raster order; the kernel takes the direction.
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")

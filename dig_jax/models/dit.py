@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from dig_jax.models.backbone import DiffusionTransformer
 from dig_jax.models.blocks import Block, GeluMLP
 from dig_jax.models.mixers import SoftmaxAttention
-from dig_jax.models.transformer import DiffusionTransformer
 
 
 class DiT(DiffusionTransformer):

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dig_jax.models.linear import Linear
+from dig_jax.models.layers import Linear
 
 normal_002 = nnx.initializers.normal(0.02)
 

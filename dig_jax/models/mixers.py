@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from pallas_gla import gated_gla_2d
 
-from dig_jax.models.linear import FusedLinear, Linear, xavier
+from dig_jax.models.layers import FusedLinear, Linear, xavier
 from dig_jax.parallel import axis_sizes, constrain_heads, on_rows, own_grid
 
 # Gain 2^-2.5 of GLA's projections (Yang et al. 2023): a uniform Xavier with its variance times 2^-5.

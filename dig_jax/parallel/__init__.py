@@ -10,7 +10,16 @@ from dig_jax.parallel.context import (
     own_grid,
     with_halo,
 )
-from dig_jax.parallel.cpu import prepare_cpu
+from dig_jax.parallel.distributed import (
+    check_agreement,
+    check_shared,
+    from_first,
+    is_loss_of_process,
+    join_processes,
+    leave,
+    wait_for_all,
+    who_lack,
+)
 from dig_jax.parallel.mesh import (
     BATCH_AXES,
     batch_parts,
@@ -22,16 +31,6 @@ from dig_jax.parallel.mesh import (
     replicated,
     sampling_mesh,
     to_global,
-)
-from dig_jax.parallel.processes import (
-    check_agreement,
-    check_shared,
-    from_first,
-    is_loss_of_process,
-    join_processes,
-    leave,
-    wait_for_all,
-    who_lack,
 )
 from dig_jax.parallel.rules import all_but_gathered, gathered, state_sharding
 
@@ -59,7 +58,6 @@ __all__ = [
     "make_mesh",
     "on_rows",
     "own_grid",
-    "prepare_cpu",
     "process_share",
     "replicated",
     "sampling_mesh",

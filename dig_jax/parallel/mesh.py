@@ -26,7 +26,7 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(
-    settings: config.Mesh,
+    settings: config.MeshConfig,
     batch_size: int,
     accumulation: int = 1,
     devices: Sequence[Any] | None = None,
@@ -60,7 +60,7 @@ def make_mesh(
     return Mesh(_laid_out(shape, devices[:used]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _sizes(settings: config.Mesh, present: int) -> tuple[int, ...]:
+def _sizes(settings: config.MeshConfig, present: int) -> tuple[int, ...]:
     """The axes' sizes, with what -1 stands for."""
     sizes = [getattr(settings, name) for name in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
@@ -73,7 +73,7 @@ def _sizes(settings: config.Mesh, present: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _written(settings: config.Mesh) -> str:
+def _written(settings: config.MeshConfig) -> str:
     sizes = {name: getattr(settings, name) for name in AXES}
     return ", ".join(f"config.mesh.{name}={n}" for name, n in sizes.items() if n != 1) or "config.mesh"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def summary(plan: dict[str, Any]) -> str:
-    """The figures of `dig_jax.plan.plan`, for people."""
+    """The figures of `dig_jax.planning.plan.plan`, for people."""
     return "\n".join(_lines(plan))
 
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import jax
 from jax.experimental import topologies
 
-from dig_jax.errors import ConfigError, UserError
-from dig_jax.planning.chips import CHIPS, Chip, chip_of_kind
-from dig_jax.suggest import suggest
+from dig_jax.errors import ConfigError, UserError, suggest
+from dig_jax.hardware.chips import CHIPS, Chip, chip_of_kind
 
 THIS = "this"
 _EXAMPLES = "v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1, h100:8x4 (8 on each of 4 hosts), h200:8"

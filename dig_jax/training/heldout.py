@@ -5,8 +5,8 @@ import functools
 import jax
 from jax.sharding import Mesh
 
+from dig_jax.components import Components, Params
 from dig_jax.data import epoch
-from dig_jax.experiment import Experiment, Params
 from dig_jax.parallel import process_share, replicated, to_global
 from dig_jax.training import step as steps
 
@@ -14,11 +14,11 @@ from dig_jax.training import step as steps
 class HeldoutLoss:
     """A function of the parameters, compiled when it is first called."""
 
-    def __init__(self, experiment: Experiment, mesh: Mesh):
-        self._source, self._mesh = experiment.heldout_source, mesh
-        self._batch_size = experiment.config.data.batch_size
+    def __init__(self, components: Components, mesh: Mesh):
+        self._source, self._mesh = components.heldout_source, mesh
+        self._batch_size = components.config.data.batch_size
         self._sums = jax.jit(
-            functools.partial(steps.heldout_loss, experiment), out_shardings=replicated(mesh)
+            functools.partial(steps.heldout_loss, components), out_shardings=replicated(mesh)
         )
 
     def __call__(self, params: Params) -> float | None:

@@ -5,7 +5,7 @@ import optax
 from dig_jax import config
 
 
-def make_schedule(settings: config.Optimizer, steps: int) -> optax.Schedule:
+def make_schedule(settings: config.OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate at each step: a linear warm-up, then constant, or down to a fraction at `steps`."""
     peak, warmup = settings.learning_rate, settings.warmup_steps
     decay_steps = max(steps - warmup, 1)
@@ -21,7 +21,7 @@ def make_schedule(settings: config.Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules([before, after], [warmup])
 
 
-def make_optimizer(settings: config.Optimizer, steps: int) -> optax.GradientTransformation:
+def make_optimizer(settings: config.OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, where wanted, then AdamW."""
     adamw = optax.adamw(
         make_schedule(settings, steps),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from dig_jax.experiment import Experiment, Params
+from dig_jax.components import Components, Params
 from dig_jax.parallel import constrain_batch
 
 State = dict[str, Any]
@@ -23,28 +23,28 @@ QUARTERS = 4
 _INIT, _TRAIN, _HELDOUT = range(3)
 
 
-def _key(experiment: Experiment, purpose: int) -> Array:
-    return jax.random.fold_in(jax.random.key(experiment.config.seed), purpose)
+def _key(components: Components, purpose: int) -> Array:
+    return jax.random.fold_in(jax.random.key(components.config.seed), purpose)
 
 
-def init_params(experiment: Experiment) -> Params:
+def init_params(components: Components) -> Params:
     """The random parameters that the config's seed stands for."""
-    return experiment.init_params(_key(experiment, _INIT))
+    return components.init_params(_key(components, _INIT))
 
 
-def init_state(experiment: Experiment, optimizer: optax.GradientTransformation, params: Params) -> State:
+def init_state(components: Components, optimizer: optax.GradientTransformation, params: Params) -> State:
     """The state of a run that starts from these parameters: averages equal to them, step 0."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
-        "ema": {str(decay): params for decay in experiment.config.training.ema_decays},
+        "ema": {str(decay): params for decay in components.config.training.ema_decays},
         "opt_state": optimizer.init(params),
         "skipped_steps": jnp.zeros((), jnp.int32),
     }
 
 
 def train_step(
-    experiment: Experiment,
+    components: Components,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     state: State,
@@ -58,7 +58,7 @@ def train_step(
         The new state, and {"loss", "grad_norm", "learning_rate", "skipped" (0 or 1), "loss_sum" and
         "count" by quarter of the timesteps [4]}.
     """
-    grads, metrics = _mean_gradient(experiment, state["params"], batch, state["step"])
+    grads, metrics = _mean_gradient(components, state["params"], batch, state["step"])
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
@@ -85,7 +85,7 @@ def train_step(
 
 
 def heldout_loss(
-    experiment: Experiment, params: Params, batch: Batch, first: Int[Array, ""]
+    components: Components, params: Params, batch: Batch, first: Int[Array, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of losses, number of images) of a held-out batch that starts at image number `first`.
 
@@ -93,42 +93,42 @@ def heldout_loss(
     of the golden ratio), so that values of different steps can be compared.
     """
     numbers = first + jnp.arange(batch["image"].shape[0])
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(_key(experiment, _HELDOUT), numbers)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(_key(components, _HELDOUT), numbers)
     noise = jax.vmap(lambda key: jax.random.normal(key, batch["image"].shape[1:]))(keys)
-    length = experiment.diffusion.length
+    length = components.diffusion.length
     t = (numbers.astype(jnp.float32) * 0.618034 % 1.0 * length).astype(jnp.int32)
 
     def denoiser(x: Array, t: Array) -> Array:
-        return experiment.denoise(params, x, t, batch["label"])
+        return components.denoise(params, x, t, batch["label"])
 
-    losses = experiment.diffusion.loss(denoiser, batch["image"], t, noise)["loss"]
+    losses = components.diffusion.loss(denoiser, batch["image"], t, noise)["loss"]
     return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"].astype(jnp.float32))
 
 
 def draw(
-    experiment: Experiment, step: Int[Array, ""], numbers: Int[Array, " b"]
+    components: Components, step: Int[Array, ""], numbers: Int[Array, " b"]
 ) -> tuple[Int[Array, " b"], Float[Array, "b h w c"], Bool[Array, " b"]]:
     """Timestep, noise and whether the label is dropped, of the images of these numbers in a step's batch."""
-    key = jax.random.fold_in(_key(experiment, _TRAIN), step)
-    shape = experiment.images.image_shape
+    key = jax.random.fold_in(_key(components, _TRAIN), step)
+    shape = components.image_spec.image_shape
 
     def draw_one(number: Array) -> tuple[Array, Array, Array]:
         for_t, for_noise, for_drop = jax.random.split(jax.random.fold_in(key, number), 3)
-        t = jax.random.randint(for_t, (), 0, experiment.diffusion.length)
-        drop = jax.random.bernoulli(for_drop, experiment.config.training.label_dropout)
+        t = jax.random.randint(for_t, (), 0, components.diffusion.length)
+        drop = jax.random.bernoulli(for_drop, components.config.training.label_dropout)
         return t, jax.random.normal(for_noise, shape), drop
 
     return jax.vmap(draw_one)(numbers)
 
 
 def _mean_gradient(
-    experiment: Experiment, params: Params, batch: Batch, step: Int[Array, ""]
+    components: Components, params: Params, batch: Batch, step: Int[Array, ""]
 ) -> tuple[Params, Metrics]:
     """Gradient and metrics of the mean loss, summed over micro-batches."""
-    parts = experiment.config.training.accumulation
+    parts = components.config.training.accumulation
     size = batch["image"].shape[0]
     batch = batch | {"number": constrain_batch(jnp.arange(size))}
-    gradient = jax.grad(lambda params, batch: _loss(experiment, params, batch, step, size), has_aux=True)
+    gradient = jax.grad(lambda params, batch: _loss(components, params, batch, step, size), has_aux=True)
     if parts == 1:
         return gradient(params, batch)
     # Micro-batch m takes every parts-th image, so that each device's share of it stays on that device.
@@ -143,16 +143,16 @@ def _mean_gradient(
 
 
 def _loss(
-    experiment: Experiment, params: Params, batch: Batch, step: Int[Array, ""], size: int
+    components: Components, params: Params, batch: Batch, step: Int[Array, ""], size: int
 ) -> tuple[Float[Array, ""], Metrics]:
     """This part's share of the mean loss over a batch of `size` images."""
-    t, noise, drop = draw(experiment, step, batch["number"])
+    t, noise, drop = draw(components, step, batch["number"])
 
     def denoiser(x: Array, t: Array) -> Array:
-        return experiment.denoise(params, x, t, batch["label"], drop)
+        return components.denoise(params, x, t, batch["label"], drop)
 
-    losses = experiment.diffusion.loss(denoiser, batch["image"], t, noise)["loss"]
+    losses = components.diffusion.loss(denoiser, batch["image"], t, noise)["loss"]
     # A sum of products and not a matrix product, which accelerators would round.
-    quarter = jax.nn.one_hot(t * QUARTERS // experiment.diffusion.length, QUARTERS)
+    quarter = jax.nn.one_hot(t * QUARTERS // components.diffusion.length, QUARTERS)
     loss = jnp.sum(losses) / size
     return loss, {"loss": loss, "loss_sum": (losses[:, None] * quarter).sum(0), "count": quarter.sum(0)}

@@ -4,10 +4,10 @@ import functools
 from pathlib import Path
 
 from dig_jax import config
-from dig_jax.checkpoint import described, has_checkpoints, read_config
+from dig_jax.checkpoints.manager import described, has_checkpoints, read_config
 from dig_jax.config import Config
 from dig_jax.errors import UserError
-from dig_jax.files import write_json
+from dig_jax.files.atomic import write_json
 from dig_jax.parallel import check_shared, from_first
 
 

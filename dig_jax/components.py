@@ -1,0 +1,149 @@
+"""The objects that a config describes: model, diffusion and data."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dig_jax import autoencoder
+from dig_jax.autoencoder import Autoencoder
+from dig_jax.config import Config
+from dig_jax.data import ImageSpec, Source, load_source
+from dig_jax.diffusion import GaussianDiffusion
+from dig_jax.errors import blaming
+from dig_jax.models import DiffusionTransformer, create_model
+from dig_jax.parallel import gathered
+
+Params = dict[str, Any]
+
+
+class Components:
+    """The model, diffusion process, data and autoencoder that a config describes, each built on first use.
+
+    Parameters are a plain nested dict; the network is the pure function `denoise`. Instances compare by
+    identity, so one may be a static argument of `jax.jit`.
+
+    Args:
+        config: the settings.
+        image_spec: shape and classes of the model's images, as a checkpoint stores them; by default those of
+            the training data.
+    """
+
+    def __init__(self, config: Config, image_spec: ImageSpec | None = None):
+        self.config, self._stored_spec = config, image_spec
+
+    def with_config(self, config: Config) -> "Components":
+        """Return components of another config for the same images."""
+        return type(self)(config, self._stored_spec)
+
+    @functools.cached_property
+    def train_source(self) -> Source:
+        """The images to train on."""
+        with blaming("config.data"):
+            return load_source(self.config.data.name, "train", **self.config.data.options)
+
+    @functools.cached_property
+    def heldout_source(self) -> Source:
+        """Images of the same kind that training never sees."""
+        with blaming("config.data"):
+            return load_source(self.config.data.name, "heldout", **self.config.data.options)
+
+    @functools.cached_property
+    def image_spec(self) -> ImageSpec:
+        """Shape and classes of the images that the model sees."""
+        if self._stored_spec is not None:
+            return self._stored_spec
+        return ImageSpec(tuple(self.train_source.image_shape), tuple(self.train_source.class_names))
+
+    @functools.cached_property
+    def autoencoder(self) -> Autoencoder | None:
+        """The autoencoder that decodes the model's images, or None if they are pixels or synthetic.
+
+        Raises:
+            UserError: the autoencoder is unreadable.
+        """
+        settings = self.config.autoencoder
+        is_synthetic = self._stored_spec is None and self.config.data.name == "fake"
+        if not settings.path or is_synthetic:
+            return None
+        with blaming("config.autoencoder.path"):
+            return autoencoder.load(settings.path, dtype=jnp.dtype(settings.dtype))
+
+    @functools.cached_property
+    def diffusion(self) -> GaussianDiffusion:
+        """The forward process and its loss."""
+        d = self.config.diffusion
+        with blaming("config.diffusion"):
+            return GaussianDiffusion(
+                schedule=d.schedule,
+                num_steps=d.num_steps,
+                learn_sigma=self.config.model.learn_sigma,
+                loss_type=d.loss,
+            )
+
+    def init_params(self, key: Array) -> Params:
+        """Random parameters, float32."""
+        return nnx.to_pure_dict(nnx.split(self.make_model(nnx.Rngs(key)))[1])
+
+    def denoise(
+        self,
+        params: Params,
+        x: Float[Array, "b h w c"],
+        t: Int[Array, " b"],
+        y: Int[Array, " b"] | None,
+        drop: Bool[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w out"]:
+        """The network with these parameters; arguments and result as in `DiffusionTransformer`."""
+        # Blocks gather theirs when their turn comes.
+        params = gathered({name: part for name, part in params.items() if name != "blocks"}) | {
+            "blocks": params["blocks"]
+        }
+        return nnx.merge(self._graphdef, params)(x, t, y, drop=drop)
+
+    @functools.cached_property
+    def abstract_model(self) -> DiffusionTransformer:
+        """The network without values."""
+        return nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0)))
+
+    @functools.cached_property
+    def _graphdef(self) -> nnx.GraphDef:
+        return nnx.split(self.abstract_model)[0]
+
+    def make_model(self, rngs: nnx.Rngs) -> DiffusionTransformer:
+        """The network as a module with random parameters."""
+        m = self.config.model
+        height, width, channels = self.image_spec.image_shape
+        overrides: dict[str, Any] = {"dtype": jnp.dtype(m.dtype), "remat": _optional(m.remat)}
+        for field in ("patch_size", "depth", "hidden_size", "num_heads"):
+            if getattr(m, field):
+                overrides[field] = getattr(m, field)
+        if m.name.startswith("DiG"):
+            overrides |= {
+                "directions": m.directions,
+                "conv": _optional(m.conv),
+                "norm": m.norm,
+                "skip": _optional(m.skip),
+                "skip_alignment": m.skip_alignment,
+            }
+        with blaming("config.model"):
+            return create_model(
+                m.name,
+                input_size=(height, width),
+                num_classes=self.image_spec.num_classes,
+                in_channels=channels,
+                learn_sigma=m.learn_sigma,
+                rngs=rngs,
+                **overrides,
+            )
+
+
+def _optional(name: str) -> str | None:
+    return None if name == "none" else name
+
+
+def param_count(params: Params) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,6 +1,0 @@
-"""WORKDIR/report.html: a run in one file that opens without a server or a network."""
-
-from dig_jax.run_page.page import write_report
-from dig_jax.run_page.starts import note_start
-
-__all__ = ["note_start", "write_report"]

@@ -1,0 +1,92 @@
+import functools
+import runpy
+from pathlib import Path
+
+import jax
+import pytest
+from tiny_components import tiny_components
+
+from dig_jax import ConfigError
+from dig_jax.components import param_count
+from dig_jax.training.step import init_params
+
+ROOT = Path(__file__).parent.parent
+cost = runpy.run_path(str(ROOT / "benchmarks" / "costs.py"))["cost"]
+
+# Without the fixed table of positions.
+PUBLISHED = {
+    "dig_s": 32_983_328,
+    "dig_b": 130_551_584,
+    "dig_l": 464_760_352,
+    "dig_xl": 675_659_040,
+    "dit_s": 32_865_056,
+    "dit_b": 130_315_808,
+    "dit_l": 457_840_672,
+    "dit_xl": 674_834_720,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_have_their_size(name):
+    found = cost(name)
+    assert (found.parameters, found.image_shape, found.tokens) == (PUBLISHED[name], (32, 32, 4), 256)
+
+
+@pytest.mark.parametrize("name", ["dig_s", "dit_s"])
+def test_the_resolution_changes_the_tokens_and_not_the_parameters(name):
+    found = cost(f"{name}:1024,paper")
+    assert (found.parameters, found.image_shape, found.tokens) == (PUBLISHED[name], (128, 128, 4), 4096)
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "celeba64:paper", "digits", "imagefolder", "imagefolder_latents", "smoke"]
+)
+def test_the_other_shipped_configs_build(name):
+    assert cost(name).parameters > 0
+
+
+@pytest.mark.parametrize("name", ["dig_s", "dit_s", "cifar10", "imagefolder"])
+def test_a_config_states_the_cost_that_its_flops_make(name):
+    said = (ROOT / "configs" / f"{name}.py").read_text().partition('"""')[2].partition('"""')[0]
+    found = cost(name)
+    assert f"{found.flops:.1e} flops, {found.hours:,.0f} hours of one v5e chip".replace(
+        "e+", "e"
+    ) in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__name": "DiG-M/2"}, "config.model: unknown model 'DiG-M/2'; did you mean"),
+        ({"model__conv": "before"}, "config.model: conv='before' is none of 'after', 'inside', None"),
+        ({"model__num_heads": 3}, "config.model: num_heads=3 does not divide"),
+        ({"model__patch_size": 3}, "config.model: input height 4 is not a multiple of patch_size=3"),
+        ({"model__skip": "linear"}, "config.model: skip='linear' needs an even depth"),
+        ({"data__name": "digit"}, "config.data: data source 'digit' is unknown; did you mean 'digits'"),
+        ({"data__options": {"size": 4}}, "config.data: data source 'fake' has no option 'size'"),
+        ({"data__options": {"channels": 0}}, "config.data: channels of the fake source must be at least 1"),
+        ({"diffusion__schedule": "cosin"}, "config.diffusion: schedule .* did you mean 'cosine'"),
+        ({"diffusion__loss": "l2"}, "config.diffusion: loss_type must be one of .* got 'l2'"),
+        ({"diffusion__num_steps": 1}, "config.diffusion: num_steps must be at least 21"),
+    ],
+)
+def test_what_cannot_be_built_names_the_group_the_field_and_the_value(changes, message):
+    components = tiny_components(**changes)
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(functools.partial(init_params, components))
+        _ = components.diffusion
+
+
+def test_fields_replace_what_the_name_says():
+    counts = []
+    for depth in (1, 2, 3):
+        components = tiny_components(model__depth=depth, model__hidden_size=64, model__patch_size=4)
+        params = jax.eval_shape(functools.partial(init_params, components))
+        assert params["patch_embed"]["kernel"].shape == (16, 64)
+        counts.append(param_count(params))
+    assert counts[2] - counts[1] == counts[1] - counts[0] > 64**2
+
+
+def test_settings_of_dig_do_not_reach_dit():
+    components = tiny_components(model__name="DiT-S/2", model__num_heads=2)
+    assert param_count(jax.eval_shape(functools.partial(init_params, components))) > 0

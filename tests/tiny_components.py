@@ -1,0 +1,71 @@
+"""Experiments that are real in all parts and compile within seconds."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import smoke
+from dig_jax import config
+from dig_jax.checkpoints.manager import Checkpoints
+from dig_jax.components import Components
+from dig_jax.parallel import make_mesh
+from dig_jax.training.step import init_params
+
+
+def tiny_settings(**changes):
+    """configs/smoke.py with one block on 4×4 grey images; `model__depth=2` sets config.model.depth."""
+    c = smoke.get_config()
+    c.model.depth, c.model.hidden_size = 1, 32
+    c.data.batch_size = 8
+    c.data.options = {"image_size": 4, "channels": 1, "num_classes": 5, "length": 60}
+    c.logging.tensorboard = False
+    for name, value in changes.items():
+        group, field = name.split("__")
+        c[group][field] = value
+    return config.from_dict(c.to_dict())
+
+
+def tiny_components(**changes):
+    return Components(tiny_settings(**changes))
+
+
+def mesh_of(data, fsdp=1):
+    return make_mesh(tiny_settings(mesh__data=data, mesh__fsdp=fsdp).mesh, batch_size=8)
+
+
+def random_params(components, seed=0):
+    """Random values for all parameters, so that also what starts at zero shows in the output."""
+    random = np.random.default_rng(seed)
+    shapes = jax.eval_shape(functools.partial(init_params, components))
+    return jax.tree.map(lambda leaf: np.float32(0.1 * random.standard_normal(leaf.shape)), shapes)
+
+
+class PlainComponents(Components):
+    """In place of the network, which takes long to compile, the exact denoiser of simple images.
+
+    These are standard normal noise around a brightness of label / num_classes, which is 1 of the null class.
+    """
+
+    def denoise(self, params, x, t, y, drop=None):
+        alpha = jnp.float32(self.diffusion.alphas_cumprod)[t][:, None, None, None]
+        brightness = y[:, None, None, None] / self.image_spec.num_classes
+        noise = jnp.sqrt(1 - alpha) * (x - jnp.sqrt(alpha) * brightness)
+        return jnp.concatenate([noise, jnp.zeros_like(x)], axis=-1)
+
+
+def write_checkpoint(workdir, settings, step=7, known=None):
+    """A workdir whose averages and parameters all differ: {name: parameters}."""
+    components = Components(settings, known)
+    names = ["params", *map(str, settings.training.ema_decays)]
+    trees = {name: random_params(components, seed) for seed, name in enumerate(names)}
+    state = {
+        "step": jnp.int32(step),
+        "params": trees["params"],
+        "ema": {name: trees[name] for name in names[1:]},
+    }
+    with contextlib.closing(Checkpoints(workdir, settings.checkpoint)) as checkpoints:
+        checkpoints.save(step, state, {"examples": 0, **components.image_spec.described()}, settings)
+    return trees
