@@ -1,4 +1,4 @@
-"""Files written before the layout changed (commit 8207f23) still work: a workdir, an export, a latent cache."""
+"""Files of commit 8207f23, before the layout changed, still work: a workdir, an export, a latent cache."""
 
 import json
 import shutil

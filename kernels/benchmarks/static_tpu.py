@@ -176,7 +176,7 @@ def compile_case(case: Case) -> tuple[Any, Any]:
     from jax.sharding import PartitionSpec as P
     from pallas_gla import gla, mosaic_tuning
     from pallas_gla import pallas_mosaic_tpu as mosaic
-    from pallas_gla.mosaic_launch import Launch
+    from pallas_gla.mosaic_tpu.launch import Launch
     from pallas_gla.scan import Gating, Operands, Scan
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[case.chip][0])

@@ -9,7 +9,8 @@ from typing import no_type_check
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_gla import backends, context_parallel, primitive, sharding, validation
+from pallas_gla import context_parallel, primitive, sharding, validation
+from pallas_gla import dispatch as backends
 from pallas_gla.scan import Gating, Operands, Scan
 
 

@@ -44,7 +44,7 @@ def unsupported(operands: Operands, scan: Scan) -> str | None:
 def forward(
     operands: Operands, scan: Scan, *, save: bool = False
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
-    """The contract of `pallas_gla.backends`; differentiable in every mode."""
+    """The contract of `pallas_gla.dispatch`; differentiable in every mode."""
     state, weight, arrays, starts = _prepare(operands, scan)
     one_chunk = len(arrays[0]) == 1
     # A loop keeps the recomputation apart from the forward pass, without barriers against CSE.
@@ -70,7 +70,7 @@ def backward(
     d_final_state: Float[Array, "b h k v"],
     scan: Scan,
 ) -> Operands:
-    """The contract of `pallas_gla.backends`."""
+    """The contract of `pallas_gla.dispatch`."""
     state, weight, arrays, starts = _prepare(operands, scan)
     d_out = _split(d_out, operands, scan)
     d_weight = None if weight is None else jnp.zeros_like(weight, jnp.float32)

@@ -24,7 +24,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jaxtyping import Array, Float
 
-from pallas_gla import backends, chunked_xla
+from pallas_gla import chunked_xla
+from pallas_gla import dispatch as backends
 from pallas_gla.scan import Operands, Scan, saved_shape
 
 # Fields of Operands through which nothing is differentiated.

@@ -10,7 +10,8 @@ import sys
 import gpu_compiler
 import oracle
 import pytest
-from pallas_gla import backends, gla
+from pallas_gla import dispatch as backends
+from pallas_gla import gla
 from pallas_gla.scan import Operands, Scan
 
 (Q, K, V, G, _), _ = oracle.inputs(0, k=32, v=64)

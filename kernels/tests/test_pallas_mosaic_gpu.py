@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from pallas_gla import pallas_mosaic_gpu as mosaic
+from pallas_gla.mosaic_gpu import backend as mosaic
 from pallas_gla.scan import Gating, Operands, Scan
 
 COMPILE = """
@@ -23,7 +23,7 @@ os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": dum
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from pallas_gla import pallas_mosaic_gpu
+from pallas_gla.mosaic_gpu import backend as pallas_mosaic_gpu
 from pallas_gla.scan import Operands, Scan
 
 H200 = '''gpu_device_info {

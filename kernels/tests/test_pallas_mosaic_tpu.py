@@ -16,8 +16,9 @@ import pytest
 import static_tpu
 from gla_test_base import GLATestBase
 from jax.experimental.pallas import tpu as pltpu
-from pallas_gla import mosaic_launch, mosaic_tuning
-from pallas_gla import pallas_mosaic_tpu as mosaic
+from pallas_gla.mosaic_tpu import backend as mosaic
+from pallas_gla.mosaic_tpu import launch as mosaic_launch
+from pallas_gla.mosaic_tpu import tuning as mosaic_tuning
 from pallas_gla.scan import Gating, Operands, Scan, saved_shape
 
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")

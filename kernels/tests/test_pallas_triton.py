@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import oracle
 import pytest
 from gla_test_base import GLATestBase
-from pallas_gla import pallas_triton, tuning
 from pallas_gla.scan import Gating, Operands, Scan
+from pallas_gla.triton import backend as pallas_triton
+from pallas_gla.triton import tuning
 from triton_cases import (
     COVERING,
     DIRECTIONS,

@@ -3,7 +3,7 @@
 import gpu_compiler
 import pytest
 import static_gpu
-from pallas_gla import tuning
+from pallas_gla.triton import tuning
 from ptx_traffic import CountingMachine
 from triton_cases import COVERING, GATED_COVERING, PRODUCT, check, check_gated, check_product, compiled
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from pallas_gla import pallas_triton, triton_call
 from pallas_gla.scan import Gating, Operands, Scan, saved_shape
+from pallas_gla.triton import backend as pallas_triton
+from pallas_gla.triton import call as triton_call
 from ptx_machine import Machine
 
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")

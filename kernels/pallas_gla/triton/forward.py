@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_gla.pallas_triton_chunk import (
+from pallas_gla.triton.chunk import (
     Decay,
     Runs,
     causal,
@@ -26,7 +26,7 @@ from pallas_gla.pallas_triton_chunk import (
     run_part,
     token_count,
 )
-from pallas_gla.pallas_triton_tiles import Program, Tiling
+from pallas_gla.triton.tiling import Program, Tiling
 
 
 def forward_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_gla import mosaic_forward as fwd
-from pallas_gla import mosaic_tiles as tiles
-from pallas_gla.mosaic_tiles import Group, Tiling
+from pallas_gla.mosaic_tpu import forward as fwd
+from pallas_gla.mosaic_tpu import tiles
+from pallas_gla.mosaic_tpu.tiles import Group, Tiling
 from pallas_gla.scan import Gating
 
 

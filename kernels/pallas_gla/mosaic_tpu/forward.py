@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_gla import mosaic_tiles as tiles
-from pallas_gla.mosaic_order import LANES
-from pallas_gla.mosaic_tiles import Group, Tiling
+from pallas_gla.mosaic_tpu import tiles
+from pallas_gla.mosaic_tpu.tiles import Group, Tiling
+from pallas_gla.mosaic_tpu.tokens import LANES
 from pallas_gla.scan import Gating
 
 # A decay of so many bits is zero in float32.

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Shaped
 
-from pallas_gla import triton_call, tuning
-from pallas_gla.pallas_triton_backward import backward_kernel, backward_parts_kernel, ungate_kernel
-from pallas_gla.pallas_triton_forward import forward_kernel, parts_kernel
-from pallas_gla.pallas_triton_tiles import Tiling
 from pallas_gla.scan import STATE_INTERVAL, Operands, Scan, saved_shape
 from pallas_gla.scan_order import segment_starts, to_scan_order
+from pallas_gla.triton import call as triton_call
+from pallas_gla.triton import tuning
+from pallas_gla.triton.backward import backward_kernel, backward_parts_kernel, ungate_kernel
+from pallas_gla.triton.forward import forward_kernel, parts_kernel
+from pallas_gla.triton.tiling import Tiling
 
 WIDTHS = (16, 128)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -54,7 +55,7 @@ def unsupported(operands: Operands, scan: Scan) -> str | None:
 def forward(
     operands: Operands, scan: Scan, *, save: bool
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
-    """The contract of `pallas_gla.backends`."""
+    """The contract of `pallas_gla.dispatch`."""
     tiling, arrays = _prepare(operands, scan)
     if tiling.parts > 1:
         inputs = {name: arrays[name] for name in ("k", "v", "g", "runs") if name in arrays}
@@ -79,7 +80,7 @@ def backward(
     d_final_state: Float[Array, "b h k v"],
     scan: Scan,
 ) -> Operands:
-    """The contract of `pallas_gla.backends`."""
+    """The contract of `pallas_gla.dispatch`."""
     tiling, arrays = _prepare(operands, scan)
     arrays.pop("initial_state", None)
     arrays["states"] = states.reshape(-1, states.shape[3])

@@ -30,8 +30,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pallas_gla import pallas_triton
 from pallas_gla.scan import Operands, Scan, saved_shape
+from pallas_gla.triton import backend as pallas_triton
 
 try:
     InterpretParams = gpu.InterpretGPUParams
@@ -77,7 +77,7 @@ def unsupported(operands: Operands, scan: Scan) -> str | None:
 def forward(
     operands: Operands, scan: Scan, *, save: bool
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
-    """The contract of `pallas_gla.backends`."""
+    """The contract of `pallas_gla.dispatch`."""
     batch, tokens, heads, keys = operands.q.shape
     kernel = Kernel(scan, heads, keys, tokens // CHUNK, _lines(scan, tokens), operands.g.dtype == jnp.float32)
     inputs = {name: getattr(operands, name).reshape(batch * kernel.lines, -1) for name in "qkvg"}

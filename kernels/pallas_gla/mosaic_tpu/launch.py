@@ -11,9 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Shaped
 
-from pallas_gla import mosaic_tuning
-from pallas_gla.mosaic_order import LANES, SUBLANES, Columns, Tokens, by_rows, column_chunk
-from pallas_gla.mosaic_tiles import Tiling
+from pallas_gla.mosaic_tpu import tuning as mosaic_tuning
+from pallas_gla.mosaic_tpu.tiles import Tiling
+from pallas_gla.mosaic_tpu.tokens import LANES, SUBLANES, Columns, Tokens, by_rows, column_chunk
 from pallas_gla.scan import STATE_INTERVAL, Operands, Scan
 from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_gla.mosaic_order import LANES
+from pallas_gla.mosaic_tpu.tokens import LANES
 
 # Decays are summed in bits, which saves a multiplication at every exponential.
 BITS = 1.4426950408889634

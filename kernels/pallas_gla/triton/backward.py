@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_gla.pallas_triton_chunk import (
+from pallas_gla.triton.chunk import (
     Decay,
     Runs,
     causal,
@@ -31,7 +31,7 @@ from pallas_gla.pallas_triton_chunk import (
     token_count,
     token_decay,
 )
-from pallas_gla.pallas_triton_tiles import Program, Tiling, iota, pick
+from pallas_gla.triton.tiling import Program, Tiling, iota, pick
 
 State = Float[Array, "v k"]
 

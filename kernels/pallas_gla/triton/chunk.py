@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_gla.pallas_triton_tiles import LOG2_E, Program, iota, pick
+from pallas_gla.triton.tiling import LOG2_E, Program, iota, pick
 
 # Either half of a chunk may decay by 2**-SPAN at most, so that the factors relative to its middle, and sums
 # of their products with keys and values, stay finite.

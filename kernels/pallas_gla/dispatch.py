@@ -27,9 +27,9 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PLAIN = {"reference": "pallas_gla.reference", "xla": "pallas_gla.chunked_xla"}
 # By name and platform; the first name of a platform is its default.
 KERNELS = {
-    ("triton", "cuda"): "pallas_gla.pallas_triton",
-    ("mosaic", "tpu"): "pallas_gla.pallas_mosaic_tpu",
-    ("mosaic", "cuda"): "pallas_gla.pallas_mosaic_gpu",  # an experiment, only by name
+    ("triton", "cuda"): "pallas_gla.triton.backend",
+    ("mosaic", "tpu"): "pallas_gla.mosaic_tpu.backend",
+    ("mosaic", "cuda"): "pallas_gla.mosaic_gpu.backend",  # an experiment, only by name
 }
 NAMES = (*PLAIN, *dict.fromkeys(name for name, _ in KERNELS))
 

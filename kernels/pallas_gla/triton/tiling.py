@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pallas_gla import triton_call
 from pallas_gla.scan import Scan
+from pallas_gla.triton import call as triton_call
 
 LOG2_E = 1.4426950408889634
 # The most entries of a state for which a chunk is summed by products.

@@ -12,8 +12,10 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_gla import mosaic_backward, mosaic_forward, mosaic_tuning
-from pallas_gla.mosaic_launch import Launch, chip_dtype, starts_of_segments
+from pallas_gla.mosaic_tpu import backward as mosaic_backward
+from pallas_gla.mosaic_tpu import forward as mosaic_forward
+from pallas_gla.mosaic_tpu import tuning as mosaic_tuning
+from pallas_gla.mosaic_tpu.launch import Launch, chip_dtype, starts_of_segments
 from pallas_gla.scan import Operands, Scan, saved_shape
 
 WIDTHS = (16, 128)
