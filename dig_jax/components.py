@@ -15,6 +15,7 @@ from dig_jax.data import ImageSpec, Source, load_source
 from dig_jax.diffusion import GaussianDiffusion
 from dig_jax.errors import blaming
 from dig_jax.models import DiffusionTransformer, create_model
+from dig_jax.models.registry import accepted_options
 from dig_jax.parallel import gathered
 
 Params = dict[str, Any]
@@ -120,15 +121,16 @@ class Components:
         for field in ("patch_size", "depth", "hidden_size", "num_heads"):
             if getattr(m, field):
                 overrides[field] = getattr(m, field)
-        if m.name.startswith("DiG"):
-            overrides |= {
-                "directions": m.directions,
-                "conv": _optional(m.conv),
-                "norm": m.norm,
-                "skip": _optional(m.skip),
-                "skip_alignment": m.skip_alignment,
-            }
+        optional = {
+            "directions": m.directions,
+            "conv": _optional(m.conv),
+            "norm": m.norm,
+            "skip": _optional(m.skip),
+            "skip_alignment": m.skip_alignment,
+        }
         with blaming("config.model"):
+            accepted = accepted_options(m.name)
+            overrides |= {name: value for name, value in optional.items() if name in accepted}
             return create_model(
                 m.name,
                 input_size=(height, width),

@@ -28,6 +28,18 @@ _CHOICES = {
 }
 
 
+def accepted_options(name: str) -> frozenset[str]:
+    """Return the names of the options that `create_model(name, ...)` accepts.
+
+    Raises:
+        ValueError: unknown model.
+    """
+    family, _, _ = _parse(name)
+    parameters = inspect.signature(_SIZES[family][0].__init__).parameters
+    common = {*_FIELDS, "patch_size", "in_channels", "learn_sigma", "dtype", "remat"}
+    return (frozenset(parameters) | common) - {"self", "input_size", "rngs", "options"}
+
+
 def create_model(
     name: str,
     *,
@@ -52,13 +64,9 @@ def create_model(
     Raises:
         ValueError: an unknown name, override or value, or sizes that do not fit together.
     """
-    match = re.fullmatch(r"(\w+-\w+)/(\d+)", name)
-    if match is None or match[1] not in MODEL_NAMES:
-        known = [f"{model}/2" for model in MODEL_NAMES]
-        raise ValueError(f"unknown model {name!r}{suggest(name, known)} (known: {', '.join(known)}, /4, …)")
-    family, size = match[1].split("-")
+    family, size, patch = _parse(name)
     cls, sizes = _SIZES[family]
-    accepted = set(inspect.signature(cls.__init__).parameters) | {"depth", "remat"}
+    accepted = accepted_options(name)
     for key, value in overrides.items():
         if key not in accepted:
             raise ValueError(f"{family} has no option {key!r}{suggest(key, accepted)}")
@@ -70,9 +78,19 @@ def create_model(
     return cls(
         input_size=(input_size, input_size) if isinstance(input_size, int) else tuple(input_size),
         num_classes=num_classes,
-        patch_size=patch_size or int(match[2]),
+        patch_size=patch_size or patch,
         in_channels=in_channels,
         learn_sigma=learn_sigma,
         rngs=rngs,
         **dict(zip(_FIELDS, sizes[size], strict=True)) | {"dtype": jnp.float32} | overrides,
     )
+
+
+def _parse(name: str) -> tuple[str, str, int]:
+    """Family, size and patch size of a model's name."""
+    match = re.fullmatch(r"(\w+-\w+)/(\d+)", name)
+    if match is None or match[1] not in MODEL_NAMES:
+        known = [f"{model}/2" for model in MODEL_NAMES]
+        raise ValueError(f"unknown model {name!r}{suggest(name, known)} (known: {', '.join(known)}, /4, …)")
+    family, size = match[1].split("-")
+    return family, size, int(match[2])
