@@ -22,7 +22,7 @@ from dig_jax.encoding.encode import encode
 from dig_jax.errors import ConfigError
 from dig_jax.evaluation import evaluate as report
 from dig_jax.export.export import export
-from dig_jax.parallel import join_processes
+from dig_jax.parallel import initialize_distributed
 from dig_jax.planning import plan
 from dig_jax.runtime import keep_compiled_programs, leave_stacks_without_names, prepare_cpu
 from dig_jax.sampling.sample import sample
@@ -73,7 +73,9 @@ def main(settings: Config, default_workdir: Path) -> None:
     if _MODE.value != "plan":  # whose chips are not there to run what would be kept
         keep_compiled_programs()
     if _MODE.value in ("train", "encode", "sample"):
-        join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value)
+        initialize_distributed(
+            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value
+        )
     if _MODE.value == "train":
         if train(settings, workdir, profiled) is None:
             cli.say_how_to_go_on()

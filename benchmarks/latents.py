@@ -23,7 +23,7 @@ from dig_jax.data.latents import FORMAT, INDEX, Shard, checksum, packed
 from dig_jax.data.source import Source
 from dig_jax.encoding.shard_writer import file_sha256, record_file
 from dig_jax.files.atomic import write_json
-from dig_jax.parallel import prepare_cpu
+from dig_jax.runtime import prepare_cpu
 
 _BATCH, _SHARD, _CORES = 256, 1024, 2
 _PLANS, _PLAN = Path(__file__).with_name("plan_table.json"), "v5e:16x16"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dig_jax.models.mixers import GatedLinearAttention, SoftmaxAttention
-from dig_jax.parallel import prepare_cpu
+from dig_jax.runtime import prepare_cpu
 
 WIDTH, HEADS = 384, 6
 TOKENS = (1024, 2048, 4096, 8192, 16384)

@@ -16,7 +16,7 @@ from dig_jax.diffusion import GaussianDiffusion
 from dig_jax.errors import blaming
 from dig_jax.models import DiffusionTransformer, create_model
 from dig_jax.models.registry import accepted_options
-from dig_jax.parallel import gathered
+from dig_jax.parallel import gather_params
 
 Params = dict[str, Any]
 
@@ -99,7 +99,7 @@ class Components:
     ) -> Float[Array, "b h w out"]:
         """The network with these parameters; arguments and result as in `DiffusionTransformer`."""
         # Blocks gather theirs when their turn comes.
-        params = gathered({name: part for name, part in params.items() if name != "blocks"}) | {
+        params = gather_params({name: part for name, part in params.items() if name != "blocks"}) | {
             "blocks": params["blocks"]
         }
         return nnx.merge(self._graphdef, params)(x, t, y, drop=drop)

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from tiny_autoencoder import GOLDEN, write_autoencoder
 
-from dig_jax.autoencoder import Architecture, Autoencoder, load, to_uint8
+from dig_jax.autoencoder import Autoencoder, AutoencoderArchitecture, load, to_uint8
 from dig_jax.autoencoder.model import default_stripes
 
-SMALL = Architecture(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
+SMALL = AutoencoderArchitecture(block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4)
 
 
 @functools.cache
@@ -70,7 +70,7 @@ def test_decoded_images_are_those_of_diffusers(golden_folder, stripes):
 
 
 def test_the_default_config_has_the_published_number_of_parameters():
-    model = nnx.eval_shape(lambda: Autoencoder(Architecture(), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Autoencoder(AutoencoderArchitecture(), rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == 83_653_863
 
 
@@ -99,7 +99,9 @@ def test_large_images_are_decoded_in_stripes_by_default(size, stripes):
 
 def test_2048_pixels_are_decoded_in_less_than_6_gigabytes():
     """By the compiler's own count, of parameters, latents, image and temporaries in float32."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: Autoencoder(Architecture(), rngs=nnx.Rngs(0))))
+    graphdef, params = nnx.split(
+        nnx.eval_shape(lambda: Autoencoder(AutoencoderArchitecture(), rngs=nnx.Rngs(0)))
+    )
     x = jax.ShapeDtypeStruct((1, 256, 256, 4), jnp.float32)
     decode = jax.jit(lambda params, x: nnx.merge(graphdef, params).decode(x), keep_unused=True)
     memory = decode.lower(params, x).compile().memory_analysis()
@@ -163,9 +165,9 @@ def test_the_fingerprint_is_of_parameters_and_config_but_not_of_the_dtype(golden
         (lambda: small().decode(latents(6, 6)[..., :3]), "latents of 3 channels.* have 4"),
         (lambda: small().decode(latents(6, 6), stripes=4), "stripes=4 does not divide .* 6"),
         (lambda: small().decode(latents(6, 6), stripes=0), "stripes=0"),
-        (lambda: Architecture(block_out_channels=(10,)), "multiples of norm_num_groups=32"),
-        (lambda: Architecture(layers_per_block=10**9), "layers_per_block=1000000000 .*1…16"),
-        (lambda: Architecture(scaling_factor=float("nan")), "scaling_factor=nan"),
+        (lambda: AutoencoderArchitecture(block_out_channels=(10,)), "multiples of norm_num_groups=32"),
+        (lambda: AutoencoderArchitecture(layers_per_block=10**9), "layers_per_block=1000000000 .*1…16"),
+        (lambda: AutoencoderArchitecture(scaling_factor=float("nan")), "scaling_factor=nan"),
     ],
 )
 def test_what_cannot_be_is_named(call, message):
@@ -175,7 +177,7 @@ def test_what_cannot_be_is_named(call, message):
 
 @pytest.mark.slow
 def test_stripes_give_the_image_of_the_whole_at_full_size_and_512_pixels():
-    autoencoder = Autoencoder(Architecture(), rngs=nnx.Rngs(0))
+    autoencoder = Autoencoder(AutoencoderArchitecture(), rngs=nnx.Rngs(0))
     x = latents(64, 64)
     whole = autoencoder.decode(x, stripes=1)
     error = jnp.abs(autoencoder.decode(x, stripes=16) - whole).max()

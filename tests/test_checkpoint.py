@@ -64,7 +64,7 @@ def save(
     with contextlib.closing(Checkpoints(workdir, settings)) as checkpoints:
         for step in steps:
             checkpoints.save(
-                step, make_state(step, size), {"examples": 16 * step, **IMAGES.described()}, SETTINGS
+                step, make_state(step, size), {"examples": 16 * step, **IMAGES.to_dict()}, SETTINGS
             )
         checkpoints.wait()
 
@@ -106,7 +106,7 @@ def test_what_is_restored_is_what_was_saved(saved):
     state, data = restore(saved)
     assert_equal(state, make_state(2))
     assert jax.tree.structure(state) == jax.tree.structure(make_state(2))
-    assert data == {"examples": 32, **IMAGES.described()}
+    assert data == {"examples": 32, **IMAGES.to_dict()}
     assert read_config(saved) == SETTINGS
 
 
@@ -132,7 +132,7 @@ def test_one_checkpoint_can_be_named(saved):
 
 
 def test_a_checkpoint_that_not_all_processes_see_is_told(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint, "who_lack", lambda here: [1, 3] if here else [])
+    monkeypatch.setattr(checkpoint, "processes_without", lambda here: [1, 3] if here else [])
     with pytest.raises(CheckpointError, match="process 1, 3 does not see .*checkpoints/2, which process 0"):
         read_params(saved)
 

@@ -12,7 +12,7 @@ from tiny_components import tiny_settings
 
 from dig_jax import config
 from dig_jax.data import Source, batches, epoch, load_source
-from dig_jax.data.latents import check_cache
+from dig_jax.data.latents import check_latents
 from dig_jax.errors import ConfigError, UserError
 
 SCALE = np.float32(0.5)
@@ -325,14 +325,14 @@ def settings(**encode):
 )
 def test_latents_of_another_autoencoder_resolution_or_crop_are_refused(cache, encode, fingerprint, message):
     with pytest.raises(ConfigError, match=message):
-        check_cache(load(cache), settings(**encode), fingerprint)
+        check_latents(load(cache), settings(**encode), fingerprint)
 
 
 def test_latents_that_are_as_the_config_says_are_not_refused(cache):
     encode = {"path": "/elsewhere", "image_size": 32, "crop": "adm", "upright": True}
     for wanted in (HEADER["autoencoder"]["fingerprint"], None):
-        check_cache(load(cache), settings(**encode), wanted)
-        check_cache(load(cache), settings(), wanted)
+        check_latents(load(cache), settings(**encode), wanted)
+        check_latents(load(cache), settings(), wanted)
 
 
 def test_a_missing_path_is_named():

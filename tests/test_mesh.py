@@ -91,7 +91,7 @@ def test_every_device_holds_its_part_of_a_batch():
 
 
 def test_a_cpu_is_split_into_devices_unless_xla_flags_say_how_many():
-    code = "from dig_jax.parallel import prepare_cpu; prepare_cpu(2); import jax; print(jax.device_count())"
+    code = "from dig_jax.runtime import prepare_cpu; prepare_cpu(2); import jax; print(jax.device_count())"
     for flags, expected in (("", "2"), ("--xla_force_host_platform_device_count=3", "3")):
         environment = os.environ | {"XLA_FLAGS": flags}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

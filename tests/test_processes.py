@@ -23,7 +23,7 @@ from ended_runs import (
 from dig_jax.checkpoints.manager import read_config
 from dig_jax.errors import ConfigError
 from dig_jax.export.export import export
-from dig_jax.parallel import join_processes
+from dig_jax.parallel import initialize_distributed
 
 ROOT = Path(__file__).parent.parent
 # The digits' own config, with one block, and little to draw at the end.
@@ -241,5 +241,5 @@ def test_flags_that_do_not_describe_processes_are_refused(arguments, message, mo
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     with pytest.raises(ConfigError, match=message):
-        join_processes(*arguments)
-    join_processes()  # neither flags nor an environment of several: alone
+        initialize_distributed(*arguments)
+    initialize_distributed()  # neither flags nor an environment of several: alone

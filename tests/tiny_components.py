@@ -67,5 +67,5 @@ def write_checkpoint(workdir, settings, step=7, known=None):
         "ema": {name: trees[name] for name in names[1:]},
     }
     with contextlib.closing(Checkpoints(workdir, settings.checkpoint)) as checkpoints:
-        checkpoints.save(step, state, {"examples": 0, **components.image_spec.described()}, settings)
+        checkpoints.save(step, state, {"examples": 0, **components.image_spec.to_dict()}, settings)
     return trees

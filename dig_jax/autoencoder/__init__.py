@@ -6,7 +6,7 @@ images = to_uint8(autoencoder.decode(latents))
 """
 
 from dig_jax.autoencoder.model import Autoencoder, to_uint8
-from dig_jax.autoencoder.networks import Architecture
+from dig_jax.autoencoder.networks import AutoencoderArchitecture
 from dig_jax.autoencoder.weights import load
 
-__all__ = ["Autoencoder", "Architecture", "load", "to_uint8"]
+__all__ = ["Autoencoder", "AutoencoderArchitecture", "load", "to_uint8"]

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, UInt8
 
 from dig_jax.autoencoder.layers import Conv, largest_divisor
-from dig_jax.autoencoder.networks import Architecture, Decoder, Encoder
+from dig_jax.autoencoder.networks import AutoencoderArchitecture, Decoder, Encoder
 from dig_jax.autoencoder.stripes import decode_in_stripes
 
 AnyArray = Array | np.ndarray
@@ -33,7 +33,7 @@ class Autoencoder(nnx.Module):
         rngs: the source of random parameters; `load` reads trained ones.
     """
 
-    def __init__(self, config: Architecture, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: AutoencoderArchitecture, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         channels = config.latent_channels
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)

@@ -21,7 +21,7 @@ from dig_jax.autoencoder.layers import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
+class AutoencoderArchitecture:
     """Sizes, under diffusers' names; the defaults are Stable Diffusion's (83,653,863 parameters).
 
     block_out_channels: width at each resolution; there is a factor of 2 from one to the next.
@@ -91,7 +91,7 @@ class MidBlock(nnx.Module):
 class Encoder(nnx.Module):
     """Images to the posterior's parameters, before the last 1×1 convolution."""
 
-    def __init__(self, config: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: AutoencoderArchitecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, last = config.block_out_channels, config.block_out_channels[-1]
         conv = functools.partial(Conv, dtype=dtype, rngs=rngs)
         options = {"groups": config.norm_num_groups, "dtype": dtype, "rngs": rngs}
@@ -119,7 +119,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents, after the first 1×1 convolution, to images."""
 
-    def __init__(self, config: Architecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: AutoencoderArchitecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths = config.block_out_channels[::-1]
         conv = functools.partial(Conv, dtype=dtype, rngs=rngs)
         options = {"groups": config.norm_num_groups, "dtype": dtype, "rngs": rngs}

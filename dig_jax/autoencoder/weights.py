@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from dig_jax.autoencoder.model import Autoencoder
-from dig_jax.autoencoder.networks import Architecture
+from dig_jax.autoencoder.networks import AutoencoderArchitecture
 from dig_jax.errors import CheckpointError
 from dig_jax.files.safetensors import Stored, open_safetensors
 
@@ -88,7 +88,7 @@ def _find(path_or_name: str | Path) -> tuple[Path, Path]:
     return config, weights
 
 
-def _read_config(path: Path) -> Architecture:
+def _read_config(path: Path) -> AutoencoderArchitecture:
     try:
         with path.open("rb") as file:
             fields = json.loads(file.read(_MAX_CONFIG))
@@ -112,7 +112,7 @@ def _read_config(path: Path) -> Architecture:
                 f"{path}: {name}={reprlib.repr(types)} is another kind of network; {value!r} are ours"
             )
     sizes = {}
-    for field in dataclasses.fields(Architecture):
+    for field in dataclasses.fields(AutoencoderArchitecture):
         if field.name in fields:
             value = fields[field.name]
             sizes[field.name] = tuple(value) if isinstance(value, list) else value
@@ -121,7 +121,7 @@ def _read_config(path: Path) -> Architecture:
                     f"{path}: {field.name}={reprlib.repr(value)} is nothing like {field.default!r}"
                 )
     try:
-        return Architecture(**sizes)
+        return AutoencoderArchitecture(**sizes)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -29,7 +29,7 @@ from dig_jax.components import Components, Params
 from dig_jax.config import Config
 from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError, ConfigError
-from dig_jax.parallel import from_first, is_loss_of_process, who_lack
+from dig_jax.parallel import is_peer_failure, on_process_0, processes_without
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there are some and all are damaged, or the newest intact one does not fit.
         """
-        if not from_first(lambda: has_checkpoints(self._directory.parent)):
+        if not on_process_0(lambda: has_checkpoints(self._directory.parent)):
             return None
         directory, self._damaged = _agreed_newest_intact(self._directory.parent)
         if lacking := abstract_state.keys() - _stored(directory).keys():
@@ -152,7 +152,7 @@ class Checkpoints:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         # Where another process is lost a save would wait for it, and never be complete.
-        if not is_loss_of_process(error):
+        if not is_peer_failure(error):
             self.close()
 
     def _write_sums(self) -> None:
@@ -166,7 +166,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if is_loss_of_process(error):
+            if is_peer_failure(error):
                 raise
             raise CheckpointError(
                 f"checkpoint {self._saving} could not be written to {self._directory}: {_reason(error)};"
@@ -246,8 +246,8 @@ def _agreed_newest_intact(path: Path) -> tuple[Path, list[Path]]:
         chosen, damaged = _newest_intact(path)
         return [str(chosen), *map(str, damaged)]
 
-    directory, *damaged = map(Path, from_first(find))
-    lacking = who_lack((directory / _SUMS).exists())
+    directory, *damaged = map(Path, on_process_0(find))
+    lacking = processes_without((directory / _SUMS).exists())
     if lacking:
         raise CheckpointError(
             f"process {', '.join(map(str, lacking))} does not see {directory}, which process 0 does:"
@@ -316,7 +316,7 @@ def _read(directory: Path, **items: ocp.args.CheckpointArgs) -> ocp.args.Composi
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             return reader.restore(directory, ocp.args.Composite(**items))
     except Exception as error:  # of what the libraries raise nothing is promised
-        if is_loss_of_process(error):
+        if is_peer_failure(error):
             raise
         raise CheckpointError(f"{directory} is whole, but cannot be used: {_reason(error)}") from error
 
@@ -331,7 +331,7 @@ def _config(directory: Path) -> Config:
 
 def _images(directory: Path) -> ImageSpec | None:
     try:
-        return ImageSpec.of(ocp.JsonCheckpointHandler().restore(directory / "data"))
+        return ImageSpec.from_dict(ocp.JsonCheckpointHandler().restore(directory / "data"))
     except ValueError as error:
         raise CheckpointError(f"checkpoint {directory}: {error}") from error
 

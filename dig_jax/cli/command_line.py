@@ -26,7 +26,7 @@ from PIL import Image
 from dig_jax.config import Config, check_field, from_dict, read_settings
 from dig_jax.data.class_names import class_index
 from dig_jax.errors import ConfigError, UserError, blaming, suggest
-from dig_jax.parallel import is_loss_of_process, leave
+from dig_jax.parallel import exit_process, is_peer_failure
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +55,14 @@ def run(main: Callable[[Config, Path], None], usage: str) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on", 130)
     except Exception as error:
-        if is_loss_of_process(error):
+        if is_peer_failure(error):
             reason = str(error).splitlines()[0][:200]
             _say(f"another process has ended ({reason}): see its log. {_ALL_AGAIN}")
-            leave(1, wait=False)
+            exit_process(1, wait=False)
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
-        leave(1)
+        exit_process(1)
 
 
 def numbers(text: str | None, flag: str) -> np.ndarray | None:
@@ -198,7 +198,7 @@ def _check_path(settings: ConfigDict, path: str) -> None:
 
 def _fail(message: str, status: int) -> NoReturn:
     _say(message)
-    leave(status)
+    exit_process(status)
 
 
 def _say(message: str) -> None:

@@ -162,7 +162,7 @@ def _write_workdir(target: Path, components: Components, params: Mapping[tuple, 
     state = {"step": np.int32(0), "params": nested, "ema": {EMA: nested}}
     with writing_to(target), new_folder(target) as folder:
         with Checkpoints(folder, components.config.checkpoint) as checkpoints:
-            data = {"examples": 0} | components.image_spec.described()
+            data = {"examples": 0} | components.image_spec.to_dict()
             checkpoints.save(0, state, data, components.config)
         write_json(folder / "config.json", described(components.config))
 

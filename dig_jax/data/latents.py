@@ -242,7 +242,7 @@ def latents(
     return source
 
 
-def check_cache(source: LatentSource, settings: Config, fingerprint: str | None) -> None:
+def check_latents(source: LatentSource, settings: Config, fingerprint: str | None) -> None:
     """Raises unless the latents are those that a config describes.
 
     Args:

@@ -32,20 +32,20 @@ class ImageSpec:
         """Number of labels; 0: there are no classes."""
         return len(self.class_names)
 
-    def described(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {"image_shape": list(self.image_shape), "class_names": list(self.class_names)}
 
     @classmethod
-    def of(cls, described: Mapping[str, Any]) -> "ImageSpec | None":
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ImageSpec | None":
         """What `described` gave, beside other things; None where it is not there.
 
         Raises:
             ValueError: it is there, but damaged.
         """
-        if not {"image_shape", "class_names"} <= described.keys():
+        if not {"image_shape", "class_names"} <= fields.keys():
             return None
-        shape, names = described["image_shape"], described["class_names"]
+        shape, names = fields["image_shape"], fields["class_names"]
         if not (
             isinstance(shape, list)
             and isinstance(names, list)

@@ -30,7 +30,7 @@ from dig_jax.data.latents import BEGUN, FORMAT, INDEX, Shard, checksum
 from dig_jax.encoding.shard_writer import Part, ShardWriter, file_sha256
 from dig_jax.errors import ConfigError, UserError, blaming, blaming_disk
 from dig_jax.files.atomic import write_json
-from dig_jax.parallel import check_agreement, check_shared, from_first, wait_for_all, who_lack
+from dig_jax.parallel import barrier, check_agreement, check_shared_directory, on_process_0, processes_without
 from dig_jax.progress import duration
 
 log = logging.getLogger(__name__)
@@ -53,15 +53,15 @@ def encode(settings: Config) -> dict[str, Any]:
     autoencoder, sources = _autoencoder(settings), _sources(settings)
     header = _header(settings, autoencoder, sources)
     check_agreement(config.flattened(header))
-    from_first(functools.partial(_claim, directory, header))
-    check_shared(directory)
+    on_process_0(functools.partial(_claim, directory, header))
+    check_shared_directory(directory)
     parts = [
         part for split in SPLITS for part in _parts(split, len(sources[split]), settings.encode.shard_size)
     ]
     with _ended_by_sigterm():
-        if from_first((directory / INDEX).exists):
+        if on_process_0((directory / INDEX).exists):
             _check_files(directory, parts)
-        missing = from_first(
+        missing = on_process_0(
             lambda: [n for n, part in enumerate(parts) if _finished(directory, part) is None]
         )
         if missing:
@@ -69,8 +69,8 @@ def encode(settings: Config) -> dict[str, Any]:
             mine = [parts[n] for n in missing[jax.process_index() :: jax.process_count()]]
             with blaming_disk(directory):
                 ShardWriter(directory, autoencoder, sources, settings.encode).write(mine)
-        wait_for_all("encoded")
-    index = from_first(functools.partial(_write_index, directory, header, parts))
+        barrier("encoded")
+    index = on_process_0(functools.partial(_write_index, directory, header, parts))
     _say_what_there_is(directory, index, time.monotonic() - began)
     return index
 
@@ -208,14 +208,14 @@ def _check_files(directory: Path, parts: Sequence[Part]) -> None:
         shard = _finished(directory, part)
         if shard is None or file_sha256(directory / part.file) != shard.sha256:
             damaged.append(part)
-    wait_for_all("checked")
-    if who_lack(not damaged):
+    barrier("checked")
+    if processes_without(not damaged):
         with blaming_disk(directory):
-            from_first(functools.partial((directory / INDEX).unlink, missing_ok=True))
+            on_process_0(functools.partial((directory / INDEX).unlink, missing_ok=True))
             for part in damaged:
                 log.warning("%s is damaged, and is written anew", directory / part.file)
                 (directory / part.description).unlink(missing_ok=True)
-    wait_for_all("uncounted")
+    barrier("uncounted")
 
 
 def _write_index(directory: Path, header: dict[str, Any], parts: Sequence[Part]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def write_model(output: Path, components: Components, step: int, params: Params)
         "format": FORMAT,
         "config": json.dumps(about["config"]),
         "versions": json.dumps(about["versions"]),
-        "images": json.dumps(components.image_spec.described()),
+        "images": json.dumps(components.image_spec.to_dict()),
         "step": str(step),
         "ema": components.config.sampled_ema,
     }
@@ -119,7 +119,7 @@ def _described_by(metadata: Mapping[str, str], path: Path) -> tuple[Components, 
         images = json.loads(metadata.get("images", "{}"))
         if not isinstance(images, dict):
             raise ValueError(f"images={reprlib.repr(images)} is no object")
-        return Components(settings, ImageSpec.of(images)), int(metadata["step"]), metadata["ema"]
+        return Components(settings, ImageSpec.from_dict(images)), int(metadata["step"]), metadata["ema"]
     except ConfigError as error:
         raise CheckpointError(f"{path} is of another version: {error}") from error
     except (KeyError, ValueError, RecursionError) as error:

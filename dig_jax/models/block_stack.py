@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from dig_jax.models.blocks import Block
 from dig_jax.models.layers import Linear, xavier
-from dig_jax.parallel import all_but_gathered, axis_sizes, gathered
+from dig_jax.parallel import axis_sizes, gather_params, save_all_but_gathered
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -87,13 +87,13 @@ class BlockStack(nnx.Module):
     def _rematerialised(self, function: Callable) -> Callable:
         if self.remat is None and not axis_sizes().keys() & {"fsdp", "tensor"}:
             return function
-        policy = REMAT_POLICIES[self.remat] if self.remat else all_but_gathered
+        policy = REMAT_POLICIES[self.remat] if self.remat else save_all_but_gathered
         # Inside scan the compiler cannot undo the recomputation, so the barriers against it are not needed.
         return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
     def _ready(self, graphdef: nnx.GraphDef, params: Any) -> nnx.Module:
         """A module whose parameters lie as it computes with them."""
-        return nnx.merge(graphdef, gathered(nnx.to_pure_dict(params), self.dtype))
+        return nnx.merge(graphdef, gather_params(nnx.to_pure_dict(params), self.dtype))
 
     def _group_runner(self, c: Array, grid: tuple[int, int]) -> tuple[Callable, list]:
         """A function of (x, one layer of every stack) and the stacks' parameters, to scan over."""

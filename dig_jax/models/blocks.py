@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dig_jax.models.layers import FusedLinear, Linear, xavier
-from dig_jax.parallel import BATCH_AXES, constrain, constrain_batch, constrain_tokens, with_halo
+from dig_jax.parallel import BATCH_AXES, constrain, constrain_batch, constrain_tokens, convolve_with_halo
 
 EPSILON = 1e-6
 
@@ -116,7 +116,7 @@ class DepthwiseConv(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
         """Convolves tokens that stand in raster order on a grid of (rows, columns)."""
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        y = with_halo(depthwise_conv3x3, kernel, x.reshape(x.shape[0], *grid, -1))
+        y = convolve_with_halo(depthwise_conv3x3, kernel, x.reshape(x.shape[0], *grid, -1))
         return y.reshape(x.shape) + bias
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from pallas_gla import gated_gla_2d
 
 from dig_jax.models.layers import FusedLinear, Linear, xavier
-from dig_jax.parallel import axis_sizes, constrain_heads, on_rows, own_grid
+from dig_jax.parallel import axis_sizes, constrain_heads, local_grid, shard_map_rows
 
 # Gain 2^-2.5 of GLA's projections (Yang et al. 2023): a uniform Xavier with its variance times 2^-5.
 _xavier_small = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
@@ -64,11 +64,11 @@ class GatedLinearAttention(nnx.Module):
 
         core = functools.partial(
             gated_gla_2d,
-            grid=own_grid(grid),
+            grid=local_grid(grid),
             direction=self.direction,
             implementation=self.implementation,
         )
-        o = on_rows(
+        o = shard_map_rows(
             core,
             heads(self.q_proj(x)),
             heads(self.k_proj(x)),
@@ -94,7 +94,7 @@ class SoftmaxAttention(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
         """Mixes all tokens with all others."""
         del grid
-        o = on_rows(_attend, *(_split_heads(y, self.num_heads) for y in self.qkv_proj(x)))
+        o = shard_map_rows(_attend, *(_split_heads(y, self.num_heads) for y in self.qkv_proj(x)))
         return self.o_proj(o.reshape(x.shape))
 
 

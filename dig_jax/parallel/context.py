@@ -39,12 +39,12 @@ def constrain_heads(x: Float[Array, "b t h k"]) -> Float[Array, "b t h k"]:
     return constrain(x, *_HEADS)
 
 
-def own_grid(grid: tuple[int, int]) -> tuple[int, int]:
+def local_grid(grid: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of a device's part of a grid."""
     return grid[0] // context_size(), grid[1]
 
 
-def on_rows(function: Callable, *arrays: Float[Array, "..."]) -> Float[Array, "b t h v"]:
+def shard_map_rows(function: Callable, *arrays: Float[Array, "..."]) -> Float[Array, "b t h v"]:
     """`function`, which mixes tokens, called on each device's rows.
 
     Args:
@@ -58,7 +58,7 @@ def on_rows(function: Callable, *arrays: Float[Array, "..."]) -> Float[Array, "b
     return _on_parts(functools.partial(function, axis_name=CONTEXT), arrays, axes, _HEADS)
 
 
-def with_halo(
+def convolve_with_halo(
     convolve: Callable[[Array, Array], Array],
     kernel: Float[Array, "3 3 d"],
     x: Float[Array, "b height width d"],
@@ -69,13 +69,13 @@ def with_halo(
         return convolve(kernel, x)
     down, up = ([(i, i + step) for i in range(size) if 0 <= i + step < size] for step in (1, -1))
 
-    def on_rows(x: Array, kernel: Array) -> Array:
+    def shard_map_rows(x: Array, kernel: Array) -> Array:
         # Where there is no such row ppermute gives zeros, which is the padding.
         above = jax.lax.ppermute(x[:, -1:], CONTEXT, down)
         below = jax.lax.ppermute(x[:, :1], CONTEXT, up)
         return convolve(kernel, jnp.concatenate([above, x, below], axis=1))[:, 1:-1]
 
-    return _on_parts(on_rows, [x, kernel], [_ROWS, ()], _ROWS)
+    return _on_parts(shard_map_rows, [x, kernel], [_ROWS, ()], _ROWS)
 
 
 def _on_parts(

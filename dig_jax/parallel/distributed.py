@@ -31,7 +31,7 @@ _joined = threading.Event()
 T = TypeVar("T")
 
 
-def join_processes(
+def initialize_distributed(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -120,7 +120,7 @@ def check_agreement(settings: Mapping[str, object]) -> None:
         )
 
 
-def from_first(compute: Callable[[], T]) -> T:
+def on_process_0(compute: Callable[[], T]) -> T:
     """What the first process computes, a JSON value, in all of them; the others wait.
 
     Raises:
@@ -143,20 +143,20 @@ def from_first(compute: Callable[[], T]) -> T:
     return told["value"]
 
 
-def who_lack(here: bool) -> list[int]:
+def processes_without(here: bool) -> list[int]:
     """The processes in which `here` is false."""
     if jax.process_count() == 1:
         return [] if here else [0]
     return np.flatnonzero(~multihost_utils.process_allgather(np.bool_(here))).tolist()
 
 
-def wait_for_all(what: str) -> None:
+def barrier(what: str) -> None:
     """Returns when all processes are here, however long that takes; `what` names the place."""
     if jax.process_count() > 1:
         ocp.multihost.get_barrier_sync_fn()(key=what, timeout_ms=1000 * _LONGEST_WAIT_SECONDS)
 
 
-def check_shared(directory: Path) -> None:
+def check_shared_directory(directory: Path) -> None:
     """Raises, in all processes, unless the first one's directory is there for all of them.
 
     Raises:
@@ -166,10 +166,10 @@ def check_shared(directory: Path) -> None:
         return
     with contextlib.ExitStack() as until_seen:
         # A name that nobody has asked for yet: file systems of networks remember what was not there.
-        name = from_first(
+        name = on_process_0(
             lambda: until_seen.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix=".seen-")).name
         )
-        lacking = who_lack(Path(name).exists())
+        lacking = processes_without(Path(name).exists())
     if lacking:
         raise UserError(
             f"process {', '.join(map(str, lacking))} does not see what process 0 writes to {directory}:"
@@ -177,16 +177,16 @@ def check_shared(directory: Path) -> None:
         )
 
 
-def is_loss_of_process(error: BaseException | None) -> bool:
+def is_peer_failure(error: BaseException | None) -> bool:
     """Whether an exception says that another process no longer answers."""
     if error is None or not jax.distributed.is_initialized():
         return False
     signs = "gloo|nccl|coordination service|barrier|heartbeat|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED"
     told = isinstance(error, jax.errors.JaxRuntimeError) and re.search(signs, str(error), re.IGNORECASE)
-    return bool(told) or is_loss_of_process(error.__cause__)
+    return bool(told) or is_peer_failure(error.__cause__)
 
 
-def leave(status: int, *, wait: bool = True) -> NoReturn:
+def exit_process(status: int, *, wait: bool = True) -> NoReturn:
     """Ends this process, which has failed, though others may still count on it.
 
     Args:

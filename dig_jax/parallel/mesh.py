@@ -116,7 +116,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return math.prod(mesh.shape[name] for name in BATCH_AXES)
 
@@ -127,7 +127,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class BatchShard:
     """Which part of every batch a process reads, `index` of `count`.
 
     Processes whose devices hold the same images, as they split rows or heads among them, have one index.
@@ -137,19 +137,19 @@ class Share:
     count: int
 
 
-def process_share(mesh: Mesh) -> Share:
+def process_shard(mesh: Mesh) -> BatchShard:
     """This process's part of every batch."""
-    places = batch_sharding(mesh).devices_indices_map((batch_parts(mesh),))
+    places = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
     rows: dict[int, set[int]] = {}
     for device, (part,) in places.items():
         rows.setdefault(device.process_index, set()).add(part.start or 0)
     parts = sorted({tuple(sorted(part)) for part in rows.values()})
-    if sum(map(len, parts)) != batch_parts(mesh) or len({len(part) for part in parts}) > 1:
+    if sum(map(len, parts)) != batch_shards(mesh) or len({len(part) for part in parts}) > 1:
         raise ConfigError(
             f"config.mesh={dict(mesh.shape)} gives processes parts of the batch that overlap;"
             " let hosts divide config.mesh.data × config.mesh.fsdp evenly"
         )
-    return Share(parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts))
+    return BatchShard(parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts))
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

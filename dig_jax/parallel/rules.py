@@ -63,7 +63,7 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
     )
 
 
-def gathered(params: Any, dtype: DTypeLike | None = None) -> Any:
+def gather_params(params: Any, dtype: DTypeLike | None = None) -> Any:
     """Parameters as a layer computes with them: whole along `fsdp`.
 
     Args:
@@ -87,6 +87,6 @@ def gathered(params: Any, dtype: DTypeLike | None = None) -> Any:
     return jax.tree.map_with_path(gather, params)
 
 
-def all_but_gathered(primitive: Primitive, *_, **__) -> bool:
+def save_all_but_gathered(primitive: Primitive, *_, **__) -> bool:
     """A policy of `jax.checkpoint`: gathered parameters are gathered again for the backward pass."""
     return primitive.name != "sharding_constraint"

@@ -24,7 +24,7 @@ from dig_jax.config import Config
 from dig_jax.hardware.hlo_cost import Counts, count
 from dig_jax.hardware.model_flops import training_flops
 from dig_jax.hardware.roofline import roofline
-from dig_jax.parallel import batch_parts, batch_sharding, make_mesh, replicated, sampling_mesh
+from dig_jax.parallel import batch_sharding, batch_shards, make_mesh, replicated, sampling_mesh
 from dig_jax.planning.compiling import Program, compiled, optimised
 from dig_jax.planning.fitting import largest_fitting
 from dig_jax.planning.summary import summary
@@ -124,16 +124,18 @@ class _Run:
     @property
     def images(self) -> int:
         """Images of a micro-batch in each of the parts that a batch is split into."""
-        return self.settings.data.batch_size // (batch_parts(self.mesh) * self.settings.training.accumulation)
+        return self.settings.data.batch_size // (
+            batch_shards(self.mesh) * self.settings.training.accumulation
+        )
 
     @property
     def drawn(self) -> int:
         """Images of a batch of the sampler."""
-        parts = batch_parts(self.mesh)
+        parts = batch_shards(self.mesh)
         return -(-self.settings.sampling.batch_size // parts) * parts
 
     def with_images(self, images: int) -> "_Run":
-        size = images * batch_parts(self.mesh) * self.settings.training.accumulation
+        size = images * batch_shards(self.mesh) * self.settings.training.accumulation
         data = dataclasses.replace(self.settings.data, batch_size=size)
         return _Run.of(dataclasses.replace(self.settings, data=data), self.topology)
 

@@ -22,7 +22,7 @@ from dig_jax.config import Config
 from dig_jax.data.class_names import display_name
 from dig_jax.errors import ConfigError, UserError, blaming, blaming_disk
 from dig_jax.files.atomic import replacing, write_json
-from dig_jax.parallel import check_shared, from_first, local_mesh, wait_for_all
+from dig_jax.parallel import barrier, check_shared_directory, local_mesh, on_process_0
 from dig_jax.progress import Progress
 from dig_jax.reporting.grids import save_grid
 from dig_jax.sampling.sampler import Labels, Sampler, load
@@ -62,11 +62,11 @@ def sample(
     with blaming("--labels or --seeds"):
         numbers, seeds = sampler.resolve(chosen, seeds)
     parts = _Parts(workdir / "generated", sampler, numbers, seeds)
-    from_first(parts.claim)
-    check_shared(workdir)
+    on_process_0(parts.claim)
+    check_shared_directory(workdir)
     parts.draw(index=jax.process_index(), count=jax.process_count())
-    wait_for_all("images are drawn")
-    from_first(lambda: _collect(parts, workdir, names))
+    barrier("images are drawn")
+    on_process_0(lambda: _collect(parts, workdir, names))
     log.info("%d images of step %d are in %s", len(seeds), sampler.step, workdir / "generated.npz")
 
 

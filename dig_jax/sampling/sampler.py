@@ -19,8 +19,8 @@ from dig_jax.data.class_names import class_index
 from dig_jax.diffusion import classifier_free, get_sampler
 from dig_jax.export.export import read_model
 from dig_jax.parallel import (
-    batch_parts,
     batch_sharding,
+    batch_shards,
     constrain,
     distribute,
     local_mesh,
@@ -173,7 +173,7 @@ class Sampler:
 
     def _batch_size(self, count: int) -> int:
         """The config's, or what suffices where that is less, rounded up to what the mesh divides."""
-        parts = batch_parts(self._mesh) if self._mesh else 1
+        parts = batch_shards(self._mesh) if self._mesh else 1
         return -(-min(count, self.components.config.sampling.batch_size) // parts) * parts
 
 

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from dig_jax.components import Components, Params
 from dig_jax.data import epoch
-from dig_jax.parallel import process_share, replicated, to_global
+from dig_jax.parallel import process_shard, replicated, to_global
 from dig_jax.training import step as steps
 
 
@@ -25,7 +25,7 @@ class HeldoutLoss:
         """The mean over all held-out images, waiting for it; None where there are none."""
         if not len(self._source):
             return None
-        share, sums = process_share(self._mesh), []
+        share, sums = process_shard(self._mesh), []
         batches = epoch(
             self._source,
             batch_size=self._batch_size,

@@ -23,16 +23,16 @@ from dig_jax.checkpoints.manager import Checkpoints, described
 from dig_jax.components import Components, Params, param_count
 from dig_jax.config import Config
 from dig_jax.data import batches
-from dig_jax.data.latents import LatentSource, check_cache
+from dig_jax.data.latents import LatentSource, check_latents
 from dig_jax.diffusion import get_sampler
 from dig_jax.errors import ConfigError, blaming
 from dig_jax.evaluation import evaluate as report
 from dig_jax.export.export import read_model
 from dig_jax.parallel import (
     check_agreement,
-    from_first,
     make_mesh,
-    process_share,
+    on_process_0,
+    process_shard,
     state_sharding,
     to_global,
 )
@@ -74,7 +74,7 @@ class _Run:
     @property
     def share(self) -> dict[str, int]:
         """Which part of every batch is this process's."""
-        share = process_share(self.mesh)
+        share = process_shard(self.mesh)
         return {"process_index": share.index, "process_count": share.count}
 
 
@@ -144,7 +144,7 @@ def _check(components: Components) -> None:
     if isinstance(source, LatentSource):
         # It is needed for samples anyway, and loaded here so that they do not fail in mid-run.
         decoder = components.autoencoder
-        check_cache(source, components.config, decoder.fingerprint() if decoder else None)
+        check_latents(source, components.config, decoder.fingerprint() if decoder else None)
     with blaming("config.sampling"):
         get_sampler(settings.sampler)
         diffusion.respaced(settings.steps)
@@ -213,7 +213,7 @@ def _data_item(run: _Run, examples: int) -> dict[str, Any]:
         "seed": run.settings.seed,
         "fingerprint": source.fingerprint,
         "examples": examples,
-        **run.components.image_spec.described(),
+        **run.components.image_spec.to_dict(),
     }
 
 
@@ -374,7 +374,7 @@ def _writer(run: _Run, first_step: int) -> MetricWriter:
     if project:
         # The first process's, whose errors are those of all.
         fields = dataclasses.asdict(run.settings)
-        from_first(lambda: wandb.append(WandbRun(run.output, project=project, settings=fields)))
+        on_process_0(lambda: wandb.append(WandbRun(run.output, project=project, settings=fields)))
     return MetricWriter(
         run.output,
         first_step=first_step,

@@ -8,7 +8,7 @@ from dig_jax.checkpoints.manager import described, has_checkpoints, read_config
 from dig_jax.config import Config
 from dig_jax.errors import UserError
 from dig_jax.files.atomic import write_json
-from dig_jax.parallel import check_shared, from_first
+from dig_jax.parallel import check_shared_directory, on_process_0
 
 
 def claim_workdir(settings: Config, workdir: Path) -> None:
@@ -19,8 +19,8 @@ def claim_workdir(settings: Config, workdir: Path) -> None:
             cannot be written to.
     """
     # The first process's part, whose errors are those of all.
-    from_first(functools.partial(_claim, settings, workdir))
-    check_shared(workdir)
+    on_process_0(functools.partial(_claim, settings, workdir))
+    check_shared_directory(workdir)
 
 
 def _claim(settings: Config, workdir: Path) -> None:
