@@ -15,10 +15,10 @@ from dig_jax.reporting.grids import (
     draw_grid,
     save_denoising,
     save_grid,
-    save_loss_curve,
     save_pair_grid,
     save_small_grid,
 )
+from dig_jax.reporting.loss_curve import save_loss_curve
 
 
 def random_images(*shape, seed=0):

@@ -11,10 +11,11 @@ from PIL import Image
 from tiny_components import tiny_settings
 
 from dig_jax.checkpoints.manager import described
-from dig_jax.reporting.html import charts, note_start, write_report
+from dig_jax.files.jsonl import read_rows
+from dig_jax.reporting.html import charts, write_report
 from dig_jax.reporting.html.charts import Curve, chart, number
 from dig_jax.reporting.html.samples import sample_grids
-from dig_jax.training.telemetry.starts import read_starts
+from dig_jax.training.telemetry.starts import note_start
 
 LIMIT = 2_000_000
 VOID = {"meta", "img", "input", "br"}
@@ -162,7 +163,7 @@ def test_a_run_gone_on_with_is_marked_where_it_was(tmp_path):
 def test_starts_say_where_and_how(tmp_path):
     note_start(tmp_path, 0)
     note_start(tmp_path, 500)
-    first, second = read_starts(tmp_path)
+    first, second = read_rows(tmp_path / "starts.jsonl")
     assert (first["step"], second["step"]) == (0, 500)
     assert (
         first["devices"] == "4 × cpu" and first["versions"]["jax"] and first["command"].startswith("python ")

@@ -11,8 +11,9 @@ from dig_jax.config import Config
 from dig_jax.data.class_names import display_name
 from dig_jax.errors import ConfigError, blaming
 from dig_jax.files.atomic import write_json
-from dig_jax.reporting.grids import save_grid, save_loss_curve, save_pair_grid, save_small_grid
+from dig_jax.reporting.grids import save_grid, save_pair_grid, save_small_grid
 from dig_jax.reporting.html import write_report
+from dig_jax.reporting.loss_curve import save_loss_curve
 from dig_jax.sampling.sampler import Sampler, load
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def draw_samples(sampler: Sampler, workdir: Path) -> None:
         save_small_grid(workdir / "samples" / f"{sampler.step}.png", images, **options)
     try:
         save_loss_curve(workdir / "loss.png", workdir / "metrics.jsonl")
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         log.warning("there is no loss curve: %s", error)
 
 

@@ -1,44 +1,56 @@
-"""What stands in metrics.jsonl, as series of numbers."""
+"""Files of JSON lines: metrics.jsonl and starts.jsonl. A row is a JSON object with an integer "step"."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
+from dig_jax.files.atomic import replacing
+
+Row = dict[str, Any]
 
 
-def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The JSON objects in a file of lines, by rising step.
-
-    Lines that a killed run left incomplete are passed over; of a step that was logged twice the later line
-    counts.
+def read_rows(path: str | os.PathLike) -> list[Row]:
+    """Return the rows of a file in their order, without invalid lines; none if the file does not exist.
 
     Raises:
         OSError: the file cannot be read.
     """
-    by_step: dict[float, dict[str, Any]] = {}
-    for line in Path(path).read_text(errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int | float):
-                by_step.setdefault(record["step"], {}).update(record)
-    return [by_step[step] for step in sorted(by_step)]
+    return [row for _, row in _parse(Path(path)) if row is not None]
 
 
-def series(
-    records: list[dict[str, Any]], name: str, *, positive: bool = False
-) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Steps and values where this quantity was logged and is finite, or on a logarithmic axis: positive."""
-    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    steps, values = np.array(points, float).reshape(-1, 2).T
-    drawable = np.isfinite(values) & ((values > 0) | (not positive))
-    return steps[drawable], values[drawable]
+def append_row(path: str | os.PathLike, row: Row) -> None:
+    """Append a row on a line of its own, even if a killed run left an incomplete line."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else "\n" + line
+        file.write(line.encode())
 
 
-def smooth(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Centred mean over a twenty-fifth of the curve, over what there is of it at the ends."""
-    window = np.ones(2 * (len(values) // 50) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+def truncate_rows(path: str | os.PathLike, *, last_step: int) -> int:
+    """Drop rows of steps after `last_step` and invalid lines; keep the other lines byte for byte.
+
+    Returns:
+        The number of invalid lines.
+    """
+    lines = _parse(Path(path))
+    with replacing(path) as file:
+        file.writelines(line + b"\n" for line, row in lines if row is not None and row["step"] <= last_step)
+    return sum(row is None for _, row in lines)
+
+
+def _parse(path: Path) -> list[tuple[bytes, Row | None]]:
+    """The lines of a file with their rows; None for an invalid line."""
+    content = path.read_bytes() if path.exists() else b""
+    # Not splitlines: JSON strings may hold other line separators, such as U+2028.
+    return [(line, _row(line)) for line in content.removesuffix(b"\n").split(b"\n") if content]
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and type(value.get("step")) is int else None

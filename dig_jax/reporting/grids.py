@@ -1,4 +1,4 @@
-"""PNG pictures: labelled grids of images, pairs with their nearest neighbours, denoising strips, loss curves.
+"""PNG pictures: labelled grids of images, pairs with their nearest neighbours, denoising strips.
 
 Every file is written beside its place under another name and then moved there, so that a reader, or a run
 that is killed, never meets half a picture.
@@ -14,7 +14,6 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from dig_jax.files.atomic import replacing
-from dig_jax.files.jsonl import read_records, series, smooth
 
 # The paper is grey so that white strokes which reach the edge of an image end there.
 _PAPER, _INK = (222, 225, 231), (30, 33, 40)
@@ -23,22 +22,6 @@ _MARGIN = 12
 _CELL = 80
 # The side of images in a small grid.
 _SMALL = 48
-
-_CURVES = {
-    "loss": {"label": "train", "color": "#1f5fa8", "linewidth": 1.8, "zorder": 3},
-    "heldout_loss": {
-        "label": "held-out",
-        "color": "#d95f02",
-        "linewidth": 0.8,
-        "marker": "o",
-        "markersize": 4,
-        "zorder": 4,
-    },
-    "loss_q1": {"label": "timesteps 0 to ¼", "color": "#7fbf7b", "linewidth": 0.9},
-    "loss_q2": {"label": "timesteps ¼ to ½", "color": "#5aa3a8", "linewidth": 0.9},
-    "loss_q3": {"label": "timesteps ½ to ¾", "color": "#8a7cb8", "linewidth": 0.9},
-    "loss_q4": {"label": "timesteps ¾ to 1", "color": "#c27ba0", "linewidth": 0.9},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,38 +205,6 @@ def save_denoising(
         column_labels=[str(step) for step in steps],
         caption=caption,
     )
-
-
-def save_loss_curve(path: str | os.PathLike, metrics_path: str | os.PathLike) -> None:
-    """Draws the losses in a metrics file over the steps, on a logarithmic axis.
-
-    The file has a JSON object per line with "step" and any of "loss", "heldout_loss" and "loss_q1" …
-    "loss_q4" (by quarters of the timesteps, the one nearest to the data first). Lines that a killed run left
-    incomplete are passed over; of a step that was logged twice the later line counts.
-
-    Raises:
-        ValueError: if the file holds no loss.
-        OSError: if one file cannot be read or the other not be written.
-    """
-    # Imported here because it takes longer than all else in this module.
-    from matplotlib.figure import Figure
-
-    records = read_records(metrics_path)
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="loss")
-    for name, style in _CURVES.items():
-        steps, losses = series(records, name, positive=True)
-        if len(steps):
-            axes.plot(steps, losses if name == "heldout_loss" else smooth(losses), **style)
-        if name == "loss":
-            axes.plot(steps, losses, ".-", color=style["color"], markersize=2, linewidth=0.6, alpha=0.25)
-    if not any(len(line.get_xdata()) for line in axes.get_lines()):
-        raise ValueError(f"{os.fspath(metrics_path)} holds no loss to draw")
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2)
-    with replacing(path) as file:
-        figure.savefig(file, format="png")
 
 
 def _enlarged(images: UInt8[np.ndarray, "n h w c"], scale: int | None = None) -> UInt8[np.ndarray, "n H W 3"]:

@@ -37,7 +37,7 @@ from dig_jax.parallel import (
     to_global,
 )
 from dig_jax.progress import Progress, duration
-from dig_jax.reporting.html import note_start, write_report
+from dig_jax.reporting.html import write_report
 from dig_jax.runtime import cache_hits
 from dig_jax.sampling.sampler import Sampler
 from dig_jax.training import step as steps
@@ -45,6 +45,7 @@ from dig_jax.training.compile import abstract_batch, abstract_state, fresh_state
 from dig_jax.training.heldout import HeldoutLoss
 from dig_jax.training.preemption import notice_of_end
 from dig_jax.training.telemetry.profiler import ProfiledSteps, Profiler
+from dig_jax.training.telemetry.starts import note_start
 from dig_jax.training.telemetry.utilization import peak_memory, peak_of
 from dig_jax.training.telemetry.wandb import WandbRun, require_wandb
 from dig_jax.training.telemetry.writer import MetricWriter, StepMeter, details

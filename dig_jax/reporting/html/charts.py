@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from dig_jax.files.jsonl import smooth
+from dig_jax.reporting.loss_curve import smooth
 
 # Of the drawing, in its own units, which are pixels where it is 460 wide.
 _WIDTH, _HEIGHT = 460, 230

@@ -10,11 +10,11 @@ from typing import Any
 
 from dig_jax.config import flattened
 from dig_jax.files.atomic import replacing
-from dig_jax.files.jsonl import read_records, series
+from dig_jax.files.jsonl import read_rows
 from dig_jax.reporting.html.assets import SCRIPT, STYLE
 from dig_jax.reporting.html.charts import Curve, chart, number, percent
 from dig_jax.reporting.html.samples import sample_grids
-from dig_jax.training.telemetry.starts import read_starts
+from dig_jax.reporting.loss_curve import read_metrics, series
 
 Records = list[dict[str, Any]]
 
@@ -25,10 +25,9 @@ def write_report(workdir: Path) -> None:
     Raises:
         OSError: it cannot be written; an older one then stays as it is.
     """
-    metrics = workdir / "metrics.jsonl"
-    records = read_records(metrics) if metrics.exists() else []
+    records = read_metrics(workdir / "metrics.jsonl")
     settings = (_json(workdir / "config.json").get("config")) or {}
-    starts, scores = read_starts(workdir), _json(workdir / "scores.json")
+    starts, scores = read_rows(workdir / "starts.jsonl"), _json(workdir / "scores.json")
     name = workdir.absolute().name
     loss, noise_levels, *others = _charts(records, starts)
     samples = _samples(workdir)

@@ -2,15 +2,15 @@
 
 import datetime
 import importlib.metadata
-import json
 import platform
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
+
+from dig_jax.files.jsonl import append_row
 
 _VERSIONED = ("dig-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -28,22 +28,7 @@ def note_start(workdir: Path, step: int) -> None:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _VERSIONED},
     }
-    with (workdir / "starts.jsonl").open("a") as file:
-        file.write(json.dumps(start, ensure_ascii=False) + "\n")
-
-
-def read_starts(workdir: Path) -> list[dict[str, Any]]:
-    """The lines, without what a killed run left of one."""
-    path = workdir / "starts.jsonl"
-    starts = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            start = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(start, dict) and isinstance(start.get("step"), int):
-            starts.append(start)
-    return starts
+    append_row(workdir / "starts.jsonl", start)
 
 
 def _version(name: str) -> str | None:

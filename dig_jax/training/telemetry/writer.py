@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import json
 import logging
 import math
 import statistics
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dig_jax.files.atomic import replacing
+from dig_jax.files.jsonl import append_row, truncate_rows
 from dig_jax.training.telemetry.wandb import WandbRun
 
 log = logging.getLogger(__name__)
@@ -40,10 +39,9 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, *, first_step: int, tensorboard: bool, wandb: WandbRun | None = None):
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            _truncate(path, first_step)
-        self._file = path.open("a")
+        self._path = workdir / "metrics.jsonl"
+        if invalid := truncate_rows(self._path, last_step=first_step):
+            log.warning("%s: dropped %d broken lines", self._path, invalid)
         self._tensorboard, self._wandb = None, wandb
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -53,8 +51,7 @@ class MetricWriter:
     def write(self, step: int, record: Record) -> None:
         """Writes numbers of one step; NaN and infinities become null, as JSON has neither."""
         finite = {name: value for name, value in record.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **dict.fromkeys(record), **finite}) + "\n")
-        self._file.flush()
+        append_row(self._path, {"step": step, **dict.fromkeys(record), **finite})
         if self._tensorboard is not None:
             for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -72,7 +69,6 @@ class MetricWriter:
 
     def close(self) -> None:
         """Writes what is buffered."""
-        self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -197,27 +193,3 @@ def details(record: Record) -> str:
 
 def _mean(steps: list[dict[str, Any]], name: str) -> float:
     return float(np.mean([metrics[name] for metrics in steps])) if steps else math.nan
-
-
-def _truncate(path: Path, last_step: int) -> None:
-    """Keeps the records of steps up to `last_step`; a killed run may have left half a line."""
-    kept, broken = [], 0
-    for line in path.read_text(errors="replace").splitlines():
-        step = _step_of(line)
-        if step is None:
-            broken += 1
-        elif step <= last_step:
-            kept.append(line + "\n")
-    if broken:
-        log.warning("%s: dropped %d broken lines", path, broken)
-    with replacing(path) as file:
-        file.write("".join(kept).encode())
-
-
-def _step_of(line: str) -> int | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if type(step) is int else None
