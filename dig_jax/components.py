@@ -13,7 +13,7 @@ from dig_jax.autoencoder import Autoencoder
 from dig_jax.config import Config
 from dig_jax.data import ImageSpec, Source, load_source
 from dig_jax.diffusion import GaussianDiffusion
-from dig_jax.errors import blaming
+from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
 from dig_jax.models.registry import accepted_options
 from dig_jax.parallel import gather_params
@@ -43,13 +43,13 @@ class Components:
     @functools.cached_property
     def train_source(self) -> Source:
         """The images to train on."""
-        with blaming("config.data"):
+        with naming_setting("config.data"):
             return load_source(self.config.data.name, "train", **self.config.data.options)
 
     @functools.cached_property
     def heldout_source(self) -> Source:
         """Images of the same kind that training never sees."""
-        with blaming("config.data"):
+        with naming_setting("config.data"):
             return load_source(self.config.data.name, "heldout", **self.config.data.options)
 
     @functools.cached_property
@@ -70,14 +70,14 @@ class Components:
         is_synthetic = self._stored_spec is None and self.config.data.name == "fake"
         if not settings.path or is_synthetic:
             return None
-        with blaming("config.autoencoder.path"):
+        with naming_setting("config.autoencoder.path"):
             return autoencoder.load(settings.path, dtype=jnp.dtype(settings.dtype))
 
     @functools.cached_property
     def diffusion(self) -> GaussianDiffusion:
         """The forward process and its loss."""
         d = self.config.diffusion
-        with blaming("config.diffusion"):
+        with naming_setting("config.diffusion"):
             return GaussianDiffusion(
                 schedule=d.schedule,
                 num_steps=d.num_steps,
@@ -128,7 +128,7 @@ class Components:
             "skip": _optional(m.skip),
             "skip_alignment": m.skip_alignment,
         }
-        with blaming("config.model"):
+        with naming_setting("config.model"):
             accepted = accepted_options(m.name)
             overrides |= {name: value for name, value in optional.items() if name in accepted}
             return create_model(

@@ -1,26 +1,29 @@
-"""Errors that are shown to people as one line, without a traceback."""
+"""Errors that users see as one line, without a traceback."""
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+_MAX_LENGTH = 300
+
 
 class UserError(Exception):
-    """Something that the user can mend: the message says what is wrong, where, and what would be right."""
+    """An error that the user can fix: its message says what is wrong, where, and what was expected."""
 
 
 class ConfigError(UserError, ValueError):
-    """A setting that cannot be."""
+    """An invalid configuration value or command-line flag."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is not there, or that cannot be read or written."""
+    """A checkpoint that is missing, or that reading or writing failed for."""
 
 
 @contextlib.contextmanager
-def blaming(setting: str) -> Iterator[None]:
-    """Turns a ValueError or UserError into a ConfigError that names the setting at fault."""
+def naming_setting(setting: str) -> Iterator[None]:
+    """Re-raise a ValueError or UserError as a ConfigError that starts with the name of a field or flag."""
     try:
         yield
     except ConfigError:
@@ -30,15 +33,38 @@ def blaming(setting: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def blaming_disk(directory: Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names the directory which cannot be written to."""
+def naming_directory(directory: Path) -> Iterator[None]:
+    """Re-raise an OSError as a UserError that names the directory that could not be written to."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{directory} cannot be written to: {error.strerror or error}") from error
+        raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """A hint at the nearest of the known words, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def one_line(error: BaseException, *, name_type: bool = False) -> str:
+    """Return the message of an exception as one line.
+
+    The message of a `UserError` is kept whole. Messages of other exceptions are cut to their first line and
+    300 characters; an operating-system error is reduced to the system's own message and the file name.
+
+    Args:
+        error: any exception. Without a message, the name of its type is returned.
+        name_type: put the name of the type in front, for exceptions such as KeyError('x').
+    """
+    text = str(error).strip()
+    if isinstance(error, UserError):
+        return " ".join(text.split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    elif system := re.search(r"([^:]+) \[os_error_code=", text):  # TensorStore's, below Orbax
+        text = system[1].strip()
+    name = type(error).__name__
+    if name_type and text:
+        text = f"{name}: {text}"
+    return text.splitlines()[0][:_MAX_LENGTH] if text else name
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean 'CHOICE'?" for the choice that is most similar to a word, or ""."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -25,7 +25,7 @@ from PIL import Image
 
 from dig_jax.config import Config, check_field, from_dict, read_settings
 from dig_jax.data.class_names import class_index
-from dig_jax.errors import ConfigError, UserError, blaming, suggest
+from dig_jax.errors import ConfigError, UserError, naming_setting, one_line, suggest
 from dig_jax.parallel import exit_process, is_peer_failure
 
 log = logging.getLogger(__name__)
@@ -47,17 +47,14 @@ def run(main: Callable[[Config, Path], None], usage: str) -> None:
             return
         main(*_parse(sys.argv))
     except ConfigError as error:
-        _fail(str(error), 2)
-    except UserError as error:
-        _fail(str(error), 1)
-    except OSError as error:
-        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
+        _fail(one_line(error), 2)
+    except (UserError, OSError) as error:
+        _fail(one_line(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on", 130)
     except Exception as error:
         if is_peer_failure(error):
-            reason = str(error).splitlines()[0][:200]
-            _say(f"another process has ended ({reason}): see its log. {_ALL_AGAIN}")
+            _say(f"another process has ended ({one_line(error)}): see its log. {_ALL_AGAIN}")
             exit_process(1, wait=False)
         if not jax.distributed.is_initialized():
             raise
@@ -90,7 +87,7 @@ def labels(text: str | None, class_names: Sequence[str]) -> np.ndarray | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    with blaming("--labels"):
+    with naming_setting("--labels"):
         named = {part: class_index(part, class_names) for part in parts if re.search(r"[^\d-]", part)}
     return _joined([_range(str(named.get(part, part))) for part in parts], text, "labels")
 

@@ -28,7 +28,7 @@ from dig_jax.config import Config
 from dig_jax.data import SPLITS, Source, load_source
 from dig_jax.data.latents import BEGUN, FORMAT, INDEX, Shard, checksum
 from dig_jax.encoding.shard_writer import Part, ShardWriter, file_sha256
-from dig_jax.errors import ConfigError, UserError, blaming, blaming_disk
+from dig_jax.errors import ConfigError, UserError, naming_directory, naming_setting
 from dig_jax.files.atomic import write_json
 from dig_jax.parallel import barrier, check_agreement, check_shared_directory, on_process_0, processes_without
 from dig_jax.progress import duration
@@ -67,7 +67,7 @@ def encode(settings: Config) -> dict[str, Any]:
         if missing:
             _say_what_is_missing(directory, parts, missing)
             mine = [parts[n] for n in missing[jax.process_index() :: jax.process_count()]]
-            with blaming_disk(directory):
+            with naming_directory(directory):
                 ShardWriter(directory, autoencoder, sources, settings.encode).write(mine)
         barrier("encoded")
     index = on_process_0(functools.partial(_write_index, directory, header, parts))
@@ -95,7 +95,7 @@ def _autoencoder(settings: Config) -> Autoencoder:
 def _sources(settings: Config) -> dict[str, Source]:
     if not settings.encode.name:
         raise ConfigError("config.encode.name is missing: the source of the images, such as image_folder")
-    with blaming("config.encode"):
+    with naming_setting("config.encode"):
         return {
             split: load_source(settings.encode.name, split, **settings.encode.options) for split in SPLITS
         }
@@ -171,7 +171,7 @@ def _claim(directory: Path, header: dict[str, Any]) -> None:
             )
     elif directory.exists() and any(not name.startswith(".") for name in os.listdir(directory)):
         raise UserError(f"{directory} has other things in it; latents take a directory of their own")
-    with blaming_disk(directory):
+    with naming_directory(directory):
         directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_json(path, header)
@@ -210,7 +210,7 @@ def _check_files(directory: Path, parts: Sequence[Part]) -> None:
             damaged.append(part)
     barrier("checked")
     if processes_without(not damaged):
-        with blaming_disk(directory):
+        with naming_directory(directory):
             on_process_0(functools.partial((directory / INDEX).unlink, missing_ok=True))
             for part in damaged:
                 log.warning("%s is damaged, and is written anew", directory / part.file)
@@ -229,7 +229,7 @@ def _write_index(directory: Path, header: dict[str, Any], parts: Sequence[Part])
     index["latents"] = {**header["latents"], **_statistics(splits["train"], header["latents"]["shape"])}
     index["sha256"] = checksum(index)
     index = json.loads(json.dumps(index))
-    with blaming_disk(directory):
+    with naming_directory(directory):
         if _json(directory / INDEX) != index:
             write_json(directory / INDEX, index)
     return index

@@ -9,7 +9,7 @@ import numpy as np
 
 from dig_jax.config import Config
 from dig_jax.data.class_names import display_name
-from dig_jax.errors import ConfigError, blaming
+from dig_jax.errors import ConfigError, naming_setting
 from dig_jax.files.atomic import write_json
 from dig_jax.reporting.grids import save_grid, save_pair_grid, save_small_grid
 from dig_jax.reporting.html import write_report
@@ -65,7 +65,7 @@ def score(sampler: Sampler, workdir: Path) -> dict[str, Any]:
 
     labels, seeds = sampler.resolve(None, np.arange(settings.evaluation.num_images))
     images = sampler(labels, seeds=seeds)
-    with blaming("config.evaluation.num_images"):
+    with naming_setting("config.evaluation.num_images"):
         scores = score_digits(images, labels)
     s = settings.sampling
     scores |= {

@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, UInt8
 
 from dig_jax.config import Config
 from dig_jax.data.class_names import display_name
-from dig_jax.errors import ConfigError, UserError, blaming, blaming_disk
+from dig_jax.errors import ConfigError, UserError, naming_directory, naming_setting
 from dig_jax.files.atomic import replacing, write_json
 from dig_jax.parallel import barrier, check_shared_directory, local_mesh, on_process_0
 from dig_jax.progress import Progress
@@ -59,7 +59,7 @@ def sample(
     chosen = labels(names)
     if chosen is None and seeds is None:
         seeds = np.arange(max(len(names), 1))
-    with blaming("--labels or --seeds"):
+    with naming_setting("--labels or --seeds"):
         numbers, seeds = sampler.resolve(chosen, seeds)
     parts = _Parts(workdir / "generated", sampler, numbers, seeds)
     on_process_0(parts.claim)
@@ -105,7 +105,7 @@ class _Parts:
             UserError: there are, or it cannot be written to.
         """
         path, ours = self.directory / "set.json", self.described()
-        with blaming_disk(self.directory):
+        with naming_directory(self.directory):
             if path.exists():
                 theirs = _read(path)
                 changed = [
@@ -134,9 +134,9 @@ class _Parts:
         progress = Progress("image", first=done, total=len(self.seeds), every_seconds=10.0)
         for number, first in enumerate(own, 1):
             chosen = slice(first, first + self.size)
-            with blaming("config.sampling"):
+            with naming_setting("config.sampling"):
                 images = self.sampler(self.labels[chosen], seeds=self.seeds[chosen])
-            with blaming_disk(self.directory), replacing(self._path(first)) as file:
+            with naming_directory(self.directory), replacing(self._path(first)) as file:
                 np.save(file, images)
             if index == 0:
                 progress.show(min(done + number * count * self.size, len(self.seeds)))
@@ -170,7 +170,7 @@ class _Parts:
 
 def _collect(parts: _Parts, workdir: Path, names: tuple[str, ...]) -> None:
     """One file of all parts, and a picture of the first images."""
-    with blaming_disk(workdir):
+    with naming_directory(workdir):
         shown = _write_npz(parts, workdir / "generated.npz")
         picture = workdir / "generated.png"
         picture.unlink(missing_ok=True)

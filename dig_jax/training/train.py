@@ -25,7 +25,7 @@ from dig_jax.config import Config
 from dig_jax.data import batches
 from dig_jax.data.latents import LatentSource, check_latents
 from dig_jax.diffusion import get_sampler
-from dig_jax.errors import ConfigError, blaming
+from dig_jax.errors import ConfigError, naming_setting
 from dig_jax.evaluation import evaluate as report
 from dig_jax.export.export import read_model
 from dig_jax.parallel import (
@@ -146,7 +146,7 @@ def _check(components: Components) -> None:
         # It is needed for samples anyway, and loaded here so that they do not fail in mid-run.
         decoder = components.autoencoder
         check_latents(source, components.config, decoder.fingerprint() if decoder else None)
-    with blaming("config.sampling"):
+    with naming_setting("config.sampling"):
         get_sampler(settings.sampler)
         diffusion.respaced(settings.steps)
         if settings.guidance_channels > channels:
@@ -160,7 +160,7 @@ def _check_fits(components: Components, mesh: Mesh, params: Params) -> None:
         ConfigError: names what is not divided, and by what.
     """
     batch = abstract_batch(components, mesh)
-    with jax.set_mesh(mesh), blaming("config.mesh"):
+    with jax.set_mesh(mesh), naming_setting("config.mesh"):
         jax.eval_shape(components.denoise, params, batch["image"], batch["label"], batch["label"])
 
 
@@ -187,7 +187,7 @@ def _start(run: _Run, abstract: steps.State, checkpoints: Checkpoints) -> tuple[
 def _warm_params(run: _Run, expected: Params) -> Params:
     """The parameters that `init_from` names, if they fit, laid out as they are expected."""
     path = run.settings.init_from
-    with blaming("config.init_from"):
+    with naming_setting("config.init_from"):
         _, step, params = read_model(Path(path))
 
     def shapes(tree: Params) -> dict[str, tuple[int, ...]]:
