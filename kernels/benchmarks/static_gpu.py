@@ -125,8 +125,8 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
 
 def compile_case(case: Case) -> gpu_compiler.Program:
     """Compiles a case for its GPU."""
-    from pallas_gla import pallas_triton
     from pallas_gla.scan import Gating, Operands, Scan, saved_shape
+    from pallas_gla.triton import backend
 
     batch, tokens, heads = case.batch, case.side**2, case.heads
 
@@ -142,12 +142,12 @@ def compile_case(case: Case) -> gpu_compiler.Program:
         arguments = (array(*shape, dtype=dtype), values, array(batch, heads, 32, 64, dtype="float32"))
 
         def function(operands, *rest):
-            return pallas_triton.backward(operands, *rest, scan)
+            return backend.backward(operands, *rest, scan)
     else:
         arguments = ()
 
         def function(operands):
-            return pallas_triton.forward(operands, scan, save="states" in case.kind)
+            return backend.forward(operands, scan, save="states" in case.kind)
 
     return gpu_compiler.compile_for(case.gpu, function, operands, *arguments)
 

@@ -174,8 +174,8 @@ def compile_case(case: Case) -> tuple[Any, Any]:
     from jax.experimental.layout import Format, Layout
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
-    from pallas_gla import gla, mosaic_tuning
-    from pallas_gla import pallas_mosaic_tpu as mosaic
+    from pallas_gla import gla
+    from pallas_gla.mosaic_tpu import backend, tuning
     from pallas_gla.mosaic_tpu.launch import Launch
     from pallas_gla.scan import Gating, Operands, Scan
 
@@ -187,7 +187,7 @@ def compile_case(case: Case) -> tuple[Any, Any]:
     if case.chunks is not None:
         kind = topology.devices[0].device_kind
         limits = {"forward_chunks": case.chunks, "backward_chunks": case.chunks}
-        mosaic_tuning.BLOCKS[kind] = dataclasses.replace(mosaic_tuning.BLOCKS[kind], **limits)
+        tuning.BLOCKS[kind] = dataclasses.replace(tuning.BLOCKS[kind], **limits)
     step = []
 
     def row_major(x: Any) -> Format:
@@ -207,16 +207,16 @@ def compile_case(case: Case) -> tuple[Any, Any]:
 
     def forward(*arrays: Any) -> list[Any]:
         scanned = operands(*arrays)
-        sizes = mosaic_tuning.blocks()
+        sizes = tuning.blocks()
         step.append(Launch.of(scanned, scan, sizes.forward_chunks).tiling)
-        o, final_state, states = mosaic.forward(scanned, scan, save=case.kind == "forward+states")
+        o, final_state, states = backend.forward(scanned, scan, save=case.kind == "forward+states")
         return flat(o, final_state, *([] if states is None else [states]))
 
     def backward(states: Any, d_out: Any, *arrays: Any) -> list[Any]:
         scanned = operands(*arrays)
-        step.append(Launch.of(scanned, scan, mosaic_tuning.blocks().backward_chunks).tiling)
+        step.append(Launch.of(scanned, scan, tuning.blocks().backward_chunks).tiling)
         d_state = jnp.zeros((batch, case.heads, keys, values), jnp.float32)
-        gradients = mosaic.backward(scanned, states, d_out.reshape(scanned.v.shape), d_state, scan)
+        gradients = backend.backward(scanned, states, d_out.reshape(scanned.v.shape), d_state, scan)
         return flat(*(x for x in gradients if x is not None))
 
     def portable(*arrays: Any) -> list[Any]:

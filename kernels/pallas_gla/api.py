@@ -9,8 +9,7 @@ from typing import no_type_check
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_gla import context_parallel, primitive, sharding, validation
-from pallas_gla import dispatch as backends
+from pallas_gla import context_parallel, dispatch, primitive, sharding, validation
 from pallas_gla.scan import Gating, Operands, Scan
 
 
@@ -204,7 +203,7 @@ def _run(
     q, _, v, *_ = operands
     grid = validation.check_grid(grid, direction, q.shape[1])
     validation.check_options(q, v, scale, operands.initial_state, operands.segment_ids, chunk_size)
-    backends.check(implementation, interpret)
+    dispatch.check(implementation, interpret)
     operands = Operands(*(None if x is None else jnp.asarray(x) for x in operands))
     if validation.debug_checks_enabled():
         validation.check_values(operands, gated=gating is not None)
@@ -212,8 +211,8 @@ def _run(
     scan = Scan(scale, grid, direction, chunk_size, gating, bool(interpret))
     if operands.initial_state is not None:
         operands = operands._replace(initial_state=operands.initial_state.astype(jnp.float32))
-    if implementation in backends.PLAIN:
-        forward = backends.plain(implementation).forward
+    if implementation in dispatch.PLAIN:
+        forward = dispatch.plain(implementation).forward
 
         def run(operands: Operands, scan: Scan) -> tuple:
             return forward(operands, scan)[:2]

@@ -67,22 +67,28 @@ def choose(
         NotImplementedError: the named kernel cannot run this, or not there.
     """
     if implementation is None and not scan.interpret:
-        module = KERNELS.get(next((key for key in KERNELS if key[1] == platform), None))
-        backend, reason = _xla(), None
-        if module is None:
-            reason = f"there is no kernel for {platform}"
-        elif partitioned:
-            reason = "several devices, and no mesh set by jax.set_mesh to run the kernel per shard"
-        else:
-            kernel = importlib.import_module(module)
-            reason = kernel.unsupported(operands, scan)
-            backend = backend if reason else kernel
-        log_once(backend.__name__, platform, reason)
-        return backend
+        name, reason = _automatic(operands, scan, platform, partitioned)
+        log_once(name, platform, reason)
+        return _module(name, platform)
     kernel = named(implementation, scan, platform)
     if reason := kernel.unsupported(operands, scan):
         raise NotImplementedError(f"implementation={implementation!r} cannot run this: {reason}")
     return kernel
+
+
+def _automatic(operands: Operands, scan: Scan, platform: str, partitioned: bool) -> tuple[str, str | None]:
+    """Return the best implementation's name, and why it is not the platform's kernel."""
+    name = next((name for name, target in KERNELS if target == platform), None)
+    if name is None:
+        return "xla", f"no kernel for {platform}"
+    if partitioned:
+        return "xla", "several devices, and no mesh set by jax.set_mesh to run the kernel per shard"
+    reason = _module(name, platform).unsupported(operands, scan)
+    return ("xla", reason) if reason else (name, None)
+
+
+def _module(name: str, platform: str) -> ModuleType:
+    return importlib.import_module(PLAIN.get(name) or KERNELS[name, platform])
 
 
 def named(implementation: str | None, scan: Scan, platform: str) -> ModuleType:
@@ -102,11 +108,7 @@ def named(implementation: str | None, scan: Scan, platform: str) -> ModuleType:
     return importlib.import_module(KERNELS[(here or choices)[0]])
 
 
-def _xla() -> ModuleType:
-    return plain("xla")
-
-
 @functools.cache
-def log_once(module: str, platform: str, reason: str | None) -> None:
-    """Logs which backend runs on a platform, and why not its kernel, the first time that it is so."""
-    log.info("GLA on %s runs %s%s", platform, module.rpartition(".")[2], f": {reason}" if reason else "")
+def log_once(name: str, platform: str, reason: str | None) -> None:
+    """Log which implementation runs on a platform, and why not its kernel, the first time that it is so."""
+    log.info("GLA on %s runs %r%s", platform, name, f": {reason}" if reason else "")

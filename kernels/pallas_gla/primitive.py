@@ -24,8 +24,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jaxtyping import Array, Float
 
-from pallas_gla import chunked_xla
-from pallas_gla import dispatch as backends
+from pallas_gla import chunked_xla, dispatch
 from pallas_gla.scan import Operands, Scan, saved_shape
 
 # Fields of Operands through which nothing is differentiated.
@@ -80,7 +79,7 @@ def _varying_alike(arrays: list[jax.Array]) -> list[jax.Array]:
 
 def _forward(*arrays, names, scan, implementation, save, platform, partitioned):
     operands = _operands(names, arrays)
-    backend = backends.choose(implementation, operands, scan, platform, partitioned)
+    backend = dispatch.choose(implementation, operands, scan, platform, partitioned)
     out, final_state, states = backend.forward(operands, scan, save=save)
     return [out, final_state, states] if save else [out, final_state]
 
@@ -88,7 +87,7 @@ def _forward(*arrays, names, scan, implementation, save, platform, partitioned):
 def _gradient(*arrays, names, scan, implementation, platform, partitioned):
     *arrays, states, d_out, d_final_state = arrays
     operands = _operands(names, arrays)
-    backend = backends.choose(implementation, operands, scan, platform, partitioned)
+    backend = dispatch.choose(implementation, operands, scan, platform, partitioned)
     gradients = backend.backward(operands, states, d_out, d_final_state, scan)
     return [getattr(gradients, name) for name in _differentiable(names)]
 
@@ -142,7 +141,7 @@ def _eager(function: Callable, *args, **params):
 
 for _primitive, _function in ((scan_p, _forward), (scan_gradient_p, _gradient)):
     _primitive.def_impl(functools.partial(_eager, _function))
-    for _platform in backends.PLATFORMS:
+    for _platform in dispatch.PLATFORMS:
         _rule = functools.partial(_lowering, _function, _platform)
         mlir.register_lowering(_primitive, _rule, platform=_platform)
 scan_tangent_p.def_impl(_tangent)

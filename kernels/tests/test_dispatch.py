@@ -10,8 +10,7 @@ import sys
 import gpu_compiler
 import oracle
 import pytest
-from pallas_gla import dispatch as backends
-from pallas_gla import gla
+from pallas_gla import dispatch, gla
 from pallas_gla.scan import Operands, Scan
 
 (Q, K, V, G, _), _ = oracle.inputs(0, k=32, v=64)
@@ -74,18 +73,20 @@ def test_a_named_kernel_says_what_it_accepts(implementation):
 def test_the_default_takes_the_kernel_of_the_platform_and_otherwise_what_always_runs(caplog):
     def chosen(platform, partitioned=False, width=32):
         operands = Operands(Q[..., :width], K[..., :width], V, G[..., :width])
-        return backends.choose(None, operands, SCAN, platform, partitioned).__name__.rpartition(".")[2]
+        return dispatch.choose(None, operands, SCAN, platform, partitioned).__name__
 
-    backends.log_once.cache_clear()
+    dispatch.log_once.cache_clear()
     with caplog.at_level(logging.INFO, "pallas_gla"):
         for _ in range(2):
-            assert chosen("tpu") == "pallas_mosaic_tpu"
-            assert chosen("cuda") == "pallas_triton"
-            assert chosen("cpu") == chosen("rocm") == "chunked_xla"
-            assert chosen("tpu", partitioned=True) == "chunked_xla"
-            assert chosen("cuda", width=8) == "chunked_xla"
+            assert chosen("tpu") == "pallas_gla.mosaic_tpu.backend"
+            assert chosen("cuda") == "pallas_gla.triton.backend"
+            assert chosen("cpu") == chosen("rocm") == "pallas_gla.chunked_xla"
+            assert chosen("tpu", partitioned=True) == "pallas_gla.chunked_xla"
+            assert chosen("cuda", width=8) == "pallas_gla.chunked_xla"
     assert len(caplog.messages) == 6
-    assert "GLA on cpu runs chunked_xla: there is no kernel for cpu" in caplog.messages
+    assert "GLA on cpu runs 'xla': no kernel for cpu" in caplog.messages
+    assert "GLA on tpu runs 'mosaic'" in caplog.messages
+    assert "GLA on cuda runs 'triton'" in caplog.messages
     assert any("set by jax.set_mesh" in message for message in caplog.messages)
     assert any("K must be from 16 to 128, got 8" in message for message in caplog.messages)
 

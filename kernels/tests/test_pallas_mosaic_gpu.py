@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from pallas_gla.mosaic_gpu import backend as mosaic
+from pallas_gla.mosaic_gpu import backend
 from pallas_gla.scan import Gating, Operands, Scan
 
 COMPILE = """
@@ -23,7 +23,7 @@ os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": dum
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from pallas_gla.mosaic_gpu import backend as pallas_mosaic_gpu
+from pallas_gla.mosaic_gpu import backend
 from pallas_gla.scan import Operands, Scan
 
 H200 = '''gpu_device_info {
@@ -50,8 +50,8 @@ state = array(4, 18, k, 64, dtype="float32") if case["states"] else None
 g = array(*keys.shape, dtype=case["gate_dtype"])
 operands = Operands(keys, keys, values, g, initial_state=state)
 scan = Scan(k**-0.5, (rows, columns), case["direction"])
-assert pallas_mosaic_gpu.unsupported(operands, scan) is None
-forward = lambda operands: pallas_mosaic_gpu.forward(operands, scan, save=case["states"])
+assert backend.unsupported(operands, scan) is None
+forward = lambda operands: backend.forward(operands, scan, save=case["states"])
 print(jax.jit(forward).lower(operands).compile().as_text())
 """
 
@@ -65,8 +65,8 @@ def run(grid, k, gate, gate_dtype, direction, initial=True):
     *arrays, state = arrays
     scan = Scan(k**-0.5, grid, direction, interpret=True)
     operands = Operands(*arrays, initial_state=state if initial else None)
-    assert mosaic.unsupported(operands, scan) is None
-    out, final_state, states = jax.jit(functools.partial(mosaic.forward, scan=scan, save=True))(operands)
+    assert backend.unsupported(operands, scan) is None
+    out, final_state, states = jax.jit(functools.partial(backend.forward, scan=scan, save=True))(operands)
     assert (out.dtype, final_state.dtype, states.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
     index = np.arange(tokens).reshape(grid)
     index = (index.T if scan.by_columns else index).ravel()
@@ -104,8 +104,8 @@ def test_the_backward_pass_reads_the_saved_states():
 
     @jax.jit
     def gradients(operands):
-        states = mosaic.forward(operands, scan, save=True)[2]
-        return mosaic.backward(operands, states, d_out, d_state, scan)
+        states = backend.forward(operands, scan, save=True)[2]
+        return backend.backward(operands, states, d_out, d_state, scan)
 
     *arrays, state = arrays
     actual = gradients(Operands(*arrays, initial_state=state))
@@ -138,7 +138,7 @@ def test_it_says_what_it_does_not_support(change, reason):
     operands = Operands(keys, keys, values, g, segment_ids=case.get("segment_ids"))
     names = ("direction", "chunk_size", "gating")
     scan = Scan(1.0, case["grid"], **{"direction": "row"} | {n: case[n] for n in names if n in case})
-    assert re.match(reason, mosaic.unsupported(operands, scan))
+    assert re.match(reason, backend.unsupported(operands, scan))
 
 
 @pytest.mark.skipif(

@@ -16,9 +16,7 @@ import pytest
 import static_tpu
 from gla_test_base import GLATestBase
 from jax.experimental.pallas import tpu as pltpu
-from pallas_gla.mosaic_tpu import backend as mosaic
-from pallas_gla.mosaic_tpu import launch as mosaic_launch
-from pallas_gla.mosaic_tpu import tuning as mosaic_tuning
+from pallas_gla.mosaic_tpu import backend, launch, tuning
 from pallas_gla.scan import Gating, Operands, Scan, saved_shape
 
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
@@ -113,10 +111,10 @@ def program(case):
 
     def both(arrays, cotangents, ids, gates):
         operands = Operands(*arrays[:4], *(gates or (None, None)), arrays[4] if case.initial else None, ids)
-        assert mosaic.unsupported(operands, scan) is None
-        o, final_state, states = mosaic.forward(operands, scan, save=True)
+        assert backend.unsupported(operands, scan) is None
+        o, final_state, states = backend.forward(operands, scan, save=True)
         assert (states.shape, str(states.dtype)) == saved_shape(operands, scan)
-        gradients = mosaic.backward(operands, states, *cotangents, scan)
+        gradients = backend.backward(operands, states, *cotangents, scan)
         for gradient, operand in zip(gradients[:-1], operands[:-1], strict=True):
             assert (gradient is None) == (operand is None)
             assert gradient is None or (gradient.shape, gradient.dtype) == (operand.shape, operand.dtype)
@@ -197,16 +195,16 @@ def test_heads_beyond_a_group(case):
 
 def test_memory_spaces_and_races_of_the_simulated_chip(monkeypatch):
     interpret = pltpu.InterpretParams(detect_races=True)
-    call = mosaic_launch.pl.pallas_call
+    call = launch.pl.pallas_call
     monkeypatch.setattr(
-        mosaic_launch.pl, "pallas_call", lambda *args, **kw: call(*args, **kw | {"interpret": interpret})
+        launch.pl, "pallas_call", lambda *args, **kw: call(*args, **kw | {"interpret": interpret})
     )
     check(Case((1, 20), heads=1, chunk_size=16, gate="strong", direction="row_reversed"))
 
 
 def test_heads_that_do_not_fit_one_block(monkeypatch):
-    narrow = dataclasses.replace(mosaic_tuning.ANY_TPU, lanes=128)
-    monkeypatch.setattr(mosaic_tuning, "ANY_TPU", narrow)
+    narrow = dataclasses.replace(tuning.ANY_TPU, lanes=128)
+    monkeypatch.setattr(tuning, "ANY_TPU", narrow)
     check(Case((1, 20), heads=6, chunk_size=16))
 
 
@@ -222,7 +220,7 @@ def test_scale_may_be_any_number():
     case = Case((1, 20), heads=1, chunk_size=16)
     arrays, _, _, _ = inputs(case)
     scan = Scan(-0.5, case.grid, case.direction, 16, None, True)
-    run = jax.jit(lambda operands: mosaic.forward(operands, scan, save=False))
+    run = jax.jit(lambda operands: backend.forward(operands, scan, save=False))
     o, _, states = run(Operands(*arrays[:4], initial_state=arrays[4]))
     assert states is None
     oracle.assert_close([o], [oracle.recurrence(arrays, scale=-0.5)["o"]], 5e-3, ["o"])
@@ -241,7 +239,7 @@ def test_says_what_it_cannot_run(k, v, chunk_size, message):
     narrow = jax.ShapeDtypeStruct((1, 64, 2, k), jnp.bfloat16)
     wide = jax.ShapeDtypeStruct((1, 64, 2, v), jnp.bfloat16)
     operands = Operands(narrow, narrow, wide, narrow)
-    assert mosaic.unsupported(operands, Scan(1.0, (1, 64), "row", chunk_size)) == message
+    assert backend.unsupported(operands, Scan(1.0, (1, 64), "row", chunk_size)) == message
 
 
 def static_figures(cases):

@@ -8,8 +8,7 @@ import oracle
 import pytest
 from gla_test_base import GLATestBase
 from pallas_gla.scan import Gating, Operands, Scan
-from pallas_gla.triton import backend as pallas_triton
-from pallas_gla.triton import tuning
+from pallas_gla.triton import backend, tuning
 from triton_cases import (
     COVERING,
     DIRECTIONS,
@@ -86,13 +85,13 @@ def test_says_what_it_does_not_support(change, reason):
     options = {"k": 32, "v": 64, "dtype": "bfloat16", "chunk_size": None} | change
     keys, values = (jax.ShapeDtypeStruct((1, 20, 2, options[name]), options["dtype"]) for name in ("k", "v"))
     scan = Scan(1.0, (1, 20), "row", options["chunk_size"])
-    assert pallas_triton.unsupported(Operands(keys, keys, values, keys), scan) == reason
+    assert backend.unsupported(Operands(keys, keys, values, keys), scan) == reason
 
 
 def test_lowers_for_a_gpu_without_one_and_without_a_warning():
     arrays, _ = oracle.inputs(0, t=64, h=2, k=32, v=64, dtype="bfloat16")
     scan = Scan(0.2, (8, 8), "column")
-    forward = jax.jit(lambda *arrays: pallas_triton.forward(Operands(*arrays), scan, save=False)[0])
+    forward = jax.jit(lambda *arrays: backend.forward(Operands(*arrays), scan, save=False)[0])
     assert "triton" in forward.trace(*arrays[:4]).lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 from pallas_gla.scan import Gating, Operands, Scan, saved_shape
-from pallas_gla.triton import backend as pallas_triton
-from pallas_gla.triton import call as triton_call
+from pallas_gla.triton import backend, call
 from ptx_machine import Machine
 
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
@@ -50,9 +49,9 @@ GATED_PRODUCT = list(
 
 def forward_and_backward(operands: Operands, cotangents: tuple, scan: Scan) -> tuple:
     """Output, final state and gradients."""
-    out, final_state, states = pallas_triton.forward(operands, scan, save=True)
+    out, final_state, states = backend.forward(operands, scan, save=True)
     assert (states.shape, str(states.dtype)) == saved_shape(operands, scan)
-    return (out, final_state), pallas_triton.backward(operands, states, *cotangents, scan)
+    return (out, final_state), backend.backward(operands, states, *cotangents, scan)
 
 
 @functools.partial(jax.jit, static_argnames="scan")
@@ -65,16 +64,16 @@ def compiled(gpu: str, machine: type[Machine] = Machine) -> Callable[..., tuple]
     """`forward_and_backward` by the PTX that Triton makes for a GPU, which a machine in NumPy runs."""
 
     def run(operands: Operands, cotangents: tuple, scan: Scan) -> tuple:
-        call = functools.partial(_call_compiled, gpu, machine, triton_call.call)
-        with mock.patch.object(triton_call, "call", call):
+        replacement = functools.partial(_call_compiled, gpu, machine, call.call)
+        with mock.patch.object(call, "call", replacement):
             return forward_and_backward(operands, cotangents, scan)
 
     return run
 
 
-def _call_compiled(gpu, machine, call, kernel, arrays, results, *, programs, **options):
+def _call_compiled(gpu, machine, original, kernel, arrays, results, *, programs, **options):
     def launch(*arrays):
-        return call(kernel, arrays, results, programs=programs, **options)
+        return original(kernel, arrays, results, programs=programs, **options)
 
     [code] = gpu_compiler.compile_for(gpu, launch, *arrays).kernels.values()
     # What a kernel does not write is seen.

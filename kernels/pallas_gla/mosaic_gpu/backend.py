@@ -31,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_gla.scan import Operands, Scan, saved_shape
-from pallas_gla.triton import backend as pallas_triton
+from pallas_gla.triton import backend as triton_backend
 
 try:
     InterpretParams = gpu.InterpretGPUParams
@@ -51,7 +51,7 @@ LOG2_E = 1.4426950408889634
 SPAN = 64.0
 
 # The states that `forward` saves are the ones that Triton's backward pass reads.
-backward = pallas_triton.backward
+backward = triton_backend.backward
 
 
 def unsupported(operands: Operands, scan: Scan) -> str | None:
@@ -69,7 +69,7 @@ def unsupported(operands: Operands, scan: Scan) -> str | None:
         (scan.chunk_size in (None, CHUNK), f"chunk_size must be None or {CHUNK}, got {scan.chunk_size}"),
         (scan.gating is None, "gating must be None (gla and gla_2d), got that of gated_gla_2d"),
         (operands.segment_ids is None, "segment_ids must be None, got an array"),
-        (True, pallas_triton.unsupported(operands, scan)),
+        (True, triton_backend.unsupported(operands, scan)),
     )
     return next((reason for fine, reason in checks if not fine), checks[-1][1])
 

@@ -4,7 +4,7 @@ Operands go in as [B, T, H * K] and [B, T, H * V], which is how projections leav
 width. K is padded to 32, 64 or 128, V to 64 or 128, and T to whole grid steps, where it is anything else;
 DiG's shapes need no padding. float16, which these chips lack, is computed in float32.
 
-`mosaic_launch` lays a scan out on the chip, `mosaic_forward` and `mosaic_backward` are the kernels.
+`launch` lays a scan out on the chip, `forward` and `backward` are the kernels.
 """
 
 import functools
@@ -12,9 +12,9 @@ import functools
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_gla.mosaic_tpu import backward as mosaic_backward
-from pallas_gla.mosaic_tpu import forward as mosaic_forward
-from pallas_gla.mosaic_tpu import tuning as mosaic_tuning
+from pallas_gla.mosaic_tpu import tuning
+from pallas_gla.mosaic_tpu.backward import backward_kernel
+from pallas_gla.mosaic_tpu.forward import forward_kernel
 from pallas_gla.mosaic_tpu.launch import Launch, chip_dtype, starts_of_segments
 from pallas_gla.scan import Operands, Scan, saved_shape
 
@@ -44,12 +44,12 @@ def forward(
         states that enter the chunks, transposed and with heads side by side, [B, N, V, H * K]; chunks longer
         than 64 leave slots at the end undefined.
     """
-    launch = Launch.of(operands, scan, mosaic_tuning.blocks().forward_chunks)
+    launch = Launch.of(operands, scan, tuning.blocks().forward_chunks)
     results = {"o": launch.dtype, "final_state": jnp.dtype(jnp.float32)}
     (_, slots, _, _), state_dtype = saved_shape(operands, scan)
     if save:
         results["states"] = jnp.dtype(state_dtype)
-    body = functools.partial(mosaic_forward.kernel, scale=scan.scale, gating=scan.gating)
+    body = functools.partial(forward_kernel, scale=scan.scale, gating=scan.gating)
     results = launch.run("gla_forward", body, launch.inputs(operands), results, slots)
     o = launch.unpack(results["o"], operands.v)
     states = launch.trim_states(results["states"], slots) if save else None
@@ -74,7 +74,7 @@ def backward(
     Returns:
         Gradients in the places of the operands; None where there is none.
     """
-    launch = Launch.of(operands, scan, mosaic_tuning.blocks().backward_chunks)
+    launch = Launch.of(operands, scan, tuning.blocks().backward_chunks)
     inputs = launch.inputs(operands._replace(initial_state=None))
     inputs["d_o"] = launch.pack("d_o", d_out)
     inputs["d_final_state"] = launch.pack_state(d_final_state)
@@ -84,7 +84,7 @@ def backward(
     results["d_initial_state"] = jnp.dtype(jnp.float32)
     if scan.gating is not None:
         results["d_norm_weight"] = jnp.dtype(jnp.float32)
-    body = functools.partial(mosaic_backward.kernel, scale=scan.scale, gating=scan.gating)
+    body = functools.partial(backward_kernel, scale=scan.scale, gating=scan.gating)
     results = launch.run("gla_backward", body, inputs, results, states.shape[1], backward=True)
     found = {name: launch.unpack(results[f"d_{name}"], getattr(operands, name)) for name in tokens}
     if operands.segment_ids is not None:

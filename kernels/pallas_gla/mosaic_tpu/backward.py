@@ -28,7 +28,7 @@ from pallas_gla.mosaic_tpu.tiles import Group, Tiling
 from pallas_gla.scan import Gating
 
 
-def kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | None) -> None:
+def backward_kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | None) -> None:
     """Runs one grid step, (batch, heads, chunks); `refs` are named as in `mosaic_launch`."""
     step = pl.program_id(2)
     state_ref, weight_ref = refs["state"], refs.get("d_norm_weight")

@@ -31,7 +31,7 @@ from pallas_gla.scan import Gating
 NO_STATE = -512.0
 
 
-def kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | None) -> None:
+def forward_kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | None) -> None:
     """Runs one grid step, (batch, heads, chunks); `refs` are named as in `mosaic_launch`."""
     step = pl.program_id(2)
     state_ref = refs["state"]

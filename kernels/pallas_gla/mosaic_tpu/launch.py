@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Shaped
 
-from pallas_gla.mosaic_tpu import tuning as mosaic_tuning
+from pallas_gla.mosaic_tpu import tuning
 from pallas_gla.mosaic_tpu.tiles import Tiling
 from pallas_gla.mosaic_tpu.tokens import LANES, SUBLANES, Columns, Tokens, by_rows, column_chunk
 from pallas_gla.scan import STATE_INTERVAL, Operands, Scan
@@ -63,7 +63,7 @@ class Launch:
         """Chooses padded widths, the chunk, and how many chunks (`chunks` at most) and heads a step takes."""
         batch, tokens, heads, keys = operands.q.shape
         values = operands.v.shape[-1]
-        blocks = mosaic_tuning.blocks()
+        blocks = tuning.blocks()
         key_width = max(32, 1 << (keys - 1).bit_length())
         chunk = min(scan.chunk_size or blocks.chunk, max(16, 1 << (tokens - 1).bit_length()))
         most = blocks.column_tokens * 2 // chip_dtype(operands.v.dtype).itemsize
@@ -220,7 +220,7 @@ class Launch:
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=mosaic_tuning.blocks().vmem_limit_bytes,
+                vmem_limit_bytes=tuning.blocks().vmem_limit_bytes,
             ),
             cost_estimate=self._cost((*inputs.values(), *results.values()), backward),
             interpret=self.scan.interpret,

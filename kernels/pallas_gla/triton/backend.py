@@ -20,8 +20,7 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_gla.scan import STATE_INTERVAL, Operands, Scan, saved_shape
 from pallas_gla.scan_order import segment_starts, to_scan_order
-from pallas_gla.triton import call as triton_call
-from pallas_gla.triton import tuning
+from pallas_gla.triton import call, tuning
 from pallas_gla.triton.backward import backward_kernel, backward_parts_kernel, ungate_kernel
 from pallas_gla.triton.forward import forward_kernel, parts_kernel
 from pallas_gla.triton.tiling import Tiling
@@ -36,7 +35,7 @@ Result = tuple[tuple[int, ...], Any]
 
 def unsupported(operands: Operands, scan: Scan) -> str | None:
     """Says why these kernels cannot run a scan, in one line; None if they can."""
-    if not triton_call.available:
+    if not call.available:
         return f"jax {jax.__version__} has no Pallas Triton, accepted is a jax that has"
     for name, x in (("K", operands.q), ("V", operands.v)):
         if not WIDTHS[0] <= x.shape[-1] <= WIDTHS[1]:
@@ -114,7 +113,7 @@ def _prepare(operands: Operands, scan: Scan) -> tuple[Tiling, dict[str, Shaped[A
     batch, tokens, heads, keys = operands.q.shape
     chunk = min(scan.chunk_size or STATE_INTERVAL, STATE_INTERVAL)
     chunk = min(chunk, max(SHORTEST_CHUNK, 1 << (tokens - 1).bit_length()))
-    device = tuning.gpu(None if scan.interpret else triton_call.device_kind())
+    device = tuning.gpu(None if scan.interpret else call.device_kind())
     tiling = Tiling(
         scan=scan,
         batch=batch,
@@ -163,7 +162,7 @@ def _launch(
     results: dict[str, Result],
 ) -> dict[str, Shaped[Array, "..."]]:
     """Runs a kernel; returns its results by name."""
-    device = tuning.gpu(None if tiling.scan.interpret else triton_call.device_kind())
+    device = tuning.gpu(None if tiling.scan.interpret else call.device_kind())
     # Products of a token with a state, and with half the tokens of its chunk.
     states, pairs = (5, 6) if "states" in arrays else (2, 2)
     flops = (
@@ -176,7 +175,7 @@ def _launch(
         transcendentals=2 * tokens * tiling.keys,
         bytes_accessed=sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in sizes),
     )
-    outputs = triton_call.call(
+    outputs = call.call(
         kernel(tiling, (*arrays, *results)),
         list(arrays.values()),
         list(results.values()),

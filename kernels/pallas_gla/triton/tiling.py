@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_gla.scan import Scan
-from pallas_gla.triton import call as triton_call
+from pallas_gla.triton import call
 
 LOG2_E = 1.4426950408889634
 # The most entries of a state for which a chunk is summed by products.
@@ -114,21 +114,21 @@ class Tiling:
 
     def exp2(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """2**x, zero below 2**-126: numbers smaller than that would take three more instructions each."""
-        return jnp.exp2(x) if self.scan.interpret else triton_call.approximate("ex2", x)
+        return jnp.exp2(x) if self.scan.interpret else call.approximate("ex2", x)
 
     def times_exp2(self, x: Float[Array, "m n"], exponent: Float[Array, "_ n"]) -> Float[Array, "m n"]:
         """x * 2**exponent, of float32 numbers."""
-        return x * jnp.exp2(exponent) if self.scan.interpret else triton_call.times_exp2(x, exponent)
+        return x * jnp.exp2(exponent) if self.scan.interpret else call.times_exp2(x, exponent)
 
     def widen(self, x: Float[Array, "m n"]) -> Float[Array, "m n"]:
         """What `operand` returned, in float32."""
         narrow = x.dtype == jnp.bfloat16 and not self.scan.interpret
-        return triton_call.widen(x) if narrow else x.astype(jnp.float32)
+        return call.widen(x) if narrow else x.astype(jnp.float32)
 
     def sigmoid(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Of a float32; accurate where it is small too, which a tanh would not be."""
         denominator = 1 + self.exp2(x * -LOG2_E)
-        return 1 / denominator if self.exact else triton_call.approximate("rcp", denominator)
+        return 1 / denominator if self.exact else call.approximate("rcp", denominator)
 
     def log2_decay(self, g: Float[Array, "..."]) -> Float[Array, "..."]:
         """Base-2 logarithm of the decay, of log decays or, in a gated scan, of logits."""
@@ -136,7 +136,7 @@ class Tiling:
         if self.scan.gating is None:
             return g * LOG2_E
         e = self.exp2(jnp.abs(g) * -LOG2_E)
-        log2 = jnp.log1p(e) * LOG2_E if self.exact else triton_call.approximate("lg2", 1 + e)
+        log2 = jnp.log1p(e) * LOG2_E if self.exact else call.approximate("lg2", 1 + e)
         return (jnp.minimum(g, 0) * LOG2_E - log2) * (1 / self.scan.gating.normalizer)
 
 
@@ -176,7 +176,7 @@ class Program:
     @classmethod
     def current(cls, tiling: Tiling, refs: dict[str, Any]) -> "Program":
         """Heads vary fastest, so that programs that run at once share cache lines."""
-        rest, head = divide(triton_call.program_id(0), tiling.heads)
+        rest, head = divide(call.program_id(0), tiling.heads)
         element, part = divide(rest, tiling.parts)
         return cls(tiling, refs, head, part, element)
 
@@ -217,12 +217,12 @@ class Program:
 
     def load(self, name: str, positions: Int[Array, " c"]) -> Shaped[Array, "c n"]:
         """A tile [tokens, padded width]; zeros beyond the array."""
-        return triton_call.load(*self._tile(name, positions))
+        return call.load(*self._tile(name, positions))
 
     def store(self, name: str, positions: Int[Array, " c"], x: Float[Array, "c n"]) -> None:
         """Writes a tile."""
         ref, index, mask = self._tile(name, positions)
-        triton_call.store(ref, index, x, mask)
+        call.store(ref, index, x, mask)
 
     def _line(
         self, name: str, row: Int[Array, ""]
@@ -238,21 +238,21 @@ class Program:
 
     def load_token(self, name: str, position: Int[Array, ""]) -> Float[Array, " n"]:
         """One token, in float32."""
-        return triton_call.load(*self._line(name, self._rows(position))).astype(jnp.float32)
+        return call.load(*self._line(name, self._rows(position))).astype(jnp.float32)
 
     def store_token(self, name: str, position: Int[Array, ""], x: Float[Array, " n"]) -> None:
         """Writes one token."""
         ref, index, mask = self._line(name, self._rows(position))
-        triton_call.store(ref, index, x, mask)
+        call.store(ref, index, x, mask)
 
     def load_line(self, name: str, row: Int[Array, ""]) -> Float[Array, " n"]:
         """A row of any array, in float32."""
-        return triton_call.load(*self._line(name, row)).astype(jnp.float32)
+        return call.load(*self._line(name, row)).astype(jnp.float32)
 
     def store_line(self, name: str, row: Int[Array, ""], x: Float[Array, " n"]) -> None:
         """Writes a row of any array."""
         ref, index, mask = self._line(name, row)
-        triton_call.store(ref, index, x, mask)
+        call.store(ref, index, x, mask)
 
     def number(self, part: Int[Array, ""]) -> Int[Array, ""]:
         """The number of the program with another part of this head's scan."""
@@ -290,14 +290,14 @@ class Program:
 
     def load_state(self, name: str, where: tuple[tuple[Int[Array, "..."], ...], Any]) -> Float[Array, "v k"]:
         """A state from one of the places above."""
-        return triton_call.load(self.refs[name], *where)
+        return call.load(self.refs[name], *where)
 
     def store_state(
         self, name: str, where: tuple[tuple[Int[Array, "..."], ...], Any], x: Float[Array, "v k"]
     ) -> None:
         """Writes a state."""
         index, mask = where
-        triton_call.store(self.refs[name], index, x, mask)
+        call.store(self.refs[name], index, x, mask)
 
     def store_end_state(self, name: str, x: Float[Array, "v k"], part: int) -> None:
         """Writes an initial or a final state, in the program of that part only."""
@@ -328,7 +328,7 @@ class Program:
     def run(self, position: Int[Array, "..."]) -> Int[Array, "..."]:
         """The number of the segment of a position, clipped into the scan, in scan order."""
         position = jnp.clip(position, 0, self.tiling.tokens - 1)
-        return triton_call.load(self.refs["runs"], (self.element * self.tiling.tokens + position,), None)
+        return call.load(self.refs["runs"], (self.element * self.tiling.tokens + position,), None)
 
     def loop(self, body: Callable, carry: Any, backward: bool = False) -> Any:
         """Runs `carry = body(chunk, carry)` over the chunks of this part."""
