@@ -21,6 +21,14 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, or that reading or writing failed for."""
 
 
+class InvalidFile(ValueError):
+    """Invalid content of a file: what is wrong, in one line without the file's name."""
+
+    def __str__(self) -> str:
+        # The message may quote the file.
+        return "".join(c if c.isprintable() else "?" for c in super().__str__())
+
+
 @contextlib.contextmanager
 def naming_setting(setting: str) -> Iterator[None]:
     """Re-raise a ValueError or UserError as a ConfigError that starts with the name of a field or flag."""

@@ -25,12 +25,12 @@ from dig_jax.convert.recognize import (
     describe,
     is_flow_matching,
     looks_like_official_dit,
-    recognise,
+    recognize,
 )
-from dig_jax.convert.sources import Source
+from dig_jax.convert.sources import UpstreamParams
 from dig_jax.data import ImageSpec
 from dig_jax.export.export import read_model
-from dig_jax.files.safetensors import Stored
+from dig_jax.files.safetensors import StoredArray
 
 
 @pytest.fixture
@@ -113,15 +113,17 @@ def dit_xl():
         "pos_embed": (1, 256, 1152),
         **{f"blocks.{block}.attn.qkv.weight": (3456, 1152) for block in range(28)},
     }
-    return Source({name: Stored(shape, "float32", np.zeros) for name, shape in shapes.items()}, "", {})
+    return UpstreamParams(
+        {name: StoredArray(shape, "float32", np.zeros) for name, shape in shapes.items()}, "", {}
+    )
 
 
 def test_the_model_is_found_by_the_shapes(dit_xl):
-    settings = recognise(dit_xl)
+    settings = recognize(dit_xl)
     assert (settings.model.name, settings.model.depth, settings.model.num_heads) == ("DiT-XL/2", 28, 16)
     assert settings.data.options == {"image_size": 32, "channels": 4, "num_classes": 1000}
     assert settings.model.learn_sigma
-    named = recognise(dit_xl, model="SiT-XL/2", input_size=64)
+    named = recognize(dit_xl, model="SiT-XL/2", input_size=64)
     assert (named.model.name, named.model.depth) == ("DiT-XL/2", 0)
     assert named.data.options["image_size"] == 64
 
@@ -151,19 +153,19 @@ def test_a_model_of_pixels_without_classes_is_converted_both_ways(tmp_path):
 
 def test_the_published_dit_is_known_by_its_shapes(dit_xl):
     """Its licence is told then; and not of the same model that somebody trained."""
-    assert looks_like_official_dit(dit_xl, recognise(dit_xl))
-    assert looks_like_official_dit(dit_xl, recognise(dit_xl, model="DiT-XL/2"))
+    assert looks_like_official_dit(dit_xl, recognize(dit_xl))
+    assert looks_like_official_dit(dit_xl, recognize(dit_xl, model="DiT-XL/2"))
     own = dataclasses.replace(dit_xl, hints={"model": "DiT-XL/2"})
-    assert not looks_like_official_dit(own, recognise(own))
-    shallow = Source(dict(list(dit_xl.stored.items())[:-1]), "", {})
-    assert not looks_like_official_dit(shallow, recognise(shallow))
+    assert not looks_like_official_dit(own, recognize(own))
+    shallow = UpstreamParams(dict(list(dit_xl.stored.items())[:-1]), "", {})
+    assert not looks_like_official_dit(shallow, recognize(shallow))
 
 
 @pytest.mark.parametrize("shape", [(1152, 4, 0, 0), (0, 4, 2, 2), (1152, 4), ()])
 def test_shapes_that_no_model_has_are_refused(dit_xl, shape):
-    dit_xl.stored["x_embedder.proj.weight"] = Stored(shape, "float32", np.zeros)
+    dit_xl.stored["x_embedder.proj.weight"] = StoredArray(shape, "float32", np.zeros)
     with pytest.raises(dig_jax.CheckpointError, match="x_embedder.proj.weight has the shape"):
-        recognise(dit_xl)
+        recognize(dit_xl)
 
 
 def test_sit_is_known_by_its_name(dit_xl):

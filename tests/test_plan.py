@@ -25,7 +25,7 @@ from dig_jax.hardware.hlo_cost import Collective, Counts, count
 from dig_jax.hardware.model_flops import forward_flops, training_flops
 from dig_jax.hardware.roofline import roofline
 from dig_jax.planning import plan, topology
-from dig_jax.planning.compiling import compiled, optimised
+from dig_jax.planning.compiling import compiled, optimized
 from dig_jax.planning.fitting import SIZES, largest_fitting
 
 ROOT = Path(__file__).parent.parent
@@ -358,7 +358,7 @@ def test_a_program_for_tpus_is_read_before_its_machine_code_is_made_and_keeps_he
 @needs_libtpu
 def test_a_program_that_tpus_have_no_memory_for_is_refused_with_its_size():
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as refusal:
-        optimised(lower_too_large)
+        optimized(lower_too_large)
     assert plan._refused(refusal.value) == 96 * 2**30
 
 

@@ -13,14 +13,14 @@ from tiny_components import random_params, tiny_components
 from upstream_files import state_dict
 
 from dig_jax import autoencoder
-from dig_jax.convert.sources import open_source
+from dig_jax.convert.sources import open_upstream
 from dig_jax.errors import CheckpointError
 from dig_jax.export.export import read_model, write_model
 from dig_jax.files.safetensors import MAX_HEADER, open_safetensors, write_safetensors
 
 
 def read_upstream(path):
-    with open_source(path):
+    with open_upstream(path):
         pass
 
 

@@ -12,7 +12,7 @@ from test_convert import GOLDEN, fresh
 
 from dig_jax.convert.command import main
 from dig_jax.convert.names import read_params
-from dig_jax.files.safetensors import Stored
+from dig_jax.files.safetensors import StoredArray
 
 HEADS = {"dit": ["--num_heads=1"]}  # which its parameters do not show
 
@@ -31,7 +31,7 @@ def abstract(case):
 @functools.cache
 def expected(case):
     """What the golden outputs are computed with, in test_convert."""
-    stored = {name: Stored(x.shape, "float32", lambda x=x: x) for name, x in state_dict(case).items()}
+    stored = {name: StoredArray(x.shape, "float32", lambda x=x: x) for name, x in state_dict(case).items()}
     return traverse_util.unflatten_dict(read_params(abstract(case), stored))
 
 

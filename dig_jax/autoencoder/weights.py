@@ -16,7 +16,7 @@ from jaxtyping import Array
 from dig_jax.autoencoder.model import Autoencoder
 from dig_jax.autoencoder.networks import AutoencoderArchitecture
 from dig_jax.errors import CheckpointError
-from dig_jax.files.safetensors import Stored, open_safetensors
+from dig_jax.files.safetensors import StoredArray, open_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 # What a config may say of networks that are not this one, and how it says that they are.
@@ -144,7 +144,7 @@ def _read_weights(path: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> dict[t
             raise CheckpointError(f"{path}: {error}") from error
 
 
-def _match(stored: Mapping[str, Stored], shapes: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, str]:
+def _match(stored: Mapping[str, StoredArray], shapes: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, str]:
     """The name in the file of each of our arrays."""
     names, missing, wrong = {}, [], []
     for path, shape in shapes.items():

@@ -26,17 +26,16 @@ from dig_jax.components import Components
 from dig_jax.config import Config
 from dig_jax.convert import diffusers
 from dig_jax.convert.names import read_params, torch_arrays
-from dig_jax.convert.pytorch.pickle_reader import Refused
 from dig_jax.convert.pytorch.writer import write_torch
 from dig_jax.convert.recognize import (
     EMA,
     images_of,
     is_flow_matching,
     looks_like_official_dit,
-    recognise,
+    recognize,
 )
-from dig_jax.convert.sources import open_source
-from dig_jax.errors import CheckpointError, ConfigError, UserError
+from dig_jax.convert.sources import open_upstream
+from dig_jax.errors import CheckpointError, ConfigError, InvalidFile, UserError
 from dig_jax.export.export import FORMAT, read_model, write_model, writing_to
 from dig_jax.files.atomic import new_folder, replacing, write_json
 from dig_jax.files.safetensors import open_safetensors, write_safetensors
@@ -45,7 +44,7 @@ log = logging.getLogger("dig_jax.convert")
 
 
 def convert(source: Path, target: Path, tree: str | None = None, **options: str | int | None) -> None:
-    """Converts in the direction that the source stands for; `options` as in `recognise`.
+    """Converts in the direction that the source stands for; `options` as in `recognize`.
 
     Args:
         source: somebody's file; or ours: a workdir, a checkpoint in it, or an exported file.
@@ -73,15 +72,15 @@ def convert(source: Path, target: Path, tree: str | None = None, **options: str 
 
 
 def _to_ours(source: Path, target: Path, tree: str | None, **options: str | int | None) -> None:
-    with open_source(source, tree) as found:
+    with open_upstream(source, tree) as found:
         name = options.get("model") or source.name
         try:
-            settings = recognise(found, **options)
+            settings = recognize(found, **options)
             components = Components(settings, images_of(settings))
             params = read_params(components.abstract_model, found.stored)
         except ConfigError:
             raise
-        except Refused:  # open_source names the file
+        except InvalidFile:  # open_upstream names the file
             raise
         except (UserError, ValueError) as error:
             raise CheckpointError(f"{source}: {error}") from error

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dig_jax.convert.pytorch.pickle_reader import Refused
-from dig_jax.files.safetensors import Stored
+from dig_jax.errors import InvalidFile
+from dig_jax.files.safetensors import StoredArray
 from dig_jax.models.backbone import DiffusionTransformer
 from dig_jax.models.dit import DiT
 
@@ -36,17 +36,17 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 
-def as_upstream(stored: Mapping[str, Stored]) -> Mapping[str, Stored]:
+def as_upstream(stored: Mapping[str, StoredArray]) -> Mapping[str, StoredArray]:
     """diffusers' names as upstream's; others are left as they are.
 
     Raises:
-        Refused: queries, keys and values do not fit together; and, when it is read, an embedding of which
+        InvalidFile: queries, keys and values do not fit together; and, when it is read, an embedding of which
             the blocks have different copies.
     """
     if not any(name.startswith("transformer_blocks.") for name in stored):
         return stored
-    found: dict[str, Stored] = {}
-    copies: dict[str, list[Stored]] = {}
+    found: dict[str, StoredArray] = {}
+    copies: dict[str, list[StoredArray]] = {}
     for name, array in stored.items():
         stem, _, leaf = name.rpartition(".")
         block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", stem)
@@ -117,22 +117,22 @@ def _renamed(name: str, array: np.ndarray, depth: int) -> Iterator[tuple[str, np
         yield f"transformer_blocks.{block[1]}.{inner[block[2]]}.{leaf}", array
 
 
-def _agreed(arrays: list[Stored], name: str) -> Stored:
+def _agreed(arrays: list[StoredArray], name: str) -> StoredArray:
     """One array for several that must be equal; they are compared when it is read."""
 
     def read() -> np.ndarray:
         array = arrays[0].read()
         if not all(np.array_equal(array, other.read()) for other in arrays[1:]):
-            raise Refused(f"the blocks have different copies of {name}; our DiT has one for all")
+            raise InvalidFile(f"the blocks have different copies of {name}; our DiT has one for all")
         return array
 
-    return Stored(arrays[0].shape, arrays[0].dtype, read)
+    return StoredArray(arrays[0].shape, arrays[0].dtype, read)
 
 
-def _fused(parts: list[Stored | None], name: str) -> Stored:
+def _fused(parts: list[StoredArray | None], name: str) -> StoredArray:
     """Arrays one below the other."""
     whole = [part for part in parts if part is not None and part.shape]
     if len(whole) < len(parts) or len({(part.shape, part.dtype) for part in whole}) > 1:
-        raise Refused(f"beside {name}, to_k or to_v is missing or of another shape or dtype")
+        raise InvalidFile(f"beside {name}, to_k or to_v is missing or of another shape or dtype")
     shape = (sum(part.shape[0] for part in whole), *whole[0].shape[1:])
-    return Stored(shape, whole[0].dtype, lambda: np.concatenate([part.read() for part in whole]))
+    return StoredArray(shape, whole[0].dtype, lambda: np.concatenate([part.read() for part in whole]))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dig_jax.files.safetensors import Stored
+from dig_jax.files.safetensors import StoredArray
 from dig_jax.models.backbone import DiffusionTransformer
 from dig_jax.models.dig import DIRECTIONS, DiG
 from dig_jax.models.embeddings import sincos_positions
@@ -80,7 +80,7 @@ def load_torch_state_dict(
             then unchanged.
     """
     arrays = {name: np.asarray(value) for name, value in state_dict.items()}
-    stored = {name: Stored(x.shape, "float32", lambda x=x: x) for name, x in arrays.items()}
+    stored = {name: StoredArray(x.shape, "float32", lambda x=x: x) for name, x in arrays.items()}
     params = read_params(model, stored)
     replaced = [
         (path, variable.replace(jnp.asarray(params[path])))
@@ -100,7 +100,7 @@ def to_torch_state_dict(model: DiffusionTransformer) -> dict[str, np.ndarray]:
     return torch_arrays(model, {path: np.asarray(variable[...]) for path, variable in flat})
 
 
-def read_params(model: DiffusionTransformer, stored: Mapping[str, Stored]) -> dict[tuple, np.ndarray]:
+def read_params(model: DiffusionTransformer, stored: Mapping[str, StoredArray]) -> dict[tuple, np.ndarray]:
     """Our leaves by their paths, float32; names, shapes and dtypes are compared before one is read.
 
     Args:
@@ -156,7 +156,7 @@ def _shapes(model: DiffusionTransformer) -> dict[tuple, tuple[int, ...]]:
     return {path: variable.shape for path, variable in nnx.to_flat_state(nnx.split(model)[1])}
 
 
-def _compare(stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _compare(stored: Mapping[str, StoredArray], expected: Mapping[str, tuple[int, ...]]) -> None:
     aliases = {alias for name in expected if (alias := _alias(name))}
     problems = {
         "missing": sorted(expected.keys() - stored.keys()),
@@ -180,7 +180,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(name[:150] for name in names[:4]) + more
 
 
-def _read(stored: Mapping[str, Stored], name: str) -> np.ndarray:
+def _read(stored: Mapping[str, StoredArray], name: str) -> np.ndarray:
     array = stored[name].read().astype(np.float32, copy=False)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds values that are not finite")
@@ -261,7 +261,7 @@ def _positions(model: DiffusionTransformer) -> np.ndarray:
     return sincos_positions(tuple(size // model.patch_size for size in model.input_size), model.hidden_size)
 
 
-def _check_positions(model: DiffusionTransformer, stored: Mapping[str, Stored]) -> None:
+def _check_positions(model: DiffusionTransformer, stored: Mapping[str, StoredArray]) -> None:
     if "pos_embed" not in stored:
         return
     theirs = stored["pos_embed"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dig_jax.config import Config, from_dict
-from dig_jax.convert.sources import Source
+from dig_jax.convert.sources import UpstreamParams
 from dig_jax.data import ImageSpec
 from dig_jax.data.class_names import imagenet_ids
 from dig_jax.errors import CheckpointError, ConfigError
@@ -18,7 +18,7 @@ EMA = "0.9999"  # upstream's decay
 _AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # the recipe's, of four channels
 
 
-def recognise(source: Source, **options: Any) -> Config:
+def recognize(source: UpstreamParams, **options: Any) -> Config:
     """The config of a model that the arrays fit, as far as their names and shapes tell.
 
     Args:
@@ -64,13 +64,13 @@ def recognise(source: Source, **options: Any) -> Config:
     return describe(model | given, data, EMA if source.tree == "ema" else "params")
 
 
-def is_flow_matching(source: Source, name: str) -> bool:
+def is_flow_matching(source: UpstreamParams, name: str) -> bool:
     """Whether a file or model of this name, or the run that wrote it, is SiT's."""
     model = source.hints.get("model")
     return name.lower().startswith("sit") or (isinstance(model, str) and model.startswith("SiT"))
 
 
-def looks_like_official_dit(source: Source, settings: Config) -> bool:
+def looks_like_official_dit(source: UpstreamParams, settings: Config) -> bool:
     """Whether arrays have the shapes of the published DiT-XL/2, and no run's arguments beside them."""
     classes, channels = (settings.data.options[name] for name in ("num_classes", "channels"))
     return (
@@ -153,7 +153,7 @@ def images_of(settings: Config) -> ImageSpec:
     return ImageSpec((size, size, channels), names)
 
 
-def _family(source: Source) -> str:
+def _family(source: UpstreamParams) -> str:
     for name, family in _FAMILIES.items():
         if f"blocks.0.{name}" in source.stored:
             return family
@@ -164,7 +164,7 @@ def _family(source: Source) -> str:
     )
 
 
-def _depth(source: Source) -> int:
+def _depth(source: UpstreamParams) -> int:
     found = (re.match(r"blocks\.(\d+)\.", name) for name in source.stored)
     blocks = {match[1] for match in found if match}
     missing = [str(block) for block in range(len(blocks)) if str(block) not in blocks]
@@ -173,7 +173,7 @@ def _depth(source: Source) -> int:
     return len(blocks)
 
 
-def _shape(source: Source, name: str, dimensions: int) -> tuple[int, ...]:
+def _shape(source: UpstreamParams, name: str, dimensions: int) -> tuple[int, ...]:
     if name not in source.stored:
         raise CheckpointError(f"missing: {name}")
     shape = source.stored[name].shape
@@ -182,7 +182,7 @@ def _shape(source: Source, name: str, dimensions: int) -> tuple[int, ...]:
     return shape
 
 
-def _heads(source: Source, width: int) -> int | None:
+def _heads(source: UpstreamParams, width: int) -> int | None:
     """DiG has a norm of each head's values; diffusers' config says it."""
     norm = source.stored.get("blocks.0.attn.g_norm_swish_gate.weight")
     if norm is not None and norm.shape and norm.shape[0]:
@@ -191,13 +191,13 @@ def _heads(source: Source, width: int) -> int | None:
     return heads if type(heads) is int else None
 
 
-def _num_classes(source: Source) -> int:
+def _num_classes(source: UpstreamParams) -> int:
     """One less than the rows of the table, of which the last is the null class."""
     name = "y_embedder.embedding_table.weight"
     return _shape(source, name, 2)[0] - 1 if name in source.stored else 0
 
 
-def _input_size(source: Source, patch: int) -> int:
+def _input_size(source: UpstreamParams, patch: int) -> int:
     """The side of a square image, by the table of positions or diffusers' config."""
     if "pos_embed" in source.stored:
         tokens = _shape(source, "pos_embed", 3)[1]

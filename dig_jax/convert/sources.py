@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dig_jax.convert.diffusers import WEIGHTS, as_upstream
-from dig_jax.convert.pytorch.pickle_reader import Opaque, Refused, put
+from dig_jax.convert.pytorch.pickle_reader import Opaque, put
 from dig_jax.convert.pytorch.reader import Tensor, TorchFile, open_torch
-from dig_jax.errors import CheckpointError
-from dig_jax.files.safetensors import Stored, open_safetensors
+from dig_jax.errors import CheckpointError, InvalidFile
+from dig_jax.files.safetensors import StoredArray, open_safetensors
 
 _DIFFUSERS_FILES = (
     WEIGHTS,
@@ -25,7 +25,7 @@ _MAX_JSON = 2**20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class UpstreamParams:
     """Somebody's parameters.
 
     stored: upstream's arrays by their names.
@@ -33,13 +33,13 @@ class Source:
     hints: what stands beside them: a run's arguments, or diffusers' config.
     """
 
-    stored: dict[str, Stored]
+    stored: dict[str, StoredArray]
     tree: str
     hints: dict[Any, Any]
 
 
 @contextlib.contextmanager
-def open_source(path: Path, tree: str | None = None) -> Iterator[Source]:
+def open_upstream(path: Path, tree: str | None = None) -> Iterator[UpstreamParams]:
     """Opens a file of PyTorch (.pt, .bin) or safetensors, or a folder as diffusers writes it.
 
     Args:
@@ -58,7 +58,7 @@ def open_source(path: Path, tree: str | None = None) -> Iterator[Source]:
         with contextlib.ExitStack() as stack:
             if path.suffix in (".safetensors", ".json"):
                 if tree:
-                    raise Refused(f"a safetensors file has no trees, and so no --tree={tree}")
+                    raise InvalidFile(f"a safetensors file has no trees, and so no --tree={tree}")
                 files = [path] if path.suffix == ".safetensors" else _shards(path)
                 stored, hints, tree = {}, _diffusers_config(path), ""
                 for file in files:
@@ -67,12 +67,14 @@ def open_source(path: Path, tree: str | None = None) -> Iterator[Source]:
             else:
                 file = stack.enter_context(open_torch(path))
                 stored, hints, tree = _of_torch(file, tree, path)
-            yield Source(as_upstream(stored), tree, hints)
-    except Refused as error:
+            yield UpstreamParams(as_upstream(stored), tree, hints)
+    except InvalidFile as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _of_torch(file: TorchFile, tree: str | None, path: Path) -> tuple[dict[str, Stored], dict[Any, Any], str]:
+def _of_torch(
+    file: TorchFile, tree: str | None, path: Path
+) -> tuple[dict[str, StoredArray], dict[Any, Any], str]:
     content = file.content if isinstance(file.content, dict) else {}
     if tree is None:
         tree = next((name for name in _TREES if isinstance(content.get(name), dict)), "")
@@ -86,11 +88,11 @@ def _shards(index: Path) -> list[Path]:
     """The files that an index of diffusers names, beside it; their own headers say what is in them."""
     names = _json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise Refused("is no index of diffusers: it has no weight_map")
+        raise InvalidFile("is no index of diffusers: it has no weight_map")
     files = sorted(set(map(str, names.values())))
     for file in files:
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
-            raise Refused(f"names {reprlib.repr(file)}, which is no safetensors file beside it")
+            raise InvalidFile(f"names {reprlib.repr(file)}, which is no safetensors file beside it")
     return [index.with_name(file) for file in files]
 
 
@@ -110,5 +112,5 @@ def _json(path: Path) -> dict[Any, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _stored(file: TorchFile, tensor: Tensor) -> Stored:
-    return Stored(tensor.shape, tensor.dtype.name, lambda: file.read(tensor))
+def _stored(file: TorchFile, tensor: Tensor) -> StoredArray:
+    return StoredArray(tensor.shape, tensor.dtype.name, lambda: file.read(tensor))

@@ -23,7 +23,7 @@ from dig_jax.components import Components, Params
 from dig_jax.config import Config, check_same
 from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError, ConfigError
-from dig_jax.files.safetensors import Stored, open_safetensors, write_safetensors
+from dig_jax.files.safetensors import StoredArray, open_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _expected(components: Components) -> Any:
     return jax.eval_shape(components.init_params, jax.random.key(0))
 
 
-def _check_fits(arrays: Mapping[str, Stored], expected: Any, path: Path) -> None:
+def _check_fits(arrays: Mapping[str, StoredArray], expected: Any, path: Path) -> None:
     wanted = {name: f"float32 {list(x.shape)}" for name, x in _named(expected).items()}
     found = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
     wrong = [name for name in sorted(wanted | found) if wanted.get(name) != found.get(name)]
@@ -142,7 +142,7 @@ def _check_fits(arrays: Mapping[str, Stored], expected: Any, path: Path) -> None
         )
 
 
-def _finite(arrays: Mapping[str, Stored], name: str, path: Path) -> np.ndarray:
+def _finite(arrays: Mapping[str, StoredArray], name: str, path: Path) -> np.ndarray:
     array = arrays[name].read()
     if not np.isfinite(array).all():
         raise CheckpointError(f"{path}: {name} holds values that are not finite")

@@ -23,7 +23,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredArray:
     """An array in a file: what is known before it is read.
 
     dtype: its name in NumPy, or in the file where it is none of the common ones.
@@ -43,7 +43,7 @@ class SafetensorsFile:
     metadata: the texts in its header.
     """
 
-    arrays: Mapping[str, Stored]
+    arrays: Mapping[str, StoredArray]
     metadata: Mapping[str, str]
 
 
@@ -67,7 +67,7 @@ def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
             part = file.get_slice(name)
             dtype = part.get_dtype()
             read = _reader(path, file, name)
-            arrays[name] = Stored(tuple(part.get_shape()), _DTYPES.get(dtype, dtype), read)
+            arrays[name] = StoredArray(tuple(part.get_shape()), _DTYPES.get(dtype, dtype), read)
         yield SafetensorsFile(arrays, file.metadata() or {})
 
 

@@ -1,4 +1,4 @@
-"""Programs as a plan reads them: the optimised HLO, and the memory that the compiler assigned."""
+"""Programs as a plan reads them: the optimized HLO, and the memory that the compiler assigned."""
 
 import dataclasses
 import multiprocessing
@@ -17,10 +17,10 @@ _TEXT, _MEMORY, _LAST = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """What a device runs.
 
-    text: an optimised HLO module.
+    text: an optimized HLO module.
     memory: bytes on a device: arguments, temporaries, outputs that take over no argument's memory, program.
     """
 
@@ -28,7 +28,7 @@ class Program:
     memory: dict[str, int]
 
 
-def compiled(lowered: jax.stages.Lowered) -> Program:
+def compiled(lowered: jax.stages.Lowered) -> CompiledProgram:
     """Compiles to the end."""
     program = lowered.compile()
     m = program.memory_analysis()
@@ -38,10 +38,10 @@ def compiled(lowered: jax.stages.Lowered) -> Program:
         "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,
         "program": m.generated_code_size_in_bytes,
     }
-    return Program(program.as_text(), memory)
+    return CompiledProgram(program.as_text(), memory)
 
 
-def optimised(lower: Callable[[], jax.stages.Lowered]) -> Program:
+def optimized(lower: Callable[[], jax.stages.Lowered]) -> CompiledProgram:
     """Compiles for TPUs up to the machine code, which takes minutes and tells a plan only its own size.
 
     The compiler knows no such end, but writes down what it has before it goes on; so it runs in a process
@@ -68,7 +68,7 @@ def optimised(lower: Callable[[], jax.stages.Lowered]) -> Program:
             process.kill()
             process.join()
         stem = str(last[0]).removesuffix(_LAST)
-        return Program(Path(stem + _TEXT).read_text(), _assigned(Path(stem + _MEMORY).read_text()))
+        return CompiledProgram(Path(stem + _TEXT).read_text(), _assigned(Path(stem + _MEMORY).read_text()))
 
 
 def _compile(lower: Callable[[], jax.stages.Lowered], directory: str, sender: Connection) -> None:

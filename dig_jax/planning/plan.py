@@ -25,7 +25,7 @@ from dig_jax.hardware.hlo_cost import Counts, count
 from dig_jax.hardware.model_flops import training_flops
 from dig_jax.hardware.roofline import roofline
 from dig_jax.parallel import batch_sharding, batch_shards, make_mesh, replicated, sampling_mesh
-from dig_jax.planning.compiling import Program, compiled, optimised
+from dig_jax.planning.compiling import CompiledProgram, compiled, optimized
 from dig_jax.planning.fitting import largest_fitting
 from dig_jax.planning.summary import summary
 from dig_jax.planning.topology import THIS, Topology, find_topology
@@ -240,10 +240,10 @@ def _figures(run: _Run, lower: Callable[[_Run], jax.stages.Lowered], what: str, 
     }
 
 
-def _program(run: _Run, lower: Callable[[_Run], jax.stages.Lowered]) -> Program:
+def _program(run: _Run, lower: Callable[[_Run], jax.stages.Lowered]) -> CompiledProgram:
     if run.topology.name == THIS or not run.topology.chip.ring:
         return compiled(lower(run))
-    return optimised(functools.partial(_lower_elsewhere, lower, run.settings, run.topology.name))
+    return optimized(functools.partial(_lower_elsewhere, lower, run.settings, run.topology.name))
 
 
 def _lower_elsewhere(

@@ -11,6 +11,8 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dig_jax.errors import InvalidFile
+
 # Numbers of more bits are no sizes, and slow to compute with.
 _MAX_BITS = 128
 _MAX_PROTOCOL = 5
@@ -20,14 +22,6 @@ _VALUES = {
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 }
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-
-
-class Refused(ValueError):
-    """What is wrong with a file's content, in one line without the file's name."""
-
-    def __str__(self) -> str:
-        """Names that a file gives may hold anything."""
-        return "".join(c if c.isprintable() else "?" for c in super().__str__())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +58,16 @@ def read_pickle(
         persistent: makes an object of a persistent id.
 
     Raises:
-        Refused: the pickle is damaged or has opcodes that PyTorch does not write.
+        InvalidFile: the pickle is damaged or has opcodes that PyTorch does not write.
     """
     try:
         return _run(data, builders, persistent)
-    except Refused:
+    except InvalidFile:
         raise
     except (IndexError, KeyError) as error:
-        raise Refused("its pickle is damaged: it takes what is not there") from error
+        raise InvalidFile("its pickle is damaged: it takes what is not there") from error
     except ValueError as error:
-        raise Refused(f"its pickle is damaged: {str(error).splitlines()[0][:100]}") from error
+        raise InvalidFile(f"its pickle is damaged: {str(error).splitlines()[0][:100]}") from error
 
 
 def _run(
@@ -86,7 +80,7 @@ def _run(
         match opcode.name:
             case name if name in _VALUES:
                 if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
-                    raise Refused(f"its pickle has a number of {argument.bit_length()} bits")
+                    raise InvalidFile(f"its pickle has a number of {argument.bit_length()} bits")
                 stack.append(argument)
             case name if name in _CONSTANTS:
                 stack.append(_CONSTANTS[name])
@@ -151,14 +145,14 @@ def _run(
                 stack.append(stack[-1])
             case "PROTO":
                 if argument > _MAX_PROTOCOL:
-                    raise Refused(f"its pickle is of protocol {argument}, and not 2 to {_MAX_PROTOCOL}")
+                    raise InvalidFile(f"its pickle is of protocol {argument}, and not 2 to {_MAX_PROTOCOL}")
             case "FRAME":
                 pass
             case "STOP":
                 return stack.pop()
             case _:
-                raise Refused(f"its pickle has the opcode {opcode.name}, which PyTorch does not write")
-    raise Refused("its pickle has no end")
+                raise InvalidFile(f"its pickle has the opcode {opcode.name}, which PyTorch does not write")
+    raise InvalidFile("its pickle has no end")
 
 
 def _built(function: Any, arguments: Any, builders: Mapping[str, Callable[[tuple], Any]]) -> Any:
@@ -171,17 +165,17 @@ def put(target: Any, key: Any, value: Any) -> None:
     """target[key] = value of a dict; objects that are not known take what they are given.
 
     Raises:
-        Refused: there is such a key.
+        InvalidFile: there is such a key.
     """
     if not isinstance(target, dict):
         if not isinstance(target, Opaque):
-            raise Refused(f"its pickle sets an item of a {type(target).__name__}")
+            raise InvalidFile(f"its pickle sets an item of a {type(target).__name__}")
         return
     # Other keys may be made to have equal hashes, and are none that a parameter has.
     if type(key) is not str and (type(key) is not int or key.bit_length() > 63):
         key = Opaque(f"a key of type {type(key).__name__}")
     if key in target:
-        raise Refused(f"the name {reprlib.repr(key)} stands twice in it")
+        raise InvalidFile(f"the name {reprlib.repr(key)} stands twice in it")
     target[key] = value
 
 
@@ -189,4 +183,4 @@ def _extend(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
     elif not isinstance(target, Opaque):
-        raise Refused(f"its pickle appends to a {type(target).__name__}")
+        raise InvalidFile(f"its pickle appends to a {type(target).__name__}")

@@ -21,8 +21,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dig_jax.convert.pytorch.pickle_reader import Name, Opaque, Refused, put, read_pickle
-from dig_jax.errors import CheckpointError
+from dig_jax.convert.pytorch.pickle_reader import Name, Opaque, put, read_pickle
+from dig_jax.errors import CheckpointError, InvalidFile
 
 _DTYPES = {
     "FloatStorage": np.float32,
@@ -87,11 +87,11 @@ class TorchFile:
         self._members = _members(path, data)
         roots = [name[: -len("data.pkl")] for name in self._members if name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise Refused("is a zip archive, but none that PyTorch wrote: it has no data.pkl, or several")
+            raise InvalidFile("is a zip archive, but none that PyTorch wrote: it has no data.pkl, or several")
         self._root = roots[0]
         order = bytes(self._bytes(f"{self._root}byteorder", 16, default=b"little"))
         if order not in _BYTE_ORDERS:
-            raise Refused(f"its byte order is {order!r}, and not little or big")
+            raise InvalidFile(f"its byte order is {order!r}, and not little or big")
         self._order = _BYTE_ORDERS[order]
         self.content = read_pickle(
             bytes(self._bytes(f"{self._root}data.pkl", _MAX_PICKLE)),
@@ -108,17 +108,17 @@ class TorchFile:
         """The tensors below a dotted path, such as "ema" or "opt.state", by the rest of their names.
 
         Raises:
-            Refused: there is no such tree, something in it is no tensor, or its tensors claim more than
+            InvalidFile: there is no such tree, something in it is no tensor, or its tensors claim more than
                 twice the bytes of the file.
         """
         found: dict[str, Tensor] = {}
         for name, value in _flattened(self._subtree(tree)):
             if not isinstance(value, Tensor):
-                raise Refused(f"{_joined(tree, name)} is no tensor ({_kind(value)})")
+                raise InvalidFile(f"{_joined(tree, name)} is no tensor ({_kind(value)})")
             put(found, name, value)
         claimed = sum(tensor.nbytes for tensor in set(found.values()))
         if claimed > 2 * len(self._data):
-            raise Refused(f"its tensors claim {claimed:,} bytes; the file has {len(self._data):,}")
+            raise InvalidFile(f"its tensors claim {claimed:,} bytes; the file has {len(self._data):,}")
         return found
 
     def _subtree(self, tree: str) -> dict:
@@ -128,17 +128,17 @@ class TorchFile:
                 there = (
                     ", ".join(key for key in node if isinstance(key, str)) if isinstance(node, dict) else ""
                 )
-                raise Refused(f"has no tree {tree!r}; there are: {there[:200] or 'none'}")
+                raise InvalidFile(f"has no tree {tree!r}; there are: {there[:200] or 'none'}")
             node = node[part]
         if not isinstance(node, dict):
-            raise Refused(f"{tree or 'all of it'} is no tree of tensors ({_kind(node)})")
+            raise InvalidFile(f"{tree or 'all of it'} is no tree of tensors ({_kind(node)})")
         return node
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """A copy of a tensor's values.
 
         Raises:
-            Refused: its storage's bytes are not those that were written.
+            InvalidFile: its storage's bytes are not those that were written.
         """
         storage = tensor.storage
         data = self._bytes(storage.member, storage.numel * storage.dtype.itemsize)
@@ -153,21 +153,21 @@ class TorchFile:
         """A member's bytes, uncopied and sound."""
         if member not in self._members:
             if default is None:
-                raise Refused(f"has no member {member}")
+                raise InvalidFile(f"has no member {member}")
             return memoryview(default)
         info = self._members[member]
         if info.file_size > limit:
-            raise Refused(f"its {member} claims {info.file_size:,} bytes, more than {limit:,}")
+            raise InvalidFile(f"its {member} claims {info.file_size:,} bytes, more than {limit:,}")
         header = self._data[info.header_offset : info.header_offset + 30]
         if len(header) < 30 or not header.startswith(b"PK\3\4"):
-            raise Refused(f"is damaged: {member} is not where its directory says")
+            raise InvalidFile(f"is damaged: {member} is not where its directory says")
         start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
         if start + info.file_size > len(self._data):
-            raise Refused(f"is truncated: {member} ends after the file")
+            raise InvalidFile(f"is truncated: {member} ends after the file")
         data = memoryview(self._data)[start : start + info.file_size]
         if member not in self._sound:
             if zlib.crc32(data) != info.CRC:
-                raise Refused(f"{member[:100]} is damaged: its checksum is another")
+                raise InvalidFile(f"{member[:100]} is damaged: its checksum is another")
             self._sound.add(member)
         return data
 
@@ -176,10 +176,12 @@ class TorchFile:
             case ("storage", Name(module="torch", name=kind), str(key), str(), int(numel)) if kind in _DTYPES:
                 dtype, member = np.dtype(_DTYPES[kind]), f"{self._root}data/{key}"
                 if member not in self._members:
-                    raise Refused(f"is truncated or damaged: the storage {member[:100]} is missing")
+                    raise InvalidFile(f"is truncated or damaged: the storage {member[:100]} is missing")
                 size = self._members[member].file_size
                 if numel * dtype.itemsize != size:
-                    raise Refused(f"{member[:100]} has {size:,} bytes, and not {numel:,} values of {dtype}")
+                    raise InvalidFile(
+                        f"{member[:100]} has {size:,} bytes, and not {numel:,} values of {dtype}"
+                    )
                 return Storage(member, dtype, numel)
         return Opaque("a storage of another kind")
 
@@ -194,10 +196,10 @@ def open_torch(path: Path) -> Iterator[TorchFile]:
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise Refused("is empty")
+                raise InvalidFile("is empty")
             # Not closed by hand: views of its bytes may be alive where an error leaves.
             yield TorchFile(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except Refused as error:
+    except InvalidFile as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
@@ -206,13 +208,13 @@ def open_torch(path: Path) -> Iterator[TorchFile]:
 def _members(path: Path, data: mmap.mmap) -> Mapping[str, zipfile.ZipInfo]:
     """The directory of the archive, bounded and without what PyTorch does not write."""
     if data[: len(_OLD_FORMAT)] == _OLD_FORMAT:
-        raise Refused(
+        raise InvalidFile(
             "is of PyTorch's format before 1.6, which is not read here; there,"
             " torch.save(torch.load(FILE), NEW) writes the present one"
         )
     end = data.rfind(b"PK\5\6", max(0, len(data) - 2**16 - 22))
     if end < 0 or end + 22 > len(data):
-        raise Refused(
+        raise InvalidFile(
             "is no .pt file of PyTorch, or a truncated one: a zip archive has its directory at the end"
         )
     # Of large archives a second record says it (zip64); any that a reader might take is looked at.
@@ -222,18 +224,18 @@ def _members(path: Path, data: mmap.mmap) -> Mapping[str, zipfile.ZipInfo]:
     if plain < 2**32 - 1 or not claims:
         claims.append(plain)
     if max(claims) > _MAX_DIRECTORY:
-        raise Refused(f"its directory claims {max(claims):,} bytes, more than {_MAX_DIRECTORY:,}")
+        raise InvalidFile(f"its directory claims {max(claims):,} bytes, more than {_MAX_DIRECTORY:,}")
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise Refused(f"is a damaged zip archive: {str(error)[:100]}") from error
+        raise InvalidFile(f"is a damaged zip archive: {str(error)[:100]}") from error
     members: dict[str, zipfile.ZipInfo] = {}
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise Refused(f"{info.filename[:100]!r} is compressed in it, which PyTorch never does")
+            raise InvalidFile(f"{info.filename[:100]!r} is compressed in it, which PyTorch never does")
         if info.flag_bits & 1:
-            raise Refused(f"{info.filename[:100]!r} is encrypted in it")
+            raise InvalidFile(f"{info.filename[:100]!r} is encrypted in it")
         put(members, info.filename, info)
     return members
 
@@ -247,7 +249,7 @@ def _ordered_dict(arguments: tuple) -> dict:
             for key, value in pairs:
                 put(result, key, value)
         case _:
-            raise Refused("is damaged: an OrderedDict is made of something else than pairs")
+            raise InvalidFile("is damaged: an OrderedDict is made of something else than pairs")
     return result
 
 
@@ -264,24 +266,26 @@ def _tensor(arguments: tuple) -> Tensor | Opaque:
         case (Opaque(), *_):
             return Opaque("a tensor of another kind")
         case _:
-            raise Refused("is damaged: a tensor is made of something else than a storage and sizes")
+            raise InvalidFile("is damaged: a tensor is made of something else than a storage and sizes")
     numbers = (offset, *shape, *strides)
     if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or len(shape) != len(strides):
-        raise Refused("is damaged: a tensor's offset, shape or strides cannot be")
+        raise InvalidFile("is damaged: a tensor's offset, shape or strides cannot be")
     if len(shape) > _MAX_DIMENSIONS:
-        raise Refused(f"a tensor in it has {len(shape)} dimensions")
+        raise InvalidFile(f"a tensor in it has {len(shape)} dimensions")
     numel = math.prod(shape)
     if numel == 0:
         return Opaque("a tensor without values")
     strides = tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if last >= storage.numel:
-        raise Refused(
+        raise InvalidFile(
             f"a tensor of shape {list(shape)} reaches to value {last:,} of {storage.member[:100]}, which has"
             f" {storage.numel:,}"
         )
     if numel > storage.numel:
-        raise Refused(f"a tensor of shape {list(shape)} repeats the {storage.numel:,} values of its storage")
+        raise InvalidFile(
+            f"a tensor of shape {list(shape)} repeats the {storage.numel:,} values of its storage"
+        )
     return Tensor(storage, offset, shape, strides)
 
 
@@ -294,11 +298,11 @@ def _flattened(tree: dict) -> Iterator[tuple[str, Any]]:
             yield prefix, node
             continue
         if depth == _MAX_DEPTH:
-            raise Refused(f"its trees are nested more than {_MAX_DEPTH} deep")
+            raise InvalidFile(f"its trees are nested more than {_MAX_DEPTH} deep")
         for key, value in reversed(node.items()):
             name = _joined(prefix, str(key) if isinstance(key, (str, int)) else "")
             if isinstance(key, Opaque) or len(name) > _MAX_NAME or not name.isprintable():
-                raise Refused(f"a name in it is no name: {name[:40]!r}")
+                raise InvalidFile(f"a name in it is no name: {name[:40]!r}")
             pending.append((name, depth + 1, value))
 
 
