@@ -50,7 +50,7 @@ os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "LLVM_DISABLE_SYMBOLIZATI
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class CompiledKernel:
     """A compiled kernel: its PTX, its threads and its bytes of shared memory."""
 
     ptx: str
@@ -59,11 +59,11 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """A compiled program: its optimised HLO, and our kernels in it by name."""
 
     hlo: str
-    kernels: dict[str, Kernel]
+    kernels: dict[str, CompiledKernel]
 
 
 def target(gpu: str) -> str:
@@ -103,7 +103,7 @@ def _sharding(gpu: str) -> NamedSharding:
     return NamedSharding(Mesh(np.array(topology.devices).reshape(1), ("gpu",)), P())
 
 
-def compile_for(gpu: str, function: Callable[..., Any], *arguments: Any) -> Program:
+def compile_for(gpu: str, function: Callable[..., Any], *arguments: Any) -> CompiledProgram:
     """Compiles `function(*arguments)`, of which shapes and dtypes count."""
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
@@ -123,5 +123,5 @@ def compile_for(gpu: str, function: Callable[..., Any], *arguments: Any) -> Prog
                 name = found.group(1)
                 shared = re.search(rf" {name} grid.*shared_memory: (\d+)", thunks).group(1)
                 threads = re.search(r"\.reqntid (\d+)", ptx).group(1)
-                kernels[name] = Kernel(ptx, int(threads), int(shared))
-    return Program(hlo, kernels)
+                kernels[name] = CompiledKernel(ptx, int(threads), int(shared))
+    return CompiledProgram(hlo, kernels)

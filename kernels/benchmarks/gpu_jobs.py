@@ -26,7 +26,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracle  # noqa: E402
-from pallas_gla import gated_gla_2d, gla_2d, tuning  # noqa: E402
+from pallas_gla import gated_gla_2d, gla_2d  # noqa: E402
+from pallas_gla.triton import tuning  # noqa: E402
 
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 TOLERANCE = {"bfloat16": 5e-3, "float16": 5e-3, "float32": 1e-4}

@@ -123,7 +123,7 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
     }
 
 
-def compile_case(case: Case) -> gpu_compiler.Program:
+def compile_case(case: Case) -> gpu_compiler.CompiledProgram:
     """Compiles a case for its GPU."""
     from pallas_gla.scan import Gating, Operands, Scan, saved_shape
     from pallas_gla.triton import backend

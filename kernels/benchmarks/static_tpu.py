@@ -165,7 +165,7 @@ def _row(case: Case, figures: dict[str, float | str]) -> str:
 
 
 def compile_case(case: Case) -> tuple[Any, Any]:
-    """Compiles a case as a model would call it; returns it and its kernel's `Tiling`."""
+    """Compiles a case as a model would call it; returns it and its kernel's `TpuTiling`."""
     # libtpu reads the environment when JAX first asks for it, so nothing of JAX is imported before.
     import jax
     import jax.numpy as jnp

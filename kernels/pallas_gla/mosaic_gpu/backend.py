@@ -79,7 +79,9 @@ def forward(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
     """The contract of `pallas_gla.dispatch`."""
     batch, tokens, heads, keys = operands.q.shape
-    kernel = Kernel(scan, heads, keys, tokens // CHUNK, _lines(scan, tokens), operands.g.dtype == jnp.float32)
+    kernel = HopperKernel(
+        scan, heads, keys, tokens // CHUNK, _lines(scan, tokens), operands.g.dtype == jnp.float32
+    )
     inputs = {name: getattr(operands, name).reshape(batch * kernel.lines, -1) for name in "qkvg"}
     state_shape = (batch * heads, keys, VALUES)
     if operands.initial_state is not None:
@@ -92,7 +94,7 @@ def forward(
 
     def gla_forward(*refs: Any) -> None:
         refs = dict(zip(names, refs, strict=True))
-        pl.run_scoped(lambda **tiles: Program.current(kernel, refs | tiles).run(), **tiles)
+        pl.run_scoped(lambda **tiles: HopperProgram.current(kernel, refs | tiles).run(), **tiles)
 
     launch = gpu.kernel(
         gla_forward,
@@ -128,7 +130,7 @@ class Transposed(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class HopperKernel:
     """The static part. Arrays of tokens are seen as [batch * lines, tokens / lines * heads * width].
 
     split: whether g is float32, and enters products as the sum of two bfloat16.
@@ -171,17 +173,17 @@ def _tile(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class HopperProgram:
     """The running program: its head, and the arrays and tiles of shared memory by name."""
 
-    kernel: Kernel
+    kernel: HopperKernel
     refs: dict[str, Any]
     number: Int[Array, ""]
     element: Int[Array, ""]
     head: Int[Array, ""]
 
     @classmethod
-    def current(cls, kernel: Kernel, refs: dict[str, Any]) -> "Program":
+    def current(cls, kernel: HopperKernel, refs: dict[str, Any]) -> "HopperProgram":
         """Heads vary fastest, so that programs that run at once share cache lines."""
         number, heads = lax.axis_index("program"), jnp.int32(kernel.heads)
         return cls(kernel, refs, number, lax.div(number, heads), lax.rem(number, heads))
@@ -342,7 +344,7 @@ class Program:
         return self.refs["level"][...].astype(jnp.float32)
 
     def pieces(self, chunk: Int[Array, ""], width: int) -> Iterator[tuple[Any, tuple[Any, Any]]]:
-        """Where the tokens of a chunk are: rows of a tile, and the place in an array as `Kernel` sees it."""
+        """Yield the rows of a tile, and the slice of a [lines, columns] array, that hold a chunk's tokens."""
         kernel = self.kernel
         if kernel.scan.reverse:
             chunk = kernel.chunks - 1 - chunk

@@ -24,11 +24,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_gla.mosaic_tpu import forward as fwd
 from pallas_gla.mosaic_tpu import tiles
-from pallas_gla.mosaic_tpu.tiles import Group, Tiling
+from pallas_gla.mosaic_tpu.tiles import HeadGroup, TpuTiling
 from pallas_gla.scan import Gating
 
 
-def backward_kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | None) -> None:
+def backward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gating: Gating | None) -> None:
     """Runs one grid step, (batch, heads, chunks); `refs` are named as in `mosaic_launch`."""
     step = pl.program_id(2)
     state_ref, weight_ref = refs["state"], refs.get("d_norm_weight")
@@ -50,7 +50,7 @@ def backward_kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: 
         row, lane = tiling.positions(group.heads)
         causal[group.heads], anticausal[group.heads] = lane <= row, lane >= row
 
-    def stages(chunk: int, group: Group) -> Iterator[None]:
+    def stages(chunk: int, group: HeadGroup) -> Iterator[None]:
         heads = group.heads
         first, total = fwd.decay_sums(refs, tiling, chunk, group, sum_to, gating)
         yield
@@ -114,7 +114,7 @@ def backward_kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: 
 
 def _bisect_step(
     refs: dict[str, Any],
-    tiling: Tiling,
+    tiling: TpuTiling,
     scale: float,
     gating: Gating | None,
     before: Int[Array, ""],
@@ -133,9 +133,9 @@ def _bisect_step(
 
 def _bisect_chunk(
     refs: dict[str, Any],
-    tiling: Tiling,
+    tiling: TpuTiling,
     chunk: Int[Array, ""],
-    group: Group,
+    group: HeadGroup,
     scale: float,
     gating: Gating | None,
     slot: Int[Array, ""],
@@ -187,7 +187,7 @@ def _bisect_chunk(
 
 
 def _pair_products(
-    tiling: Tiling, group: Group, x: Float[Array, "c w"], y: Float[Array, "c w"]
+    tiling: TpuTiling, group: HeadGroup, x: Float[Array, "c w"], y: Float[Array, "c w"]
 ) -> Float[Array, "c n"]:
     """x y^T of every head, side by side, for tiles of values."""
     together = fwd.heads_together(tiling, group)
@@ -201,14 +201,14 @@ def _pair_products(
 
 
 def _write_state(
-    tiling: Tiling, group: Group, x: Float[Array, "c vw"], state: Float[Array, "v w"]
+    tiling: TpuTiling, group: HeadGroup, x: Float[Array, "c vw"], state: Float[Array, "v w"]
 ) -> Float[Array, "c w"]:
     """Every head's values times its (transposed) state."""
     return tiling.dot(x, tiles.stack_heads(state.astype(tiling.dtype), group.heads))
 
 
 def _gather(
-    tiling: Tiling, group: Group, scores: Float[Array, "c n"], x: Float[Array, "c vw"]
+    tiling: TpuTiling, group: HeadGroup, scores: Float[Array, "c n"], x: Float[Array, "c vw"]
 ) -> Float[Array, "c vw"]:
     """Every head's transposed scores times its values."""
     # Blocks [heads * C, heads * V], of which those on the diagonal are wanted.
@@ -216,7 +216,7 @@ def _gather(
 
 
 def _sum_gradients(
-    tiling: Tiling,
+    tiling: TpuTiling,
     level: Int[Array, ""] | int,
     from_start: Float[Array, "c w"],
     to_end: Float[Array, "c w"],
@@ -230,7 +230,7 @@ def _sum_gradients(
 def _store_decay(
     refs: dict[str, Any],
     chunk: int | Int[Array, ""],
-    group: Group,
+    group: HeadGroup,
     d_g: Float[Array, "c w"],
     gating: Gating | None,
 ) -> None:
@@ -243,9 +243,9 @@ def _store_decay(
 
 def _through_norm(
     refs: dict[str, Any],
-    tiling: Tiling,
+    tiling: TpuTiling,
     chunk: int | Int[Array, ""],
-    group: Group,
+    group: HeadGroup,
     o: Float[Array, "c w"],
     d_out: Float[Array, "c w"],
     gating: Gating,

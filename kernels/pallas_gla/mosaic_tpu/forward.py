@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_gla.mosaic_tpu import tiles
-from pallas_gla.mosaic_tpu.tiles import Group, Tiling
+from pallas_gla.mosaic_tpu.tiles import HeadGroup, TpuTiling
 from pallas_gla.mosaic_tpu.tokens import LANES
 from pallas_gla.scan import Gating
 
@@ -31,7 +31,7 @@ from pallas_gla.scan import Gating
 NO_STATE = -512.0
 
 
-def forward_kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: Gating | None) -> None:
+def forward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gating: Gating | None) -> None:
     """Runs one grid step, (batch, heads, chunks); `refs` are named as in `mosaic_launch`."""
     step = pl.program_id(2)
     state_ref = refs["state"]
@@ -47,7 +47,7 @@ def forward_kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: G
     sum_to = to_token(tiling)
     causal = {group.heads: jnp.greater_equal(*tiling.positions(group.heads)) for group in tiling.groups}
 
-    def stages(chunk: int, group: Group) -> Iterator[None]:
+    def stages(chunk: int, group: HeadGroup) -> Iterator[None]:
         first, total = decay_sums(refs, tiling, chunk, group, sum_to, gating)
         yield
         q, k, leave, enter, span = factorised(refs, tiling, chunk, group, first, total, scale)
@@ -82,7 +82,7 @@ def forward_kernel(refs: dict[str, Any], tiling: Tiling, scale: float, gating: G
 
 def _bisect_step(
     refs: dict[str, Any],
-    tiling: Tiling,
+    tiling: TpuTiling,
     scale: float,
     gating: Gating | None,
     before: Int[Array, ""],
@@ -114,7 +114,11 @@ def _bisect_step(
 
 
 def decay(
-    refs: dict[str, Any], tiling: Tiling, chunk: int | Int[Array, ""], group: Group, gating: Gating | None
+    refs: dict[str, Any],
+    tiling: TpuTiling,
+    chunk: int | Int[Array, ""],
+    group: HeadGroup,
+    gating: Gating | None,
 ) -> Float[Array, "c w"]:
     """The chunk's decays in units of `unit`."""
     if gating is None:
@@ -124,7 +128,7 @@ def decay(
 
 
 def any_decay(
-    refs: dict[str, Any], tiling: Tiling, chunk: Int[Array, ""], group: Group, gating: Gating | None
+    refs: dict[str, Any], tiling: TpuTiling, chunk: Int[Array, ""], group: HeadGroup, gating: Gating | None
 ) -> Float[Array, "c w"]:
     """The chunk's decays in bits, `NO_STATE` at least, so that their sums are finite."""
     g = decay(refs, tiling, chunk, group, gating).astype(jnp.float32) * unit(gating)
@@ -138,9 +142,9 @@ def unit(gating: Gating | None) -> float:
 
 def decay_sums(
     refs: dict[str, Any],
-    tiling: Tiling,
+    tiling: TpuTiling,
     chunk: int,
-    group: Group,
+    group: HeadGroup,
     sum_to: Bool[Array, "c c"],
     gating: Gating | None,
 ) -> tuple[Float[Array, "1 w"], Float[Array, "c w"]]:
@@ -150,7 +154,7 @@ def decay_sums(
     return first, tiling.sums(sum_to, g, unit(gating))
 
 
-def to_token(tiling: Tiling) -> Bool[Array, "c c"]:
+def to_token(tiling: TpuTiling) -> Bool[Array, "c c"]:
     """Of the tokens after a chunk's first, those up to that of the row."""
     i, j = tiling.positions()
     return (j <= i) & (j > 0)
@@ -158,9 +162,9 @@ def to_token(tiling: Tiling) -> Bool[Array, "c c"]:
 
 def factorised(
     refs: dict[str, Any],
-    tiling: Tiling,
+    tiling: TpuTiling,
     chunk: int,
-    group: Group,
+    group: HeadGroup,
     first: Float[Array, "1 w"],
     total: Float[Array, "c w"],
     scale: float,
@@ -203,7 +207,7 @@ def largest(spans: list[Float[Array, "1 _"]]) -> Float[Array, ""]:
 
 
 def attend(
-    tiling: Tiling, group: Group, scores: Float[Array, "c n"], v: Float[Array, "c w"]
+    tiling: TpuTiling, group: HeadGroup, scores: Float[Array, "c n"], v: Float[Array, "c w"]
 ) -> Float[Array, "c w"]:
     """Every head's scores times its values. Heads that fill the lanes together are kept to themselves."""
     together = heads_together(tiling, group)
@@ -216,21 +220,21 @@ def attend(
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def heads_together(tiling: Tiling, group: Group) -> int:
+def heads_together(tiling: TpuTiling, group: HeadGroup) -> int:
     """Heads whose values fill 128 lanes, if their scores begin at a multiple of 128 lanes too."""
     heads = max(LANES // tiling.value_width, 1)
     return heads if heads * tiling.chunk % LANES == 0 else group.heads
 
 
 def read_state(
-    tiling: Tiling, group: Group, q: Float[Array, "c w"], state: Float[Array, "v w"]
+    tiling: TpuTiling, group: HeadGroup, q: Float[Array, "c w"], state: Float[Array, "v w"]
 ) -> Float[Array, "c vw"]:
     """Every head's queries times its state."""
     return tiling.dot(q, tiles.stack_heads(state.astype(tiling.dtype), group.heads), "nt")
 
 
 def block_sums(
-    tiling: Tiling, g: Float[Array, "c w"], level: Int[Array, ""] | int
+    tiling: TpuTiling, g: Float[Array, "c w"], level: Int[Array, ""] | int
 ) -> tuple[Float[Array, "c w"], Float[Array, "c w"]]:
     """Bits of decay in blocks of 2**level tokens: from the start to every token, and after it to the end."""
     to, after = tiles.sum_masks(*tiling.positions(), level)
@@ -238,8 +242,8 @@ def block_sums(
 
 
 def bisected_scores(
-    tiling: Tiling,
-    group: Group,
+    tiling: TpuTiling,
+    group: HeadGroup,
     q: Float[Array, "c w"],
     k: Float[Array, "c w"],
     g: Float[Array, "c w"],
@@ -259,9 +263,9 @@ def bisected_scores(
 
 def finish(
     refs: dict[str, Any],
-    tiling: Tiling,
+    tiling: TpuTiling,
     chunk: int | Int[Array, ""],
-    group: Group,
+    group: HeadGroup,
     o: Float[Array, "c w"],
     gating: Gating | None,
 ) -> None:
@@ -273,12 +277,14 @@ def finish(
     refs["o"].store(chunk, group.values, o)
 
 
-def inverse_norm(tiling: Tiling, group: Group, o: Float[Array, "c w"], gating: Gating) -> Float[Array, "c w"]:
+def inverse_norm(
+    tiling: TpuTiling, group: HeadGroup, o: Float[Array, "c w"], gating: Gating
+) -> Float[Array, "c w"]:
     """1 / sqrt(mean of squares + eps) of every head, on all its lanes."""
     return jax.lax.rsqrt(head_means(tiling, group, o * o) + gating.eps)
 
 
-def head_means(tiling: Tiling, group: Group, x: Float[Array, "c w"]) -> Float[Array, "c w"]:
+def head_means(tiling: TpuTiling, group: HeadGroup, x: Float[Array, "c w"]) -> Float[Array, "c w"]:
     """The mean of every head's lanes, on all of them, as a product with blocks of ones."""
     width = max(min(LANES, x.shape[1]), tiling.value_width)
     shift = tiling.value_width.bit_length() - 1

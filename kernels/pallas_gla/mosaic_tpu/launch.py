@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Shaped
 
 from pallas_gla.mosaic_tpu import tuning
-from pallas_gla.mosaic_tpu.tiles import Tiling
+from pallas_gla.mosaic_tpu.tiles import TpuTiling
 from pallas_gla.mosaic_tpu.tokens import LANES, SUBLANES, Columns, Tokens, by_rows, column_chunk
 from pallas_gla.scan import STATE_INTERVAL, Operands, Scan
 from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
@@ -53,7 +53,7 @@ class Launch:
     scan: Scan
     shape: tuple[int, int, int, int, int]
     dtype: jnp.dtype
-    tiling: Tiling
+    tiling: TpuTiling
     steps: int
     head_blocks: int
     columns: int
@@ -77,7 +77,7 @@ class Launch:
             # Blocks of less than the whole width are multiples of 128 lanes.
             aligned = max(LANES // key_width, 1)
             heads = -(-heads // (head_blocks * aligned)) * aligned
-        tiling = Tiling(
+        tiling = TpuTiling(
             heads=heads,
             key_width=key_width,
             value_width=max(64, 1 << (values - 1).bit_length()),

@@ -24,7 +24,7 @@ MAX_SPAN = 58.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Group:
+class HeadGroup:
     """Heads that are worked on together, and where they lie along the lanes."""
 
     heads: int
@@ -33,7 +33,7 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
+class TpuTiling:
     """The static shape of a grid step: `heads` of `key_width` and `value_width`, `chunks` of `chunk` tokens.
 
     Of `value_width` lanes per head only `values` are not padding. `dtype` is that of the operands of matrix
@@ -50,15 +50,15 @@ class Tiling:
     dtype: jnp.dtype
 
     @functools.cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[HeadGroup]:
         """Groups of heads; the last one may have fewer."""
         together = max(LANES // self.key_width, 1)
         starts = range(0, self.heads, together)
         return [self._group(start, min(together, self.heads - start)) for start in starts]
 
-    def _group(self, start: int, heads: int) -> Group:
+    def _group(self, start: int, heads: int) -> HeadGroup:
         keys, values = (slice(start * w, (start + heads) * w) for w in (self.key_width, self.value_width))
-        return Group(heads, keys, values)
+        return HeadGroup(heads, keys, values)
 
     @property
     def visits(self) -> list[int]:
@@ -198,7 +198,7 @@ def sum_masks(
     return same & (j <= i), same & (j > i)
 
 
-def for_chunks(tiling: Tiling, body: Callable[[Int[Array, ""]], None], last_first: bool = False) -> None:
+def for_chunks(tiling: TpuTiling, body: Callable[[Int[Array, ""]], None], last_first: bool = False) -> None:
     """Runs `body(chunk)` over the chunks of a step along the scan, or against it, in a loop."""
 
     @pl.loop(0, tiling.chunks)

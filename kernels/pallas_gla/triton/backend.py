@@ -23,7 +23,7 @@ from pallas_gla.scan_order import segment_starts, to_scan_order
 from pallas_gla.triton import call, tuning
 from pallas_gla.triton.backward import backward_kernel, backward_parts_kernel, ungate_kernel
 from pallas_gla.triton.forward import forward_kernel, parts_kernel
-from pallas_gla.triton.tiling import Tiling
+from pallas_gla.triton.tiling import TritonTiling
 
 WIDTHS = (16, 128)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -108,13 +108,13 @@ def backward(
     return Operands(**{name: x.reshape(getattr(operands, name).shape) for name, x in gradients.items()})
 
 
-def _prepare(operands: Operands, scan: Scan) -> tuple[Tiling, dict[str, Shaped[Array, "..."]]]:
+def _prepare(operands: Operands, scan: Scan) -> tuple[TritonTiling, dict[str, Shaped[Array, "..."]]]:
     """How programs share the scan, and the arrays that they read, by name."""
     batch, tokens, heads, keys = operands.q.shape
     chunk = min(scan.chunk_size or STATE_INTERVAL, STATE_INTERVAL)
     chunk = min(chunk, max(SHORTEST_CHUNK, 1 << (tokens - 1).bit_length()))
     device = tuning.gpu(None if scan.interpret else call.device_kind())
-    tiling = Tiling(
+    tiling = TritonTiling(
         scan=scan,
         batch=batch,
         tokens=tokens,
@@ -144,11 +144,11 @@ def _like(x: Float[Array, "m n"]) -> Result:
     return x.shape, x.dtype
 
 
-def _end_state(tiling: Tiling) -> Result:
+def _end_state(tiling: TritonTiling) -> Result:
     return (tiling.batch * tiling.heads * tiling.keys, tiling.values), jnp.float32
 
 
-def _part_results(tiling: Tiling) -> dict[str, Result]:
+def _part_results(tiling: TritonTiling) -> dict[str, Result]:
     return {
         "local_state": ((tiling.programs * tiling.values, tiling.keys), jnp.float32),
         "local_decay": ((tiling.programs, tiling.keys), jnp.float32),
@@ -156,8 +156,8 @@ def _part_results(tiling: Tiling) -> dict[str, Result]:
 
 
 def _launch(
-    kernel: Callable[[Tiling, tuple[str, ...]], Callable[..., None]],
-    tiling: Tiling,
+    kernel: Callable[[TritonTiling, tuple[str, ...]], Callable[..., None]],
+    tiling: TritonTiling,
     arrays: dict[str, Shaped[Array, "..."]],
     results: dict[str, Result],
 ) -> dict[str, Shaped[Array, "..."]]:

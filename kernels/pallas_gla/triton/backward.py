@@ -31,16 +31,16 @@ from pallas_gla.triton.chunk import (
     token_count,
     token_decay,
 )
-from pallas_gla.triton.tiling import Program, Tiling, iota, pick
+from pallas_gla.triton.tiling import TritonProgram, TritonTiling, iota, pick
 
 State = Float[Array, "v k"]
 
 
-def backward_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
+def backward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
     """The kernel of these operands and results; in a split scan it starts from what the first pass left."""
 
     def gla_backward(*refs: Any) -> None:
-        program = Program.current(tiling, dict(zip(names, refs, strict=True)))
+        program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
         d_state = _last_gradient(program)
         d_state = program.loop(lambda i, d_state: _chunk(program, i, d_state), d_state, backward=True)
         if "d_initial_state" in names:
@@ -49,23 +49,23 @@ def backward_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., Non
     return gla_backward
 
 
-def backward_parts_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
+def backward_parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
     """The first pass over a split scan: the gradient of the state that enters a part, made of zero."""
 
     def gla_backward_parts(*refs: Any) -> None:
-        run_part(Program.current(tiling, dict(zip(names, refs, strict=True))), _chunk, backward=True)
+        run_part(TritonProgram.current(tiling, dict(zip(names, refs, strict=True))), _chunk, backward=True)
 
     return gla_backward_parts
 
 
-def ungate_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
+def ungate_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
     """The first launch of a gated scan, with a program for every chunk: the gradient of o, from "d_out".
 
     Inside `backward_kernel` the tiles of o, of the gate and of their gradients would not fit the registers.
     """
 
     def gla_ungate(*refs: Any) -> None:
-        program = Program.current(tiling, dict(zip(names, refs, strict=True)))
+        program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
         positions = program.positions(program.part)
         decay = Decay.of(program, positions)
         here = _Chunk(program, program.part, positions, decay)
@@ -74,7 +74,7 @@ def ungate_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]
     return gla_ungate
 
 
-def _last_gradient(program: Program) -> State:
+def _last_gradient(program: TritonProgram) -> State:
     """The gradient of the state that leaves a program's part."""
     d_state = program.load_state("d_final_state", program.end_state())
     last = program.tiling.parts - 1
@@ -85,7 +85,7 @@ def _last_gradient(program: Program) -> State:
     )
 
 
-def _chunk(program: Program, chunk: Int[Array, ""], d_state: State) -> State:
+def _chunk(program: TritonProgram, chunk: Int[Array, ""], d_state: State) -> State:
     """Takes a chunk, stores its gradients if the launch has them, and returns the carry before it."""
     positions = program.positions(chunk)
     decay = Decay.of(program, positions)
@@ -97,7 +97,7 @@ def _chunk(program: Program, chunk: Int[Array, ""], d_state: State) -> State:
 class _Chunk:
     """A chunk; its tiles are loaded where they are used, because waiting ones would take registers."""
 
-    program: Program
+    program: TritonProgram
     chunk: Int[Array, ""]
     positions: Int[Array, " c"]
     decay: Decay
@@ -230,7 +230,7 @@ def set_row(tile: Float[Array, "c n"], i: Int[Array, ""], row: Float[Array, " n"
 
 
 def logit_gradients(
-    program: Program, d_g: Float[Array, "*c k"], logits: Float[Array, "*c k"]
+    program: TritonProgram, d_g: Float[Array, "*c k"], logits: Float[Array, "*c k"]
 ) -> Float[Array, "*c k"]:
     """The gradients of what the decay is given by: itself or, in a gated scan, its logits."""
     tiling = program.tiling
@@ -240,7 +240,7 @@ def logit_gradients(
 
 
 def gated_gradients(
-    program: Program, o: Float[Array, "c v"], gate: Float[Array, "c v"], d_out: Float[Array, "c v"]
+    program: TritonProgram, o: Float[Array, "c v"], gate: Float[Array, "c v"], d_out: Float[Array, "c v"]
 ) -> tuple[Float[Array, "c v"], Float[Array, "c v"], Float[Array, " v"]]:
     """The gradients of o, of the gate and of norm_weight, of `pallas_triton_forward.gated`."""
     tiling = program.tiling

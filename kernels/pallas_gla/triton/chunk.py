@@ -6,14 +6,14 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_gla.triton.tiling import LOG2_E, Program, iota, pick
+from pallas_gla.triton.tiling import LOG2_E, TritonProgram, iota, pick
 
 # Either half of a chunk may decay by 2**-SPAN at most, so that the factors relative to its middle, and sums
 # of their products with keys and values, stay finite.
 SPAN = 64.0
 
 
-def chunk_decay(program: Program, positions: Int[Array, " c"]) -> tuple[Float[Array, "c k"], float]:
+def chunk_decay(program: TritonProgram, positions: Int[Array, " c"]) -> tuple[Float[Array, "c k"], float]:
     """The decays of a chunk, none beyond the end, and what turns them into base-2 logarithms."""
     tiling, g = program.tiling, program.load("g", positions)
     if tiling.scan.gating is None:
@@ -36,7 +36,7 @@ class Decay:
     after: Float[Array, "_ k"]
 
     @classmethod
-    def of(cls, program: Program, positions: Int[Array, " c"]) -> "Decay":
+    def of(cls, program: TritonProgram, positions: Int[Array, " c"]) -> "Decay":
         """Sums a chunk's logarithms."""
         tiling = program.tiling
         g, unit = chunk_decay(program, positions)
@@ -75,7 +75,7 @@ class Runs:
     passes: Bool[Array, ""]
 
     @classmethod
-    def of(cls, program: Program, chunk: Int[Array, ""]) -> "Runs | None":
+    def of(cls, program: TritonProgram, chunk: Int[Array, ""]) -> "Runs | None":
         """Of a chunk; None in a scan without segments."""
         if not program.tiling.segmented:
             return None
@@ -98,7 +98,9 @@ def causal(x: Float[Array, "c c"], runs: Runs | None, query_axis: int = 0) -> Fl
     return jnp.where(pairs if runs is None else pairs & runs.same, x, 0.0)
 
 
-def run_part(program: Program, take: Callable[..., Float[Array, "v k"]], backward: bool = False) -> None:
+def run_part(
+    program: TritonProgram, take: Callable[..., Float[Array, "v k"]], backward: bool = False
+) -> None:
     """The first pass over a split scan, where `take(program, chunk, state)` returns the next state.
 
     Stores what this part makes of a zero state, and the factor by which another one would pass through.
@@ -114,13 +116,13 @@ def run_part(program: Program, take: Callable[..., Float[Array, "v k"]], backwar
     program.store_part(*program.loop(step, carry, backward))
 
 
-def token_count(program: Program, chunk: Int[Array, ""]) -> Int[Array, ""]:
+def token_count(program: TritonProgram, chunk: Int[Array, ""]) -> Int[Array, ""]:
     """How many tokens a chunk has before the end of the scan."""
     tiling = program.tiling
     return jnp.minimum(tiling.chunk, tiling.tokens - chunk * tiling.chunk)
 
 
-def token_decay(program: Program, position: Int[Array, ""]) -> Float[Array, " k"]:
+def token_decay(program: TritonProgram, position: Int[Array, ""]) -> Float[Array, " k"]:
     """The decay of one token; zero where a segment begins."""
     decay = program.tiling.exp2(program.tiling.log2_decay(program.load_token("g", position)))
     if program.tiling.segmented:
@@ -128,7 +130,9 @@ def token_decay(program: Program, position: Int[Array, ""]) -> Float[Array, " k"
     return decay
 
 
-def next_state(program: Program, position: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
+def next_state(
+    program: TritonProgram, position: Int[Array, ""], state: Float[Array, "v k"]
+) -> Float[Array, "v k"]:
     """The recurrence over one token."""
     k, v = program.load_token("k", position), program.load_token("v", position)
     return state * token_decay(program, position)[None, :] + v[:, None] * k[None, :]

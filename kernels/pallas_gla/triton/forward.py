@@ -26,30 +26,30 @@ from pallas_gla.triton.chunk import (
     run_part,
     token_count,
 )
-from pallas_gla.triton.tiling import Program, Tiling
+from pallas_gla.triton.tiling import TritonProgram, TritonTiling
 
 
-def forward_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
+def forward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
     """The kernel of these operands and results; in a split scan it starts from what `parts_kernel` left."""
 
     def gla_forward(*refs: Any) -> None:
-        program = Program.current(tiling, dict(zip(names, refs, strict=True)))
+        program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
         state = program.loop(lambda chunk, state: _chunk(program, chunk, state), _first_state(program))
         program.store_end_state("final_state", state, tiling.parts - 1)
 
     return gla_forward
 
 
-def parts_kernel(tiling: Tiling, names: tuple[str, ...]) -> Callable[..., None]:
+def parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
     """The first pass over a split scan: the state a part makes of zero, and how an earlier one decays."""
 
     def gla_forward_parts(*refs: Any) -> None:
-        run_part(Program.current(tiling, dict(zip(names, refs, strict=True))), _chunk)
+        run_part(TritonProgram.current(tiling, dict(zip(names, refs, strict=True))), _chunk)
 
     return gla_forward_parts
 
 
-def _first_state(program: Program) -> Float[Array, "v k"]:
+def _first_state(program: TritonProgram) -> Float[Array, "v k"]:
     """The state that enters a program's part."""
     state = program.zero_state()
     if "initial_state" in program.refs:
@@ -59,7 +59,7 @@ def _first_state(program: Program) -> Float[Array, "v k"]:
     return lax.fori_loop(jnp.int32(0), program.part, program.through_part, state)
 
 
-def _chunk(program: Program, chunk: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
+def _chunk(program: TritonProgram, chunk: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
     """Runs a chunk, stores o if the launch has it, and returns the next state."""
     tiling = program.tiling
     positions = program.positions(chunk)
@@ -108,7 +108,7 @@ def _chunk(program: Program, chunk: Int[Array, ""], state: Float[Array, "v k"]) 
     return lax.cond(decay.bounded, fast, safe, state)
 
 
-def gated(program: Program, o: Float[Array, "c v"], gate: Float[Array, "c v"]) -> Float[Array, "c v"]:
+def gated(program: TritonProgram, o: Float[Array, "c v"], gate: Float[Array, "c v"]) -> Float[Array, "c v"]:
     """RMSNorm(o) * norm_weight * SiLU(gate) for some tokens."""
     tiling = program.tiling
     weight = program.load_line("norm_weight", program.element)

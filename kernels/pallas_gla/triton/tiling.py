@@ -17,7 +17,7 @@ LARGEST_STATE = 64 * 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
+class TritonTiling:
     """How programs share a scan: each takes one head, and one of `parts` parts of its chunks."""
 
     scan: Scan
@@ -160,21 +160,21 @@ def pick(x: Float[Array, "c n"], row: Any) -> Float[Array, " n"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TritonProgram:
     """The running program: its head, its part of the scan, its batch element, and what it finds in memory.
 
     Arrays of tokens come as [B * T * H, width], states as [rows, K] or [rows, V]; `position` counts tokens in
     the order of the scan.
     """
 
-    tiling: Tiling
+    tiling: TritonTiling
     refs: dict[str, Any]
     head: Int[Array, ""]
     part: Int[Array, ""]
     element: Int[Array, ""]
 
     @classmethod
-    def current(cls, tiling: Tiling, refs: dict[str, Any]) -> "Program":
+    def current(cls, tiling: TritonTiling, refs: dict[str, Any]) -> "TritonProgram":
         """Heads vary fastest, so that programs that run at once share cache lines."""
         rest, head = divide(call.program_id(0), tiling.heads)
         element, part = divide(rest, tiling.parts)
