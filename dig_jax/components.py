@@ -1,5 +1,6 @@
 """The objects that a config describes: model, diffusion and data."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dig_jax import autoencoder
 from dig_jax.autoencoder import Autoencoder
-from dig_jax.config import Config
+from dig_jax.config import Config, ModelConfig
 from dig_jax.data import ImageSpec, Source, load_source
 from dig_jax.diffusion import GaussianDiffusion
 from dig_jax.errors import naming_setting
@@ -24,8 +25,7 @@ Params = dict[str, Any]
 class Components:
     """The model, diffusion process, data and autoencoder that a config describes, each built on first use.
 
-    Parameters are a plain nested dict; the network is the pure function `denoise`. Instances compare by
-    identity, so one may be a static argument of `jax.jit`.
+    Parameters are a plain nested dict; the network is the pure function `denoise`.
 
     Args:
         config: the settings.
@@ -87,7 +87,12 @@ class Components:
 
     def init_params(self, key: Array) -> Params:
         """Random parameters, float32."""
-        return nnx.to_pure_dict(nnx.split(self.make_model(nnx.Rngs(key)))[1])
+        return nnx.to_pure_dict(nnx.split(self.model_spec.create(nnx.Rngs(key)))[1])
+
+    @functools.cached_property
+    def model_spec(self) -> "ModelSpec":
+        """The network, for images of `image_spec`."""
+        return ModelSpec(self.config.model, self.image_spec.image_shape, self.image_spec.num_classes)
 
     def denoise(
         self,
@@ -97,26 +102,48 @@ class Components:
         y: Int[Array, " b"] | None,
         drop: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b h w out"]:
-        """The network with these parameters; arguments and result as in `DiffusionTransformer`."""
-        # Blocks gather theirs when their turn comes.
-        params = gather_params({name: part for name, part in params.items() if name != "blocks"}) | {
-            "blocks": params["blocks"]
-        }
-        return nnx.merge(self._graphdef, params)(x, t, y, drop=drop)
+        """Call the network with these parameters; see `DiffusionTransformer`."""
+        return self.model_spec.denoise(params, x, t, y, drop)
 
     @functools.cached_property
     def abstract_model(self) -> DiffusionTransformer:
         """The network without values."""
-        return nnx.eval_shape(lambda: self.make_model(nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: self.model_spec.create(nnx.Rngs(0)))
 
-    @functools.cached_property
-    def _graphdef(self) -> nnx.GraphDef:
-        return nnx.split(self.abstract_model)[0]
 
-    def make_model(self, rngs: nnx.Rngs) -> DiffusionTransformer:
-        """The network as a module with random parameters."""
-        m = self.config.model
-        height, width, channels = self.image_spec.image_shape
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A network as plain values: it compares and hashes by value and can be pickled.
+
+    Attributes:
+        config: name and options of the model.
+        image_shape: (height, width, channels) of the training images.
+        num_classes: number of labels, or 0 for an unconditional model.
+    """
+
+    config: ModelConfig
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    def denoise(
+        self,
+        params: Params,
+        x: Float[Array, "b h w c"],
+        t: Int[Array, " b"],
+        y: Int[Array, " b"] | None,
+        drop: Bool[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w out"]:
+        """Call the network with these parameters; see `DiffusionTransformer`."""
+        # Each block gathers its own parameters when it runs.
+        params = gather_params({name: part for name, part in params.items() if name != "blocks"}) | {
+            "blocks": params["blocks"]
+        }
+        return nnx.merge(_graphdef(self), params)(x, t, y, drop=drop)
+
+    def create(self, rngs: nnx.Rngs) -> DiffusionTransformer:
+        """Return the network as a module with random parameters."""
+        m = self.config
+        height, width, channels = self.image_shape
         overrides: dict[str, Any] = {"dtype": jnp.dtype(m.dtype), "remat": _optional(m.remat)}
         for field in ("patch_size", "depth", "hidden_size", "num_heads"):
             if getattr(m, field):
@@ -134,12 +161,18 @@ class Components:
             return create_model(
                 m.name,
                 input_size=(height, width),
-                num_classes=self.image_spec.num_classes,
+                num_classes=self.num_classes,
                 in_channels=channels,
                 learn_sigma=m.learn_sigma,
                 rngs=rngs,
                 **overrides,
             )
+
+
+# Cached outside of the spec, which must stay picklable.
+@functools.lru_cache(maxsize=16)
+def _graphdef(spec: ModelSpec) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: spec.create(nnx.Rngs(0))))[0]
 
 
 def _optional(name: str) -> str | None:

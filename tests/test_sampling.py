@@ -1,4 +1,5 @@
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_components import (
     PlainComponents,
+    PlainModel,
     mesh_of,
     random_params,
     tiny_components,
@@ -16,7 +18,8 @@ from tiny_components import (
 import dig_jax
 from dig_jax import ConfigError, Sampler
 from dig_jax.parallel import batch_sharding, state_sharding
-from dig_jax.sampling.sampler import noise, to_pixels
+from dig_jax.sampling.generate import GenerationSpec, generate, noise
+from dig_jax.sampling.sampler import to_pixels
 
 STEPS = 3
 SEEDS = [3, 1, 4, 15, 9]
@@ -143,18 +146,51 @@ def test_images_have_the_size_asked_for(size, shape):
     assert images.std() > 0
 
 
-def test_the_null_class_is_computed_only_where_it_guides(monkeypatch):
-    seen, denoise = [], PlainComponents.denoise
+def batches_denoised(monkeypatch):
+    """The batch sizes that a `PlainModel` is traced with, from now on."""
+    seen, denoise = [], PlainModel.denoise
 
     def counting(self, params, x, t, y, drop=None):
         seen.append(x.shape[0])
         return denoise(self, params, x, t, y, drop)
 
-    monkeypatch.setattr(PlainComponents, "denoise", counting)
+    monkeypatch.setattr(PlainModel, "denoise", counting)
+    return seen
+
+
+def test_the_null_class_is_computed_only_where_it_guides(monkeypatch):
+    seen = batches_denoised(monkeypatch)
     for scale, expected in ((1.0, {3}), (1.5, {6})):
         seen.clear()
         plain_sampler()([0, 1, 2], guidance_scale=scale)
         assert set(seen) == expected
+
+
+def test_a_generation_is_described_by_values_that_pickle():
+    spec = GenerationSpec.of(tiny_components(), guided=True, steps=STEPS, trajectory=True)
+    restored = pickle.loads(pickle.dumps(spec))
+    assert restored == spec and hash(restored) == hash(spec)
+    for other in (
+        GenerationSpec.of(tiny_components(model__depth=2), guided=True, steps=STEPS, trajectory=True),
+        GenerationSpec.of(tiny_components(), guided=False, steps=STEPS, trajectory=True),
+        GenerationSpec.of(tiny_components(), guided=True, steps=STEPS + 1, trajectory=True),
+    ):
+        assert other != spec
+    images, labels = jnp.zeros((3, *spec.shape)), jnp.arange(3)
+    out = jax.eval_shape(restored.model.denoise, random_params(tiny_components()), images, labels, labels)
+    assert out.shape == (3, 4, 4, 2)
+
+
+def test_equal_descriptions_compile_once(monkeypatch):
+    seen = batches_denoised(monkeypatch)
+    settings = tiny_settings(sampling__steps=2)
+    arguments = {"labels": jnp.array([1]), "seeds": jnp.array([2]), "scale": jnp.float32(2)}
+    images = [
+        generate({}, **arguments, spec=GenerationSpec.of(PlainComponents(settings), guided=True))
+        for _ in range(2)
+    ]
+    np.testing.assert_array_equal(*images)
+    assert seen == [2]
 
 
 def test_guidance_moves_the_brightness_of_the_class_away_from_the_null_class():

@@ -1,6 +1,7 @@
 """Experiments that are real in all parts and compile within seconds."""
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 from configs import smoke
 from dig_jax import config
 from dig_jax.checkpoints.manager import Checkpoints
-from dig_jax.components import Components
+from dig_jax.components import Components, ModelSpec
+from dig_jax.diffusion import GaussianDiffusion
 from dig_jax.parallel import make_mesh
 from dig_jax.training.step import init_params
 
@@ -43,17 +45,30 @@ def random_params(components, seed=0):
     return jax.tree.map(lambda leaf: np.float32(0.1 * random.standard_normal(leaf.shape)), shapes)
 
 
-class PlainComponents(Components):
-    """In place of the network, which takes long to compile, the exact denoiser of simple images.
+@dataclasses.dataclass(frozen=True)
+class PlainModel(ModelSpec):
+    """The exact denoiser of simple images, in place of a network, which takes long to compile.
 
-    These are standard normal noise around a brightness of label / num_classes, which is 1 of the null class.
+    The images are standard normal noise around a brightness of label / num_classes; the null class has
+    brightness 1.
     """
 
+    process: GaussianDiffusion
+
     def denoise(self, params, x, t, y, drop=None):
-        alpha = jnp.float32(self.diffusion.alphas_cumprod)[t][:, None, None, None]
-        brightness = y[:, None, None, None] / self.image_spec.num_classes
+        alpha = jnp.float32(self.process.alphas_cumprod)[t][:, None, None, None]
+        brightness = y[:, None, None, None] / self.num_classes
         noise = jnp.sqrt(1 - alpha) * (x - jnp.sqrt(alpha) * brightness)
         return jnp.concatenate([noise, jnp.zeros_like(x)], axis=-1)
+
+
+class PlainComponents(Components):
+    """Components whose network is a `PlainModel`."""
+
+    @property
+    def model_spec(self):
+        spec = self.image_spec
+        return PlainModel(self.config.model, spec.image_shape, spec.num_classes, self.diffusion)
 
 
 def write_checkpoint(workdir, settings, step=7, known=None):

@@ -30,7 +30,7 @@ from dig_jax.planning.fitting import largest_fitting
 from dig_jax.planning.summary import summary
 from dig_jax.planning.topology import THIS, Topology, find_topology
 from dig_jax.progress import duration
-from dig_jax.sampling import sampler as sampling
+from dig_jax.sampling.generate import GenerationSpec, generate
 from dig_jax.training.compile import abstract_batch, abstract_state, laid_out, lower_train_step
 
 __all__ = ["THIS", "plan", "show"]
@@ -202,20 +202,15 @@ def _lower_train_step(run: _Run) -> jax.stages.Lowered:
 
 
 def _lower_sampler(run: _Run) -> jax.stages.Lowered:
-    settings, images, mesh = run.settings.sampling, run.components.image_spec, sampling_mesh(run.mesh)
+    settings, mesh = run.settings.sampling, sampling_mesh(run.mesh)
     numbers = jax.ShapeDtypeStruct((run.drawn,), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        return sampling.generate.lower(
+        return generate.lower(
             laid_out(run.state["params"], mesh),
             labels=numbers,
             seeds=numbers,
             scale=jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)),
-            components=run.components,
-            shape=images.image_shape,
-            sampler=settings.sampler,
-            steps=settings.steps,
-            guided=settings.guidance_scale != 1 and images.num_classes > 0,
-            trajectory=False,
+            spec=GenerationSpec.of(run.components, guided=settings.guidance_scale != 1),
         )
 
 

@@ -10,24 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from dig_jax.autoencoder import Autoencoder, to_uint8
 from dig_jax.components import Components, Params
 from dig_jax.config import Config, check_same
 from dig_jax.data.class_names import class_index
-from dig_jax.diffusion import classifier_free, get_sampler
 from dig_jax.export.export import read_model
 from dig_jax.parallel import (
     batch_sharding,
     batch_shards,
-    constrain,
     distribute,
     local_mesh,
     replicated,
     sampling_mesh,
     state_sharding,
 )
+from dig_jax.sampling.generate import GenerationSpec, generate
 
 Numbers = int | Sequence[int] | np.ndarray | None
 Labels = Numbers | str | Sequence[str]
@@ -133,17 +132,15 @@ class Sampler:
         height, width, channels = images.image_shape
         if size is not None:
             height, width = self._size_of(size)
-        draw = functools.partial(
-            generate,
-            self.params,
-            scale=jnp.float32(scale),
-            components=self.components,
+        spec = GenerationSpec.of(
+            self.components,
             shape=(height, width, channels),
-            sampler=settings.sampler if sampler is None else sampler,
-            steps=settings.steps if steps is None else steps,
-            guided=scale != 1 and images.num_classes > 0,
+            sampler=sampler,
+            steps=steps,
+            guided=scale != 1,
             trajectory=trajectory,
         )
+        draw = functools.partial(generate, self.params, scale=jnp.float32(scale), spec=spec)
         batch_size = self._batch_size(len(seeds))
         parts = []
         for first in range(0, len(seeds), batch_size):
@@ -246,56 +243,6 @@ def _checked(name: str, numbers: Numbers, limit: int) -> Int[np.ndarray, " n"]:
     return numbers
 
 
-def noise(
-    seeds: Int[Array, " b"], number: Int[Array, ""], shape: tuple[int, int, int]
-) -> Float[Array, "b h w c"]:
-    """Standard normal noise, each image's from its seed alone: number 0 to start from, i + 1 for step i."""
-    key = jax.random.key(0)
-
-    def draw(seed: Array) -> Array:
-        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, seed), number), shape)
-
-    return jax.vmap(draw)(seeds)
-
-
 def to_pixels(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """-1…1 as 0…255, clipped."""
     return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("components", "shape", "sampler", "steps", "guided", "trajectory")
-)
-def generate(
-    params: Params,
-    *,
-    labels: Int[Array, " b"],
-    seeds: Int[Array, " b"],
-    scale: Float[Array, ""],
-    components: Components,
-    shape: tuple[int, int, int],
-    sampler: str,
-    steps: int,
-    guided: bool,
-    trajectory: bool,
-) -> Float[Array, "*images"]:
-    """Images in the model's own space: [B, *shape], or [steps, B, *shape] of a trajectory."""
-    settings, classes = components.config.sampling, components.image_spec.num_classes
-    denoiser = classifier_free(
-        functools.partial(components.denoise, params),
-        labels,
-        classes,
-        scale if guided else 1,
-        channels=settings.guidance_channels or None,
-    )
-    result = get_sampler(sampler)(
-        components.diffusion,
-        denoiser,
-        noise(seeds, jnp.int32(0), shape),
-        lambda step: noise(seeds, step + 1, shape),
-        steps=steps,
-        clip=settings.clip,
-        return_trajectory=trajectory,
-    )
-    # Whole on every device, so that every process can read it.
-    return constrain(result[1] if trajectory else result)
