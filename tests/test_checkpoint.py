@@ -16,8 +16,9 @@ from jax.sharding import SingleDeviceSharding
 
 from configs import smoke
 from dig_jax import config
-from dig_jax.checkpoints import manager as checkpoint
-from dig_jax.checkpoints.manager import Checkpoints, has_checkpoints, read_config, read_params
+from dig_jax.checkpoints import reader
+from dig_jax.checkpoints.manager import Checkpoints
+from dig_jax.checkpoints.reader import has_checkpoints, read_checkpoint, read_config
 from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError
 from dig_jax.parallel import batch_sharding, make_mesh, replicated
@@ -28,11 +29,11 @@ IMAGES = ImageSpec((8, 8, 3), ("cat", "dog"))
 
 @contextlib.contextmanager
 def not_root():
-    """Root may write everywhere, and so becomes nobody."""
+    """Run as `nobody` if the tests run as root, which may write everywhere."""
     user = os.geteuid()
     if user == 0:
         if not all(os.stat(place).st_mode & stat.S_IXOTH for place in Path(pytest.__file__).parents):
-            pytest.skip("nobody could import anything: the environment is root's alone")
+            pytest.skip("the user nobody cannot read the Python environment")
         os.seteuid(65534)
     try:
         yield
@@ -41,7 +42,7 @@ def not_root():
 
 
 def make_state(step: int, size: int = 300) -> dict:
-    """A state with the layout of a real one: averages by decay, integer keys, scalars."""
+    """A state with the structure of a real one: averages by decay, integer keys, scalars."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), 3)
     params, *averages = ({"w": jax.random.normal(key, (size,)), "b": {0: jnp.ones(3)}} for key in keys)
     ema = {str(decay): average for decay, average in zip((0.9, 0.99), averages, strict=True)}
@@ -90,7 +91,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A workdir with checkpoints 1 and 2, not to be written to."""
+    """A workdir with checkpoints 1 and 2, which tests must not change."""
     workdir = tmp_path_factory.mktemp("saved")
     save(workdir, 1, 2)
     return workdir
@@ -98,11 +99,11 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def workdir(saved, tmp_path):
-    """A copy of it."""
+    """A copy of `saved`."""
     return shutil.copytree(saved, tmp_path / "run")
 
 
-def test_what_is_restored_is_what_was_saved(saved):
+def test_a_state_survives_a_save_and_restore(saved):
     state, data = restore(saved)
     assert_equal(state, make_state(2))
     assert jax.tree.structure(state) == jax.tree.structure(make_state(2))
@@ -113,60 +114,60 @@ def test_what_is_restored_is_what_was_saved(saved):
 def test_an_empty_workdir_has_nothing_to_restore(tmp_path):
     assert not has_checkpoints(tmp_path)
     assert restore(tmp_path) is None
-    with pytest.raises(CheckpointError, match=f"there is no checkpoint in {tmp_path}"):
-        read_params(tmp_path)
+    with pytest.raises(CheckpointError, match=f"no checkpoint in {tmp_path}"):
+        read_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(("ema", "pick"), [(None, "0.9"), ("", "0.9"), ("0.99", "0.99"), ("params", None)])
 def test_parameters_are_read_by_the_name_of_their_average(saved, ema, pick):
-    components, step, params = read_params(saved, ema)
+    components, step, params = read_checkpoint(saved, ema)
     state = make_state(2)
-    assert (components.config, components.known, step) == (SETTINGS, IMAGES, 2)
+    assert (components.config, components.image_spec, step) == (SETTINGS, IMAGES, 2)
     assert_equal(params, state["ema"][pick] if pick else state["params"])
 
 
-def test_one_checkpoint_can_be_named(saved):
-    _, step, params = read_params(saved / "checkpoints" / "1", "params")
+def test_one_checkpoint_directory_can_be_read(saved):
+    _, step, params = read_checkpoint(saved / "checkpoints" / "1", "params")
     assert step == 1
     assert_equal(params, make_state(1)["params"])
 
 
-def test_a_checkpoint_that_not_all_processes_see_is_told(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint, "processes_without", lambda here: [1, 3] if here else [])
-    with pytest.raises(CheckpointError, match="process 1, 3 does not see .*checkpoints/2, which process 0"):
-        read_params(saved)
+def test_a_checkpoint_that_some_process_cannot_see_is_an_error(saved, monkeypatch):
+    monkeypatch.setattr(reader, "processes_without", lambda here: [1, 3] if here else [])
+    with pytest.raises(CheckpointError, match="process 1, 3 cannot see .*checkpoints/2, which process 0"):
+        read_checkpoint(saved)
 
 
-def test_an_average_that_is_not_there_is_refused(saved):
-    with pytest.raises(CheckpointError, match=r"has no average '0.5'; it has 0.9, 0.99 and params"):
-        read_params(saved, "0.5")
+def test_a_missing_average_is_an_error(saved):
+    with pytest.raises(CheckpointError, match=r"has no average '0.5'; expected 0.9, 0.99 or params"):
+        read_checkpoint(saved, "0.5")
 
 
 def test_checkpoints_move_between_meshes(tmp_path):
     size = 4 * 32
     mesh = make_mesh(config.MeshConfig(data=4, fsdp=1, tensor=1, context=1, cpu_devices=1), 4)
-    layouts = {"spread": batch_sharding(mesh), "whole": replicated(mesh)}
+    layouts = {"split": batch_sharding(mesh), "replicated": replicated(mesh)}
     with contextlib.closing(Checkpoints(tmp_path, SETTINGS.checkpoint)) as checkpoints:
         state = make_state(1, size)
-        state["params"]["w"] = jax.device_put(state["params"]["w"], layouts["spread"])
+        state["params"]["w"] = jax.device_put(state["params"]["w"], layouts["split"])
         checkpoints.save(1, state, {}, SETTINGS)
         checkpoints.wait()
-    _, _, params = read_params(tmp_path, "params")
+    _, _, params = read_checkpoint(tmp_path, "params")
     assert params["w"].sharding.device_set == {jax.devices()[0]}
     assert_equal(params, make_state(1, size)["params"])
 
     target = abstract(make_state(1, size))
-    target["params"]["w"] = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=layouts["whole"])
+    target["params"]["w"] = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=layouts["replicated"])
     with contextlib.closing(Checkpoints(tmp_path, SETTINGS.checkpoint)) as checkpoints:
         restored, _ = checkpoints.restore(target)
-    assert restored["params"]["w"].sharding.is_equivalent_to(layouts["whole"], 1)
+    assert restored["params"]["w"].sharding.is_equivalent_to(layouts["replicated"], 1)
     assert_equal(restored, make_state(1, size))
 
 
 RETENTION = config.CheckpointConfig(every_steps=1, every_minutes=0.0, keep=1, keep_best=0, keep_every_steps=0)
 
 
-def test_old_checkpoints_go_as_the_config_says(tmp_path):
+def test_old_checkpoints_are_deleted_as_the_config_says(tmp_path):
     save(tmp_path, 1, 2, 3, 4, 5, settings=dataclasses.replace(RETENTION, keep=2, keep_every_steps=3))
     assert names(tmp_path) == ["3", "4", "5"]
 
@@ -190,38 +191,41 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
-def test_damage_to_any_file_is_noticed(workdir, damage, caplog):
+@pytest.mark.parametrize("corrupt", [flip, truncate, Path.unlink])
+def test_corruption_of_any_file_is_detected(workdir, corrupt, caplog):
     directory = workdir / "checkpoints" / "2"
     items = [path for path in directory.rglob("*") if path.is_file() and path.parent != directory]
     for path in [directory / "SHA256SUMS", *items]:
         content = path.read_bytes()
-        damage(path)
-        with pytest.raises(CheckpointError, match=f"all checkpoints in {directory.parent} are damaged: 2"):
+        corrupt(path)
+        with pytest.raises(CheckpointError, match=f"all checkpoints in {directory.parent} are corrupt: 2"):
             read_config(directory)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
     assert read_config(directory) == SETTINGS
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_set_aside_when_training_goes_on(workdir, caplog):
+def test_a_corrupt_checkpoint_is_skipped_and_renamed_by_the_next_save(workdir, caplog):
     newest = workdir / "checkpoints" / "2"
     flip(max(newest.rglob("d/*"), key=lambda path: path.stat().st_size))
-    damaged = files(newest)
+    corrupt = files(newest)
     with contextlib.closing(Checkpoints(workdir, SETTINGS.checkpoint)) as checkpoints:
         state, data = checkpoints.restore(abstract(make_state(0)))
         assert_equal(state, make_state(1))
         assert data["examples"] == 16
-        assert "checkpoint" in caplog.text and "2 is damaged (changed, lost or added: state/" in caplog.text
+        assert (
+            "checkpoint" in caplog.text
+            and "2 is corrupt (changed, missing or unexpected file: state/" in caplog.text
+        )
         assert "falling back to 1" in caplog.text
-        assert names(workdir) == ["1", "2"]  # nothing was saved yet
+        assert names(workdir) == ["1", "2"]  # renamed only by the next save
         checkpoints.save(2, make_state(2), {"examples": 32}, SETTINGS)
     assert names(workdir) == ["1", "2", "2.unreadable"]
-    assert files(workdir / "checkpoints" / "2.unreadable") == damaged
+    assert files(workdir / "checkpoints" / "2.unreadable") == corrupt
     assert_equal(restore(workdir)[0], make_state(2))
 
 
-def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(workdir):
+def test_a_second_corrupt_checkpoint_of_a_step_is_also_kept(workdir):
     for _ in range(2):
         shutil.rmtree(workdir / "checkpoints" / "2" / "state")
         with contextlib.closing(Checkpoints(workdir, SETTINGS.checkpoint)) as checkpoints:
@@ -230,48 +234,48 @@ def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(workdir):
     assert names(workdir) == ["1", "2", "2.unreadable", "2.unreadable.1"]
 
 
-def test_reading_parameters_falls_back_and_changes_nothing(workdir, caplog):
+def test_reading_parameters_falls_back_and_changes_no_file(workdir, caplog):
     (workdir / "checkpoints" / "2" / "state" / "_METADATA").unlink()
     before = files(workdir)
-    _, step, params = read_params(workdir, "params")
+    _, step, params = read_checkpoint(workdir, "params")
     assert step == 1
     assert_equal(params, make_state(1)["params"])
     assert "falling back to 1" in caplog.text
     assert files(workdir) == before
 
 
-def test_damaged_checkpoints_stay_where_they_are_when_there_is_no_other(workdir, caplog):
+def test_corrupt_checkpoints_keep_their_names_if_all_are_corrupt(workdir, caplog):
     for step in ("1", "2"):
         flip(workdir / "checkpoints" / step / "config" / "metadata")
     before = files(workdir)
-    for read in (restore, read_params, read_config):
-        with pytest.raises(CheckpointError, match="all checkpoints in .* are damaged: 2, 1"):
+    for read in (restore, read_checkpoint, read_config):
+        with pytest.raises(CheckpointError, match="all checkpoints in .* are corrupt: 2, 1"):
             read(workdir)
-    assert "there is no older one" in caplog.text
+    assert "there is no older checkpoint" in caplog.text
     assert files(workdir) == before
 
 
-def test_a_whole_checkpoint_that_does_not_fit_is_not_taken_for_damaged(workdir, caplog):
+def test_an_intact_checkpoint_that_does_not_fit_is_not_reported_as_corrupt(workdir, caplog):
     state, more = abstract(make_state(0)), {"more": jax.ShapeDtypeStruct((), jnp.int32)}
     checkpoints = Checkpoints(workdir, SETTINGS.checkpoint)
-    with pytest.raises(CheckpointError, match=r"checkpoints/2 is whole, but cannot be used: .*"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/2 is intact but could not be restored: .*"):
         checkpoints.restore(state | {"params": more})
-    message = rf"checkpoints/2 is whole, but has no more, .* --config.init_from={workdir}$"
+    message = rf"checkpoints/2 has no more, .* --config.init_from={workdir}$"
     with pytest.raises(CheckpointError, match=message):
         checkpoints.restore(state | more)
     assert not caplog.text
     assert names(workdir) == ["1", "2"]
 
 
-def test_a_checkpoint_of_another_version_is_told_from_a_damaged_one(workdir, monkeypatch):
+def test_a_checkpoint_of_a_different_version_is_not_reported_as_corrupt(workdir, monkeypatch):
     monkeypatch.setattr(config, "from_dict", lambda settings: config.check_field("config", "old", ["new"]))
     with pytest.raises(
-        CheckpointError, match="checkpoints/2 is of another version: config has no field 'old'"
+        CheckpointError, match="checkpoints/2 was written by a different version: config has no field 'old'"
     ):
         read_config(workdir)
 
 
-def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next_save(workdir):
+def test_the_remains_of_a_killed_save_are_ignored_and_removed_by_the_next_save(workdir):
     checkpoints = workdir / "checkpoints"
     shutil.copytree(checkpoints / "2", checkpoints / "3.orbax-checkpoint-tmp")
     (checkpoints / "3.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
@@ -283,7 +287,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next_save(wo
 
 @contextlib.contextmanager
 def full_disk(limit: int):
-    """No file can grow beyond `limit` bytes; for the writer this is as if the disk were full."""
+    """Simulate a full disk: no file can grow beyond `limit` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -292,9 +296,9 @@ def full_disk(limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-# While Orbax gives up, TensorStore's other writes still fail.
+# After Orbax has raised, other writes of TensorStore still fail in the background.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_gives_one_line_and_leaves_the_last_good_checkpoint(tmp_path):
+def test_a_full_disk_raises_one_line_and_keeps_the_last_good_checkpoint(tmp_path):
     size = 10**6
     save(tmp_path, 1, size=size)
     with full_disk(10**6), contextlib.closing(Checkpoints(tmp_path, SETTINGS.checkpoint)) as checkpoints:
@@ -303,13 +307,13 @@ def test_a_full_disk_gives_one_line_and_leaves_the_last_good_checkpoint(tmp_path
             checkpoints.save(3, make_state(3, size), {}, SETTINGS)
     message = str(caught.value)
     assert message.startswith(f"checkpoint 2 could not be written to {tmp_path}/checkpoints: ")
-    assert message.endswith("; older ones are untouched") and "\n" not in message
+    assert message.endswith("; older checkpoints are unchanged") and "\n" not in message
     assert_equal(restore(tmp_path, size)[0], make_state(1, size))
     save(tmp_path, 2, size=size)
     assert names(tmp_path) == ["1", "2"]
 
 
-def test_a_directory_that_cannot_be_made_gives_one_line(tmp_path):
+def test_a_directory_that_cannot_be_created_raises_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(
         CheckpointError, match=f"checkpoint 1 could not be written to {tmp_path}/checkpoints: "
@@ -317,7 +321,7 @@ def test_a_directory_that_cannot_be_made_gives_one_line(tmp_path):
         save(tmp_path, 1)
 
 
-def test_a_directory_without_permission_gives_one_line(saved):
+def test_a_directory_without_write_permission_raises_one_line(saved):
     directory = Path(tempfile.mkdtemp())
     shutil.copytree(saved / "checkpoints", directory / "checkpoints")
     for path in (directory, directory / "checkpoints"):
@@ -331,7 +335,7 @@ def test_a_directory_without_permission_gives_one_line(saved):
     shutil.rmtree(directory)
 
 
-def test_a_checkpoint_holds_its_own_step_though_its_memory_is_donated_to_the_next(tmp_path):
+def test_a_checkpoint_holds_its_own_step_although_its_memory_is_donated_to_the_next(tmp_path):
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     mesh = make_mesh(config.MeshConfig(data=-1, fsdp=1, tensor=1, context=1, cpu_devices=1), 4)
     state = {"params": jax.device_put(jnp.zeros((1000, 1000)), replicated(mesh))}
@@ -339,7 +343,7 @@ def test_a_checkpoint_holds_its_own_step_though_its_memory_is_donated_to_the_nex
         for step in range(1, 5):
             state = update(state)
             checkpoints.save(step, state, {}, SETTINGS)
-            for _ in range(10):  # while the save is being written
+            for _ in range(10):  # while the save runs
                 state = update(state)
     for step in range(1, 5):
         with ocp.StandardCheckpointer() as reader:

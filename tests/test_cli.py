@@ -9,7 +9,7 @@ from absl import flags
 
 from configs import smoke
 from dig_jax import config
-from dig_jax.checkpoints.manager import described
+from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.cli import command_line as cli
 from dig_jax.errors import CheckpointError, ConfigError
 from dig_jax.files.atomic import write_json
@@ -107,7 +107,7 @@ def test_fields_are_set_in_every_spelling_that_absl_knows(command, arguments):
 
 def test_the_config_of_a_run_may_be_given_and_its_workdir_with_it(command, tmp_path):
     settings = config.from_dict(smoke.get_config().to_dict())
-    write_json(tmp_path / "config.json", described(settings))
+    write_json(tmp_path / "config.json", config_and_versions(settings))
     seen = []
     path = f"--config={tmp_path}/config.json"
     status, stderr = command(path, "--config.sampling.steps=7", main=lambda *given: seen.append(given))
@@ -189,7 +189,7 @@ def test_help_tells_how_to_use_it():
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--mode=sample"], 1, "there is no checkpoint in "),
+        (["--mode=sample"], 1, "no checkpoint in "),
         (["--labels=3"], 2, "--labels and --seeds go with --mode=sample"),
         (["--mode=export"], 2, "--mode=export and --output=FILE.safetensors go together"),
         (["--output=x.safetensors"], 2, "--mode=export and --output=FILE.safetensors go together"),

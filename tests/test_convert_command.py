@@ -17,6 +17,7 @@ from upstream_files import HEADS, abstract, assert_same, assert_upstreams, expec
 import dig_jax
 from configs import base
 from dig_jax import config
+from dig_jax.checkpoints.reader import read_model
 from dig_jax.convert import command as convert
 from dig_jax.convert.names import torch_arrays
 from dig_jax.convert.pytorch.reader import open_torch
@@ -29,7 +30,6 @@ from dig_jax.convert.recognize import (
 )
 from dig_jax.convert.sources import UpstreamParams
 from dig_jax.data import ImageSpec
-from dig_jax.export.export import read_model
 from dig_jax.files.safetensors import StoredArray
 
 

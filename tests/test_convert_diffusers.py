@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from upstream_files import HEADS, assert_same, expected, refused, run, state_dict
 
-from dig_jax.export.export import read_model
+from dig_jax.checkpoints.reader import read_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -8,8 +8,8 @@ from test_convert import golden, nhwc, relative_error
 from upstream_files import HEADS, assert_same, expected, run, state_dict
 
 import dig_jax
+from dig_jax.checkpoints.reader import read_model
 from dig_jax.convert.pytorch.writer import write_torch
-from dig_jax.export.export import read_model
 
 
 @pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])

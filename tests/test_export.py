@@ -15,7 +15,8 @@ from tiny_components import tiny_settings, write_checkpoint
 import dig_jax
 from configs import smoke
 from dig_jax import CheckpointError, ConfigError, config
-from dig_jax.export.export import export, read_model
+from dig_jax.checkpoints.reader import read_model
+from dig_jax.export.export import export
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(workdir, tmp_path_factory):
-    """A file not to be written to."""
+    """A parameter file that tests must not change."""
     path = tmp_path_factory.mktemp("exported") / "tiny.safetensors"
     export(tiny_settings(), workdir[0], path)
     return path
@@ -34,7 +35,7 @@ def exported(workdir, tmp_path_factory):
 
 @pytest.fixture
 def changed(exported, tmp_path):
-    """Writes the file again, with other arrays or metadata."""
+    """Write a copy of the file with other arrays or metadata."""
 
     def write(arrays=None, **metadata):
         with safe_open(exported, framework="numpy") as file:
@@ -53,7 +54,7 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("name", ["0.9", "0.99", "params"])
-def test_the_parameters_that_sampling_names_are_exported_bit_for_bit(workdir, tmp_path, name):
+def test_the_average_that_sampling_names_is_exported_bit_for_bit(workdir, tmp_path, name):
     directory, trees = workdir
     path = tmp_path / "new" / "x.safetensors"
     export(tiny_settings(sampling__ema=name), directory, path)
@@ -64,7 +65,7 @@ def test_the_parameters_that_sampling_names_are_exported_bit_for_bit(workdir, tm
     assert [other.name for other in path.parent.iterdir()] == [path.name]
 
 
-def test_a_file_says_what_it_is_to_those_who_have_only_safetensors(exported):
+def test_the_header_describes_the_file_to_any_safetensors_reader(exported):
     with safe_open(exported, framework="numpy") as file:
         about = file.metadata()
         assert "blocks.rest.0.mixer.q_proj.kernel" in file.keys()  # noqa: SIM118
@@ -73,7 +74,7 @@ def test_a_file_says_what_it_is_to_those_who_have_only_safetensors(exported):
     assert json.loads(about["versions"])["jax"] == jax.__version__
 
 
-def test_others_may_read_the_file_as_far_as_the_umask_lets_them(workdir, tmp_path):
+def test_file_permissions_follow_the_umask(workdir, tmp_path):
     before = os.umask(0o027)
     try:
         export(tiny_settings(), workdir[0], tmp_path / "x.safetensors")
@@ -82,7 +83,7 @@ def test_others_may_read_the_file_as_far_as_the_umask_lets_them(workdir, tmp_pat
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_sampler_of_a_file_is_that_of_its_checkpoint(workdir, exported):
+def test_a_file_and_its_checkpoint_load_the_same_sampler(workdir, exported):
     settings = tiny_settings(sampling__steps=2)
     ours, theirs = (dig_jax.load(path, settings=settings) for path in (str(exported), workdir[0]))
     assert_equal(ours.params, theirs.params)
@@ -92,11 +93,11 @@ def test_a_sampler_of_a_file_is_that_of_its_checkpoint(workdir, exported):
 
 def test_a_file_holds_one_average(exported):
     assert dig_jax.load(exported, "0.9").step == 7
-    with pytest.raises(CheckpointError, match=f"{exported} has no average '0.99'; it has 0.9 alone"):
+    with pytest.raises(CheckpointError, match=f"{exported} has no average '0.99'; it only has 0.9"):
         dig_jax.load(exported, "0.99")
 
 
-def test_settings_of_another_model_are_refused(workdir, exported, tmp_path):
+def test_settings_of_another_model_are_rejected(workdir, exported, tmp_path):
     other = tiny_settings(model__depth=2)
     with pytest.raises(ConfigError, match="began with other settings: model.depth: 1 → 2"):
         dig_jax.load(exported, settings=other)
@@ -105,26 +106,26 @@ def test_settings_of_another_model_are_refused(workdir, exported, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_nothing_is_overwritten(workdir, tmp_path):
+def test_an_existing_file_is_not_overwritten(workdir, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_text("somebody's weights")
-    with pytest.raises(ConfigError, match=f"--output={path} is there already; delete it, or take another"):
+    with pytest.raises(ConfigError, match=f"--output={path} exists; delete it or choose another name"):
         export(tiny_settings(), workdir[0], path)
     assert path.read_text() == "somebody's weights"
 
 
-def test_a_name_that_would_not_be_recognised_is_refused(workdir, tmp_path):
-    with pytest.raises(ConfigError, match="x.npz does not end with .safetensors"):
+def test_an_output_without_the_safetensors_suffix_is_rejected(workdir, tmp_path):
+    with pytest.raises(ConfigError, match="invalid --output=.*x.npz; expected a name that ends with "):
         export(tiny_settings(), workdir[0], tmp_path / "x.npz")
 
 
-def test_a_full_disk_gives_one_line_and_leaves_nothing(workdir, tmp_path):
+def test_a_full_disk_raises_one_line_and_leaves_no_file(workdir, tmp_path):
     with full_disk(10_000), pytest.raises(CheckpointError, match="x.safetensors could not be written: "):
         export(tiny_settings(), workdir[0], tmp_path / "x.safetensors")
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made_gives_one_line(workdir, tmp_path):
+def test_a_directory_that_cannot_be_created_raises_one_line(workdir, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="x.safetensors could not be written: "):
         export(tiny_settings(), workdir[0], tmp_path / "file" / "x.safetensors")
@@ -135,75 +136,81 @@ def test_a_folder_that_cannot_be_made_gives_one_line(workdir, tmp_path):
     [
         (
             {"more": np.zeros(3, np.float32)},
-            r"1 arrays are not .* the first is more: float32 \[3\] there, none by",
+            r"1 arrays that do not match .* first is more: got float32 \[3\]; expected none",
         ),
         (
             {"final.linear.bias": np.zeros(3, np.float32)},
-            r"first is final.linear.bias: float32 \[3\] there, float32 \[8\] by the config",
+            r"first is final.linear.bias: got float32 \[3\]; expected float32 \[8\]",
         ),
-        ({"final.linear.bias": np.zeros(8, np.float16)}, r"float16 \[8\] there, float32 \[8\] by the config"),
+        ({"final.linear.bias": np.zeros(8, np.float16)}, r"got float16 \[8\]; expected float32 \[8\]"),
     ],
 )
-def test_arrays_that_are_not_those_of_the_config_are_named(changed, arrays, message):
+def test_arrays_that_do_not_match_the_config_are_named(changed, arrays, message):
     with pytest.raises(CheckpointError, match=message):
         read_model(changed(arrays))
 
 
-def test_an_array_that_is_missing_is_named(exported, tmp_path):
+def test_a_missing_array_is_named(exported, tmp_path):
     arrays = load_file(exported)
     del arrays["final.linear.bias"]
     with safe_open(exported, framework="numpy") as file:
         save_file(arrays, tmp_path / "x.safetensors", file.metadata())
-    with pytest.raises(CheckpointError, match=r"1 arrays .* final.linear.bias: none there, float32 \[8\] by"):
+    with pytest.raises(CheckpointError, match=r"1 arrays .* final.linear.bias: got none; expected float32"):
         read_model(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format": None}, "was not written by --mode=export: its header does not say dig-jax"),
+        (
+            {"format": None},
+            "not written by --mode=export: got format=None in its header; expected 'dig-jax'",
+        ),
         ({"format": "pt"}, "was not written by --mode=export"),
-        ({"config": None}, "has a damaged header: KeyError: 'config'"),
-        ({"config": "{"}, "has a damaged header: JSONDecodeError: "),
-        ({"config": "[" * 10**5}, "has a damaged header: RecursionError: "),
-        ({"config": "{}"}, "is of another version: config.seed is missing"),
-        ({"config": '{"sed": 1}'}, "is of another version: config has no field 'sed'; did you mean 'seed'"),
-        ({"step": "many"}, "has a damaged header: ValueError: "),
-        ({"ema": None}, "has a damaged header: KeyError: 'ema'"),
-        ({"images": "{"}, "has a damaged header: JSONDecodeError: "),
-        ({"images": "[]"}, "has a damaged header: ValueError: images="),
-        ({"images": '{"image_shape": [4, 4], "class_names": []}'}, "has a damaged header: ValueError: image"),
+        ({"config": None}, "has a corrupt header: KeyError: 'config'"),
+        ({"config": "{"}, "has a corrupt header: JSONDecodeError: "),
+        ({"config": "[" * 10**5}, "has a corrupt header: RecursionError: "),
+        ({"config": "{}"}, "was written by a different version: config.seed is missing"),
+        (
+            {"config": '{"sed": 1}'},
+            "different version: config has no field 'sed'; did you mean 'seed'",
+        ),
+        ({"step": "many"}, "has a corrupt header: ValueError: "),
+        ({"ema": None}, "has a corrupt header: KeyError: 'ema'"),
+        ({"images": "{"}, "has a corrupt header: JSONDecodeError: "),
+        ({"images": "[]"}, "has a corrupt header: ValueError: invalid images: got "),
+        ({"images": '{"image_shape": [4, 4], "class_names": []}'}, "has a corrupt header: ValueError: image"),
     ],
 )
-def test_a_header_that_is_not_ours_gives_one_line(changed, metadata, message):
+def test_an_invalid_header_raises_one_line(changed, metadata, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         read_model(changed(**metadata))
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_without_any_metadata_is_told(exported, tmp_path):
+def test_a_file_without_metadata_is_rejected(exported, tmp_path):
     save_file(load_file(exported), tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="x.safetensors was not written by --mode=export"):
         read_model(tmp_path / "x.safetensors")
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=f"{tmp_path}/x.safetensors: there is no such file"):
         dig_jax.load(tmp_path / "x.safetensors")
 
 
-def test_a_file_knows_its_images_where_their_source_is_not(changed):
+def test_a_file_describes_its_images_without_their_source(changed):
     elsewhere = dataclasses.asdict(tiny_settings())
     elsewhere["data"] |= {"name": "nowhere"}
     components = read_model(changed(config=json.dumps(elsewhere)))[0]
     assert components.image_spec.image_shape == (4, 4, 1)
     assert components.image_spec.class_names == ("0", "1", "2", "3", "4")
-    # Older versions did not write it.
+    # Older versions did not write `images`.
     with pytest.raises(ConfigError, match="config.data: .*nowhere"):
         read_model(changed(config=json.dumps(elsewhere), images=None))
 
 
-def test_export_by_the_command_line(tmp_path):
+def test_export_from_the_command_line(tmp_path):
     c = smoke.get_config()
     c.update_from_flattened_dict(FIELDS)
     trees = write_checkpoint(tmp_path / "run", config.from_dict(c.to_dict()), step=5)
@@ -211,5 +218,5 @@ def test_export_by_the_command_line(tmp_path):
     arguments = command("smoke", tmp_path / "run", FIELDS, "--mode=export", f"--output={output}")
     done = subprocess.run(arguments, env=environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1].endswith(f"arrays of step 5 (0.9) are in {output}")
+    assert done.stderr.splitlines()[-1].endswith(f"arrays) to {output}")
     assert_equal(read_model(output)[2], trees["0.9"])

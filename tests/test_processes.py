@@ -20,7 +20,7 @@ from ended_runs import (
     state_at,
 )
 
-from dig_jax.checkpoints.manager import read_config
+from dig_jax.checkpoints.reader import read_config
 from dig_jax.errors import ConfigError
 from dig_jax.export.export import export
 from dig_jax.parallel import initialize_distributed

@@ -125,7 +125,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(trained, copied, caplog)
 def test_all_checkpoints_damaged_ends_training_and_leaves_them(copied):
     for sums in copied.glob("checkpoints/*/SHA256SUMS"):
         sums.unlink()
-    with pytest.raises(CheckpointError, match="all checkpoints in .* are damaged: 6, 4, 2"):
+    with pytest.raises(CheckpointError, match="all checkpoints in .* are corrupt: 6, 4, 2"):
         loop.train(settings(), copied)
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["2", "4", "6"]
 
@@ -248,7 +248,7 @@ def test_init_from_an_exported_file_starts_as_from_its_workdir(trained, tmp_path
 
 def test_init_from_that_is_not_there_or_does_not_fit_is_refused(trained, tmp_path):
     missing = tmp_path / "nowhere"
-    with pytest.raises(ConfigError, match=f"config.init_from: there is no checkpoint in {missing}"):
+    with pytest.raises(ConfigError, match=f"config.init_from: no checkpoint in {missing}"):
         loop.train(settings(init_from=str(missing)), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"\d+ parameters do not fit this model, the first is \['.*there, "):
         loop.train(settings(init_from=str(trained), model__hidden_size=32), tmp_path / "run")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_components import tiny_settings
 
-from dig_jax.checkpoints.manager import described
+from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.files.jsonl import read_rows
 from dig_jax.reporting.html import charts, write_report
 from dig_jax.reporting.html.charts import Curve, chart, number
@@ -80,7 +80,7 @@ def write_run(workdir, records: int, every: int = 1) -> None:
         for index in range(1, records + 1)
     ]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (workdir / "config.json").write_text(json.dumps(described(tiny_settings())))
+    (workdir / "config.json").write_text(json.dumps(config_and_versions(tiny_settings())))
     (workdir / "scores.json").write_text(json.dumps({"accuracy": 0.98, "frechet_distance": 0.43}))
     note_start(workdir, 0)
 
@@ -136,7 +136,7 @@ def test_damaged_files_are_passed_over(tmp_path, name, content):
 
 def test_what_stands_in_the_files_is_text_and_no_markup(tmp_path):
     evil = "</script><script>alert(1)</script>&<b>"
-    config = described(tiny_settings())
+    config = config_and_versions(tiny_settings())
     config["config"]["init_from"] = evil
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_run_of_two_starts(tmp_path, command=evil, time=evil)

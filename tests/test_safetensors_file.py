@@ -13,9 +13,10 @@ from tiny_components import random_params, tiny_components
 from upstream_files import state_dict
 
 from dig_jax import autoencoder
+from dig_jax.checkpoints.parameter_file import write_parameter_file
+from dig_jax.checkpoints.reader import read_model
 from dig_jax.convert.sources import open_upstream
 from dig_jax.errors import CheckpointError
-from dig_jax.export.export import read_model, write_model
 from dig_jax.files.safetensors import MAX_HEADER, open_safetensors, write_safetensors
 
 
@@ -35,7 +36,7 @@ def upstream_file(folder):
 
 def exported_file(folder):
     components = tiny_components()
-    write_model(folder / "ours.safetensors", components, 7, random_params(components))
+    write_parameter_file(folder / "ours.safetensors", components, 7, random_params(components))
     return folder / "ours.safetensors"
 
 

@@ -21,7 +21,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from dig_jax.checkpoints.manager import Checkpoints, described, has_checkpoints
+from dig_jax.checkpoints.description import config_and_versions
+from dig_jax.checkpoints.manager import Checkpoints
+from dig_jax.checkpoints.parameter_file import FORMAT, write_parameter_file, writing_to
+from dig_jax.checkpoints.reader import has_checkpoints, read_model
 from dig_jax.components import Components
 from dig_jax.config import Config
 from dig_jax.convert import diffusers
@@ -36,7 +39,6 @@ from dig_jax.convert.recognize import (
 )
 from dig_jax.convert.sources import open_upstream
 from dig_jax.errors import CheckpointError, ConfigError, InvalidFile, UserError
-from dig_jax.export.export import FORMAT, read_model, write_model, writing_to
 from dig_jax.files.atomic import new_folder, replacing, write_json
 from dig_jax.files.safetensors import open_safetensors, write_safetensors
 
@@ -97,7 +99,7 @@ def _to_ours(source: Path, target: Path, tree: str | None, **options: str | int 
             )
     if target.suffix:
         # The step is not known.
-        write_model(target, components, 0, traverse_util.unflatten_dict(params))
+        write_parameter_file(target, components, 0, traverse_util.unflatten_dict(params))
     else:
         _write_workdir(target, components, params)
     log.info("written: %s", target)
@@ -163,7 +165,7 @@ def _write_workdir(target: Path, components: Components, params: Mapping[tuple, 
         with Checkpoints(folder, components.config.checkpoint) as checkpoints:
             data = {"examples": 0} | components.image_spec.to_dict()
             checkpoints.save(0, state, data, components.config)
-        write_json(folder / "config.json", described(components.config))
+        write_json(folder / "config.json", config_and_versions(components.config))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, UInt8
 
 from dig_jax.autoencoder import Autoencoder, to_uint8
+from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components, Params
 from dig_jax.config import Config, check_same
 from dig_jax.data.class_names import class_index
-from dig_jax.export.export import read_model
 from dig_jax.parallel import (
     batch_sharding,
     batch_shards,

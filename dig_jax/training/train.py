@@ -19,7 +19,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dig_jax import config
-from dig_jax.checkpoints.manager import Checkpoints, described
+from dig_jax.checkpoints.description import config_and_versions
+from dig_jax.checkpoints.manager import Checkpoints
+from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components, Params, param_count
 from dig_jax.config import Config
 from dig_jax.data import batches
@@ -27,7 +29,6 @@ from dig_jax.data.latents import LatentSource, check_latents
 from dig_jax.diffusion import get_sampler
 from dig_jax.errors import ConfigError, naming_setting
 from dig_jax.evaluation import evaluate as report
-from dig_jax.export.export import read_model
 from dig_jax.parallel import (
     check_agreement,
     make_mesh,
@@ -96,7 +97,7 @@ def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None)
         UserError: settings that cannot be, a workdir that began with others, damaged checkpoints.
     """
     began = time.monotonic()
-    check_agreement({"workdir": workdir.absolute(), **config.flattened(described(settings))})
+    check_agreement({"workdir": workdir.absolute(), **config.flattened(config_and_versions(settings))})
     mesh = make_mesh(settings.mesh, settings.data.batch_size, settings.training.accumulation)
     components = Components(settings)
     _check(components)

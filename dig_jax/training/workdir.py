@@ -4,7 +4,8 @@ import functools
 from pathlib import Path
 
 from dig_jax import config
-from dig_jax.checkpoints.manager import described, has_checkpoints, read_config
+from dig_jax.checkpoints.description import config_and_versions
+from dig_jax.checkpoints.reader import has_checkpoints, read_config
 from dig_jax.config import Config
 from dig_jax.errors import UserError
 from dig_jax.files.atomic import write_json
@@ -28,7 +29,7 @@ def _claim(settings: Config, workdir: Path) -> None:
         config.check_same(_began_with(workdir), settings, workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", described(settings))
+        write_json(workdir / "config.json", config_and_versions(settings))
     except OSError as error:
         raise UserError(f"the workdir {workdir} cannot be written to: {error.strerror}") from error
 

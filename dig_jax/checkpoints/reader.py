@@ -1,0 +1,189 @@
+"""Reading trained parameters: from a workdir, a checkpoint in it, or an exported file.
+
+Readers take the newest intact checkpoint, fall back to older ones and change nothing on disk.
+"""
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dig_jax import config
+from dig_jax.checkpoints.integrity import CHECKSUM_FILE, find_corruption
+from dig_jax.checkpoints.parameter_file import read_parameter_file
+from dig_jax.components import Components, Params
+from dig_jax.config import Config
+from dig_jax.data import ImageSpec
+from dig_jax.errors import CheckpointError, ConfigError, one_line
+from dig_jax.parallel import is_peer_failure, on_process_0, processes_without
+
+log = logging.getLogger(__name__)
+
+
+def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Params]:
+    """Read the components, step and parameters of a trained model. All processes must call this.
+
+    Args:
+        path: a workdir, a checkpoint directory in it, or FILE.safetensors as written by --mode=export.
+        ema: the decay of an average, such as "0.9999", or "params" for the parameters themselves. The default
+            (None or "") is the average that the config samples from; an exported file holds only one.
+
+    Returns:
+        The parameters, on one local device. The components know shape and classes of their images without the
+        data, unless an older version wrote the checkpoint.
+
+    Raises:
+        CheckpointError: no file or checkpoint, no such average, or a corrupt or incompatible file.
+    """
+    if path.suffix == ".safetensors" and not path.is_dir():
+        return read_parameter_file(path, ema)
+    return read_checkpoint(path, ema)
+
+
+def read_checkpoint(path: Path, ema: str | None = None) -> tuple[Components, int, Params]:
+    """Read the newest intact checkpoint of a workdir, or one checkpoint directory, as `read_model` does."""
+    directory, _ = newest_intact(path)
+    settings, image_spec = _read_config(directory), _read_image_spec(directory)
+    name = ema or settings.sampled_ema
+    averages = [str(decay) for decay in settings.training.ema_decays]
+    if name not in [*averages, "params"]:
+        raise CheckpointError(
+            f"{directory} has no average {name!r}; expected {', '.join(averages)} or params"
+        )
+    metadata = state_metadata(directory)
+    wanted = {"params": metadata["params"]} if name == "params" else {"ema": {name: metadata["ema"][name]}}
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        {"step": metadata["step"], **wanted},
+    )
+    state = restore_items(
+        directory,
+        state=ocp.args.PyTreeRestore(
+            target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        ),
+    ).state
+    params = state["params"] if name == "params" else state["ema"][name]
+    return Components(settings, image_spec), int(state["step"]), _with_integer_keys(params)
+
+
+def read_config(path: Path) -> Config:
+    """Read the config of a workdir's newest intact checkpoint, or of one checkpoint directory.
+
+    A process may call this alone.
+
+    Raises:
+        CheckpointError: no checkpoint, only corrupt ones, or one of a different version.
+    """
+    return _read_config(_find_newest_intact(path)[0])
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether the workdir has any checkpoint, corrupt ones included."""
+    return bool(_candidates(workdir))
+
+
+def newest_intact(path: Path) -> tuple[Path, list[Path]]:
+    """Find the newest intact checkpoint. Process 0 chooses; all processes must call this.
+
+    Returns:
+        Its directory, and the corrupt checkpoints that are newer.
+
+    Raises:
+        CheckpointError: no checkpoint, only corrupt ones, or not all processes can see the chosen one.
+    """
+
+    def find() -> list[str]:
+        chosen, corrupt = _find_newest_intact(path)
+        return [str(chosen), *map(str, corrupt)]
+
+    directory, *corrupt = map(Path, on_process_0(find))
+    blind = processes_without((directory / CHECKSUM_FILE).exists())
+    if blind:
+        raise CheckpointError(
+            f"process {', '.join(map(str, blind))} cannot see {directory}, which process 0 sees; checkpoints"
+            " must be on a file system that all hosts share"
+        )
+    return directory, corrupt
+
+
+def state_metadata(directory: Path) -> dict[str, Any]:
+    """Shapes and dtypes of the train state in a checkpoint, as a nested dict."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        return handler.metadata(epath.Path(directory / "state")).tree
+
+
+def restore_items(directory: Path, **items: ocp.args.CheckpointArgs) -> Any:
+    """Restore items of an intact checkpoint, as attributes of the result.
+
+    Raises:
+        CheckpointError: Orbax could not restore them.
+    """
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(directory, ocp.args.Composite(**items))
+    except Exception as error:  # Orbax and TensorStore do not document what they raise
+        if is_peer_failure(error):
+            raise
+        raise CheckpointError(
+            f"{directory} is intact but could not be restored: {one_line(error)}"
+        ) from error
+
+
+def _find_newest_intact(path: Path) -> tuple[Path, list[Path]]:
+    candidates = _candidates(path)
+    for position, directory in enumerate(candidates):
+        corruption = find_corruption(directory)
+        if corruption is None:
+            return directory, candidates[:position]
+        older = candidates[position + 1 :]
+        next_try = f"falling back to {older[0].name}" if older else "there is no older checkpoint"
+        log.warning("checkpoint %s is corrupt (%s); %s", directory, corruption, next_try)
+    if candidates:
+        names = ", ".join(directory.name for directory in candidates)
+        raise CheckpointError(f"all checkpoints in {candidates[0].parent} are corrupt: {names}")
+    raise CheckpointError(f"no checkpoint in {path}; train first or name a workdir that has one")
+
+
+def _candidates(path: Path) -> list[Path]:
+    """The checkpoint directory itself, or those of a workdir, newest first."""
+    path = path.absolute()
+    if (path / "state").is_dir():
+        return [path]
+    steps = [entry for entry in (path / "checkpoints").glob("*") if entry.name.isdigit()]
+    return sorted(steps, key=lambda entry: int(entry.name), reverse=True)
+
+
+def _read_config(directory: Path) -> Config:
+    try:
+        return config.from_dict(_read_json(directory / "config")["config"])
+    except ConfigError as error:
+        raise CheckpointError(
+            f"checkpoint {directory} was written by a different version: {error}"
+        ) from error
+
+
+def _read_image_spec(directory: Path) -> ImageSpec | None:
+    try:
+        return ImageSpec.from_dict(_read_json(directory / "data"))
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {directory}: {error}") from error
+
+
+def _read_json(item: Path) -> Mapping[str, Any]:
+    """Read a JSON item without synchronizing processes, unlike `restore_items`."""
+    return ocp.JsonCheckpointHandler().restore(epath.Path(item))
+
+
+def _with_integer_keys(tree: Any) -> Any:
+    """Orbax returns all keys as strings; our trees index lists by integers."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(key) if key.isdigit() else key: _with_integer_keys(value) for key, value in tree.items()}
