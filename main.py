@@ -20,7 +20,7 @@ from dig_jax.cli import command_line as cli
 from dig_jax.config import Config
 from dig_jax.encoding.encode import encode
 from dig_jax.errors import ConfigError
-from dig_jax.evaluation import evaluate as report
+from dig_jax.evaluation.evaluate import evaluate
 from dig_jax.export.export import export
 from dig_jax.parallel import initialize_distributed
 from dig_jax.planning import plan
@@ -88,7 +88,7 @@ def main(settings: Config, default_workdir: Path) -> None:
     elif _MODE.value == "export":
         export(settings, workdir, Path(_OUTPUT.value))
     else:
-        report.evaluate(settings, workdir)
+        evaluate(settings, workdir)
 
 
 if __name__ == "__main__":

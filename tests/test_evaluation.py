@@ -56,9 +56,10 @@ def test_frechet_distance_has_the_closed_form_of_independent_gaussians():
 
 
 @pytest.mark.parametrize(
-    "n, m, length, message", [(1, 5, 3, "2 or more vectors"), (5, 5, 2, "same length, got 3 and 2")]
+    "n, m, length, message",
+    [(1, 5, 3, "expected at least 2 per set"), (5, 5, 2, "got 3 and 2; expected equal")],
 )
-def test_frechet_distance_names_what_does_not_fit(n, m, length, message):
+def test_frechet_distance_names_invalid_features(n, m, length, message):
     with pytest.raises(ValueError, match=message):
         frechet_distance(np.zeros((n, 3)), np.zeros((m, length)))
 
@@ -73,27 +74,27 @@ def train():
     return load_source("digits", "train")
 
 
-def test_the_classifier_knows_real_digits(heldout):
+def test_the_classifier_recognizes_real_digits(heldout):
     scores = score_digits(heldout.images, heldout.labels)
     assert scores["accuracy"] == scores["classifier_heldout_accuracy"] >= 0.97
     assert scores["frechet_distance"] < 1e-12
     assert scores["nearest_distance_generated"] == scores["nearest_distance_heldout"]
 
 
-def test_all_training_images_score_what_real_images_are_said_to(train):
+def test_training_images_score_as_real_images_do(train):
     scores = score_digits(train.images, train.labels)
     assert scores["accuracy"] > 0.99
     assert scores["frechet_distance"] == pytest.approx(scores["frechet_distance_real"])
     assert scores["num_images"] == scores["num_train_images"] == 1437
 
 
-def test_copies_have_no_distance_to_the_training_set(train):
+def test_copies_have_zero_distance_to_the_training_set(train):
     scores = score_digits(train.images[::3], train.labels[::3])
     assert scores["nearest_distance_generated"] == 0 < 1 < scores["nearest_distance_heldout"]
     assert scores["frechet_distance_real"] < scores["frechet_distance_real_same_size"]
 
 
-def test_wrong_labels_noise_and_lack_of_variety_are_seen(heldout):
+def test_scores_detect_wrong_labels_noise_and_lack_of_variety(heldout):
     real = score_digits(heldout.images, heldout.labels)["frechet_distance_real"]
     assert score_digits(heldout.images, (heldout.labels + 1) % 10)["accuracy"] < 0.02
     noise = np.random.default_rng(0).integers(0, 256, (500, 8, 8, 1), np.uint8)
@@ -120,12 +121,12 @@ def test_nearest_training_images_are_the_nearest(seed):
 @pytest.mark.parametrize(
     "count, labels, message",
     [
-        (3, [0, 1], "differ in number: 3 and 2"),
-        (1, [0], "2 or more images, got 1"),
-        (2, [0, 10], "0 … 9, got 0 … 10"),
-        (2, [-1, 3], "0 … 9, got -1 … 3"),
+        (3, [0, 1], "differ: got 3 and 2"),
+        (1, [0], "got 1; expected at least 2"),
+        (2, [0, 10], "got 0 … 10; expected 0 … 9"),
+        (2, [-1, 3], "got -1 … 3; expected 0 … 9"),
     ],
 )
-def test_a_score_names_what_does_not_fit(count, labels, message):
+def test_a_score_names_invalid_arguments(count, labels, message):
     with pytest.raises(ValueError, match=message):
         score_digits(np.zeros((count, 8, 8, 1), np.uint8), np.array(labels))

@@ -1,28 +1,30 @@
-"""Scores of generated digits, computed with scikit-learn alone and from the real digits alone.
+"""Scores of generated digits, computed with scikit-learn from the digits data set.
 
-What each figure can and cannot tell:
+How to read the figures:
 
-- `accuracy`: how often a support-vector classifier, trained on the real training images, sees the class that
-  was asked for. It rewards clear digits; ten perfect pictures repeated for ever would score 1.
-- `frechet_distance`: between generated and real held-out images. It sees such a lack of variety, and blur;
-  a copy of the training set would score as well as `frechet_distance_real` does.
-- `nearest_distance_generated`: would show that copying, by falling far below `nearest_distance_heldout`.
+- `accuracy`: fraction of images that a support-vector classifier, trained on the training split, assigns to
+  the requested class. It rewards clear digits but not variety: ten good images, repeated, would score 1.
+- `frechet_distance`: between generated and held-out images. It detects blur and lack of variety, but a copy
+  of the training set would score as well as `frechet_distance_real`.
+- `nearest_distance_generated`: detects such copies, by falling far below `nearest_distance_heldout`.
 
-A Fréchet distance shrinks as samples grow, so N generated images are at a disadvantage to all training images
-(`frechet_distance_real`); `frechet_distance_real_same_size` gives real images the same N. Held-out images
-have equal shares of the classes: ask for equal shares, or the distance counts the difference as an error.
+The Fréchet distance has a bias that decreases with the number of images. `frechet_distance_real` uses all
+training images; `frechet_distance_real_same_size` uses as many as were generated. The held-out images have
+equal shares of the classes, so the generated images should have equal shares, too.
 """
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float64, Int, UInt8
 
+from dig_jax.config import Config
 from dig_jax.data.pipeline import normalize
 from dig_jax.data.source import digits
-from dig_jax.evaluation.frechet import frechet_distance
+from dig_jax.evaluation.moments import frechet_distance
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
@@ -32,35 +34,63 @@ COMPONENTS = 20
 _SUBSETS = 20
 
 
+class DigitsEvaluator:
+    """The `Evaluator` of the digits data set."""
+
+    def applies_to(self, settings: Config) -> bool:
+        """Whether the model was trained on digits."""
+        return settings.data.name == "digits"
+
+    def score(
+        self, images: UInt8[np.ndarray, "n 8 8 1"], labels: Int[np.ndarray, " n"]
+    ) -> dict[str, float | int | str]:
+        """Return `score_digits(images, labels)`."""
+        return score_digits(images, labels)
+
+    def summary(self, scores: Mapping[str, Any]) -> str:
+        """Return accuracy and Fréchet distance, each beside its value for real images."""
+        ratio = scores["frechet_distance"] / scores["frechet_distance_real"]
+        return (
+            f"accuracy {scores['accuracy']:.1%} on {scores['num_images']} generated digits"
+            f" (real held-out digits: {scores['classifier_heldout_accuracy']:.1%}),"
+            f" Fréchet distance {scores['frechet_distance']:.3f}"
+            f" (real training digits: {scores['frechet_distance_real']:.3f}, ratio {ratio:.2f})"
+        )
+
+    def nearest_training_images(self, images: UInt8[np.ndarray, "n 8 8 1"]) -> Int[np.ndarray, " n"]:
+        """Return the index of the training image nearest to each image."""
+        return nearest_training_images(images)[0]
+
+
 def score_digits(
     images: UInt8[np.ndarray, "n 8 8 1"], labels: Int[np.ndarray, " m"]
 ) -> dict[str, float | int | str]:
-    """Scores generated digits; the module's docstring says how to read the figures.
+    """Score generated digits; see the module's docstring for how to read the figures.
 
     Args:
-        images: at least 2, pixels 0 … 255, bright on dark as in the source.
-        labels: the class that each was asked for, 0 … 9.
+        images: at least 2 images with pixels 0 … 255, bright on dark as in the data set.
+        labels: the class that each image was generated for, 0 … 9.
 
     Returns:
-        accuracy: share of images recognised as the class asked for.
-        classifier_heldout_accuracy: the same for the real held-out images: what the classifier can see.
-        frechet_distance: generated against held-out images, in `feature_space`.
-        frechet_distance_real: all training images against held-out images.
-        frechet_distance_real_same_size: the mean over random choices of num_images training images.
-        nearest_distance_generated, nearest_distance_heldout: median distance to the nearest training image,
-            Euclidean over the 64 pixels in [-1, 1].
+        accuracy: fraction of images that the classifier assigns to the requested class.
+        classifier_heldout_accuracy: the same for the real held-out images, an upper bound.
+        frechet_distance: between generated and held-out images, in `feature_space`.
+        frechet_distance_real: between all training images and held-out images.
+        frechet_distance_real_same_size: the same for subsets of num_images training images, averaged.
+        nearest_distance_generated, nearest_distance_heldout: median Euclidean distance to the nearest
+            training image, over the 64 pixels in [-1, 1].
         num_images, num_train_images, num_heldout_images, feature_space, classifier, heldout_fingerprint:
-            what these depend on.
+            what the figures depend on.
 
     Raises:
-        ValueError: for another number of labels than images, fewer than 2 images, or labels outside 0 … 9.
+        ValueError: images and labels differ in number, there are fewer than 2, or a label is not in 0 … 9.
     """
     if len(images) != len(labels):
-        raise ValueError(f"images and labels differ in number: {len(images)} and {len(labels)}")
+        raise ValueError(f"numbers of images and labels differ: got {len(images)} and {len(labels)}")
     if len(images) < 2:
-        raise ValueError(f"a score needs 2 or more images, got {len(images)}")
+        raise ValueError(f"too few images to score: got {len(images)}; expected at least 2")
     if labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"labels of digits are 0 … 9, got {labels.min()} … {labels.max()}")
+        raise ValueError(f"labels out of range: got {labels.min()} … {labels.max()}; expected 0 … 9")
     real = _real_digits()
     generated = _flat(images)
     generated_features = real.pca.transform(generated)
@@ -86,11 +116,11 @@ def score_digits(
 def nearest_training_images(
     images: UInt8[np.ndarray, "n 8 8 1"],
 ) -> tuple[Int[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
-    """The nearest real training digit of each image, of any class.
+    """Find the training image nearest to each image, in any class.
 
     Returns:
-        Its index in the training split, and the Euclidean distance over the 64 pixels in [-1, 1]: exactly 0
-        for a copy, since the squares are summed in whole numbers.
+        Indices in the training split, and Euclidean distances over the 64 pixels in [-1, 1]: exactly 0 for a
+        copy, because the squares are summed as integers.
     """
     query = images.reshape(len(images), -1).astype(np.int64)
     train = digits("train").images.reshape(-1, query.shape[1]).astype(np.int64)
@@ -110,7 +140,7 @@ class _RealDigits:
 
 @functools.cache
 def _real_digits() -> _RealDigits:
-    """Everything that is fitted to real digits: to the training split only."""
+    """Classifier and features of the real digits, fitted to the training split only."""
     from sklearn.decomposition import PCA
     from sklearn.svm import SVC
 
@@ -128,11 +158,11 @@ def _real_digits() -> _RealDigits:
 
 
 def _real_distance(size: int) -> float:
-    """Fréchet distance of `size` training images from the held-out ones: a mean over fixed choices."""
+    """Fréchet distance of `size` training images to the held-out images, averaged over fixed subsets."""
     real, random = _real_digits(), np.random.default_rng(0)
     size = min(size, len(real.train_features))
-    choices = [random.choice(len(real.train_features), size, replace=False) for _ in range(_SUBSETS)]
-    distances = [frechet_distance(real.train_features[choice], real.heldout_features) for choice in choices]
+    subsets = [random.choice(len(real.train_features), size, replace=False) for _ in range(_SUBSETS)]
+    distances = [frechet_distance(real.train_features[subset], real.heldout_features) for subset in subsets]
     return float(np.mean(distances))
 
 

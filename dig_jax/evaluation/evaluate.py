@@ -1,72 +1,61 @@
-"""What a run shows: sample grids, nearest training images, the loss curve and the scores."""
+"""--mode=evaluate: score a checkpoint, and show each sample beside the nearest training image."""
 
 import datetime
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dig_jax.config import Config
-from dig_jax.data.class_names import display_name
 from dig_jax.errors import ConfigError, naming_setting
+from dig_jax.evaluation.registry import EVALUATORS, Scores, evaluators_for
 from dig_jax.files.atomic import write_json
-from dig_jax.reporting.grids import save_grid, save_pair_grid, save_small_grid
+from dig_jax.reporting.grids import save_pair_grid
 from dig_jax.reporting.html import write_report
-from dig_jax.reporting.loss_curve import save_loss_curve
+from dig_jax.reporting.sample_grids import draw_samples, grid_of_samples
 from dig_jax.sampling.sampler import Sampler, load
 
 log = logging.getLogger(__name__)
 
-# Rows of a grid: more classes than these would not be looked at.
-_ROWS = 10
 
+def evaluate(settings: Config, workdir: Path) -> Scores:
+    """Score a workdir's newest checkpoint; write scores.json, samples.png, neighbors.png and report.html.
 
-def draw_samples(sampler: Sampler, workdir: Path) -> None:
-    """Writes samples.png: a row per class, for the first ten, and loss.png, where there are losses to draw.
-
-    The grid is also kept, small, as samples/STEP.png.
-    Images that are neither grey nor RGB, such as latents without an autoencoder, make no picture.
+    Raises:
+        UserError: there is no checkpoint, its settings differ, or no evaluator applies to the data.
     """
-    if _drawable(sampler):
-        labels, seeds = _grid(sampler)
-        images, options = sampler(labels, seeds=seeds), _grid_options(sampler)
-        save_grid(workdir / "samples.png", images, **options)
-        (workdir / "samples").mkdir(exist_ok=True)
-        save_small_grid(workdir / "samples" / f"{sampler.step}.png", images, **options)
-    try:
-        save_loss_curve(workdir / "loss.png", workdir / "metrics.jsonl")
-    except ValueError as error:
-        log.warning("there is no loss curve: %s", error)
+    sampler = load(workdir, settings=settings)
+    scores = score(sampler, workdir)
+    if not scores:
+        raise ConfigError(
+            f"nothing to evaluate: got config.data.name={settings.data.name!r} and"
+            f" config.evaluation.num_images={settings.evaluation.num_images}; expected data with an evaluator"
+            f" ({', '.join(EVALUATORS)}) and at least 1 image"
+        )
+    draw_samples(sampler, workdir)
+    draw_neighbors(sampler, workdir)
+    write_report(workdir)
+    return scores
 
 
-def draw_neighbours(sampler: Sampler, workdir: Path) -> None:
-    """Writes neighbours.png: the images of samples.png, each beside the training image nearest to it."""
-    from dig_jax.evaluation import nearest_training_images
-
-    source = sampler.components.train_source
-    labels, seeds = _grid(sampler)
-    images = sampler(labels, seeds=seeds)
-    nearest, _ = nearest_training_images(images)
-    neighbours = np.stack([source[int(index)]["image"] for index in nearest])
-    save_pair_grid(workdir / "neighbours.png", images, neighbours, **_grid_options(sampler))
-
-
-def score(sampler: Sampler, workdir: Path) -> dict[str, Any]:
-    """Scores images of seeds 0, 1, … with equal shares of the classes, and writes scores.json.
+def score(sampler: Sampler, workdir: Path) -> Scores:
+    """Score images of seeds 0, 1, …, with equal shares of the classes; log a summary and write scores.json.
 
     Returns:
-        The scores and what they depend on; empty where there is no score for the data.
+        The scores and what they depend on; empty if no evaluator applies.
     """
     settings = sampler.components.config
-    if settings.data.name != "digits" or not settings.evaluation.num_images:
+    evaluators = evaluators_for(settings)
+    if not evaluators:
         return {}
-    from dig_jax.evaluation import score_digits
-
     labels, seeds = sampler.resolve(None, np.arange(settings.evaluation.num_images))
     images = sampler(labels, seeds=seeds)
-    with naming_setting("config.evaluation.num_images"):
-        scores = score_digits(images, labels)
+    scores: Scores = {}
+    for evaluator in evaluators:
+        with naming_setting("config.evaluation.num_images"):
+            figures = evaluator.score(images, labels)
+        log.info(evaluator.summary(figures))
+        scores |= figures
     s = settings.sampling
     scores |= {
         "step": sampler.step,
@@ -82,49 +71,19 @@ def score(sampler: Sampler, workdir: Path) -> dict[str, Any]:
     return scores
 
 
-def evaluate(settings: Config, workdir: Path) -> dict[str, Any]:
-    """Scores a workdir's newest checkpoint again: samples.png, neighbours.png, scores.json, report.html.
+def draw_neighbors(sampler: Sampler, workdir: Path) -> None:
+    """Write neighbors.png: the images of samples.png, each beside the training image nearest to it.
 
-    Raises:
-        UserError: no checkpoint, other settings, or data without a score.
+    Writes nothing if no evaluator measures distances to the training images.
     """
-    sampler = load(workdir, settings=settings)
-    scores = score(sampler, workdir)
-    if not scores:
-        raise ConfigError(
-            "there is no score: it takes config.data.name='digits' and config.evaluation.num_images above 0,"
-            f" but they are {settings.data.name!r} and {settings.evaluation.num_images}"
-        )
-    draw_samples(sampler, workdir)
-    draw_neighbours(sampler, workdir)
-    write_report(workdir)
-    log.info(summary(scores))
-    return scores
-
-
-def summary(scores: dict[str, Any]) -> str:
-    """The scores in one line for people."""
-    return (
-        f"accuracy {scores['accuracy']:.1%} of {scores['num_images']} generated digits"
-        f" (classifier on real ones: {scores['classifier_heldout_accuracy']:.1%}),"
-        f" Fréchet distance {scores['frechet_distance']:.3f}"
-        f" (real training images: {scores['frechet_distance_real']:.3f},"
-        f" ratio {scores['frechet_distance'] / scores['frechet_distance_real']:.2f})"
-    )
-
-
-def _drawable(sampler: Sampler) -> bool:
-    return sampler.picture_shape[2] in (1, 3)
-
-
-def _grid(sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and seeds of the grid: the same images as the first ones that are scored."""
-    classes = max(sampler.components.image_spec.num_classes, 1)
-    rows, columns = min(classes, _ROWS), sampler.components.config.sampling.images_per_class
-    seeds = np.arange(rows)[:, None] + classes * np.arange(columns)
-    return (seeds % classes).reshape(-1), seeds.reshape(-1)
-
-
-def _grid_options(sampler: Sampler) -> dict[str, Any]:
-    names = tuple(map(display_name, sampler.components.image_spec.class_names[:_ROWS]))
-    return {"columns": sampler.components.config.sampling.images_per_class, "row_labels": names}
+    evaluators = evaluators_for(sampler.components.config)
+    if not evaluators:
+        return
+    images, options = grid_of_samples(sampler)
+    for evaluator in evaluators:
+        nearest = evaluator.nearest_training_images(images)
+        if nearest is not None:
+            source = sampler.components.train_source
+            neighbors = np.stack([source[int(index)]["image"] for index in nearest])
+            save_pair_grid(workdir / "neighbors.png", images, neighbors, **options)
+            return

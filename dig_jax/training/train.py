@@ -28,7 +28,7 @@ from dig_jax.data import batches
 from dig_jax.data.latents import LatentSource, check_latents
 from dig_jax.diffusion import get_sampler
 from dig_jax.errors import ConfigError, naming_setting
-from dig_jax.evaluation import evaluate as report
+from dig_jax.evaluation.evaluate import draw_neighbors, score
 from dig_jax.parallel import (
     check_agreement,
     make_mesh,
@@ -39,6 +39,7 @@ from dig_jax.parallel import (
 )
 from dig_jax.progress import Progress, duration
 from dig_jax.reporting.html import write_report
+from dig_jax.reporting.sample_grids import draw_samples
 from dig_jax.runtime import cache_hits
 from dig_jax.sampling.sampler import Sampler
 from dig_jax.training import step as steps
@@ -249,16 +250,14 @@ def _show(run: _Run, state: steps.State, writer: MetricWriter) -> dict[str, Any]
     """Draws and scores what has been learnt; returns the scores."""
     sampler = _sampler(run, state)
     _draw(run, sampler, writer)
-    scores = report.score(sampler, run.output)
-    if scores:
-        report.draw_neighbours(sampler, run.output)
-        log.info(report.summary(scores))
+    scores = score(sampler, run.output)
+    draw_neighbors(sampler, run.output)
     _write_report(run)
     return scores
 
 
 def _draw(run: _Run, sampler: Sampler, writer: MetricWriter) -> None:
-    report.draw_samples(sampler, run.output)
+    draw_samples(sampler, run.output)
     writer.picture(sampler.step, run.output / "samples.png")
 
 
