@@ -68,7 +68,7 @@ class Components:
         """
         settings = self.config.autoencoder
         is_synthetic = self._stored_spec is None and self.config.data.name == "fake"
-        if not settings.path or is_synthetic:
+        if settings.path is None or is_synthetic:
             return None
         with naming_setting("config.autoencoder.path"):
             return autoencoder.load(settings.path, dtype=jnp.dtype(settings.dtype))
@@ -144,15 +144,15 @@ class ModelSpec:
         """Return the network as a module with random parameters."""
         m = self.config
         height, width, channels = self.image_shape
-        overrides: dict[str, Any] = {"dtype": jnp.dtype(m.dtype), "remat": _optional(m.remat)}
+        overrides: dict[str, Any] = {"dtype": jnp.dtype(m.dtype), "remat": m.remat}
         for field in ("patch_size", "depth", "hidden_size", "num_heads"):
-            if getattr(m, field):
+            if getattr(m, field) is not None:
                 overrides[field] = getattr(m, field)
         optional = {
             "directions": m.directions,
-            "conv": _optional(m.conv),
+            "conv": m.conv,
             "norm": m.norm,
-            "skip": _optional(m.skip),
+            "skip": m.skip,
             "skip_alignment": m.skip_alignment,
         }
         with naming_setting("config.model"):
@@ -173,10 +173,6 @@ class ModelSpec:
 @functools.lru_cache(maxsize=16)
 def _graphdef(spec: ModelSpec) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: spec.create(nnx.Rngs(0))))[0]
-
-
-def _optional(name: str) -> str | None:
-    return None if name == "none" else name
 
 
 def param_count(params: Params) -> int:

@@ -164,7 +164,9 @@ def test_checkpoints_move_between_meshes(tmp_path):
     assert_equal(restored, make_state(1, size))
 
 
-RETENTION = config.CheckpointConfig(every_steps=1, every_minutes=0.0, keep=1, keep_best=0, keep_every_steps=0)
+RETENTION = config.CheckpointConfig(
+    every_steps=1, every_minutes=None, keep=1, keep_best=0, keep_every_steps=None
+)
 
 
 def test_old_checkpoints_are_deleted_as_the_config_says(tmp_path):

@@ -71,7 +71,10 @@ SMOKE = "--config=configs/smoke.py"
         ([SMOKE, "--mode=trian"], "flag --mode=trian: value should be one of <train|sample>"),
         ([SMOKE, "--mod=train"], "Unknown command line flag 'mod'. Did you mean: mode ?"),
         ([SMOKE, "sample"], "unexpected argument 'sample'; flags start with --"),
-        ([SMOKE, "--config.data.batch_size=0"], "config.data.batch_size=0 is not positive"),
+        (
+            [SMOKE, "--config.data.batch_size=0"],
+            "invalid config.data.batch_size=0; expected a positive",
+        ),
     ],
 )
 def test_a_wrong_command_line_gives_one_line_and_status_2(command, arguments, message):
@@ -116,7 +119,7 @@ def test_the_config_of_a_run_may_be_given_and_its_workdir_with_it(command, tmp_p
     assert seen == [(dataclasses.replace(settings, sampling=sampling), tmp_path)]
     (tmp_path / "config.json").write_text("{}")
     status, stderr = command(path)
-    assert status == 2 and stderr.startswith(f"error: {tmp_path}/config.json cannot be read: ")
+    assert status == 2 and stderr.startswith(f"error: cannot read {tmp_path}/config.json: ")
 
 
 def raising(error):

@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import functools
 import inspect
 import json
@@ -9,7 +8,7 @@ import pytest
 
 from configs import base, smoke
 from dig_jax.cli.command_line import _load
-from dig_jax.config import Config, check_same, flattened, from_dict
+from dig_jax.config import Config, check_same, flattened, from_dict, to_dict
 from dig_jax.data.registry import SOURCES
 from dig_jax.errors import ConfigError
 from dig_jax.training.train import train
@@ -54,7 +53,40 @@ def test_all_shipped_configs_are_tested():
 def test_every_shipped_config_is_valid_and_survives_json(name):
     settings = from_dict(shipped(name).to_dict())
     assert isinstance(settings, Config)
-    assert from_dict(json.loads(json.dumps(dataclasses.asdict(settings)))) == settings
+    assert from_dict(json.loads(json.dumps(to_dict(settings)))) == settings
+
+
+def test_the_base_config_and_its_json_are_those_of_earlier_versions():
+    """Values, types, and the order in which config.json, checkpoints and exports have them."""
+    golden = json.loads(Path("tests/golden/base_config.json").read_text())
+    stored = json.dumps(to_dict(from_dict(base.get_config().to_dict())))
+    assert stored == json.dumps(golden)
+    found = flattened(base.get_config().to_dict())
+    assert {name: (type(value), value) for name, value in found.items()} == {
+        name: (type(value), value) for name, value in flattened(golden).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "external"),
+    [
+        ("init_from", ""),
+        ("model__patch_size", 0),
+        ("model__conv", "none"),
+        ("model__skip", "none"),
+        ("autoencoder__path", ""),
+        ("optimizer__clip_norm", 0),
+        ("checkpoint__every_minutes", 0.0),
+        ("logging__heldout_every_steps", 0),
+        ("sampling__ema", ""),
+    ],
+)
+def test_no_value_is_none_inside_and_has_its_earlier_form_outside(field, external):
+    name = field.replace("__", ".")
+    for given in (external, None):
+        settings = from_dict(changed(**{field: given}))
+        assert functools.reduce(getattr, name.split("."), settings) is None
+        assert flattened(to_dict(settings))[name] == external
 
 
 # Zhu et al. 2025, section 4.1, and the released trainer and sampler.
@@ -106,14 +138,14 @@ PAPER = {
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_recipe_of_the_paper_has_the_published_values(name):
-    found = flattened(dataclasses.asdict(from_dict(shipped(name).to_dict())))
+    found = flattened(to_dict(from_dict(shipped(name).to_dict())))
     assert {field: found[field] for field in PAPER[name]} == PAPER[name]
 
 
 @pytest.mark.parametrize("name", [*IMAGENET, "cifar10", "celeba64"])
 def test_our_recipe_differs_from_the_papers_where_it_says_so_alone(name):
     paper, ours = (
-        flattened(dataclasses.asdict(from_dict(shipped(f"{name}:{argument}").to_dict())))
+        flattened(to_dict(from_dict(shipped(f"{name}:{argument}").to_dict())))
         for argument in ({"dig": "256,paper", "dit": "256,paper"}.get(name[:3], "paper"), "")
     )
     said = {"model.dtype", "model.remat", "model.skip_alignment"}
@@ -168,33 +200,48 @@ def test_a_directory_may_have_commas_in_its_name():
     [
         ({"trainin": 1}, r"config has no field 'trainin'; did you mean 'training'\?"),
         ({"model__detph": 2}, r"config.model has no field 'detph'; did you mean 'depth'\?"),
-        ({"mesh__zzz": 2}, r"config.mesh has no field 'zzz'; it has data"),
-        ({"model": 3}, r"config.model=3 is no group of fields"),
-        ({"seed": 1.0}, r"config.seed=1.0 is not of type int"),
-        ({"seed": True}, r"config.seed=True is not of type int"),
-        ({"seed": -1}, r"config.seed=-1 is not in 0…2³¹-1"),
-        ({"model__learn_sigma": 1}, r"config.model.learn_sigma=1 is not of type bool"),
+        ({"mesh__zzz": 2}, r"config.mesh has no field 'zzz'; expected data, fsdp"),
+        ({"model": 3}, r"invalid config.model=3; expected a group of fields"),
+        ({"seed": 1.0}, r"invalid config.seed=1.0; expected a value of type int"),
+        ({"seed": True}, r"invalid config.seed=True; expected a value of type int"),
+        ({"seed": -1}, r"invalid config.seed=-1; expected a number in 0…2³¹-1"),
+        ({"model__learn_sigma": 1}, r"invalid config.model.learn_sigma=1; expected a value of type bool"),
         (
             {"model__dtype": "bfloat15"},
-            r"config.model.dtype='bfloat15' is none of .*did you mean 'bfloat16'\?",
+            r"invalid config.model.dtype='bfloat15'; expected float32 or bfloat16; did you mean 'bfloat16'\?",
         ),
-        ({"model__patch_size": -2}, r"config.model.patch_size=-2 is not zero or more"),
-        ({"data__options": 3}, r"config.data.options=3 is not of type dict"),
-        ({"data__batch_size": 0}, r"config.data.batch_size=0 is not positive"),
-        ({"training__steps": "many"}, r"config.training.steps='many' is not of type int"),
-        ({"training__accumulation": 3}, r"batch_size=16 is not a multiple of config.training.accumulation=3"),
-        ({"training__label_dropout": 1.5}, r"config.training.label_dropout=1.5 is not between 0 and 1"),
-        ({"training__ema_decays": ("abc",)}, r"config.training.ema_decays='abc' is not of type float"),
-        ({"training__ema_decays": ()}, r"config.training.ema_decays=\(\) must be one or more different"),
-        ({"training__ema_decays": (0.9, 0.90)}, r"config.training.ema_decays=\(0.9, 0.9\) must be"),
-        ({"training__ema_decays": (float("nan"),)}, r"config.training.ema_decays=\(nan,\) must be"),
-        ({"optimizer__learning_rate": 0.0}, r"config.optimizer.learning_rate=0.0 is not positive"),
-        ({"optimizer__learning_rate": float("inf")}, r"config.optimizer.learning_rate=inf is not positive"),
-        ({"optimizer__schedule": "cosin"}, r"config.optimizer.schedule='cosin' .*did you mean 'cosine'\?"),
-        ({"checkpoint__keep": 0}, r"config.checkpoint.keep=0 is not positive"),
-        ({"logging__every_steps": 0}, r"config.logging.every_steps=0 is not positive"),
-        ({"sampling__ema": "0.95"}, r"config.sampling.ema='0.95' is none of 0.9, 0.99, params"),
-        ({"evaluation__num_images": -1}, r"config.evaluation.num_images=-1 is not zero or more"),
+        ({"model__patch_size": -2}, r"invalid config.model.patch_size=-2; expected a positive number, or 0"),
+        ({"data__options": 3}, r"invalid config.data.options=3; expected a value of type dict"),
+        ({"data__batch_size": 0}, r"invalid config.data.batch_size=0; expected a positive number"),
+        ({"training__steps": "many"}, r"invalid config.training.steps='many'; expected a value of type int"),
+        (
+            {"training__accumulation": 3},
+            r"=16; expected a multiple of config.training.accumulation=3",
+        ),
+        ({"training__label_dropout": 1.5}, r"label_dropout=1.5; expected a number between 0 and 1"),
+        (
+            {"training__ema_decays": ("abc",)},
+            r"ema_decays='abc'; expected a value of type float",
+        ),
+        ({"training__ema_decays": ()}, r"config.training.ema_decays=\(\); expected one or more distinct"),
+        ({"training__ema_decays": (0.9, 0.90)}, r"config.training.ema_decays=\(0.9, 0.9\); expected"),
+        ({"training__ema_decays": (float("nan"),)}, r"config.training.ema_decays=\(nan,\); expected"),
+        (
+            {"optimizer__learning_rate": 0.0},
+            r"config.optimizer.learning_rate=0.0; expected a positive number",
+        ),
+        (
+            {"optimizer__learning_rate": float("inf")},
+            r"config.optimizer.learning_rate=inf; expected a positive",
+        ),
+        (
+            {"optimizer__schedule": "cosin"},
+            r"schedule='cosin'; expected constant, cosine or linear; did you mean 'cosine'\?",
+        ),
+        ({"checkpoint__keep": 0}, r"invalid config.checkpoint.keep=0; expected a positive number"),
+        ({"logging__every_steps": 0}, r"invalid config.logging.every_steps=0; expected a positive number"),
+        ({"sampling__ema": "0.95"}, r"invalid config.sampling.ema='0.95'; expected 0.9, 0.99 or params"),
+        ({"evaluation__num_images": -1}, r"num_images=-1; expected zero or a positive number"),
     ],
 )
 def test_a_field_that_cannot_be_is_named(fields, message):
@@ -212,7 +259,7 @@ def test_a_missing_field_is_named():
 def test_a_config_of_an_older_version_is_read_with_the_defaults_of_what_it_lacks():
     """A new field without a default would shut out every workdir that there is."""
     stored = json.loads(Path("tests/golden/config.json").read_text())
-    filled, present = flattened(dataclasses.asdict(from_dict(stored))), flattened(stored)
+    filled, present = flattened(to_dict(from_dict(stored))), flattened(stored)
     defaults = flattened(base.get_config().to_dict())
     lacking = filled.keys() - present.keys()
     assert lacking
@@ -255,7 +302,7 @@ def test_all_settings_that_a_workdir_did_not_begin_with_are_named():
         check_same(from_dict(SMOKE), from_dict(new), "runs/smoke")
     message = str(caught.value)
     for part in (
-        "runs/smoke began with other settings",
+        "runs/smoke was created with different settings",
         "seed: 0 → 1",
         "model.depth: 5 → 6",
         "data.options.image_size: 8 → 16",

@@ -124,7 +124,7 @@ def test_the_model_is_found_by_the_shapes(dit_xl):
     assert settings.data.options == {"image_size": 32, "channels": 4, "num_classes": 1000}
     assert settings.model.learn_sigma
     named = recognize(dit_xl, model="SiT-XL/2", input_size=64)
-    assert (named.model.name, named.model.depth) == ("DiT-XL/2", 0)
+    assert (named.model.name, named.model.depth) == ("DiT-XL/2", None)
     assert named.data.options["image_size"] == 64
 
 
@@ -146,7 +146,7 @@ def test_a_model_of_pixels_without_classes_is_converted_both_ways(tmp_path):
     sampler = dig_jax.load(tmp_path / "run")
     assert_same(sampler.params, expected("dig_unconditional_rgb"))
     assert sampler.components.image_spec == ImageSpec((8, 8, 3), ())
-    assert sampler.components.config.autoencoder.path == ""
+    assert sampler.components.config.autoencoder.path is None
     run(tmp_path / "run", tmp_path / "back.safetensors")
     assert_upstreams(load_file(tmp_path / "back.safetensors"), "dig_unconditional_rgb")
 

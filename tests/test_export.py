@@ -99,9 +99,9 @@ def test_a_file_holds_one_average(exported):
 
 def test_settings_of_another_model_are_rejected(workdir, exported, tmp_path):
     other = tiny_settings(model__depth=2)
-    with pytest.raises(ConfigError, match="began with other settings: model.depth: 1 → 2"):
+    with pytest.raises(ConfigError, match="was created with different settings: model.depth: 1 → 2"):
         dig_jax.load(exported, settings=other)
-    with pytest.raises(ConfigError, match="began with other settings: model.depth: 1 → 2"):
+    with pytest.raises(ConfigError, match="was created with different settings: model.depth: 1 → 2"):
         export(other, workdir[0], tmp_path / "x.safetensors")
     assert not any(tmp_path.iterdir())
 

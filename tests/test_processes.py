@@ -177,7 +177,9 @@ def test_settings_that_a_workdir_did_not_begin_with_stop_all_processes_with_one_
     before = (two / "config.json").read_bytes()
     for status, log in run(commands, directory / "compiled"):
         assert status == 2
-        assert log.splitlines()[-1].startswith(f"error: {two} began with other settings: seed: 0 → 1. ")
+        assert log.splitlines()[-1].startswith(
+            f"error: {two} was created with different settings: seed: 0 → 1. "
+        )
         assert "Traceback" not in log
     assert (two / "config.json").read_bytes() == before
 

@@ -144,7 +144,7 @@ def test_all_checkpoints_damaged_ends_training_and_leaves_them(copied):
 def test_a_workdir_that_began_with_other_settings_is_refused_and_left_alone(copied, fields, named):
     path = copied / "config.json"
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match=rf"run began with other settings: .*{named}"):
+    with pytest.raises(ConfigError, match=rf"run was created with different settings: .*{named}"):
         loop.train(settings(**fields), copied)
     assert path.read_bytes() == before
     path.unlink()
@@ -174,7 +174,7 @@ def test_other_settings_are_welcome_where_nothing_is_trained_yet(tmp_path):
 def test_an_unreadable_config_json_is_told_and_left_alone(copied, text):
     path = copied / "config.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ConfigError, match=f"{path} cannot be read: .*; delete it, checkpoints hold a copy"):
+    with pytest.raises(ConfigError, match=f"cannot read {path}: .*; delete it, checkpoints hold a copy"):
         loop.train(settings(), copied)
     assert path.read_bytes() == text.encode(errors="surrogateescape")
 
@@ -188,7 +188,7 @@ def test_a_workdir_of_an_older_version_goes_on_with_the_defaults_of_what_it_lack
     assert config.from_dict(json.loads(path.read_text())["config"]) == settings()
     described["config"]["seed"] = 1
     path.write_text(json.dumps(described))
-    with pytest.raises(ConfigError, match="began with other settings: seed: 1 → 0. "):
+    with pytest.raises(ConfigError, match="was created with different settings: seed: 1 → 0. "):
         loop.train(settings(), copied)
 
 
@@ -199,7 +199,7 @@ def test_a_workdir_with_a_field_that_is_no_more_is_refused_by_its_name(copied):
     path.write_text(json.dumps(described))
     before = path.read_bytes()
     with pytest.raises(
-        ConfigError, match=f"{path} is of another version of .*config.model has no field 'experts'"
+        ConfigError, match=f"{path} was written by a different version .*config.model has no field 'experts'"
     ):
         loop.train(settings(), copied)
     assert path.read_bytes() == before

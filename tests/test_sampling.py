@@ -253,5 +253,5 @@ def test_a_loaded_sampler_draws_what_one_of_these_parameters_draws(workdir):
 
 
 def test_load_refuses_settings_of_another_model(workdir):
-    with pytest.raises(ConfigError, match="began with other settings: model.depth: 1 → 2"):
+    with pytest.raises(ConfigError, match="was created with different settings: model.depth: 1 → 2"):
         dig_jax.load(workdir[0], settings=tiny_settings(model__depth=2))

@@ -74,7 +74,7 @@ class PlainComponents(Components):
 def write_checkpoint(workdir, settings, step=7, known=None):
     """A workdir whose averages and parameters all differ: {name: parameters}."""
     components = Components(settings, known)
-    names = ["params", *map(str, settings.training.ema_decays)]
+    names = ["params", *settings.training.average_names]
     trees = {name: random_params(components, seed) for seed, name in enumerate(names)}
     state = {
         "step": jnp.int32(step),

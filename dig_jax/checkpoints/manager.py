@@ -135,7 +135,7 @@ class Checkpoints:
                 keep_checkpoints_without_metrics=False,
             ),
         ]
-        if self._settings.keep_every_steps:
+        if self._settings.keep_every_steps is not None:
             kept.append(policies.EveryNSteps(self._settings.keep_every_steps))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),

@@ -50,8 +50,8 @@ def read_checkpoint(path: Path, ema: str | None = None) -> tuple[Components, int
     directory, _ = newest_intact(path)
     settings, image_spec = _read_config(directory), _read_image_spec(directory)
     name = ema or settings.sampled_ema
-    averages = [str(decay) for decay in settings.training.ema_decays]
-    if name not in [*averages, "params"]:
+    averages = settings.training.average_names
+    if name not in (*averages, "params"):
         raise CheckpointError(
             f"{directory} has no average {name!r}; expected {', '.join(averages)} or params"
         )

@@ -4,7 +4,6 @@ Exit status: 0 all is done; 1 a checkpoint, a disk or the like was not as it sho
 the config cannot be; 130 interrupted (128 + SIGINT). A traceback is a bug of ours.
 """
 
-import dataclasses
 import inspect
 import logging
 import re
@@ -23,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from dig_jax.config import Config, check_field, from_dict, read_settings
+from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
 from dig_jax.data.class_names import class_index
 from dig_jax.errors import ConfigError, UserError, naming_setting, one_line, suggest
 from dig_jax.parallel import exit_process, is_peer_failure
@@ -171,7 +170,7 @@ def _load(text: str) -> ConfigDict:
     if name.endswith(".json"):
         if argument:
             raise ConfigError(f"--config={text}: {name} takes no argument")
-        return ConfigDict(dataclasses.asdict(read_settings(Path(name))))
+        return ConfigDict(to_dict(read_settings(Path(name))))
     try:
         get_config = runpy.run_path(name)["get_config"]
         if not argument:

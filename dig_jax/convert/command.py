@@ -150,9 +150,9 @@ def _tell(settings: Config, tree: str, params: Mapping[tuple, np.ndarray]) -> No
         f"{sum(leaf.size for leaf in params.values()):,}",
         f" of the tree {tree!r}" if tree else "",
         *(options[name] for name in ("image_size", "channels", "num_classes")),
-        model.conv,
+        model.conv or "none",
         model.norm,
-        model.skip,
+        model.skip or "none",
         model.directions,
     )
 

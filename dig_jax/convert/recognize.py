@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dig_jax.config import Config, from_dict
+from dig_jax.config import Config, from_dict, to_dict
 from dig_jax.convert.sources import UpstreamParams
 from dig_jax.data import ImageSpec
 from dig_jax.data.class_names import imagenet_ids
@@ -44,8 +44,8 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
         "num_heads": given.pop("num_heads", None) or _heads(source, width) or heads,
     }
     if name is not None:
-        model |= {"name": name.replace("SiT", "DiT"), "depth": 0, "hidden_size": 0, "num_heads": 0}
-    if model["num_heads"] is None:
+        model |= {"name": name.replace("SiT", "DiT"), "depth": None, "hidden_size": None, "num_heads": None}
+    elif model["num_heads"] is None:
         raise ConfigError("--num_heads is needed: DiT's parameters do not show how many heads there are")
     data = {
         "image_size": given.pop("input_size", None) or _input_size(source, patch),
@@ -55,9 +55,9 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
     blocks = {re.sub(r"^blocks\.\d+\.", "", name) for name in source.stored}
     model |= {
         "learn_sigma": outputs != patch**2 * channels,
-        "conv": "after" if "dw_conv.weight" in blocks else "none",
+        "conv": "after" if "dw_conv.weight" in blocks else None,
         "norm": "rms" if "norm1.weight" in blocks else "layer",
-        "skip": "linear" if "skip_linear.weight" in blocks else "none",
+        "skip": "linear" if "skip_linear.weight" in blocks else None,
         # The parameters were trained with the skips as the released code joins them.
         "skip_alignment": "upstream" if "skip_linear.weight" in blocks else "raster",
     }
@@ -88,60 +88,12 @@ def describe(model: Mapping[str, Any], data: Mapping[str, Any], ema: str) -> Con
     Raises:
         ConfigError: a value cannot be.
     """
-    return from_dict(
-        {
-            "seed": 0,
-            "init_from": "",
-            "model": {
-                "patch_size": 0,
-                "learn_sigma": True,
-                "directions": 4,
-                "dtype": "float32",
-                "remat": "none",
-                **model,
-            },
-            "data": {"name": "fake", "batch_size": 256, "flip": True, "options": dict(data)},
-            "diffusion": {"schedule": "linear", "num_steps": 1000, "loss": "mse"},
-            "training": {
-                "steps": 400_000,
-                "accumulation": 1,
-                "label_dropout": 0.1,
-                "ema_decays": (float(EMA),),
-            },
-            "optimizer": {
-                "learning_rate": 1e-4,
-                "warmup_steps": 0,
-                "schedule": "constant",
-                "final_fraction": 0.0,
-                "b1": 0.9,
-                "b2": 0.999,
-                "weight_decay": 0.0,
-                "clip_norm": 0.0,
-            },
-            "checkpoint": {
-                "every_steps": 10_000,
-                "every_minutes": 30.0,
-                "keep": 3,
-                "keep_best": 1,
-                "keep_every_steps": 100_000,
-            },
-            "logging": {"every_steps": 100, "heldout_every_steps": 5_000, "tensorboard": True},
-            "sampling": {
-                "every_steps": 10_000,
-                "images_per_class": 10,
-                "sampler": "ddim",
-                "steps": 50,
-                "guidance_scale": 1.5,
-                "guidance_channels": 0,
-                "clip": False,
-                "ema": ema,
-                "batch_size": 100,
-            },
-            "evaluation": {"num_images": 500},
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "cpu_devices": 1},
-            "autoencoder": {"path": _AUTOENCODER if data["channels"] == 4 else ""},
-        }
-    )
+    fields = to_dict(Config())
+    fields["model"] |= model
+    fields["data"] |= {"name": "fake", "options": dict(data)}
+    fields["sampling"]["ema"] = ema
+    fields["autoencoder"]["path"] = _AUTOENCODER if data["channels"] == 4 else None
+    return from_dict(fields)
 
 
 def images_of(settings: Config) -> ImageSpec:

@@ -6,7 +6,6 @@ number of processes.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -47,7 +46,7 @@ def encode(settings: Config) -> dict[str, Any]:
         KeyboardInterrupt: also at SIGTERM.
     """
     began = time.monotonic()
-    fields = dataclasses.asdict(settings)
+    fields = config.to_dict(settings)
     check_agreement(config.flattened({name: fields[name] for name in ("data", "autoencoder", "encode")}))
     directory = _directory(settings)
     autoencoder, sources = _autoencoder(settings), _sources(settings)
@@ -93,7 +92,7 @@ def _autoencoder(settings: Config) -> Autoencoder:
 
 
 def _sources(settings: Config) -> dict[str, Source]:
-    if not settings.encode.name:
+    if settings.encode.name is None:
         raise ConfigError("config.encode.name is missing: the source of the images, such as image_folder")
     with naming_setting("config.encode"):
         return {

@@ -64,7 +64,7 @@ class GenerationSpec:
             clip=settings.clip,
             shape=shape or components.image_spec.image_shape,
             guided=guided and components.image_spec.num_classes > 0,
-            guidance_channels=settings.guidance_channels or None,
+            guidance_channels=settings.guidance_channels,
             trajectory=trajectory,
         )
 

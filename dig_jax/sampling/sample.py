@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
-from dig_jax.config import Config
+from dig_jax.config import Config, to_dict
 from dig_jax.data.class_names import display_name
 from dig_jax.errors import ConfigError, UserError, naming_directory, naming_setting
 from dig_jax.files.atomic import replacing, write_json
@@ -86,7 +86,7 @@ class _Parts:
     def described(self) -> dict[str, Any]:
         """What the images depend on."""
         components = self.sampler.components
-        options = dataclasses.asdict(components.config.sampling)
+        options = to_dict(components.config.sampling)
         return {
             "step": self.sampler.step,
             "parameters": components.config.sampled_ema,

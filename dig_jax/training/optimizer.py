@@ -29,4 +29,8 @@ def make_optimizer(settings: config.OptimizerConfig, steps: int) -> optax.Gradie
         b2=settings.b2,
         weight_decay=settings.weight_decay,
     )
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm else adamw
+    return (
+        optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+        if settings.clip_norm is not None
+        else adamw
+    )

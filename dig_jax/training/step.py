@@ -37,7 +37,7 @@ def init_state(components: Components, optimizer: optax.GradientTransformation, 
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
-        "ema": {str(decay): params for decay in components.config.training.ema_decays},
+        "ema": dict.fromkeys(components.config.training.average_names, params),
         "opt_state": optimizer.init(params),
         "skipped_steps": jnp.zeros((), jnp.int32),
     }

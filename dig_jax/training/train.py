@@ -151,7 +151,7 @@ def _check(components: Components) -> None:
     with naming_setting("config.sampling"):
         get_sampler(settings.sampler)
         diffusion.respaced(settings.steps)
-        if settings.guidance_channels > channels:
+        if settings.guidance_channels is not None and settings.guidance_channels > channels:
             raise ValueError(f"guidance_channels={settings.guidance_channels}, but images have {channels}")
 
 
@@ -181,7 +181,7 @@ def _start(run: _Run, abstract: steps.State, checkpoints: Checkpoints) -> tuple[
             raise ConfigError(f"{run.workdir} was trained on other data ({'; '.join(changed)})")
         return state, data["examples"]
     layout, params = state_sharding(abstract, run.mesh), None
-    if run.settings.init_from:
+    if run.settings.init_from is not None:
         params = _warm_params(run, abstract["params"])
     return jax.jit(functools.partial(fresh_state, run.components), out_shardings=layout)(params), 0
 
@@ -284,10 +284,10 @@ def _loop(
     peak = peak_of(run.components, run.mesh, train_step)
     heldout_loss = HeldoutLoss(run.components, run.mesh)
 
-    clock, longest = time.monotonic, settings.checkpoint.every_minutes * 60
+    clock, longest = time.monotonic, settings.checkpoint.every_minutes
 
-    def due(every: int, step: int) -> bool:
-        return every > 0 and (step % every == 0 or step == last)
+    def due(every: int | None, step: int) -> bool:
+        return every is not None and (step % every == 0 or step == last)
 
     with (
         contextlib.closing(_batches(run, examples)) as data,
@@ -329,8 +329,8 @@ def _loop(
                     heldout = heldout_loss(_sampling_params(run, state))
             ending = is_last(step)
             saving = ending or due(settings.checkpoint.every_steps, step)
-            if longest and not saving and due(settings.logging.every_steps, step):
-                saving = _agreed(clock() - saved > longest)
+            if longest is not None and not saving and due(settings.logging.every_steps, step):
+                saving = _agreed(clock() - saved > 60 * longest)
             drawing = due(settings.sampling.every_steps, step) and step != last and not ending
             recording = saving or heldout is not None or due(settings.logging.every_steps, step)
             pending = (step, heldout) if recording else None
@@ -372,9 +372,9 @@ def _batches(run: _Run, start: int) -> grain.DatasetIterator:
 
 def _writer(run: _Run, first_step: int) -> MetricWriter:
     project, wandb = run.settings.logging.wandb, []
-    if project:
+    if project is not None:
         # The first process's, whose errors are those of all.
-        fields = dataclasses.asdict(run.settings)
+        fields = config.to_dict(run.settings)
         on_process_0(lambda: wandb.append(WandbRun(run.output, project=project, settings=fields)))
     return MetricWriter(
         run.output,

@@ -8,13 +8,13 @@ from typing import Any
 from dig_jax.errors import ConfigError, UserError
 
 
-def require_wandb(project: str) -> None:
+def require_wandb(project: str | None) -> None:
     """Raises unless the package is there, or no project is named.
 
     Raises:
         ConfigError: says what to install.
     """
-    if project and importlib.util.find_spec("wandb") is None:
+    if project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"config.logging.wandb={project!r}: the package wandb is not installed: pip install wandb"
         )

@@ -1,0 +1,47 @@
+"""The configuration of a run: frozen dataclasses, and their conversion from and to ConfigDicts and JSON."""
+
+from dig_jax.config.conversion import (
+    check_field,
+    check_same,
+    flattened,
+    from_dict,
+    read_settings,
+    to_dict,
+)
+from dig_jax.config.fields import (
+    AutoencoderConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    EncodeConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AutoencoderConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DiffusionConfig",
+    "EncodeConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "SamplingConfig",
+    "TrainingConfig",
+    "check_field",
+    "check_same",
+    "flattened",
+    "from_dict",
+    "read_settings",
+    "to_dict",
+]

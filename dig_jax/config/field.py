@@ -1,0 +1,96 @@
+"""One field of a configuration: its default, description, external form and allowed values."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from dig_jax.errors import ConfigError, suggest
+
+_BOUNDS: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "positive": (lambda value: value > 0, "a positive number"),
+    "nonnegative": (lambda value: value >= 0, "zero or a positive number"),
+    "fraction": (lambda value: 0 <= value <= 1, "a number between 0 and 1"),
+}
+
+
+def field(
+    default: Any,
+    description: str,
+    *,
+    none: str | int | float | None = None,
+    choices: tuple[str, ...] = (),
+    bounds: str | None = None,
+    added_later: bool = False,
+) -> Any:
+    """Declare a field of a configuration dataclass.
+
+    Args:
+        default: value of the published recipe, where it has one.
+        description: for the reference in docs/config_reference.md: meaning, unit, external values, source.
+        none: value that stands for None on the command line, in a ConfigDict and in config.json: 0, "" or
+            "none".
+        choices: all allowed values.
+        bounds: "positive", "nonnegative" or "fraction" (0 to 1).
+        added_later: configs that older versions wrote lack the field; it then has its default.
+    """
+    about = {
+        "description": description,
+        "none": none,
+        "choices": choices,
+        "bounds": bounds,
+        "added_later": added_later,
+    }
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def group(cls: type, *, added_later: bool = False) -> Any:
+    """Declare a field that holds a dataclass of fields."""
+    return dataclasses.field(default_factory=cls, metadata={"added_later": added_later})
+
+
+class Group:
+    """Base class of configuration dataclasses: each instance checks its fields when it is made.
+
+    A field that allows None also takes its external form and then holds None.
+
+    Args:
+        path: name of the group in error messages, such as "config.model".
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # subclasses are dataclasses
+    _path: ClassVar[str]
+
+    def __init_subclass__(cls, path: str):
+        cls._path = path
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None or isinstance(value, Group):
+                continue
+            none = field.metadata["none"]
+            if none is not None and value == none:
+                object.__setattr__(self, field.name, None)
+                continue
+            expected, hint = _unmet(field.metadata, value)
+            if expected:
+                raise ConfigError(f"invalid {self._path}.{field.name}={value!r}; expected {expected}{hint}")
+
+
+def alternatives(choices: Sequence[str]) -> str:
+    """Return "a, b or c"."""
+    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+
+
+def _unmet(about: Mapping[str, Any], value: Any) -> tuple[str, str]:
+    """Return what a value had to be instead and a hint, or empty strings if it is valid."""
+    if about["choices"] and value not in about["choices"]:
+        return alternatives(about["choices"]), suggest(value, about["choices"])
+    if about["bounds"]:
+        is_allowed, expected = _BOUNDS[about["bounds"]]
+        if not (is_allowed(value) and math.isfinite(value)):
+            return expected, "" if about["none"] is None else f", or {about['none']!r}"
+    return "", ""

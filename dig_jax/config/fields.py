@@ -1,0 +1,301 @@
+"""Every field of the configuration, once: type, default, meaning, unit and source.
+
+Defaults are DiG's published recipe (Zhu et al. 2025, section 4.1, and the released training script) where
+there is one. configs/base.py and docs/config_reference.md are made from these dataclasses. A field whose type
+includes None says which external value (on the command line, in a ConfigDict, in config.json) stands for it.
+"""
+
+import dataclasses
+from typing import Any
+
+from dig_jax.config.field import Group, alternatives, field, group
+from dig_jax.errors import ConfigError
+
+_FLOATS = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Group, path="config.model"):
+    """The denoiser."""
+
+    name: str = field("DiG-S/2", "Family-size/patch: DiG or DiT; S, B, L or XL.")
+    patch_size: int | None = field(
+        None,
+        "Side of a patch, in pixels, or in latents if there is an autoencoder; 0: as in the name.",
+        none=0,
+        bounds="positive",
+    )
+    depth: int | None = field(None, "Number of blocks; 0: as in the name.", none=0, bounds="positive")
+    hidden_size: int | None = field(None, "Channels per token; 0: as in the name.", none=0, bounds="positive")
+    num_heads: int | None = field(None, "Heads of the mixer; 0: as in the name.", none=0, bounds="positive")
+    learn_sigma: bool = field(True, "Predict the variance too (Nichol & Dhariwal 2021).")
+    directions: int = field(4, "Number of scan directions: 4, 2 or 1 (DiG only).")
+    conv: str | None = field(
+        "after", "Position of the depthwise 3×3 convolution: after, inside or none (DiG only).", none="none"
+    )
+    norm: str = field("layer", "Normalization in blocks: layer (without affine) or rms (DiG only).")
+    skip: str | None = field(None, "Long skips: none, linear or identity (DiG only).", none="none")
+    skip_alignment: str = field(
+        "raster", "Token order in which skips join: raster, or upstream as in the released code (DiG only)."
+    )
+    dtype: str = field(
+        "float32", "Dtype of matrix products and activations: float32 or bfloat16.", choices=_FLOATS
+    )
+    remat: str | None = field(
+        None, "What the backward pass recomputes: none, dots (all but matrix products) or full.", none="none"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Group, path="config.data"):
+    """The training images."""
+
+    name: str = field(
+        "digits",
+        "Data source: digits, fake, image_folder, tfds, hub (docs/data.md) or latents (docs/latents.md).",
+    )
+    batch_size: int = field(256, "Images per step, over all devices and processes.", bounds="positive")
+    flip: bool = field(True, "Mirror half of the images, if the source says that classes survive it.")
+    options: dict[str, Any] = field({}, "Keyword arguments of the source.")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig(Group, path="config.autoencoder"):
+    """The autoencoder, for models that work on latents."""
+
+    path: str | None = field(
+        None,
+        "Folder, safetensors file or name on the Hugging Face Hub; empty: the model works on pixels.",
+        none="",
+        added_later=True,
+    )
+    dtype: str = field(
+        "float32",
+        "Dtype of its matrix products: float32 or bfloat16.",
+        choices=_FLOATS,
+        added_later=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeConfig(Group, path="config.encode"):
+    """`--mode=encode`: from images to the latents in `data.options.path`."""
+
+    name: str | None = field(
+        None,
+        "Data source of the images, as in data.name; empty: none.",
+        none="",
+        added_later=True,
+    )
+    options: dict[str, Any] = field({}, "Keyword arguments of that source.", added_later=True)
+    batch_size: int = field(
+        32, "Images per device that are encoded at once.", bounds="positive", added_later=True
+    )
+    shard_size: int = field(4096, "Images per file.", bounds="positive", added_later=True)
+    dtype: str = field(
+        "float32",
+        "Dtype of the stored moments: float32, or float16 for half the disk space.",
+        choices=("float32", "float16"),
+        added_later=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig(Group, path="config.diffusion"):
+    """The forward process and the loss."""
+
+    schedule: str = field("linear", "Betas: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021).")
+    num_steps: int = field(1000, "Number of noise levels.")
+    loss: str = field("mse", "Loss: mse, rescaled_mse, kl or rescaled_kl (Nichol & Dhariwal 2021).")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(Group, path="config.training"):
+    """Length of training, and what each step does besides the update."""
+
+    steps: int = field(400_000, "Number of optimizer steps.", bounds="nonnegative")
+    accumulation: int = field(1, "Micro-batches per step.", bounds="positive")
+    label_dropout: float = field(
+        0.1, "Fraction of labels replaced by the null class (Ho & Salimans 2022).", bounds="fraction"
+    )
+    ema_decays: tuple[float, ...] = field(
+        (0.9999,), "Decay of each exponential moving average of the parameters; samples use the first."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        decays = self.ema_decays
+        if not decays or len(set(decays)) < len(decays) or not all(0 <= decay <= 1 for decay in decays):
+            raise ConfigError(
+                f"invalid config.training.ema_decays={decays}; expected one or more distinct numbers between"
+                " 0 and 1"
+            )
+
+    @property
+    def average_names(self) -> tuple[str, ...]:
+        """Names of the averages of the parameters, in checkpoints and in `sampling.ema`."""
+        return tuple(str(decay) for decay in self.ema_decays)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Group, path="config.optimizer"):
+    """AdamW and its learning rate over time."""
+
+    learning_rate: float = field(1e-4, "Highest learning rate.", bounds="positive")
+    warmup_steps: int = field(0, "Steps of linear warm-up from 0.", bounds="nonnegative")
+    schedule: str = field(
+        "constant",
+        "Learning rate after the warm-up: constant, or cosine or linear decay until training.steps.",
+        choices=("constant", "cosine", "linear"),
+    )
+    final_fraction: float = field(
+        0.0, "Fraction of the learning rate at the end of a cosine or linear decay.", bounds="fraction"
+    )
+    b1: float = field(0.9, "Decay of the first moment.", bounds="fraction")
+    b2: float = field(0.999, "Decay of the second moment.", bounds="fraction")
+    weight_decay: float = field(0.0, "Decoupled weight decay.", bounds="nonnegative")
+    clip_norm: float | None = field(
+        None, "Maximum global norm of the gradient; 0: no clipping.", none=0.0, bounds="positive"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(Group, path="config.checkpoint"):
+    """When to save, and which checkpoints to keep."""
+
+    every_steps: int = field(10_000, "Steps between checkpoints.", bounds="positive")
+    every_minutes: float | None = field(
+        30.0,
+        "Longest time between checkpoints, in minutes; 0: no limit.",
+        none=0.0,
+        bounds="positive",
+    )
+    keep: int = field(3, "Number of newest checkpoints to keep.", bounds="positive")
+    keep_best: int = field(
+        1,
+        "Number of checkpoints to keep for their held-out loss, among those whose step measures it.",
+        bounds="nonnegative",
+    )
+    keep_every_steps: int | None = field(
+        100_000,
+        "Keep the checkpoints of multiples of this step forever; 0: of none.",
+        none=0,
+        bounds="positive",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig(Group, path="config.logging"):
+    """When to write metrics, and where besides metrics.jsonl."""
+
+    every_steps: int = field(100, "Steps between rows of metrics.", bounds="positive")
+    heldout_every_steps: int | None = field(
+        5_000, "Steps between measurements of the held-out loss; 0: never.", none=0, bounds="positive"
+    )
+    tensorboard: bool = field(True, "Write TensorBoard files.")
+    wandb: str | None = field(None, "Project on Weights & Biases; empty: none.", none="", added_later=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig(Group, path="config.sampling"):
+    """How images are drawn, in training and by `--mode=sample`."""
+
+    every_steps: int | None = field(
+        10_000, "Steps between sample grids in training; 0: only at the end.", none=0, bounds="positive"
+    )
+    images_per_class: int = field(10, "Images per class in the grid.", bounds="positive")
+    sampler: str = field("ddim", "Sampler: ddim or ddpm.")
+    steps: int = field(50, "Number of sampling steps.", bounds="positive")
+    guidance_scale: float = field(
+        1.5,
+        "Scale of classifier-free guidance, null + scale·(class - null); 1: no guidance.",
+        bounds="nonnegative",
+    )
+    guidance_channels: int | None = field(
+        None,
+        "Number of channels, from the first, that are guided; 0: all; the released code guides 3 of 4.",
+        none=0,
+        bounds="positive",
+    )
+    clip: bool = field(False, "Clip the predicted image to [-1, 1] at every step (for pixels, not latents).")
+    ema: str | None = field(
+        None,
+        "Decay of the average to sample from, or params for the parameters; empty: the first average.",
+        none="",
+    )
+    batch_size: int = field(100, "Images drawn at once.", bounds="positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(Group, path="config.evaluation"):
+    """The scores of generated images."""
+
+    num_images: int = field(500, "Number of generated images to score; 0: no score.", bounds="nonnegative")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Group, path="config.mesh"):
+    """Number of devices along each axis of the mesh; one of the axes may be -1: all remaining devices."""
+
+    data: int = field(-1, "Devices that split a batch and hold all parameters each.")
+    fsdp: int = field(1, "Devices that split a batch, the parameters, their averages and moments.")
+    tensor: int = field(1, "Devices that split heads and the channels of the MLP.")
+    context: int = field(1, "Devices that split an image by rows of tokens.")
+    cpu_devices: int = field(
+        1,
+        "Devices that a CPU is split into; small arrays do not occupy all cores from one device.",
+        bounds="positive",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = (self.data, self.fsdp, self.tensor, self.context)
+        if sizes.count(-1) > 1 or any(size != -1 and size < 1 for size in sizes):
+            raise ConfigError(
+                f"invalid config.mesh.{{data,fsdp,tensor,context}}={','.join(map(str, sizes))}; expected"
+                " positive numbers, and at most one -1 for all remaining devices"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Group, path="config"):
+    """The configuration of a run."""
+
+    seed: int = field(0, "Seed of initialization, data order, noise, timesteps and label dropout.")
+    init_from: str | None = field(
+        None,
+        "Workdir, checkpoint or parameter file whose parameters start this run; empty: random parameters.",
+        none="",
+    )
+    model: ModelConfig = group(ModelConfig)
+    data: DataConfig = group(DataConfig)
+    diffusion: DiffusionConfig = group(DiffusionConfig)
+    training: TrainingConfig = group(TrainingConfig)
+    optimizer: OptimizerConfig = group(OptimizerConfig)
+    checkpoint: CheckpointConfig = group(CheckpointConfig)
+    logging: LoggingConfig = group(LoggingConfig)
+    sampling: SamplingConfig = group(SamplingConfig)
+    evaluation: EvaluationConfig = group(EvaluationConfig)
+    mesh: MeshConfig = group(MeshConfig)
+    autoencoder: AutoencoderConfig = group(AutoencoderConfig, added_later=True)
+    encode: EncodeConfig = group(EncodeConfig, added_later=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"invalid config.seed={self.seed}; expected a number in 0…2³¹-1")
+        if self.data.batch_size % self.training.accumulation:
+            raise ConfigError(
+                f"invalid config.data.batch_size={self.data.batch_size}; expected a multiple of"
+                f" config.training.accumulation={self.training.accumulation}"
+            )
+        names = (*self.training.average_names, "params")
+        if self.sampling.ema not in (None, *names):
+            raise ConfigError(
+                f"invalid config.sampling.ema={self.sampling.ema!r}; expected {alternatives(names)}"
+            )
+
+    @property
+    def sampled_ema(self) -> str:
+        """Name of the average to sample from: `sampling.ema`, or the first average."""
+        return self.sampling.ema or self.training.average_names[0]
