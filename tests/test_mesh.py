@@ -35,33 +35,38 @@ def test_the_mesh_has_the_axes_that_are_asked_for(sizes, shape):
 @pytest.mark.parametrize(
     ("sizes", "batch_size", "accumulation", "message"),
     [
-        ({"data": 5}, 20, 1, "config.mesh.data=5 is 5 devices, but there are 4; -1 takes all"),
+        ({"data": 5}, 20, 1, "config.mesh.data=5 needs 5 devices; got 4 .-1 uses all"),
         (
             {"data": 2, "tensor": 4},
             20,
             1,
-            "config.mesh.data=2, config.mesh.tensor=4 is 8 devices, but there are 4",
+            "config.mesh.data=2, config.mesh.tensor=4 needs 8 devices; got 4",
         ),
-        ({"data": -1, "fsdp": 3}, 24, 1, "config.mesh.fsdp=3: 4 devices are not a multiple of 3"),
-        ({"data": -1}, 6, 1, "config.data.batch_size=6 is not a multiple of the 4 devices that share it"),
-        ({"data": 2, "fsdp": 2}, 6, 1, "config.data.batch_size=6 is not a multiple of the 4 devices"),
-        ({"data": 2}, 6, 2, "config.data.batch_size=6 is not a multiple of the 2 devices × 2 micro-batches"),
+        ({"data": -1, "fsdp": 3}, 24, 1, "config.mesh.fsdp=3 needs a multiple of 3 devices; got 4"),
+        ({"data": -1}, 6, 1, "invalid config.data.batch_size=6; expected a multiple of 4 devices"),
+        ({"data": 2, "fsdp": 2}, 6, 1, "invalid config.data.batch_size=6; expected a multiple of 4 devices"),
+        (
+            {"data": 2},
+            6,
+            2,
+            "invalid config.data.batch_size=6; expected a multiple of 2 devices .* × 2 micro-batches",
+        ),
     ],
 )
-def test_devices_and_batches_that_a_mesh_does_not_fit_are_refused(sizes, batch_size, accumulation, message):
+def test_a_mesh_that_does_not_fit_devices_or_batch_is_rejected(sizes, batch_size, accumulation, message):
     with pytest.raises(ConfigError, match=message):
         make_mesh(mesh_settings(**sizes), batch_size, accumulation)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 0}, {"fsdp": -2}, {"data": -1, "tensor": -1}, {"cpu_devices": 0}])
-def test_sizes_that_cannot_be_are_refused(sizes):
+def test_invalid_sizes_are_rejected(sizes):
     with pytest.raises(ConfigError, match="config.mesh"):
         mesh_settings(**sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """As much of a device as its place in a mesh depends on."""
+    """The attributes of a device that decide its place in a mesh."""
 
     id: int
     process_index: int
@@ -69,17 +74,17 @@ class Device:
     device_kind: str = "made up"
 
 
-def test_hosts_are_divided_over_the_axes_that_exchange_least():
-    """Three hosts of four GPUs, whose heads stay on a host."""
+def test_hosts_are_divided_over_the_axes_that_communicate_least():
+    """Three hosts of four GPUs; heads stay within a host."""
     devices = [Device(number, number // 4) for number in range(12)]
     mesh = make_mesh(mesh_settings(data=3, fsdp=2, tensor=2), 24, devices=devices)
     hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
     assert (hosts == np.arange(3)[:, None, None, None]).all()
-    with pytest.raises(ConfigError, match="config.mesh.data=2 is 2 of 12 devices; several hosts use all"):
+    with pytest.raises(ConfigError, match="config.mesh.data=2 uses 2 of 12 devices; expected all"):
         make_mesh(mesh_settings(data=2), 24, devices=devices)
 
 
-def test_every_device_holds_its_part_of_a_batch():
+def test_every_device_holds_its_shard_of_a_batch():
     mesh = make_mesh(mesh_settings(data=-1), 8)
     image = np.arange(8.0)[:, None]
     batch = to_global({"image": image}, mesh)["image"]

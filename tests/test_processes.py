@@ -166,8 +166,8 @@ def test_processes_that_were_given_different_settings_all_stop_and_write_nothing
     for number, (status, log) in enumerate(run(commands, directory / "compiled")):
         assert status == 2
         assert log.splitlines()[-1] == (
-            f"error: processes were given different settings; process {number} has"
-            f" config.training.steps={steps[number]}. Start all of them with the same command"
+            f"error: processes have different settings: process {number} has"
+            f" config.training.steps={steps[number]}; expected the same command on all processes"
         )
     assert not workdir.exists()
 
@@ -196,8 +196,8 @@ def test_a_workdir_that_not_all_processes_share_stops_them_with_one_line(directo
     for status, log in ended(processes):
         assert status == 1
         assert log.splitlines()[-1] == (
-            f"error: process 1 does not see what process 0 writes to {workdir}:"
-            " it must be on a file system that all hosts share"
+            f"error: process 1 does not see the files that process 0 writes to {workdir};"
+            " expected a directory on a file system that all hosts share"
         )
     assert [path.name for path in folders[0].rglob("*")] == ["run", "config.json"]
     assert not any(folders[1].iterdir())
@@ -222,8 +222,8 @@ def test_processes_that_do_not_find_each_other_say_where_they_looked(directory, 
     [(status, log)] = run([digits(directory / "alone", *own)], directory / "compiled")
     assert status == 1
     assert log.splitlines()[-1] == (
-        "error: the processes did not find each other within 3 seconds; the coordinator is"
-        f" 127.0.0.1:{port}: it must be reachable from all hosts, and all processes must be started"
+        "error: the processes did not connect within 3 seconds: the coordinator is"
+        f" 127.0.0.1:{port}; expected it to be reachable from all hosts, and all processes to be running"
     )
     assert "Traceback" not in log
     assert not (directory / "alone").exists()
@@ -232,8 +232,8 @@ def test_processes_that_do_not_find_each_other_say_where_they_looked(directory, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("host", 2, 0), "--coordinator=host is not of the form ADDRESS:PORT"),
-        (("host:1", 2, 2), r"--process_id=2 is not in 0…1, as --num_processes=2 has it"),
+        (("host", 2, 0), "invalid --coordinator=host; expected ADDRESS:PORT"),
+        (("host:1", 2, 2), "invalid --process_id=2; expected 0 to 1 with --num_processes=2"),
         ((None, 2, 0), "--coordinator, --num_processes and --process_id: what JAX says"),
     ],
 )

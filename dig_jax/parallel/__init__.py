@@ -1,4 +1,4 @@
-"""How arrays lie on the devices; the models read it from the mesh that is set, and need no settings."""
+"""The device mesh, the sharding of arrays over it, and runs of several processes."""
 
 from dig_jax.parallel.constraints import axis_sizes, constrain, constrain_batch
 from dig_jax.parallel.context import (

@@ -1,4 +1,4 @@
-"""Where arrays lie inside a compiled program: read from the mesh that `jax.set_mesh` names, or nowhere."""
+"""Sharding constraints for the mesh of `jax.set_mesh`; without a mesh they do nothing."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ Axes = str | tuple[str, ...] | None
 
 
 def axis_sizes() -> dict[str, int]:
-    """The axes of the present mesh that the partitioner may split arrays over."""
+    """Return the sizes of the current mesh's Auto axes, without axes of size 1."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return {}
@@ -23,7 +23,7 @@ def axis_sizes() -> dict[str, int]:
 
 
 def fitting(shape: Sequence[int], axes: Sequence[Axes], sizes: Mapping[str, int]) -> P:
-    """`axes` for the last dimensions of a shape, without those that are not there or do not divide it."""
+    """Return a spec with `axes` for the last dimensions, without absent axes and axes that do not divide."""
     kept: list[Axes] = [None] * len(shape)
     for position in range(-min(len(axes), len(shape)), 0):
         wanted = axes[position] or ()
@@ -37,11 +37,11 @@ def fitting(shape: Sequence[int], axes: Sequence[Axes], sizes: Mapping[str, int]
 
 
 def constrain(x: Shaped[Array, "*shape"], *axes: Axes) -> Shaped[Array, "*shape"]:
-    """x, split over these mesh axes; each one counts where it is present and divides its dimension."""
+    """Shard the last dimensions of x over these mesh axes, except absent axes and axes that do not divide."""
     sizes = axis_sizes()
     return jax.lax.with_sharding_constraint(x, fitting(x.shape, axes, sizes)) if sizes else x
 
 
 def constrain_batch(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
-    """x, its first dimension split as batches are and the others whole."""
+    """Shard the first dimension of x over the batch axes and replicate the others."""
     return constrain(x, BATCH_AXES, *[None] * (x.ndim - 1))

@@ -1,6 +1,5 @@
-"""Several processes as one program: they find each other, agree, and end together."""
+"""Multi-process runs: start-up, agreement between processes, and failure of one of them."""
 
-import atexit
 import contextlib
 import json
 import logging
@@ -21,12 +20,19 @@ from jax.experimental import multihost_utils
 
 from dig_jax.errors import ConfigError, UserError
 
-# Slots for checksums of settings: their number must be the same in all processes, whatever those know.
+# Checksums that every process contributes in `check_agreement`: the size must not depend on the settings.
 _SLOTS = 256
 
-_LEAVING_SECONDS = 10
-_LONGEST_WAIT_SECONDS = 7 * 24 * 3600
-_joined = threading.Event()
+_EXIT_SECONDS = 10
+_BARRIER_SECONDS = 7 * 24 * 3600
+_connected = threading.Event()
+
+# JAX has no error class for a failed peer, and the status codes of collectives say UNKNOWN or INTERNAL.
+_PEER_FAILURE = re.compile(
+    "gloo|nccl|coordination service|barrier|heartbeat|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED",
+    re.IGNORECASE,
+)
+_STATUS = re.compile("[A-Z_]+: ")
 
 T = TypeVar("T")
 
@@ -37,70 +43,66 @@ def initialize_distributed(
     process_id: int | None = None,
     timeout: float = 300,
 ) -> None:
-    """Makes this process one of several, as the arguments say, or the environment; else it stays alone.
+    """Connect to the other processes of this run, if there are any.
 
-    To be called before JAX is first used. JAX reads the environment itself: of TPU pods, SLURM and Open MPI.
-    Processes but the first log only warnings.
+    Call it before anything else uses JAX. Missing arguments come from the environment (TPU pods, SLURM,
+    Open MPI); without any the process runs alone. All processes except process 0 log warnings only.
 
     Args:
-        coordinator: address:port of the first process.
-        num_processes: how many there are.
-        process_id: of this one, counted from 0.
-        timeout: seconds to wait for the others.
+        coordinator: ADDRESS:PORT of process 0.
+        num_processes: number of processes.
+        process_id: index of this process, from 0.
+        timeout: seconds to wait for the other processes.
 
     Raises:
-        ConfigError: some arguments are given, but not all that the environment leaves open.
-        UserError: after the time-out the processes are not complete.
+        ConfigError: invalid or incomplete arguments.
+        UserError: the processes did not connect.
     """
+    _check_flags(coordinator, num_processes, process_id)
     given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
-    _check(given)
-    failure: list[Exception] = []
+    failures: list[Exception] = []
 
-    def join() -> None:
+    def connect() -> None:
         try:
-            # With a time-out of its own JAX would end the process with a dump of its stack.
             jax.distributed.initialize(**given, initialization_timeout=10**6)
-        except Exception as error:  # to be raised where it can be caught
-            failure.append(error)
+        except Exception as error:
+            failures.append(error)
 
-    thread = threading.Thread(target=join, daemon=True)
+    # JAX's own timeout aborts the process with a stack dump, and nothing, not even ctrl-C, ends its wait.
+    thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(timeout)
     if thread.is_alive():
-        atexit.register(_end_silently)
-        address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "that the environment names")
+        address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "named by the environment")
         raise UserError(
-            f"the processes did not find each other within {timeout:g} seconds; the coordinator is {address}:"
-            " it must be reachable from all hosts, and all processes must be started"
+            f"the processes did not connect within {timeout:g} seconds: the coordinator is {address};"
+            " expected it to be reachable from all hosts, and all processes to be running"
         )
-    if not failure:
-        _joined.set()
+    if not failures:
+        _connected.set()
         if jax.process_index():
             logging.getLogger("dig_jax").setLevel(logging.WARNING)
     elif any(value is not None for value in given.values()):
-        raise ConfigError(f"--coordinator, --num_processes and --process_id: {failure[0]}") from failure[0]
-    elif not isinstance(failure[0], ValueError):  # a ValueError: the environment is that of one process
-        raise UserError(f"the processes could not be joined: {failure[0]}") from failure[0]
+        raise ConfigError(f"--coordinator, --num_processes and --process_id: {failures[0]}") from failures[0]
+    elif not isinstance(failures[0], ValueError):  # which means that the environment names no processes
+        raise UserError(f"cannot connect to the other processes: {failures[0]}") from failures[0]
 
 
-def _end_silently() -> None:
-    """Keeps to itself what JAX's service says of its own end, after our line."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _check(given: Mapping[str, str | int | None]) -> None:
-    coordinator, count, number = given.values()
+def _check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-        raise ConfigError(f"--coordinator={coordinator} is not of the form ADDRESS:PORT")
-    if None not in (count, number) and not 0 <= number < count:
-        raise ConfigError(f"--process_id={number} is not in 0…{count - 1}, as --num_processes={count} has it")
+        raise ConfigError(f"invalid --coordinator={coordinator}; expected ADDRESS:PORT")
+    if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"invalid --process_id={process_id}; expected 0 to {num_processes - 1}"
+            f" with --num_processes={num_processes}"
+        )
 
 
 def check_agreement(settings: Mapping[str, object]) -> None:
-    """Raises, in all processes, unless all of them were given the same settings.
+    """Raise on all processes unless every process has the same settings.
 
     Args:
-        settings: values by name, whose text is compared.
+        settings: values by name; their `repr` is compared.
 
     Raises:
         ConfigError: names the settings that differ.
@@ -111,53 +113,54 @@ def check_agreement(settings: Mapping[str, object]) -> None:
     sums = np.zeros(_SLOTS, np.uint32)
     sums[: len(texts)] = [zlib.crc32(text.encode()) for text in texts[:_SLOTS]]
     differs = (multihost_utils.process_allgather(sums) != sums).any(axis=0)
-    everyone = multihost_utils.process_allgather(differs).any(axis=0)
-    if everyone.any():
-        here = [text for text, wrong in zip(texts, everyone, strict=False) if wrong]
+    differs_anywhere = multihost_utils.process_allgather(differs).any(axis=0)
+    if differs_anywhere.any():
+        here = [text for text, differs in zip(texts, differs_anywhere, strict=False) if differs]
         raise ConfigError(
-            f"processes were given different settings; process {jax.process_index()} has"
-            f" {', '.join(here[:5]) or 'fewer'}. Start all of them with the same command"
+            f"processes have different settings: process {jax.process_index()} has"
+            f" {', '.join(here[:5]) or 'fewer of them'}; expected the same command on all processes"
         )
 
 
 def on_process_0(compute: Callable[[], T]) -> T:
-    """What the first process computes, a JSON value, in all of them; the others wait.
+    """Call `compute` on process 0 and return its result, a JSON value, on all processes.
 
     Raises:
-        UserError: what `compute` raises in the first process, in all of them.
+        UserError: `compute` raised it on process 0; all processes raise it.
     """
     if jax.process_count() == 1:
         return compute()
-    told, failure = {}, None
+    outcome, failure = {}, None
     if jax.process_index() == 0:
         try:
-            told["value"] = compute()
+            outcome["value"] = compute()
         except UserError as error:
-            failure, told["error"] = error, [str(error), isinstance(error, ConfigError)]
-    text = np.frombuffer(json.dumps(told).encode(), np.uint8)
+            failure, outcome["error"] = error, [str(error), isinstance(error, ConfigError)]
+    text = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
     size = multihost_utils.broadcast_one_to_all(np.int32(text.size))
-    told = json.loads(multihost_utils.broadcast_one_to_all(np.resize(text, int(size))).tobytes())
-    if "error" in told:
-        text, of_config = told["error"]
-        raise failure or (ConfigError if of_config else UserError)(text)
-    return told["value"]
+    outcome = json.loads(multihost_utils.broadcast_one_to_all(np.resize(text, int(size))).tobytes())
+    if "error" in outcome:
+        message, is_config_error = outcome["error"]
+        raise failure or (ConfigError if is_config_error else UserError)(message)
+    return outcome["value"]
 
 
-def processes_without(here: bool) -> list[int]:
-    """The processes in which `here` is false."""
+def processes_without(present: bool) -> list[int]:
+    """Return the indices of the processes that pass False."""
     if jax.process_count() == 1:
-        return [] if here else [0]
-    return np.flatnonzero(~multihost_utils.process_allgather(np.bool_(here))).tolist()
+        return [] if present else [0]
+    return np.flatnonzero(~multihost_utils.process_allgather(np.bool_(present))).tolist()
 
 
-def barrier(what: str) -> None:
-    """Returns when all processes are here, however long that takes; `what` names the place."""
+def barrier(name: str) -> None:
+    """Wait, for up to a week, until all processes reach the barrier of this name."""
     if jax.process_count() > 1:
-        ocp.multihost.get_barrier_sync_fn()(key=what, timeout_ms=1000 * _LONGEST_WAIT_SECONDS)
+        # Not `sync_global_devices`: collectives time out after minutes, and a process may work for hours.
+        ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * _BARRIER_SECONDS)
 
 
 def check_shared_directory(directory: Path) -> None:
-    """Raises, in all processes, unless the first one's directory is there for all of them.
+    """Raise on all processes unless every process sees the directory of process 0.
 
     Raises:
         UserError: names the processes that do not see it.
@@ -165,40 +168,42 @@ def check_shared_directory(directory: Path) -> None:
     if jax.process_count() == 1:
         return
     with contextlib.ExitStack() as until_seen:
-        # A name that nobody has asked for yet: file systems of networks remember what was not there.
+        # A new name each time: network file systems cache that a file is missing.
         name = on_process_0(
             lambda: until_seen.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix=".seen-")).name
         )
         lacking = processes_without(Path(name).exists())
     if lacking:
         raise UserError(
-            f"process {', '.join(map(str, lacking))} does not see what process 0 writes to {directory}:"
-            " it must be on a file system that all hosts share"
+            f"process {', '.join(map(str, lacking))} does not see the files that process 0 writes to"
+            f" {directory}; expected a directory on a file system that all hosts share"
         )
 
 
 def is_peer_failure(error: BaseException | None) -> bool:
-    """Whether an exception says that another process no longer answers."""
+    """Return whether an exception, or one of its causes, means that another process failed."""
     if error is None or not jax.distributed.is_initialized():
         return False
-    signs = "gloo|nccl|coordination service|barrier|heartbeat|connection|socket|UNAVAILABLE|DEADLINE_EXCEEDED"
-    told = isinstance(error, jax.errors.JaxRuntimeError) and re.search(signs, str(error), re.IGNORECASE)
-    return bool(told) or is_peer_failure(error.__cause__)
+    # On the CPU a collective that fails while it is dispatched raises ValueError with a status.
+    by_jax = isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and _STATUS.match(str(error))
+    )
+    return bool(by_jax and _PEER_FAILURE.search(str(error))) or is_peer_failure(error.__cause__)
 
 
 def exit_process(status: int, *, wait: bool = True) -> NoReturn:
-    """Ends this process, which has failed, though others may still count on it.
+    """Exit after a failure, without waiting minutes for processes that do not know of it.
 
     Args:
-        status: of the exit.
-        wait: for the others to fail in the same way, so that each can say so; ten seconds at most.
+        status: the exit status.
+        wait: whether to give the other processes ten seconds to fail in the same way and report it.
     """
-    if not _joined.is_set():
+    if not jax.distributed.is_initialized():
         sys.exit(status)
     sys.stdout.flush()
-    # An exit as usual would wait minutes for the others, and for a save that they no longer take part in.
-    if wait:
+    if wait and _connected.is_set():
         with contextlib.suppress(Exception):
-            ocp.multihost.get_barrier_sync_fn()(key="failed", timeout_ms=1000 * _LEAVING_SECONDS)
+            ocp.multihost.get_barrier_sync_fn()(key="failed", timeout_ms=1000 * _EXIT_SECONDS)
             jax.distributed.shutdown()
+    # A regular exit would wait for the others, and for a save in which they no longer take part.
     os._exit(status)

@@ -1,12 +1,12 @@
-"""How parameters lie on the mesh: by the path that they have in the model, and so their moments and averages.
+"""Sharding rules for parameters, by their path in the model; optimizer moments and averages follow them.
 
-Heads and the channels of the MLP are split over `tensor` (Megatron-LM, Shoeybi et al. 2019): columns of the
-projections into them, rows of those out of them, so that a branch adds up over the devices once. The other
-dimension is split over `fsdp` (ZeRO-3, Rajbhandari et al. 2020), and gathered where a layer is computed.
+`tensor` shards heads and the channels of the MLP (Megatron-LM, Shoeybi et al. 2019): the columns of
+projections into them and the rows of projections out of them, so that each branch needs one all-reduce.
+`fsdp` shards the other dimension (ZeRO-3, Rajbhandari et al. 2020); each layer gathers it before use.
 
-The columns of a fused projection are several parts, each of which `tensor` splits, and no layout of the whole
-says that. It is kept in parts of rows, and turned into parts of columns where it is used: that moves a weight
-and not the tokens.
+A fused projection holds several matrices side by side, each of which `tensor` would shard by columns. No
+sharding of the fused matrix expresses that, so it is stored sharded by rows and resharded by columns before
+use. This moves weights rather than tokens.
 """
 
 import re
@@ -21,9 +21,9 @@ from jax.typing import DTypeLike
 
 from dig_jax.parallel.constraints import Axes, axis_sizes, fitting
 
-# In this order what is gathered along fsdp is one piece of what tensor splits.
+# This order makes a shard along tensor contiguous after the gather along fsdp.
 _BOTH = ("tensor", "fsdp")
-# (end of the path, mesh axes of the last dimensions as kept, and as used); the first match holds.
+# (end of the path, mesh axes of the last dimensions in storage, and in use); the first match wins.
 _RULES = (
     (r"mixer/(q|k|v|gate)_proj/kernel", ("fsdp", "tensor"), (None, "tensor")),
     (r"(decay_up|mlp/hidden|modulation/linear)/kernel", ("fsdp", "tensor"), (None, "tensor")),
@@ -35,16 +35,16 @@ _RULES = (
 
 
 def _rule(name: str, shape: Sequence[int]) -> tuple[Sequence[Axes], Sequence[Axes]]:
-    """The mesh axes of the last dimensions, as kept and as used."""
-    for path, kept, used in _RULES:
+    """Return the mesh axes of the last dimensions, in storage and in use."""
+    for path, stored, used in _RULES:
         if re.search(f"(^|/){path}$", name):
-            return kept, used
+            return stored, used
     if not name.endswith(("kernel", "embedding")):
         return (), ()
     return ((_BOTH, None) if shape[-2] >= shape[-1] else (None, _BOTH)), ()
 
 
-def _kept(name: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
+def _stored(name: str, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
     return fitting(shape, _rule(name, shape)[0], sizes)
 
 
@@ -53,22 +53,22 @@ def _name(path: tuple) -> str:
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
-    """How a state lies on the mesh, or any tree whose paths end as those of parameters do.
+    """Return the shardings of a train state, or of any tree whose paths end like those of parameters.
 
-    Matrices are split by `_RULES`, others along their larger dimension; vectors are whole on every device,
-    and so is what an axis does not divide.
+    `_RULES` shard some matrices; other matrices are sharded along their larger dimension. Vectors, and
+    dimensions that an axis does not divide, are replicated.
     """
     return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _kept(_name(path), leaf.shape, mesh.shape)), state
+        lambda path, leaf: NamedSharding(mesh, _stored(_name(path), leaf.shape, mesh.shape)), state
     )
 
 
 def gather_params(params: Any, dtype: DTypeLike | None = None) -> Any:
-    """Parameters as a layer computes with them: whole along `fsdp`.
+    """Gather parameters along `fsdp`, as a layer needs them.
 
     Args:
-        params: of blocks in their parts of the tree, or of what stands around them.
-        dtype: kernels are cast to it before they are gathered, which halves what is sent.
+        params: a tree whose paths end like those of the model.
+        dtype: kernels are cast to it before the gather, which halves the communication for bfloat16.
     """
     sizes = axis_sizes()
     if not sizes.keys() & set(_BOTH):
@@ -76,17 +76,17 @@ def gather_params(params: Any, dtype: DTypeLike | None = None) -> Any:
 
     def gather(path: tuple, leaf: jax.Array) -> jax.Array:
         name = _name(path)
-        kept, used = (fitting(leaf.shape, axes, sizes) for axes in _rule(name, leaf.shape))
+        stored, used = (fitting(leaf.shape, axes, sizes) for axes in _rule(name, leaf.shape))
         if dtype is not None and name.endswith("kernel"):
             leaf = leaf.astype(dtype)
-        # The first constraint is for the way back: a gradient leaves in parts.
-        if kept == used:
+        # The first constraint is for the backward pass: it scatters the gradient.
+        if stored == used:
             return leaf
-        return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(leaf, kept), used)
+        return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(leaf, stored), used)
 
     return jax.tree.map_with_path(gather, params)
 
 
 def save_all_but_gathered(primitive: Primitive, *_, **__) -> bool:
-    """A policy of `jax.checkpoint`: gathered parameters are gathered again for the backward pass."""
+    """Policy for `jax.checkpoint` that saves everything except gathered parameters."""
     return primitive.name != "sharding_constraint"
