@@ -8,7 +8,7 @@ import pytest
 
 from configs import base, smoke
 from dig_jax.cli.command_line import _load
-from dig_jax.config import Config, check_same, flattened, from_dict, to_dict
+from dig_jax.config import Config, check_same, flattened, from_dict, reference, to_dict
 from dig_jax.data.registry import SOURCES
 from dig_jax.errors import ConfigError
 from dig_jax.training.train import train
@@ -65,6 +65,12 @@ def test_the_base_config_and_its_json_are_those_of_earlier_versions():
     assert {name: (type(value), value) for name, value in found.items()} == {
         name: (type(value), value) for name, value in flattened(golden).items()
     }
+
+
+def test_the_reference_in_the_docs_is_current():
+    assert Path("docs/config_reference.md").read_text() == reference.markdown(), (
+        "run: python -m dig_jax.config.reference > docs/config_reference.md"
+    )
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ class TrainingConfig(Group, path="config.training"):
         0.1, "Fraction of labels replaced by the null class (Ho & Salimans 2022).", bounds="fraction"
     )
     ema_decays: tuple[float, ...] = field(
-        (0.9999,), "Decay of each exponential moving average of the parameters; samples use the first."
+        (0.9999,), "Decay of each exponential moving average of the parameters; sampling uses the first."
     )
 
     def __post_init__(self):
@@ -142,7 +142,7 @@ class OptimizerConfig(Group, path="config.optimizer"):
     """AdamW and its learning rate over time."""
 
     learning_rate: float = field(1e-4, "Highest learning rate.", bounds="positive")
-    warmup_steps: int = field(0, "Steps of linear warm-up from 0.", bounds="nonnegative")
+    warmup_steps: int = field(0, "Steps of linear warm-up.", bounds="nonnegative")
     schedule: str = field(
         "constant",
         "Learning rate after the warm-up: constant, or cosine or linear decay until training.steps.",
@@ -178,7 +178,7 @@ class CheckpointConfig(Group, path="config.checkpoint"):
     )
     keep_every_steps: int | None = field(
         100_000,
-        "Keep the checkpoints of multiples of this step forever; 0: of none.",
+        "Also keep every checkpoint whose step is a multiple of this; 0: none.",
         none=0,
         bounds="positive",
     )
@@ -259,7 +259,7 @@ class MeshConfig(Group, path="config.mesh"):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Group, path="config"):
-    """The configuration of a run."""
+    """Where a run starts; the groups below hold its other fields."""
 
     seed: int = field(0, "Seed of initialization, data order, noise, timesteps and label dropout.")
     init_from: str | None = field(
