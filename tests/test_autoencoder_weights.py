@@ -220,11 +220,11 @@ def test_what_is_not_there_is_named(tmp_path):
         load(tmp_path / "nowhere")
     write(tmp_path, tiny_arrays())
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config.json: there is no such file"):
+    with pytest.raises(CheckpointError, match=r"config.json: .*no such file"):
         load(tmp_path / WEIGHTS)
     write(tmp_path, tiny_arrays())
     (tmp_path / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: there is no such file"):
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: .*no such file"):
         load(tmp_path)
 
 

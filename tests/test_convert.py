@@ -106,7 +106,7 @@ def changed(case, **changes):
     [
         (lambda: changed("dit", extra=np.zeros(3)), "unexpected: extra"),
         (lambda: {k: v for k, v in torch_dict("dit").items() if "fc1" not in k}, "missing: .*mlp.fc1.weight"),
-        (lambda: changed("dit", **{"final_layer.linear.bias": np.zeros(3)}), "another shape: final_layer"),
+        (lambda: changed("dit", **{"final_layer.linear.bias": np.zeros(3)}), "wrong shape: final_layer"),
         (lambda: changed("dit", pos_embed=np.zeros((1, 16, 32))), "pos_embed"),
     ],
 )
@@ -120,11 +120,11 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(state_dic
 
 def test_the_two_names_of_an_rms_norm_must_agree():
     state_dict = changed("dig_inblockconv_rms", **{"blocks.1.attn_norm.weight": np.zeros(32)})
-    with pytest.raises(ValueError, match=r"blocks.1.norm1.weight and blocks.1.attn_norm.weight are two"):
+    with pytest.raises(ValueError, match=r"blocks.1.norm1.weight and blocks.1.attn_norm.weight differ"):
         load_torch_state_dict(fresh("dig_inblockconv_rms"), state_dict)
 
 
 def test_a_depth_that_upstream_would_turn_is_refused():
     model = create_model("DiG-S/2", input_size=8, num_classes=10, rngs=nnx.Rngs(0), **WIDE | {"depth": 6})
-    with pytest.raises(ValueError, match="depth 6 is not a multiple of directions=4"):
+    with pytest.raises(ValueError, match="unsupported depth: got 6; expected a multiple of directions=4"):
         load_torch_state_dict(model, {})

@@ -66,10 +66,10 @@ def test_diffusers_layout_is_that_of_dit(diffusers_folder, tmp_path):
 def test_diffusers_blocks_with_different_embedders_are_refused(diffusers_folder, tmp_path):
     name = "transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias"
     line = refused(diffusers_folder(**{name: np.zeros(32, np.float32)}), tmp_path / "x.safetensors", status=1)
-    assert "the blocks have different copies of t_embedder.mlp.0.bias" in line
+    assert "copies of t_embedder.mlp.0.bias differ between blocks" in line
     name = "transformer_blocks.2.attn1.to_k.bias"
     line = refused(diffusers_folder(**{name: np.zeros(3, np.float32)}), tmp_path / "x.safetensors", status=1)
-    assert "beside transformer_blocks.2.attn1.to_q.bias, to_k or to_v is missing or of another shape" in line
+    assert "to_k or to_v does not match transformer_blocks.2.attn1.to_q.bias" in line
 
 
 def test_a_dit_of_ours_becomes_what_diffusers_saves_and_comes_back(diffusers_folder, tmp_path):
@@ -98,7 +98,7 @@ def test_what_diffusers_has_no_model_for_is_refused(tmp_path, case):
     save_file(state_dict(case), tmp_path / "upstream.safetensors")
     run(tmp_path / "upstream.safetensors", tmp_path / "ours.safetensors")
     line = refused(tmp_path / "ours.safetensors", tmp_path / "theirs", status=1)
-    assert "diffusers' DiTTransformer2DModel is a DiT with classes, and this is none; give FILE" in line
+    assert "unsupported model for diffusers' DiTTransformer2DModel; expected a DiT with classes" in line
     assert not (tmp_path / "theirs").exists()
 
 
@@ -128,16 +128,16 @@ def test_a_model_in_shards_is_read_as_one(in_shards, tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "it has no weight_map"),
-        ("[]", "it has no weight_map"),
-        ('{"weight_map": {}}', "it has no weight_map"),
+        ("{", "not a diffusers index: no weight_map"),
+        ("[]", "not a diffusers index: no weight_map"),
+        ('{"weight_map": {}}', "not a diffusers index: no weight_map"),
         (
             '{"weight_map": {"a": "../elsewhere.safetensors"}}',
-            "names '../elsewhere.safetensors', which is no",
+            "got '../elsewhere.safetensors'; expected",
         ),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd', which is no"),
-        ('{"weight_map": {"a": 3}}', "names '3', which is no"),
-        ('{"weight_map": {"a": "none.safetensors"}}', "none.safetensors: there is no such file"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "got '/etc/passwd'; expected"),
+        ('{"weight_map": {"a": 3}}', "got '3'; expected"),
+        ('{"weight_map": {"a": "none.safetensors"}}', "none.safetensors: no such file"),
     ],
 )
 def test_an_index_that_leads_elsewhere_is_refused_in_one_line(in_shards, tmp_path, index, message):
@@ -150,4 +150,4 @@ def test_shards_with_the_same_array_are_refused(in_shards, tmp_path):
     second.write_bytes(first.read_bytes())
     line = refused(in_shards, tmp_path / "x.safetensors", status=1)
     assert f"{WEIGHTS}.index.json: " in line
-    assert "stands twice in it" in line
+    assert "duplicate name" in line

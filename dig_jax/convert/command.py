@@ -1,12 +1,12 @@
-"""Other people's parameters as ours, and ours as theirs.
+"""Convert other people's parameters to ours, and ours to theirs.
 
-python -m dig_jax.convert 0400000.pt dig.safetensors          upstream's DiG, or DiT, SiT, diffusers' DiT
-python -m dig_jax.convert 0400000.pt runs/dig --tree=model    as a workdir with a checkpoint
-python -m dig_jax.convert runs/dig dig.pt                     a run of ours, or a file of --mode=export,
+python -m dig_jax.convert 0400000.pt dig.safetensors          upstream's DiG, DiT or SiT, or diffusers' DiT
+python -m dig_jax.convert 0400000.pt runs/dig --tree=model    the same as a workdir with a checkpoint
+python -m dig_jax.convert runs/dig dig.pt                     a workdir or a file of --mode=export
 python -m dig_jax.convert runs/dig dig.safetensors            under upstream's names
-python -m dig_jax.convert runs/dit transformer                a DiT of ours as a folder of diffusers
+python -m dig_jax.convert runs/dit transformer                a DiT of ours as a diffusers folder
 
-What is written is whole or not at all. dig_jax.load and --config.init_from read what is ours.
+Targets are written atomically. dig_jax.load and --config.init_from read our formats.
 """
 
 import argparse
@@ -46,66 +46,68 @@ log = logging.getLogger("dig_jax.convert")
 
 
 def convert(source: Path, target: Path, tree: str | None = None, **options: str | int | None) -> None:
-    """Converts in the direction that the source stands for; `options` as in `recognize`.
+    """Convert a file; the kind of source decides the direction.
 
     Args:
-        source: somebody's file; or ours: a workdir, a checkpoint in it, or an exported file.
-        target: FILE.safetensors; of somebody's parameters also a new workdir, of ours also FILE.pt or a new
-            folder in diffusers' layout.
-        tree: of a .pt file, the tree; of a run of ours, the average's decay or "params".
+        source: a file or folder of upstream's or diffusers' parameters; or ours: a workdir, a checkpoint in
+            it, or an exported file.
+        target: FILE.safetensors; from upstream also a new workdir, from ours also FILE.pt or a new folder in
+            diffusers' layout.
+        tree: the tree of a .pt file; for a workdir of ours, the average's decay or "params".
+        options: as in `recognize`.
 
     Raises:
-        ConfigError: the target is there already, or an option is missing or cannot be.
-        CheckpointError: the source cannot be read, or not as this, or the target not be written.
+        ConfigError: the target exists, or an option is invalid or missing.
+        CheckpointError: the source is unreadable or unsupported, or writing failed.
     """
     if target.exists():
-        raise ConfigError(f"{target} is there already; delete it, or take another name")
+        raise ConfigError(f"{target} exists; delete it or choose another name")
     ours = _is_ours(source)
-    kinds, known = (
+    suffixes, expected = (
         ((".safetensors", ".pt", ""), "FILE.safetensors, FILE.pt or a new folder for diffusers")
         if ours
         else ((".safetensors", ""), "FILE.safetensors or a new workdir")
     )
-    if target.suffix not in kinds:
-        raise ConfigError(f"{target}: what {source} is converted to must be {known}")
+    if target.suffix not in suffixes:
+        raise ConfigError(f"invalid target {target} for {source}; expected {expected}")
     if ours and any(value is not None for value in options.values()):
-        raise ConfigError(f"{source} has its config in it: of the options, only --tree goes with it")
-    (_to_theirs if ours else _to_ours)(source, target, tree, **options)
+        raise ConfigError(f"{source} contains its config; --tree is the only option that applies")
+    (_from_ours if ours else _from_upstream)(source, target, tree, **options)
 
 
-def _to_ours(source: Path, target: Path, tree: str | None, **options: str | int | None) -> None:
-    with open_upstream(source, tree) as found:
+def _from_upstream(source: Path, target: Path, tree: str | None, **options: str | int | None) -> None:
+    with open_upstream(source, tree) as upstream:
         name = options.get("model") or source.name
         try:
-            settings = recognize(found, **options)
+            settings = recognize(upstream, **options)
             components = Components(settings, images_of(settings))
-            params = read_params(components.abstract_model, found.stored)
+            params = read_params(components.abstract_model, upstream.stored)
         except ConfigError:
             raise
-        except InvalidFile:  # open_upstream names the file
+        except InvalidFile:  # open_upstream adds the file's name
             raise
         except (UserError, ValueError) as error:
             raise CheckpointError(f"{source}: {error}") from error
-        _tell(settings, found.tree, params)
-        if is_flow_matching(found, name):
+        _log_model(settings, upstream.tree, params)
+        if is_flow_matching(upstream, name):
             log.warning(
-                "SiT is trained by flow matching, for which there is no sampler here yet: start a run"
-                " from these parameters, or compute with them; --mode=sample would draw noise"
+                "SiT was trained with flow matching, which no sampler here supports yet: the parameters can"
+                " initialize a run, but --mode=sample would give noise"
             )
-        elif looks_like_official_dit(found, settings):
+        elif looks_like_official_dit(upstream, settings):
             log.warning(
-                "these have the names and shapes of the DiT-XL/2 that Meta published: its weights are under"
-                " CC-BY-NC, which excludes commercial use"
+                "these parameters have the names and shapes of the published DiT-XL/2, whose license"
+                " (CC-BY-NC) excludes commercial use"
             )
     if target.suffix:
-        # The step is not known.
+        # The file does not contain the step.
         write_parameter_file(target, components, 0, traverse_util.unflatten_dict(params))
     else:
         _write_workdir(target, components, params)
-    log.info("written: %s", target)
+    log.info("wrote %s", target)
 
 
-def _to_theirs(source: Path, target: Path, tree: str | None, **options: None) -> None:
+def _from_ours(source: Path, target: Path, tree: str | None, **options: None) -> None:
     components, step, params = read_model(source, tree)
     flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params).items()}
     model = components.abstract_model
@@ -125,31 +127,30 @@ def _to_theirs(source: Path, target: Path, tree: str | None, **options: None) ->
                 write_json(folder / "config.json", about)
                 arrays = diffusers.from_upstream(arrays, model.blocks.depth)
                 write_safetensors(folder / diffusers.WEIGHTS, arrays, {"format": "pt"})
-    log.info("written: %s, %d arrays of step %d", target, len(arrays), step)
+    log.info("wrote %s: %d arrays of step %d", target, len(arrays), step)
 
 
 def _is_ours(source: Path) -> bool:
     if not source.exists():
-        raise CheckpointError(f"{source}: there is no such file or folder")
+        raise CheckpointError(f"{source}: no such file or folder")
     if source.is_dir():
         return has_checkpoints(source)
     if source.suffix != ".safetensors":
         return False
-    # What is no safetensors file is told by who reads it.
+    # The reader reports an invalid file.
     with contextlib.suppress(CheckpointError), open_safetensors(source) as file:
         return file.metadata.get("format") == FORMAT
     return False
 
 
-def _tell(settings: Config, tree: str, params: Mapping[tuple, np.ndarray]) -> None:
+def _log_model(settings: Config, tree: str, params: Mapping[tuple, np.ndarray]) -> None:
     model, options = settings.model, settings.data.options
     log.info(
-        "%s, %s parameters%s: images of %s², %s channels, %s classes; conv=%s, norm=%s, skip=%s,"
-        " directions=%s",
+        "%s, %s parameters%s: %s × %s px, %s channels, %s classes; conv=%s, norm=%s, skip=%s, directions=%s",
         model.name,
         f"{sum(leaf.size for leaf in params.values()):,}",
-        f" of the tree {tree!r}" if tree else "",
-        *(options[name] for name in ("image_size", "channels", "num_classes")),
+        f" of tree {tree!r}" if tree else "",
+        *(options[name] for name in ("image_size", "image_size", "channels", "num_classes")),
         model.conv or "none",
         model.norm,
         model.skip or "none",
@@ -158,7 +159,7 @@ def _tell(settings: Config, tree: str, params: Mapping[tuple, np.ndarray]) -> No
 
 
 def _write_workdir(target: Path, components: Components, params: Mapping[tuple, np.ndarray]) -> None:
-    """A checkpoint whose average and parameters are the same, without an optimiser's state."""
+    """Write a checkpoint with equal parameters and average, and without optimizer state."""
     nested = traverse_util.unflatten_dict(params)
     state = {"step": np.int32(0), "params": nested, "ema": {EMA: nested}}
     with writing_to(target), new_folder(target) as folder:
@@ -170,7 +171,7 @@ def _write_workdir(target: Path, components: Components, params: Mapping[tuple, 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help shows what there is")
+        raise ConfigError(f"{message}; see --help")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,28 +181,42 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", type=Path, help="somebody's file, or a run or an exported file of ours")
-    parser.add_argument("target", type=Path, help="FILE.safetensors, FILE.pt, a new workdir or folder")
     parser.add_argument(
-        "--tree", help="of a .pt file: ema, model, …; of ours: the average's decay, or params"
+        "source",
+        type=Path,
+        help="file or folder to convert: upstream's, diffusers', or a workdir or exported file of ours",
     )
-    parser.add_argument("--model", help="such as DiG-XL/2, DiT-XL/2, SiT-XL/2; else by the shapes")
-    parser.add_argument("--input_size", type=int, help="side of the images or latents; else by the positions")
-    parser.add_argument("--num_classes", type=int, help="else by the table of labels")
-    parser.add_argument("--num_heads", type=int, help="needed for a DiT of unusual width")
-    parser.add_argument("--directions", type=int, choices=[4, 2, 1], help="of DiG's scans, if not 4")
     parser.add_argument(
-        "--conv", choices=["after", "inside"], help="where DiG's convolution is, if not after"
+        "target", type=Path, help="FILE.safetensors, FILE.pt, a new workdir or a new folder for diffusers"
     )
-    parser.add_argument("--skip_alignment", choices=["upstream", "raster"], help="how DiG's skips are joined")
+    parser.add_argument(
+        "--tree", help="tree of a .pt file (ema, model, …); for ours, the average's decay or params"
+    )
+    parser.add_argument("--model", help="model name such as DiG-XL/2 (default: from the shapes)")
+    parser.add_argument(
+        "--input_size", type=int, help="side of the images or latents (default: from the positions)"
+    )
+    parser.add_argument("--num_classes", type=int, help="number of classes (default: from the label table)")
+    parser.add_argument("--num_heads", type=int, help="number of heads; required for a DiT of unusual width")
+    parser.add_argument(
+        "--directions", type=int, choices=[4, 2, 1], help="DiG's scan directions (default: 4)"
+    )
+    parser.add_argument(
+        "--conv", choices=["after", "inside"], help="position of DiG's convolution (default: after)"
+    )
+    parser.add_argument(
+        "--skip_alignment",
+        choices=["upstream", "raster"],
+        help="alignment of DiG's long skips (default: upstream)",
+    )
     return parser
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command; gives the exit status, as those of main.py."""
+    """Run the command and return the exit status: 0, 1 (error) or 2 (invalid arguments)."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of each file
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each file
     try:
         options = vars(_parser().parse_args(arguments))
         jax.config.update("jax_platforms", "cpu")  # nothing is computed
@@ -210,7 +225,3 @@ def main(arguments: list[str]) -> int:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""diffusers' DiTTransformer2DModel as the released DiT, and back: names, and the config beside the weights.
+"""Map diffusers' DiTTransformer2DModel to the released DiT and back: names and config.json.
 
-Each of its blocks has its own copy of the embeddings of time and labels, where DiT has one for all; its
-queries, keys and values are three matrices; its table of positions is not saved.
+Unlike DiT, diffusers keeps a copy of the time and label embeddings in each block, uses separate matrices for
+queries, keys and values, and does not save the position table.
 """
 
 import re
@@ -15,7 +15,7 @@ from dig_jax.files.safetensors import StoredArray
 from dig_jax.models.backbone import DiffusionTransformer
 from dig_jax.models.dit import DiT
 
-# diffusers' → upstream's; a name stands for its weight and its bias.
+# diffusers → upstream. A name covers the weight and the bias.
 _TOP = {
     "pos_embed.proj": "x_embedder.proj",
     "proj_out_1": "final_layer.adaLN_modulation.1",
@@ -37,11 +37,10 @@ _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 
 def as_upstream(stored: Mapping[str, StoredArray]) -> Mapping[str, StoredArray]:
-    """diffusers' names as upstream's; others are left as they are.
+    """Rename diffusers' arrays to upstream's. Arrays with other names are returned unchanged.
 
     Raises:
-        InvalidFile: queries, keys and values do not fit together; and, when it is read, an embedding of which
-            the blocks have different copies.
+        InvalidFile: mismatched queries, keys and values; or, when an embedding is read, copies that differ.
     """
     if not any(name.startswith("transformer_blocks.") for name in stored):
         return stored
@@ -57,28 +56,28 @@ def as_upstream(stored: Mapping[str, StoredArray]) -> Mapping[str, StoredArray]:
         elif block[2] in _SHARED:
             copies.setdefault(f"{_SHARED[block[2]]}.{leaf}", []).append(array)
         elif block[2] == _QKV[0]:
-            parts = [stored.get(f"transformer_blocks.{block[1]}.{part}.{leaf}") for part in _QKV]
-            found[f"blocks.{block[1]}.attn.qkv.{leaf}"] = _fused(parts, name)
+            arrays = [stored.get(f"transformer_blocks.{block[1]}.{qkv}.{leaf}") for qkv in _QKV]
+            found[f"blocks.{block[1]}.attn.qkv.{leaf}"] = _concatenated(arrays, name)
         elif block[2] not in _QKV:
             found[f"blocks.{block[1]}.{_BLOCK.get(block[2], block[2])}.{leaf}"] = array
     return found | {name: _agreed(arrays, name) for name, arrays in copies.items()}
 
 
 def from_upstream(arrays: Mapping[str, np.ndarray], depth: int) -> dict[str, np.ndarray]:
-    """A DiT's arrays as diffusers saves them, of upstream's by their names."""
+    """Rename upstream's arrays of a DiT to diffusers'."""
     return {name: array for item in arrays.items() for name, array in _renamed(*item, depth)}
 
 
 def config_of(model: DiffusionTransformer) -> dict[str, Any]:
-    """What diffusers' config.json says of a model.
+    """Return diffusers' config.json of a model.
 
     Raises:
-        ValueError: diffusers has no such model.
+        ValueError: the model is not a DiT with classes.
     """
     if not isinstance(model, DiT) or not model.num_classes:
         raise ValueError(
-            "diffusers' DiTTransformer2DModel is a DiT with classes, and this is none;"
-            " give FILE.safetensors or FILE.pt, for upstream's names"
+            "unsupported model for diffusers' DiTTransformer2DModel; expected a DiT with classes (upstream's"
+            " names in FILE.safetensors or FILE.pt support every model)"
         )
     heads = model.blocks.groups[0].mixer.num_heads
     return {
@@ -100,6 +99,7 @@ def config_of(model: DiffusionTransformer) -> dict[str, Any]:
 
 
 def _renamed(name: str, array: np.ndarray, depth: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield diffusers' arrays for one of upstream's."""
     top, inner, shared = (
         {ours: theirs for theirs, ours in names.items()} for names in (_TOP, _BLOCK, _SHARED)
     )
@@ -111,28 +111,28 @@ def _renamed(name: str, array: np.ndarray, depth: int) -> Iterator[tuple[str, np
         for number in range(depth):
             yield f"transformer_blocks.{number}.{shared[stem]}.{leaf}", array
     elif block and block[2] == "attn.qkv":
-        for part, piece in zip(_QKV, np.split(array, 3), strict=True):
-            yield f"transformer_blocks.{block[1]}.{part}.{leaf}", piece
+        for qkv, matrix in zip(_QKV, np.split(array, 3), strict=True):
+            yield f"transformer_blocks.{block[1]}.{qkv}.{leaf}", matrix
     elif block:
         yield f"transformer_blocks.{block[1]}.{inner[block[2]]}.{leaf}", array
 
 
 def _agreed(arrays: list[StoredArray], name: str) -> StoredArray:
-    """One array for several that must be equal; they are compared when it is read."""
+    """Return one array for several copies. Reading it checks that the copies are equal."""
 
     def read() -> np.ndarray:
         array = arrays[0].read()
         if not all(np.array_equal(array, other.read()) for other in arrays[1:]):
-            raise InvalidFile(f"the blocks have different copies of {name}; our DiT has one for all")
+            raise InvalidFile(f"copies of {name} differ between blocks; expected equal copies")
         return array
 
     return StoredArray(arrays[0].shape, arrays[0].dtype, read)
 
 
-def _fused(parts: list[StoredArray | None], name: str) -> StoredArray:
-    """Arrays one below the other."""
-    whole = [part for part in parts if part is not None and part.shape]
-    if len(whole) < len(parts) or len({(part.shape, part.dtype) for part in whole}) > 1:
-        raise InvalidFile(f"beside {name}, to_k or to_v is missing or of another shape or dtype")
-    shape = (sum(part.shape[0] for part in whole), *whole[0].shape[1:])
-    return StoredArray(shape, whole[0].dtype, lambda: np.concatenate([part.read() for part in whole]))
+def _concatenated(arrays: list[StoredArray | None], name: str) -> StoredArray:
+    """Concatenate queries, keys and values along the first axis."""
+    found = [array for array in arrays if array is not None and array.shape]
+    if len(found) < len(arrays) or len({(array.shape, array.dtype) for array in found}) > 1:
+        raise InvalidFile(f"to_k or to_v does not match {name}; expected equal shapes and dtypes")
+    shape = (sum(array.shape[0] for array in found), *found[0].shape[1:])
+    return StoredArray(shape, found[0].dtype, lambda: np.concatenate([array.read() for array in found]))

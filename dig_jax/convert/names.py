@@ -1,7 +1,7 @@
-"""The released PyTorch code's names and layouts of parameters, DiG's and DiT's, and ours: the map is data.
+"""Map parameter names and layouts of the released PyTorch code of DiG and DiT to ours and back.
 
-Linear weights are transposed. Upstream's DiG turns the tokens from block to block where we keep raster
-order, so its 3×3 kernels are turned instead: by 180° in blocks i mod 4 = 1, transposed in 2, both in 3.
+Linear weights are transposed. Upstream's DiG rotates the tokens from block to block; we keep raster order and
+rotate its 3×3 kernels instead: by 180° in blocks i mod 4 = 1, transposed in 2, both in 3.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from dig_jax.models.backbone import DiffusionTransformer
 from dig_jax.models.dig import DIRECTIONS, DiG
 from dig_jax.models.embeddings import sincos_positions
 
-# ours → theirs; a name stands for its weight (kernel) and, where ours has one, its bias.
+# Ours → upstream. A name covers the weight (kernel) and the bias, if there is one.
 _TOP = {
     "patch_embed": "x_embedder.proj",
     "time_embed.hidden": "t_embedder.mlp.0",
@@ -51,33 +51,35 @@ _DIT_BLOCK = _BLOCK | {
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
 # Upstream saves each RMSNorm under a second name.
 _ALIASES = {"norm1": "attn_norm", "norm2": "mlp_norm"}
-# Floats that are exact in float32.
+# Dtypes that float32 represents exactly.
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """One PyTorch array of those that make up a leaf of ours."""
+    """One of the PyTorch arrays that make up one of our leaves, with conversions both ways."""
 
     name: str
     shape: tuple[int, ...]
-    ours: Callable[[np.ndarray], np.ndarray]
-    theirs: Callable[[np.ndarray], np.ndarray]
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_upstream: Callable[[np.ndarray], np.ndarray]
 
 
 def load_torch_state_dict(
     model: DiffusionTransformer, state_dict: Mapping[str, np.ndarray]
 ) -> DiffusionTransformer:
-    """Loads upstream's parameters (DiG's or DiT's released code) into `model`, in place and strictly.
+    """Load parameters of the released DiG or DiT code into `model`, in place and strictly.
 
     Args:
-        model: from `create_model`, with the switches that the parameters were trained with.
-        state_dict: {name: array} with PyTorch's names and layouts. `pos_embed` is fixed: it is compared
-            with ours, not loaded. RMSNorm weights stand under two names each, which must agree.
+        model: from `create_model`, with the options that the parameters were trained with.
+        state_dict: {name: array} with PyTorch's names and layouts. `pos_embed` is checked, not loaded.
+            Upstream saves each RMSNorm weight under two names; both must have equal values.
+
+    Returns:
+        `model`.
 
     Raises:
-        ValueError: names are missing or left over, a shape differs, or a value is not finite; the model is
-            then unchanged.
+        ValueError: missing or unexpected names, wrong shapes, or non-finite values; the model is unchanged.
     """
     arrays = {name: np.asarray(value) for name, value in state_dict.items()}
     stored = {name: StoredArray(x.shape, "float32", lambda x=x: x) for name, x in arrays.items()}
@@ -91,21 +93,21 @@ def load_torch_state_dict(
 
 
 def to_torch_state_dict(model: DiffusionTransformer) -> dict[str, np.ndarray]:
-    """The parameters of `model` under upstream's names: what `load_torch_state_dict` reads, bit for bit.
+    """Return the parameters of `model` under upstream's names; `load_torch_state_dict` inverts it exactly.
 
     Raises:
-        ValueError: upstream has no such model.
+        ValueError: the upstream code does not support the model.
     """
     flat = nnx.to_flat_state(nnx.split(model)[1])
     return torch_arrays(model, {path: np.asarray(variable[...]) for path, variable in flat})
 
 
 def read_params(model: DiffusionTransformer, stored: Mapping[str, StoredArray]) -> dict[tuple, np.ndarray]:
-    """Our leaves by their paths, float32; names, shapes and dtypes are compared before one is read.
+    """Return our float32 leaves by path. Names, shapes and dtypes are checked before any array is read.
 
     Args:
-        model: of which only shapes and switches matter; `nnx.eval_shape` of `create_model` will do.
-        stored: upstream's arrays by their names.
+        model: may be abstract; only its shapes and options are used.
+        stored: upstream's arrays by name.
 
     Raises:
         ValueError: as in `load_torch_state_dict`.
@@ -113,31 +115,33 @@ def read_params(model: DiffusionTransformer, stored: Mapping[str, StoredArray]) 
     _check_depth(model)
     shapes = _shapes(model)
     pieces = {path: list(_pieces(model, path, shape)) for path, shape in shapes.items()}
-    expected = {piece.name: piece.shape for parts in pieces.values() for piece in parts}
+    expected = {piece.name: piece.shape for group in pieces.values() for piece in group}
     _compare(stored, expected)
     _check_positions(model, stored)
     params = {}
-    for path, parts in pieces.items():
+    for path, group in pieces.items():
         leaf = params[path] = np.empty(shapes[path], np.float32)
-        for index, piece in enumerate(parts):
-            leaf[index if _stacked(path) else ...] = piece.ours(_read(stored, piece.name))
+        for index, piece in enumerate(group):
+            leaf[index if _stacked(path) else ...] = piece.to_ours(_read(stored, piece.name))
     return params
 
 
 def torch_arrays(model: DiffusionTransformer, params: Mapping[tuple, np.ndarray]) -> dict[str, np.ndarray]:
-    """Upstream's arrays by their names, of our leaves by their paths; `model` as in `read_params`.
+    """Return upstream's arrays by name, from our leaves by path; the inverse of `read_params`.
 
     Raises:
-        ValueError: upstream has no such model.
+        ValueError: the upstream code does not support the model.
     """
     _check_depth(model)
     rows, columns = model.input_size
     if rows != columns:
-        raise ValueError(f"upstream's models take square inputs alone, and this one {rows}×{columns}")
+        raise ValueError(
+            f"unsupported input size for upstream's models: got {rows}×{columns}; expected a square"
+        )
     arrays = {"pos_embed": _positions(model)[None]}
     for path, leaf in params.items():
         for index, piece in enumerate(_pieces(model, path, leaf.shape)):
-            array = piece.theirs(leaf[index] if _stacked(path) else leaf)
+            array = piece.to_upstream(leaf[index] if _stacked(path) else leaf)
             arrays[piece.name] = np.ascontiguousarray(array, np.float32)
             if alias := _alias(piece.name):
                 arrays[alias] = arrays[piece.name]
@@ -147,8 +151,8 @@ def torch_arrays(model: DiffusionTransformer, params: Mapping[tuple, np.ndarray]
 def _check_depth(model: DiffusionTransformer) -> None:
     if isinstance(model, DiG) and model.blocks.depth % model.directions:
         raise ValueError(
-            f"depth {model.blocks.depth} is not a multiple of directions={model.directions}: upstream's"
-            " output is then turned, and its parameters mean something else here"
+            f"unsupported depth: got {model.blocks.depth}; expected a multiple of directions="
+            f"{model.directions}, because upstream's output is rotated otherwise"
         )
 
 
@@ -161,21 +165,21 @@ def _compare(stored: Mapping[str, StoredArray], expected: Mapping[str, tuple[int
     problems = {
         "missing": sorted(expected.keys() - stored.keys()),
         "unexpected": sorted(stored.keys() - expected.keys() - aliases - {"pos_embed"}),
-        "of another shape": [
-            f"{name} {stored[name].shape} and not {shape}"
+        "wrong shape": [
+            f"{name} {stored[name].shape}, expected {shape}"
             for name, shape in expected.items()
             if name in stored and stored[name].shape != shape
         ],
-        "of another dtype": [
+        "unsupported dtype": [
             f"{name} {array.dtype}" for name, array in stored.items() if array.dtype not in _FLOATS
         ],
     }
     if any(problems.values()):
-        told = [f"{kind}: {_few(names)}" for kind, names in problems.items() if names]
-        raise ValueError("the parameters do not fit the model; " + "; ".join(told))
+        found = [f"{problem}: {_first(names)}" for problem, names in problems.items() if names]
+        raise ValueError("parameters do not match the model: " + "; ".join(found))
 
 
-def _few(names: list[str]) -> str:
+def _first(names: list[str]) -> str:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(name[:150] for name in names[:4]) + more
 
@@ -183,15 +187,15 @@ def _few(names: list[str]) -> str:
 def _read(stored: Mapping[str, StoredArray], name: str) -> np.ndarray:
     array = stored[name].read().astype(np.float32, copy=False)
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds values that are not finite")
+        raise ValueError(f"{name} has non-finite values")
     alias = _alias(name)
-    if alias in stored and not np.array_equal(stored[alias].read(), array):
-        raise ValueError(f"{name} and {alias} are two names of one weight, and hold different values")
+    if alias is not None and alias in stored and not np.array_equal(stored[alias].read(), array):
+        raise ValueError(f"{name} and {alias} differ; expected two copies of one weight")
     return array
 
 
 def _alias(name: str) -> str | None:
-    """blocks.3.attn_norm.weight of blocks.3.norm1.weight."""
+    """Return the second name of an RMSNorm weight: blocks.3.attn_norm.weight for blocks.3.norm1.weight."""
     parts = name.split(".")
     if len(parts) == 4 and parts[2] in _ALIASES:
         return ".".join([*parts[:2], _ALIASES[parts[2]], parts[3]])
@@ -203,7 +207,7 @@ def _stacked(path: tuple) -> bool:
 
 
 def _pieces(model: DiffusionTransformer, path: tuple, shape: tuple[int, ...]) -> Iterator[_Piece]:
-    """The PyTorch arrays that make up one of our leaves, in stacking order."""
+    """Yield the PyTorch arrays that make up one of our leaves, in stacking order."""
     depth, period = model.blocks.depth, model.blocks.period
     if path[:2] == ("blocks", "groups"):
         blocks, inner = range(path[2], depth // period * period, period), path[3:]
@@ -241,16 +245,16 @@ def _piece(
         return _Piece(
             name,
             (shape[2], 1, *shape[:2]),
-            lambda array: _turned(array[:, 0].transpose(1, 2, 0), direction),
-            lambda array: _turned(array, direction).transpose(2, 0, 1)[:, None],
+            lambda array: _rotated(array[:, 0].transpose(1, 2, 0), direction),
+            lambda array: _rotated(array, direction).transpose(2, 0, 1)[:, None],
         )
     if path[-1] == "kernel":
         return _Piece(name, shape[::-1], np.transpose, np.transpose)
     return _Piece(name, shape, np.asarray, np.asarray)
 
 
-def _turned(kernel: np.ndarray, direction: int) -> np.ndarray:
-    """A [3, 3, D] kernel of a scan direction's turned frame in raster order, and back: it undoes itself."""
+def _rotated(kernel: np.ndarray, direction: int) -> np.ndarray:
+    """Convert a [3, 3, D] kernel between upstream's rotated frame and raster order; its own inverse."""
     name = DIRECTIONS[direction]
     if name.startswith("column"):
         kernel = kernel.transpose(1, 0, 2)
@@ -258,7 +262,9 @@ def _turned(kernel: np.ndarray, direction: int) -> np.ndarray:
 
 
 def _positions(model: DiffusionTransformer) -> np.ndarray:
-    return sincos_positions(tuple(size // model.patch_size for size in model.input_size), model.hidden_size)
+    height, width = model.input_size
+    grid = (height // model.patch_size, width // model.patch_size)
+    return sincos_positions(grid, model.hidden_size)
 
 
 def _check_positions(model: DiffusionTransformer, stored: Mapping[str, StoredArray]) -> None:
@@ -272,6 +278,6 @@ def _check_positions(model: DiffusionTransformer, stored: Mapping[str, StoredArr
         atol=max(1e-5, float(jnp.finfo(theirs.dtype).eps)),  # a sine, rounded
     ):
         raise ValueError(
-            f"pos_embed {theirs.shape} is not the fixed sin-cos table of this model's input"
+            f"invalid pos_embed of shape {theirs.shape}; expected the sin-cos table for input size"
             f" {model.input_size} and patch_size={model.patch_size}"
         )

@@ -1,4 +1,4 @@
-"""Which model somebody's parameters are of, and the config that describes it."""
+"""Infer the model and its config from the names and shapes of upstream's parameters."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from dig_jax.data import ImageSpec
 from dig_jax.data.class_names import imagenet_ids
 from dig_jax.errors import CheckpointError, ConfigError
 
-# width → size and, which DiT's tensors do not show, heads: table 1 of DiT.
+# Width → size and number of heads (table 1 of DiT); DiT's parameters do not show the heads.
 _SIZES = {384: ("S", 6), 768: ("B", 12), 1024: ("L", 16), 1152: ("XL", 16)}
 _FAMILIES = {"attn.gk_proj.0.weight": "DiG", "attn.qkv.weight": "DiT"}
 EMA = "0.9999"  # upstream's decay
@@ -19,59 +19,45 @@ _AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # the recipe's, of four channels
 
 
 def recognize(source: UpstreamParams, **options: Any) -> Config:
-    """The config of a model that the arrays fit, as far as their names and shapes tell.
+    """Return the config of the model that the parameters belong to.
 
     Args:
-        options: what is known better, or cannot be told: model (a name such as "DiG-XL/2"), input_size,
-            num_classes, num_heads, directions, conv, skip_alignment; None leaves them open.
+        options: model (a name such as "DiG-XL/2"), input_size, num_classes, num_heads, directions, conv and
+            skip_alignment replace the inferred values; None is the same as leaving one out.
 
     Raises:
-        CheckpointError: the names are those of no known model.
-        ConfigError: an option is missing, or cannot be.
+        CheckpointError: unknown parameter names or invalid shapes.
+        ConfigError: an option is invalid, or missing because the parameters do not show it.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    family = _family(source)
-    width, channels, patch, _ = _shape(source, "x_embedder.proj.weight", 4)
+    _, channels, patch, _ = _shape(source, "x_embedder.proj.weight", 4)
     outputs, _ = _shape(source, "final_layer.linear.weight", 2)
-    name = given.pop("model", None)
-    if name is not None and name.replace("SiT", "DiT").split("-")[0] != family:
-        raise ConfigError(f"--model={name}: the names of its parameters are those of {family}")
-    size, heads = _SIZES.get(width, ("S", None))
+    blocks = {re.sub(r"^blocks\.\d+\.", "", name) for name in source.stored}
+    has_skips = "skip_linear.weight" in blocks
     model = {
-        "name": f"{family}-{size}/{patch}",
-        "depth": _depth(source),
-        "hidden_size": width,
-        "num_heads": given.pop("num_heads", None) or _heads(source, width) or heads,
-    }
-    if name is not None:
-        model |= {"name": name.replace("SiT", "DiT"), "depth": None, "hidden_size": None, "num_heads": None}
-    elif model["num_heads"] is None:
-        raise ConfigError("--num_heads is needed: DiT's parameters do not show how many heads there are")
+        "learn_sigma": outputs != patch**2 * channels,
+        "conv": "after" if "dw_conv.weight" in blocks else None,
+        "norm": "rms" if "norm1.weight" in blocks else "layer",
+        "skip": "linear" if has_skips else None,
+        # The parameters were trained with the skips as the released code joins them.
+        "skip_alignment": "upstream" if has_skips else "raster",
+    } | _name_and_sizes(source, given.pop("model", None), given.pop("num_heads", None))
     data = {
         "image_size": given.pop("input_size", None) or _input_size(source, patch),
         "channels": channels,
         "num_classes": given.pop("num_classes", None) or _num_classes(source),
     }
-    blocks = {re.sub(r"^blocks\.\d+\.", "", name) for name in source.stored}
-    model |= {
-        "learn_sigma": outputs != patch**2 * channels,
-        "conv": "after" if "dw_conv.weight" in blocks else None,
-        "norm": "rms" if "norm1.weight" in blocks else "layer",
-        "skip": "linear" if "skip_linear.weight" in blocks else None,
-        # The parameters were trained with the skips as the released code joins them.
-        "skip_alignment": "upstream" if "skip_linear.weight" in blocks else "raster",
-    }
     return describe(model | given, data, EMA if source.tree == "ema" else "params")
 
 
 def is_flow_matching(source: UpstreamParams, name: str) -> bool:
-    """Whether a file or model of this name, or the run that wrote it, is SiT's."""
+    """Whether the file's name, the model's name or the saved arguments say SiT."""
     model = source.hints.get("model")
     return name.lower().startswith("sit") or (isinstance(model, str) and model.startswith("SiT"))
 
 
 def looks_like_official_dit(source: UpstreamParams, settings: Config) -> bool:
-    """Whether arrays have the shapes of the published DiT-XL/2, and no run's arguments beside them."""
+    """Whether the shapes are those of the published DiT-XL/2 and no training arguments were saved."""
     classes, channels = (settings.data.options[name] for name in ("num_classes", "channels"))
     return (
         (settings.model.name, classes, channels, settings.model.learn_sigma) == ("DiT-XL/2", 1000, 4, True)
@@ -81,12 +67,10 @@ def looks_like_official_dit(source: UpstreamParams, settings: Config) -> bool:
 
 
 def describe(model: Mapping[str, Any], data: Mapping[str, Any], ema: str) -> Config:
-    """The published recipe with another model; its data are made up, and of the right shape.
-
-    The other values are those of configs/base.py, which says what they mean.
+    """Return the default config with this model and synthetic data of the model's image shape.
 
     Raises:
-        ConfigError: a value cannot be.
+        ConfigError: an invalid value.
     """
     fields = to_dict(Config())
     fields["model"] |= model
@@ -97,12 +81,33 @@ def describe(model: Mapping[str, Any], data: Mapping[str, Any], ema: str) -> Con
 
 
 def images_of(settings: Config) -> ImageSpec:
-    """Shape and classes of what a converted model makes; a thousand classes are ImageNet's."""
+    """Return the image shape and classes of a converted model; 1000 classes are taken as ImageNet's."""
     size, channels, classes = (
         settings.data.options[name] for name in ("image_size", "channels", "num_classes")
     )
     names = imagenet_ids() if classes == 1000 else tuple(map(str, range(classes)))
     return ImageSpec((size, size, channels), names)
+
+
+def _name_and_sizes(source: UpstreamParams, name: str | None, heads: int | None) -> dict[str, Any]:
+    """Return the model's name and, unless it was given, the sizes that the parameters show."""
+    family = _family(source)
+    if name is not None:
+        ours = name.replace("SiT", "DiT")  # one network
+        if ours.split("-")[0] != family:
+            raise ConfigError(f"--model={name} does not match the parameters: got names of {family}")
+        return {"name": ours, "num_heads": heads}
+    width, _, patch, _ = _shape(source, "x_embedder.proj.weight", 4)
+    size, usual_heads = _SIZES.get(width, ("S", None))
+    heads = heads or _heads(source, width) or usual_heads
+    if heads is None:
+        raise ConfigError("--num_heads is required: DiT's parameters do not show the number of heads")
+    return {
+        "name": f"{family}-{size}/{patch}",
+        "depth": _depth(source),
+        "hidden_size": width,
+        "num_heads": heads,
+    }
 
 
 def _family(source: UpstreamParams) -> str:
@@ -111,8 +116,8 @@ def _family(source: UpstreamParams) -> str:
             return family
     first = ", ".join(name[:60] for name in list(source.stored)[:3])
     raise CheckpointError(
-        "the names of its arrays are not those of DiG, DiT or SiT in their released code, nor of diffusers'"
-        f" DiT (the first are: {first or 'none at all'}); in a file with several trees, --tree names one"
+        f"unknown parameter names: got {first or 'no arrays'}; expected those of the released DiG, DiT or SiT"
+        " or of diffusers' DiT (--tree selects one of several trees in a file)"
     )
 
 
@@ -121,7 +126,7 @@ def _depth(source: UpstreamParams) -> int:
     blocks = {match[1] for match in found if match}
     missing = [str(block) for block in range(len(blocks)) if str(block) not in blocks]
     if missing:
-        raise CheckpointError(f"block {missing[0]} is missing, and there are later ones")
+        raise CheckpointError(f"missing block {missing[0]} below the last block")
     return len(blocks)
 
 
@@ -130,12 +135,14 @@ def _shape(source: UpstreamParams, name: str, dimensions: int) -> tuple[int, ...
         raise CheckpointError(f"missing: {name}")
     shape = source.stored[name].shape
     if len(shape) != dimensions or 0 in shape:
-        raise CheckpointError(f"{name} has the shape {shape}, and not one of {dimensions} dimensions")
+        raise CheckpointError(
+            f"invalid shape of {name}: got {shape}; expected {dimensions} nonzero dimensions"
+        )
     return shape
 
 
 def _heads(source: UpstreamParams, width: int) -> int | None:
-    """DiG has a norm of each head's values; diffusers' config says it."""
+    """Infer the number of heads from DiG's per-head norm or diffusers' config."""
     norm = source.stored.get("blocks.0.attn.g_norm_swish_gate.weight")
     if norm is not None and norm.shape and norm.shape[0]:
         return width // norm.shape[0]
@@ -144,13 +151,13 @@ def _heads(source: UpstreamParams, width: int) -> int | None:
 
 
 def _num_classes(source: UpstreamParams) -> int:
-    """One less than the rows of the table, of which the last is the null class."""
+    """Infer the number of classes: the label table has one more row, the null class."""
     name = "y_embedder.embedding_table.weight"
     return _shape(source, name, 2)[0] - 1 if name in source.stored else 0
 
 
 def _input_size(source: UpstreamParams, patch: int) -> int:
-    """The side of a square image, by the table of positions or diffusers' config."""
+    """Infer the side of the square input from the position table or diffusers' config."""
     if "pos_embed" in source.stored:
         tokens = _shape(source, "pos_embed", 3)[1]
         if math.isqrt(tokens) ** 2 == tokens:
@@ -158,5 +165,5 @@ def _input_size(source: UpstreamParams, patch: int) -> int:
     if type(size := source.hints.get("sample_size")) is int:
         return size
     raise ConfigError(
-        "--input_size is needed: the file does not show the size of the model's images or latents"
+        "--input_size is required: the file does not show the size of the model's images or latents"
     )

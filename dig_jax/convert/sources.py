@@ -1,23 +1,23 @@
-"""Files of other people's parameters, in any of the formats, as upstream's names and layouts."""
+"""Open other people's checkpoints in any supported format, under upstream's names and layouts."""
 
 import contextlib
 import dataclasses
 import json
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dig_jax.convert.diffusers import WEIGHTS, as_upstream
-from dig_jax.convert.pytorch.pickle_reader import Opaque, put
+from dig_jax.convert.pytorch.pickle_reader import Opaque, insert
 from dig_jax.convert.pytorch.reader import Tensor, TorchFile, open_torch
 from dig_jax.errors import CheckpointError, InvalidFile
-from dig_jax.files.safetensors import StoredArray, open_safetensors
+from dig_jax.files.safetensors import SafetensorsFile, StoredArray, open_safetensors
 
 _DIFFUSERS_FILES = (
     WEIGHTS,
-    f"{WEIGHTS}.index.json",  # of several files
+    f"{WEIGHTS}.index.json",  # sharded
     "diffusion_pytorch_model.bin",
 )
 _TREES = ("ema", "model", "state_dict")
@@ -26,84 +26,92 @@ _MAX_JSON = 2**20  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class UpstreamParams:
-    """Somebody's parameters.
+    """Parameters under upstream's names.
 
-    stored: upstream's arrays by their names.
-    tree: which of the file's trees they are; "" where it has none.
-    hints: what stands beside them: a run's arguments, or diffusers' config.
+    stored: the arrays by name.
+    tree: the tree of the file that holds them; "" if the file has no trees.
+    hints: arguments of the training run or diffusers' config, if there are any.
     """
 
-    stored: dict[str, StoredArray]
+    stored: Mapping[str, StoredArray]
     tree: str
     hints: dict[Any, Any]
 
 
 @contextlib.contextmanager
 def open_upstream(path: Path, tree: str | None = None) -> Iterator[UpstreamParams]:
-    """Opens a file of PyTorch (.pt, .bin) or safetensors, or a folder as diffusers writes it.
+    """Open a PyTorch file (.pt, .bin), a safetensors file or index, or a folder written by diffusers.
 
     Args:
-        tree: "model", "ema" or another dotted path in a file of PyTorch; by default the average, where there
-            is one.
+        tree: "model", "ema" or another dotted path in a PyTorch file. The default is the first of "ema",
+            "model" and "state_dict" in the file.
 
     Raises:
-        CheckpointError: the file is damaged, hostile, or of no known kind.
+        CheckpointError: the file is missing, invalid or unsupported.
     """
     if path.is_dir():
         there = [path / name for name in _DIFFUSERS_FILES if (path / name).is_file()]
         if not there:
-            raise CheckpointError(f"{path}: has neither checkpoints nor {' or '.join(_DIFFUSERS_FILES)}")
+            raise CheckpointError(
+                f"{path}: no checkpoints or diffusers weights; expected {' or '.join(_DIFFUSERS_FILES)}"
+            )
         path = there[0]
     try:
         with contextlib.ExitStack() as stack:
             if path.suffix in (".safetensors", ".json"):
                 if tree:
-                    raise InvalidFile(f"a safetensors file has no trees, and so no --tree={tree}")
+                    raise InvalidFile(f"--tree={tree} does not apply to a safetensors file")
                 files = [path] if path.suffix == ".safetensors" else _shards(path)
-                stored, hints, tree = {}, _diffusers_config(path), ""
-                for file in files:
-                    for name, array in stack.enter_context(open_safetensors(file)).arrays.items():
-                        put(stored, name, array)
+                opened = [stack.enter_context(open_safetensors(file)) for file in files]
+                params = UpstreamParams(_from_safetensors(opened), "", _diffusers_config(path))
             else:
-                file = stack.enter_context(open_torch(path))
-                stored, hints, tree = _of_torch(file, tree, path)
-            yield UpstreamParams(as_upstream(stored), tree, hints)
+                params = _from_torch(stack.enter_context(open_torch(path)), tree, path)
+            yield dataclasses.replace(params, stored=as_upstream(params.stored))
     except InvalidFile as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _of_torch(
-    file: TorchFile, tree: str | None, path: Path
-) -> tuple[dict[str, StoredArray], dict[Any, Any], str]:
+def _from_safetensors(files: Iterable[SafetensorsFile]) -> dict[str, StoredArray]:
+    arrays: dict[str, StoredArray] = {}
+    for file in files:
+        for name, array in file.arrays.items():
+            insert(arrays, name, array)
+    return arrays
+
+
+def _from_torch(file: TorchFile, tree: str | None, path: Path) -> UpstreamParams:
     content = file.content if isinstance(file.content, dict) else {}
     if tree is None:
         tree = next((name for name in _TREES if isinstance(content.get(name), dict)), "")
-    stored = {name: _stored(file, tensor) for name, tensor in file.tensors(tree).items()}
+    arrays = {name: _stored_array(file, tensor) for name, tensor in file.tensors(tree).items()}
     arguments = content.get("args")
     hints = arguments.state if isinstance(arguments, Opaque) else _diffusers_config(path)
-    return stored, hints, tree
+    return UpstreamParams(arrays, tree, hints)
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index of diffusers names, beside it; their own headers say what is in them."""
+    """Return the files of a diffusers index. Only files in the same folder are allowed."""
     names = _json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise InvalidFile("is no index of diffusers: it has no weight_map")
+        raise InvalidFile("not a diffusers index: no weight_map")
     files = sorted(set(map(str, names.values())))
     for file in files:
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
-            raise InvalidFile(f"names {reprlib.repr(file)}, which is no safetensors file beside it")
+            raise InvalidFile(
+                f"invalid file in weight_map: got {reprlib.repr(file)}; expected a safetensors file in the"
+                " same folder"
+            )
     return [index.with_name(file) for file in files]
 
 
 def _diffusers_config(path: Path) -> dict[Any, Any]:
-    """config.json beside a file, where it is one of diffusers' DiT."""
+    """Return config.json in the file's folder if it describes diffusers' DiT, else {}."""
     config = _json(path.with_name("config.json"))
     return config if "num_attention_heads" in config else {}
 
 
 def _json(path: Path) -> dict[Any, Any]:
-    """An object in a small file, empty where there is none."""
+    """Return the object in a small JSON file, or {} if there is none."""
     try:
         with path.open("rb") as file:
             content = json.loads(file.read(_MAX_JSON))
@@ -112,5 +120,5 @@ def _json(path: Path) -> dict[Any, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _stored(file: TorchFile, tensor: Tensor) -> StoredArray:
+def _stored_array(file: TorchFile, tensor: Tensor) -> StoredArray:
     return StoredArray(tensor.shape, tensor.dtype.name, lambda: file.read(tensor))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that appear complete or not at all."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends, or vanishes if it fails."""
+    """Open a temporary file that replaces `path` when the block ends; an error deletes it instead."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -24,7 +24,10 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that becomes `path`, which must not be there, when the block ends, or vanishes if it fails."""
+    """Create a temporary folder that becomes the new folder `path` when the block ends.
+
+    An error deletes it instead.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -36,7 +39,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as file:
         file.write(text.encode())

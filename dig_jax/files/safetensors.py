@@ -1,4 +1,4 @@
-"""Files of safetensors, read strictly: a bounded header that is true, in which each name stands once."""
+"""Safetensors files. The reader is strict: it validates the whole header before it reads an array."""
 
 import contextlib
 import dataclasses
@@ -14,20 +14,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dig_jax.errors import CheckpointError
+from dig_jax.errors import CheckpointError, InvalidFile, one_line
 from dig_jax.files.atomic import replacing
 
-# Bytes. The published autoencoder's and DiG-XL's are of some 30 kB; ours may name many thousand classes.
+# Bytes. Headers of DiG-XL and the published autoencoder have about 30 kB; ours may hold many class names.
 MAX_HEADER = 8 * 2**20
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """An array in a file: what is known before it is read.
+    """An array in a file that has not been read yet.
 
-    dtype: its name in NumPy, or in the file where it is none of the common ones.
-    read: gives its values.
+    dtype: NumPy's name, or the file's own name for other dtypes.
+    read: returns the values.
     """
 
     shape: tuple[int, ...]
@@ -37,11 +37,7 @@ class StoredArray:
 
 @dataclasses.dataclass(frozen=True)
 class SafetensorsFile:
-    """An open file.
-
-    arrays: by their names.
-    metadata: the texts in its header.
-    """
+    """An open safetensors file: its arrays by name and the metadata of its header."""
 
     arrays: Mapping[str, StoredArray]
     metadata: Mapping[str, str]
@@ -49,77 +45,77 @@ class SafetensorsFile:
 
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
-    """Opens a file; every array has its bytes in it, every byte is an array's, and nothing is read yet.
+    """Open a file and validate its header.
+
+    Arrays must lie within the file, fill it without overlaps, and have unique names.
 
     Raises:
-        CheckpointError: it is not there, cannot be read, or is no such file or a damaged one; in one line.
+        CheckpointError: the file is missing, unreadable or invalid.
     """
-    with _telling(path):
+    with _naming_file(path):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > MAX_HEADER:
-                raise _Lie(f"its header claims {size:,} bytes, more than {MAX_HEADER:,}")
+                raise InvalidFile(f"header too large: got {size:,} bytes; expected at most {MAX_HEADER:,}")
             _check_names(file.read(size))
         opened = safe_open(path, framework="numpy")
     with opened as file:
         arrays = {}
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
-            part = file.get_slice(name)
-            dtype = part.get_dtype()
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            entry = file.get_slice(name)
+            dtype = str(entry.get_dtype())
             read = _reader(path, file, name)
-            arrays[name] = StoredArray(tuple(part.get_shape()), _DTYPES.get(dtype, dtype), read)
+            arrays[name] = StoredArray(tuple(entry.get_shape()), _DTYPES.get(dtype, dtype), read)
         yield SafetensorsFile(arrays, file.metadata() or {})
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes a file whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        OSError: it could not be written.
+        OSError: writing failed.
     """
     with replacing(path) as file:
         try:
             save_file(dict(arrays), file.name, dict(metadata))
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        # The library puts another file there, which is the owner's alone.
+        # save_file replaces the file by one that only the owner can read.
         os.chmod(file.name, os.fstat(file.fileno()).st_mode)
 
 
 def _reader(path: Path, file: Any, name: str) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        with _telling(path):
+        with _naming_file(path):
             return file.get_tensor(name)
 
     return read
 
 
-class _Lie(Exception):
-    """What the library does not mind, and we do."""
-
-
 @contextlib.contextmanager
-def _telling(path: Path) -> Iterator[None]:
+def _naming_file(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no such file") from error
+        raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, _Lie) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise CheckpointError(f"{path} is no safetensors file, or a damaged one: {reason}") from error
+        raise CheckpointError(f"{path}: cannot read the file: {error.strerror or error}") from error
+    except (SafetensorError, InvalidFile) as error:
+        raise CheckpointError(f"{path}: invalid safetensors file: {one_line(error)[:200]}") from error
 
 
 def _check_names(header: bytes) -> None:
-    """What readers take silently: one name for several arrays."""
-    # What is no JSON at all is told by the library.
-    with contextlib.suppress(ValueError, RecursionError):
-        json.loads(header, object_pairs_hook=_without_duplicates)
+    """Reject duplicate names, which the library accepts. The library reports invalid JSON."""
+    try:
+        json.loads(header, object_pairs_hook=_unique)
+    except InvalidFile:
+        raise
+    except (ValueError, RecursionError):
+        pass
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     name, count = max(Counter(name for name, _ in pairs).items(), key=lambda item: item[1], default=("", 0))
     if count > 1:
-        raise _Lie(f"the name {reprlib.repr(name)} stands twice in its header")
+        raise InvalidFile(f"duplicate name {reprlib.repr(name)} in the header")
     return dict(pairs)

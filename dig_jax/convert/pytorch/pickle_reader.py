@@ -1,7 +1,7 @@
-"""Pickles read as data: nothing is imported and nothing is called but the few builders that are passed in.
+"""Read a pickle as data: import nothing and call nothing except the builders passed in.
 
-A machine of its own over `pickletools`' decoding of the opcodes (PEP 307, PEP 3154). The library's unpickler
-calls what a file names, and allocates what a file claims.
+`_run` is a virtual machine over the opcodes that `pickletools` decodes (PEP 307, PEP 3154). The standard
+library's unpickler calls what a file names and allocates what a file claims.
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ from typing import Any
 
 from dig_jax.errors import InvalidFile
 
-# Numbers of more bits are no sizes, and slow to compute with.
+# Larger integers are never sizes, and they are slow to compute with.
 _MAX_BITS = 128
 _MAX_PROTOCOL = 5
+Builders = Mapping[str, Callable[[tuple], Any]]
 _VALUES = {
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
     *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
@@ -26,7 +27,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """A class or function that a pickle names, such as torch.FloatStorage; it is never imported."""
+    """A class or function that a pickle refers to, such as torch.FloatStorage. It is never imported."""
 
     module: str
     name: str
@@ -37,50 +38,49 @@ class Name:
 
 @dataclasses.dataclass(eq=False)
 class Opaque:
-    """In place of an object of any class but the known ones.
+    """A placeholder for an object of any other class.
 
     Attributes:
-        kind: what it would have been.
-        state: its attributes, where the pickle gives them as a dict; data, as all that is read.
+        kind: name of the class.
+        state: attributes of the object, if the pickle stores them as a dict.
     """
 
     kind: str
     state: dict = dataclasses.field(default_factory=dict)
 
 
-def read_pickle(
-    data: bytes, builders: Mapping[str, Callable[[tuple], Any]], persistent: Callable[[Any], Any]
-) -> Any:
-    """The object of one pickle: dicts, lists, tuples, numbers, strings, and what the builders make.
+def read_pickle(data: bytes, builders: Builders, persistent: Callable[[Any], Any]) -> Any:
+    """Return the object of a pickle: dicts, lists, tuples, numbers, strings and what the builders make.
 
     Args:
-        builders: for "module.name", a function of the tuple of arguments; other calls give an `Opaque`.
-        persistent: makes an object of a persistent id.
+        builders: {"module.name": function of the argument tuple}. Other calls give an `Opaque`.
+        persistent: function of a persistent id.
 
     Raises:
-        InvalidFile: the pickle is damaged or has opcodes that PyTorch does not write.
+        InvalidFile: the pickle is corrupt or has opcodes that PyTorch does not write.
     """
     try:
         return _run(data, builders, persistent)
     except InvalidFile:
         raise
     except (IndexError, KeyError) as error:
-        raise InvalidFile("its pickle is damaged: it takes what is not there") from error
+        raise InvalidFile("corrupt pickle: missing stack or memo entry") from error
     except ValueError as error:
-        raise InvalidFile(f"its pickle is damaged: {str(error).splitlines()[0][:100]}") from error
+        raise InvalidFile(f"corrupt pickle: {str(error).splitlines()[0][:100]}") from error
 
 
-def _run(
-    data: bytes, builders: Mapping[str, Callable[[tuple], Any]], persistent: Callable[[Any], Any]
-) -> Any:
+def _run(data: bytes, builders: Builders, persistent: Callable[[Any], Any]) -> Any:
     stack: list[Any] = []
     outer: list[list[Any]] = []  # the stacks below each mark
     memo: dict[int, Any] = {}
+    argument: Any
     for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
         match opcode.name:
             case name if name in _VALUES:
                 if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
-                    raise InvalidFile(f"its pickle has a number of {argument.bit_length()} bits")
+                    raise InvalidFile(
+                        f"integer too large: got {argument.bit_length()} bits; expected at most {_MAX_BITS}"
+                    )
                 stack.append(argument)
             case name if name in _CONSTANTS:
                 stack.append(_CONSTANTS[name])
@@ -111,11 +111,11 @@ def _run(
                 stack.append(Opaque("frozenset"))
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                put(stack[-1], key, value)
+                insert(stack[-1], key, value)
             case "SETITEMS":
                 items, stack = stack, outer.pop()
                 for key, value in zip(items[::2], items[1::2], strict=True):
-                    put(stack[-1], key, value)
+                    insert(stack[-1], key, value)
             case "APPEND":
                 _extend(stack[-2], [stack.pop()])
             case "APPENDS" | "ADDITEMS":
@@ -130,7 +130,7 @@ def _run(
                 if opcode.name == "NEWOBJ_EX":
                     stack.pop()
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_built(function, arguments, builders))
+                stack.append(_call(function, arguments, builders))
             case "BUILD":
                 state = stack.pop()
                 if isinstance(stack[-1], Opaque) and isinstance(state, dict):
@@ -145,37 +145,39 @@ def _run(
                 stack.append(stack[-1])
             case "PROTO":
                 if argument > _MAX_PROTOCOL:
-                    raise InvalidFile(f"its pickle is of protocol {argument}, and not 2 to {_MAX_PROTOCOL}")
+                    raise InvalidFile(
+                        f"unsupported pickle protocol: got {argument}; expected at most {_MAX_PROTOCOL}"
+                    )
             case "FRAME":
                 pass
             case "STOP":
                 return stack.pop()
             case _:
-                raise InvalidFile(f"its pickle has the opcode {opcode.name}, which PyTorch does not write")
-    raise InvalidFile("its pickle has no end")
+                raise InvalidFile(f"unsupported pickle opcode {opcode.name}, which PyTorch does not write")
+    raise InvalidFile("corrupt pickle: no STOP opcode")
 
 
-def _built(function: Any, arguments: Any, builders: Mapping[str, Callable[[tuple], Any]]) -> Any:
+def _call(function: Any, arguments: Any, builders: Builders) -> Any:
     if str(function) in builders and isinstance(function, Name) and isinstance(arguments, tuple):
         return builders[str(function)](arguments)
     return Opaque(str(function) if isinstance(function, Name) else type(function).__name__)
 
 
-def put(target: Any, key: Any, value: Any) -> None:
-    """target[key] = value of a dict; objects that are not known take what they are given.
+def insert(target: Any, key: Any, value: Any) -> None:
+    """Set target[key] of a dict; do nothing for an `Opaque`.
 
     Raises:
-        InvalidFile: there is such a key.
+        InvalidFile: duplicate key, or a target of another type.
     """
     if not isinstance(target, dict):
         if not isinstance(target, Opaque):
-            raise InvalidFile(f"its pickle sets an item of a {type(target).__name__}")
+            raise InvalidFile(f"corrupt pickle: item set on an object of type {type(target).__name__}")
         return
-    # Other keys may be made to have equal hashes, and are none that a parameter has.
+    # A file can choose other keys with equal hashes. Parameters never have such keys.
     if type(key) is not str and (type(key) is not int or key.bit_length() > 63):
         key = Opaque(f"a key of type {type(key).__name__}")
     if key in target:
-        raise InvalidFile(f"the name {reprlib.repr(key)} stands twice in it")
+        raise InvalidFile(f"duplicate name {reprlib.repr(key)}")
     target[key] = value
 
 
@@ -183,4 +185,4 @@ def _extend(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
     elif not isinstance(target, Opaque):
-        raise InvalidFile(f"its pickle appends to a {type(target).__name__}")
+        raise InvalidFile(f"corrupt pickle: item appended to an object of type {type(target).__name__}")

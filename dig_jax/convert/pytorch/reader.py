@@ -1,9 +1,8 @@
-"""PyTorch's .pt files, read without PyTorch: tensors and containers are all that is known of them.
+"""Read tensors and containers from PyTorch's .pt files without PyTorch and without running code.
 
-A file is a zip archive of uncompressed members (PyTorch ≥ 1.6): NAME/data.pkl, a pickle in which each storage
-is a persistent id, NAME/data/KEY, a storage's bytes, and NAME/byteorder. The pickle is read as data
-(`pickled.py`). All sizes are compared with the file's own before anything is allocated, and storages are read
-when a tensor of them is asked for.
+A file is a zip archive of uncompressed members (PyTorch ≥ 1.6): NAME/data.pkl, a pickle with a persistent id
+for each storage; NAME/data/KEY, the bytes of a storage; and NAME/byteorder. `pickle_reader` reads the pickle
+as data. All sizes are checked against the file before anything is allocated; storages are read on demand.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dig_jax.convert.pytorch.pickle_reader import Name, Opaque, put, read_pickle
+from dig_jax.convert.pytorch.pickle_reader import Name, Opaque, insert, read_pickle
 from dig_jax.errors import CheckpointError, InvalidFile
 
 _DTYPES = {
@@ -37,7 +36,7 @@ _DTYPES = {
     "BoolStorage": np.bool_,
 }
 _BYTE_ORDERS = {b"little": "<", b"big": ">"}
-# Bytes; that of DiG-XL/2 with its average and optimiser is a third of a megabyte.
+# Bytes. The pickle of DiG-XL/2 with its average and optimizer state has 0.3 MB.
 _MAX_PICKLE = 4 * 2**20
 _MAX_DIRECTORY = 8 * 2**20
 _MAX_DEPTH = _MAX_DIMENSIONS = 8
@@ -56,7 +55,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A view of a storage that lies within it; offset and strides are in values."""
+    """A view that lies within a storage. Offset and strides count values, not bytes."""
 
     storage: Storage
     offset: int
@@ -65,33 +64,33 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of its values."""
+        """The dtype of the values."""
         return self.storage.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TorchFile:
-    """An open file; see `open_torch`.
+    """An open .pt file; see `open_torch`.
 
     Attributes:
-        content: all but the storages' bytes: dicts, lists, numbers, `Tensor`s, and `Opaque` for the rest.
+        content: the pickled object: dicts, lists, numbers, `Tensor`s, and `Opaque` for everything else.
     """
 
     def __init__(self, path: Path, data: mmap.mmap):
         self._data = data
-        self._sound: set[str] = set()  # members whose checksum is right
+        self._verified: set[str] = set()  # members with a correct checksum
         self._members = _members(path, data)
         roots = [name[: -len("data.pkl")] for name in self._members if name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise InvalidFile("is a zip archive, but none that PyTorch wrote: it has no data.pkl, or several")
+            raise InvalidFile("not a PyTorch file: expected a zip archive with one data.pkl")
         self._root = roots[0]
         order = bytes(self._bytes(f"{self._root}byteorder", 16, default=b"little"))
         if order not in _BYTE_ORDERS:
-            raise InvalidFile(f"its byte order is {order!r}, and not little or big")
+            raise InvalidFile(f"invalid byte order: got {order!r}; expected little or big")
         self._order = _BYTE_ORDERS[order]
         self.content = read_pickle(
             bytes(self._bytes(f"{self._root}data.pkl", _MAX_PICKLE)),
@@ -105,44 +104,43 @@ class TorchFile:
         )
 
     def tensors(self, tree: str = "") -> dict[str, Tensor]:
-        """The tensors below a dotted path, such as "ema" or "opt.state", by the rest of their names.
+        """Return the tensors below a dotted path, such as "ema" or "opt.state", by the rest of their names.
 
         Raises:
-            InvalidFile: there is no such tree, something in it is no tensor, or its tensors claim more than
-                twice the bytes of the file.
+            InvalidFile: unknown tree, an entry that is not a tensor, or tensors with more than twice the
+                bytes of the file.
         """
         found: dict[str, Tensor] = {}
         for name, value in _flattened(self._subtree(tree)):
             if not isinstance(value, Tensor):
-                raise InvalidFile(f"{_joined(tree, name)} is no tensor ({_kind(value)})")
-            put(found, name, value)
+                raise InvalidFile(f"not a tensor: {_joined(tree, name)} is of type {_kind(value)}")
+            insert(found, name, value)
         claimed = sum(tensor.nbytes for tensor in set(found.values()))
         if claimed > 2 * len(self._data):
-            raise InvalidFile(f"its tensors claim {claimed:,} bytes; the file has {len(self._data):,}")
+            raise InvalidFile(f"tensors of {claimed:,} bytes in a file of {len(self._data):,} bytes")
         return found
 
     def _subtree(self, tree: str) -> dict:
         node = self.content
         for part in filter(None, tree.split(".")):
             if not isinstance(node, dict) or part not in node:
-                there = (
-                    ", ".join(key for key in node if isinstance(key, str)) if isinstance(node, dict) else ""
-                )
-                raise InvalidFile(f"has no tree {tree!r}; there are: {there[:200] or 'none'}")
+                keys = node if isinstance(node, dict) else ()
+                choices = ", ".join(key for key in keys if isinstance(key, str))[:200]
+                raise InvalidFile(f"unknown tree {tree!r}; expected one of: {choices or 'none'}")
             node = node[part]
         if not isinstance(node, dict):
-            raise InvalidFile(f"{tree or 'all of it'} is no tree of tensors ({_kind(node)})")
+            raise InvalidFile(f"not a tree of tensors: {tree or 'the content'} is of type {_kind(node)}")
         return node
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """A copy of a tensor's values.
+        """Return a copy of a tensor's values.
 
         Raises:
-            InvalidFile: its storage's bytes are not those that were written.
+            InvalidFile: the storage is corrupt.
         """
         storage = tensor.storage
         data = self._bytes(storage.member, storage.numel * storage.dtype.itemsize)
-        # bfloat16 has no byte orders in NumPy: bytes are turned as integers.
+        # NumPy has no byte order for bfloat16, so bytes are swapped as integers.
         size = storage.dtype.itemsize
         values = np.frombuffer(data, f"{self._order}u{size}")[tensor.offset :]
         strides = [stride * size for stride in tensor.strides]
@@ -150,25 +148,25 @@ class TorchFile:
         return view.astype(f"=u{size}", order="C").view(storage.dtype)
 
     def _bytes(self, member: str, limit: int, default: bytes | None = None) -> memoryview:
-        """A member's bytes, uncopied and sound."""
+        """Return a view of a member's bytes after verifying the checksum."""
         if member not in self._members:
             if default is None:
-                raise InvalidFile(f"has no member {member}")
+                raise InvalidFile(f"missing member {member}")
             return memoryview(default)
         info = self._members[member]
         if info.file_size > limit:
-            raise InvalidFile(f"its {member} claims {info.file_size:,} bytes, more than {limit:,}")
+            raise InvalidFile(f"{member} too large: got {info.file_size:,} bytes; expected at most {limit:,}")
         header = self._data[info.header_offset : info.header_offset + 30]
         if len(header) < 30 or not header.startswith(b"PK\3\4"):
-            raise InvalidFile(f"is damaged: {member} is not where its directory says")
+            raise InvalidFile(f"corrupt archive: no member {member} at its offset")
         start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
         if start + info.file_size > len(self._data):
-            raise InvalidFile(f"is truncated: {member} ends after the file")
+            raise InvalidFile(f"truncated archive: {member} extends beyond the end of the file")
         data = memoryview(self._data)[start : start + info.file_size]
-        if member not in self._sound:
+        if member not in self._verified:
             if zlib.crc32(data) != info.CRC:
-                raise InvalidFile(f"{member[:100]} is damaged: its checksum is another")
-            self._sound.add(member)
+                raise InvalidFile(f"corrupt member {member[:100]}: checksum mismatch")
+            self._verified.add(member)
         return data
 
     def _storage(self, persistent_id: Any) -> Storage | Opaque:
@@ -176,28 +174,28 @@ class TorchFile:
             case ("storage", Name(module="torch", name=kind), str(key), str(), int(numel)) if kind in _DTYPES:
                 dtype, member = np.dtype(_DTYPES[kind]), f"{self._root}data/{key}"
                 if member not in self._members:
-                    raise InvalidFile(f"is truncated or damaged: the storage {member[:100]} is missing")
+                    raise InvalidFile(f"missing storage {member[:100]}")
                 size = self._members[member].file_size
                 if numel * dtype.itemsize != size:
                     raise InvalidFile(
-                        f"{member[:100]} has {size:,} bytes, and not {numel:,} values of {dtype}"
+                        f"{member[:100]} has {size:,} bytes; expected {numel:,} values of {dtype}"
                     )
                 return Storage(member, dtype, numel)
-        return Opaque("a storage of another kind")
+        return Opaque("unsupported storage")
 
 
 @contextlib.contextmanager
 def open_torch(path: Path) -> Iterator[TorchFile]:
-    """Opens a .pt file; whatever is wrong with it, also later, is told in one line.
+    """Open a .pt file. Errors that occur while it is open name the file.
 
     Raises:
-        CheckpointError: it is not there, no such file, damaged, or holds what is not to be read.
+        CheckpointError: the file is missing, unreadable or invalid.
     """
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise InvalidFile("is empty")
-            # Not closed by hand: views of its bytes may be alive where an error leaves.
+                raise InvalidFile("empty file")
+            # Closed by the garbage collector: after an error, views of its bytes may still exist.
             yield TorchFile(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except InvalidFile as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -206,38 +204,43 @@ def open_torch(path: Path) -> Iterator[TorchFile]:
 
 
 def _members(path: Path, data: mmap.mmap) -> Mapping[str, zipfile.ZipInfo]:
-    """The directory of the archive, bounded and without what PyTorch does not write."""
+    """Return the archive's directory; reject members that PyTorch does not write."""
+    _check_directory(data)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise InvalidFile(f"corrupt zip archive: {str(error)[:100]}") from error
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in infos:
+        name = f"{info.filename[:100]!r}"
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise InvalidFile(f"compressed member {name}; expected an uncompressed one")
+        if info.flag_bits & 1:
+            raise InvalidFile(f"encrypted member {name}; expected an unencrypted one")
+        insert(members, info.filename, info)
+    return members
+
+
+def _check_directory(data: mmap.mmap) -> None:
+    """Bound the size of the archive's directory before it is read."""
     if data[: len(_OLD_FORMAT)] == _OLD_FORMAT:
         raise InvalidFile(
-            "is of PyTorch's format before 1.6, which is not read here; there,"
-            " torch.save(torch.load(FILE), NEW) writes the present one"
+            "unsupported format of PyTorch before 1.6; convert it with torch.save(torch.load(FILE), NEW)"
         )
     end = data.rfind(b"PK\5\6", max(0, len(data) - 2**16 - 22))
     if end < 0 or end + 22 > len(data):
-        raise InvalidFile(
-            "is no .pt file of PyTorch, or a truncated one: a zip archive has its directory at the end"
-        )
-    # Of large archives a second record says it (zip64); any that a reader might take is looked at.
+        raise InvalidFile("not a PyTorch file, or a truncated one: it does not end in a zip directory")
+    # Large archives have a second record (zip64). Check every record that a reader might use.
     records = data[max(0, end - 2**16) : end].split(b"PK\6\6")[1:]
     claims = [int.from_bytes(record[36:44], "little") for record in records]
     plain = int.from_bytes(data[end + 12 : end + 16], "little")
     if plain < 2**32 - 1 or not claims:
         claims.append(plain)
     if max(claims) > _MAX_DIRECTORY:
-        raise InvalidFile(f"its directory claims {max(claims):,} bytes, more than {_MAX_DIRECTORY:,}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise InvalidFile(f"is a damaged zip archive: {str(error)[:100]}") from error
-    members: dict[str, zipfile.ZipInfo] = {}
-    for info in infos:
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise InvalidFile(f"{info.filename[:100]!r} is compressed in it, which PyTorch never does")
-        if info.flag_bits & 1:
-            raise InvalidFile(f"{info.filename[:100]!r} is encrypted in it")
-        put(members, info.filename, info)
-    return members
+        raise InvalidFile(
+            f"directory too large: got {max(claims):,} bytes; expected at most {_MAX_DIRECTORY:,}"
+        )
 
 
 def _ordered_dict(arguments: tuple) -> dict:
@@ -247,16 +250,15 @@ def _ordered_dict(arguments: tuple) -> dict:
             pass
         case (list(pairs),) if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
             for key, value in pairs:
-                put(result, key, value)
+                insert(result, key, value)
         case _:
-            raise InvalidFile("is damaged: an OrderedDict is made of something else than pairs")
+            raise InvalidFile("corrupt pickle: OrderedDict of something other than pairs")
     return result
 
 
 def _parameter(arguments: tuple) -> Tensor | Opaque:
-    return (
-        arguments[0] if arguments and isinstance(arguments[0], Tensor) else Opaque("a parameter of no tensor")
-    )
+    is_tensor = arguments and isinstance(arguments[0], Tensor)
+    return arguments[0] if is_tensor else Opaque("parameter without a tensor")
 
 
 def _tensor(arguments: tuple) -> Tensor | Opaque:
@@ -264,33 +266,37 @@ def _tensor(arguments: tuple) -> Tensor | Opaque:
         case (Storage() as storage, int(offset), tuple(shape), tuple(strides), *_):
             pass
         case (Opaque(), *_):
-            return Opaque("a tensor of another kind")
+            return Opaque("unsupported tensor")
         case _:
-            raise InvalidFile("is damaged: a tensor is made of something else than a storage and sizes")
+            raise InvalidFile("corrupt pickle: tensor without a storage, offset, shape and strides")
     numbers = (offset, *shape, *strides)
     if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or len(shape) != len(strides):
-        raise InvalidFile("is damaged: a tensor's offset, shape or strides cannot be")
+        raise InvalidFile("corrupt pickle: invalid offset, shape or strides of a tensor")
     if len(shape) > _MAX_DIMENSIONS:
-        raise InvalidFile(f"a tensor in it has {len(shape)} dimensions")
-    numel = math.prod(shape)
-    if numel == 0:
-        return Opaque("a tensor without values")
+        raise InvalidFile(f"too many dimensions: got {len(shape)}; expected at most {_MAX_DIMENSIONS}")
+    if math.prod(shape) == 0:
+        return Opaque("tensor without values")
+    return _view(storage, offset, shape, strides)
+
+
+def _view(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Check that a view lies within its storage and that its values do not repeat."""
     strides = tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if last >= storage.numel:
         raise InvalidFile(
-            f"a tensor of shape {list(shape)} reaches to value {last:,} of {storage.member[:100]}, which has"
-            f" {storage.numel:,}"
+            f"tensor of shape {list(shape)} exceeds its storage: got index {last:,} of"
+            f" {storage.numel:,} values in {storage.member[:100]}"
         )
-    if numel > storage.numel:
+    if math.prod(shape) > storage.numel:
         raise InvalidFile(
-            f"a tensor of shape {list(shape)} repeats the {storage.numel:,} values of its storage"
+            f"tensor of shape {list(shape)} repeats values: its storage has only {storage.numel:,}"
         )
     return Tensor(storage, offset, shape, strides)
 
 
 def _flattened(tree: dict) -> Iterator[tuple[str, Any]]:
-    """All that is no dict, by its dotted name."""
+    """Yield every leaf of nested dicts with its dotted name."""
     pending: list[tuple[str, int, Any]] = [("", 0, tree)]
     while pending:
         prefix, depth, node = pending.pop()
@@ -298,11 +304,11 @@ def _flattened(tree: dict) -> Iterator[tuple[str, Any]]:
             yield prefix, node
             continue
         if depth == _MAX_DEPTH:
-            raise InvalidFile(f"its trees are nested more than {_MAX_DEPTH} deep")
+            raise InvalidFile(f"trees nested too deeply; expected at most {_MAX_DEPTH} levels")
         for key, value in reversed(node.items()):
             name = _joined(prefix, str(key) if isinstance(key, (str, int)) else "")
             if isinstance(key, Opaque) or len(name) > _MAX_NAME or not name.isprintable():
-                raise InvalidFile(f"a name in it is no name: {name[:40]!r}")
+                raise InvalidFile(f"invalid name {name[:40]!r}")
             pending.append((name, depth + 1, value))
 
 

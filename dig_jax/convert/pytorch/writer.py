@@ -1,4 +1,4 @@
-"""PyTorch's .pt files, written without PyTorch: an OrderedDict of float32 tensors, as `torch.save` would."""
+"""Write PyTorch's .pt files without PyTorch: an OrderedDict of float32 tensors, as `torch.save` writes it."""
 
 import itertools
 import struct
@@ -23,13 +23,13 @@ _PROTOCOL, _MARK, _TUPLE, _BY_ID, _FALSE, _CALL, _SET_ITEMS, _STOP = (
 
 
 def write_torch(file: Path | BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict; `torch.load(file, weights_only=True)` gives it back. Equal input, equal bytes.
+    """Write a state dict for `torch.load(file, weights_only=True)`. Equal arrays give equal bytes.
 
     Args:
-        arrays: float32; what is one array under several names is one storage in the file.
+        arrays: float32. An array under several names is stored once.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: writing failed.
     """
     members: dict[int, tuple[str, np.ndarray]] = {}
     for array in arrays.values():
@@ -46,12 +46,12 @@ def write_torch(file: Path | BinaryIO, arrays: Mapping[str, np.ndarray]) -> None
         write("byteorder", b"little")
         for key, array in members.values():
             values = np.ascontiguousarray(array, "<f4").reshape(-1)
-            write(f"data/{key}", memoryview(values.view(np.uint8)))
+            write(f"data/{key}", values.view(np.uint8).data)
         write("version", b"3\n")
 
 
 def _pickled(arrays: Mapping[str, np.ndarray], keys: Mapping[str, str]) -> Iterator[bytes]:
-    """A pickle of protocol 2 in which each tensor is rebuilt from a storage, an offset and strides."""
+    """Yield a protocol 2 pickle that builds each tensor from a storage, an offset, a shape and strides."""
     yield _PROTOCOL + _ORDERED_DICT + _MARK
     for name, array in arrays.items():
         yield _text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + _MARK
