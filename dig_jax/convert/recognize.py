@@ -30,18 +30,19 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
         ConfigError: an option is invalid, or missing because the parameters do not show it.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    model = _name_and_sizes(source, given.pop("model", None), given.pop("num_heads", None))
     _, channels, patch, _ = _shape(source, "x_embedder.proj.weight", 4)
     outputs, _ = _shape(source, "final_layer.linear.weight", 2)
     blocks = {re.sub(r"^blocks\.\d+\.", "", name) for name in source.stored}
     has_skips = "skip_linear.weight" in blocks
-    model = {
+    model |= {
         "learn_sigma": outputs != patch**2 * channels,
         "conv": "after" if "dw_conv.weight" in blocks else None,
         "norm": "rms" if "norm1.weight" in blocks else "layer",
         "skip": "linear" if has_skips else None,
         # The parameters were trained with the skips as the released code joins them.
         "skip_alignment": "upstream" if has_skips else "raster",
-    } | _name_and_sizes(source, given.pop("model", None), given.pop("num_heads", None))
+    }
     data = {
         "image_size": given.pop("input_size", None) or _input_size(source, patch),
         "channels": channels,
