@@ -23,7 +23,7 @@ from dig_jax import config  # noqa: E402
 from dig_jax.components import Components, param_count  # noqa: E402
 from dig_jax.data import ImageSpec  # noqa: E402
 from dig_jax.hardware.model_flops import training_flops  # noqa: E402
-from dig_jax.training.step import init_params  # noqa: E402
+from dig_jax.training.state import init_params  # noqa: E402
 
 PAGE = ROOT / "docs" / "configs.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"

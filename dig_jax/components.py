@@ -13,7 +13,7 @@ from dig_jax import autoencoder
 from dig_jax.autoencoder import Autoencoder
 from dig_jax.config import Config, ModelConfig
 from dig_jax.data import ImageSpec, Source, load_source
-from dig_jax.diffusion import GaussianDiffusion
+from dig_jax.diffusion import GaussianDiffusion, Process
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
 from dig_jax.models.registry import accepted_options
@@ -74,7 +74,7 @@ class Components:
             return autoencoder.load(settings.path, dtype=jnp.dtype(settings.dtype))
 
     @functools.cached_property
-    def diffusion(self) -> GaussianDiffusion:
+    def diffusion(self) -> Process:
         """The forward process and its loss."""
         d = self.config.diffusion
         with naming_setting("config.diffusion"):

@@ -6,12 +6,12 @@ import re
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tiny_components import random_params, tiny_components, tiny_settings
 
 from dig_jax.parallel import distribute, make_mesh, replicated, state_sharding
-from dig_jax.training import step as steps
+from dig_jax.training.step import mean_gradient
+from dig_jax.training.train_setup import TrainSetup
 
 KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 SIZE = 16
@@ -30,8 +30,10 @@ def compare(name: str, depth: int, meshes: list[dict[str, int]]) -> list[dict]:
     image = np.random.default_rng(0).standard_normal((SIZE, 16, 16, 1)).astype(np.float32)
     batch = {"image": image, "label": np.arange(SIZE, dtype=np.int32) % 5}
 
+    setup, key = TrainSetup.of(components), jax.random.key(3)
+
     def gradient(params, batch):
-        grads, metrics = steps._mean_gradient(components, params, batch, jnp.int32(3))
+        grads, metrics = mean_gradient(setup, params, batch, key)
         return metrics["loss"], grads
 
     expected = jax.device_get(jax.jit(gradient)(params, batch))

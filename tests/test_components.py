@@ -8,7 +8,7 @@ from tiny_components import tiny_components
 
 from dig_jax import ConfigError
 from dig_jax.components import param_count
-from dig_jax.training.step import init_params
+from dig_jax.training.state import init_params
 
 ROOT = Path(__file__).parent.parent
 cost = runpy.run_path(str(ROOT / "benchmarks" / "costs.py"))["cost"]
@@ -65,9 +65,9 @@ def test_a_config_states_the_cost_that_its_flops_make(name):
         ({"data__name": "digit"}, "config.data: data source 'digit' is unknown; did you mean 'digits'"),
         ({"data__options": {"size": 4}}, "config.data: data source 'fake' has no option 'size'"),
         ({"data__options": {"channels": 0}}, "config.data: channels of the fake source must be at least 1"),
-        ({"diffusion__schedule": "cosin"}, "config.diffusion: schedule .* did you mean 'cosine'"),
-        ({"diffusion__loss": "l2"}, "config.diffusion: loss_type must be one of .* got 'l2'"),
-        ({"diffusion__num_steps": 1}, "config.diffusion: num_steps must be at least 21"),
+        ({"diffusion__schedule": "cosin"}, "config.diffusion: invalid schedule: .* did you mean 'cosine'"),
+        ({"diffusion__loss": "l2"}, "config.diffusion: invalid loss_type: got 'l2'"),
+        ({"diffusion__num_steps": 1}, "config.diffusion: num_steps too small: got 1; expected at least 21"),
     ],
 )
 def test_what_cannot_be_built_names_the_group_the_field_and_the_value(changes, message):

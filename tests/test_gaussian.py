@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dig_jax.diffusion import GaussianDiffusion, gaussian
-from dig_jax.diffusion.gaussian import discretized_gaussian_log_likelihood, normal_kl, space_timesteps
+from dig_jax.diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
+from dig_jax.diffusion.schedules import space_timesteps
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "diffusion.npz")
 IMAGES = (4, 3, 2, 2)  # B, H, W, C: no two of H, W and B alike by accident of broadcasting
@@ -46,6 +47,12 @@ def golden_denoiser(x, t):
     return jnp.concatenate([epsilon, jnp.sin(2 * x + s)], axis=-1)
 
 
+def loss_terms(process, denoiser, x0, noise, t):
+    x_t = process.corrupt(x0, noise, t)
+    output = denoiser(x_t, process.timestep_input(t))
+    return process.loss(output, x0=x0, noise=noise, x_t=x_t, times=t)
+
+
 def random_images(seed, shape=IMAGES):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), float)
 
@@ -72,7 +79,7 @@ def test_forward_and_reverse_process_match_golden(precision):
     t = jnp.asarray(GOLDEN["t"], jnp.int32)
     prediction = jax.jit(lambda x0, t: diffusion.p_mean_variance(golden_denoiser(x0, t), x0, t))(x0, t)
     actual = {
-        "q_sample": diffusion.q_sample(x0, t, noise),
+        "q_sample": diffusion.corrupt(x0, noise, t),
         "p_mean_variance/mean": prediction.mean,
         "p_mean_variance/variance": jnp.exp(prediction.log_variance),
         "p_mean_variance/log_variance": prediction.log_variance,
@@ -86,7 +93,7 @@ def test_forward_and_reverse_process_match_golden(precision):
 def golden_loss(dtype):
     x0, noise = nhwc(GOLDEN["x_start"], dtype), nhwc(GOLDEN["noise"], dtype)
     t = jnp.asarray(GOLDEN["t"], jnp.int32)
-    return jax.jit(partial(GaussianDiffusion().loss, golden_denoiser))(x0, t, noise)
+    return jax.jit(partial(loss_terms, GaussianDiffusion(), golden_denoiser))(x0, noise, t)
 
 
 def test_loss_terms_match_golden(precision):
@@ -152,7 +159,7 @@ def test_the_denoiser_of_a_respaced_process_sees_original_timesteps():
         return jnp.broadcast_to(t[:, None, None, None], x.shape).astype(x.dtype)
 
     zeros = jnp.zeros(IMAGES)
-    terms = jax.jit(partial(process.loss, denoiser))(zeros, jnp.arange(4), zeros)
+    terms = jax.jit(partial(loss_terms, process, denoiser))(zeros, zeros, jnp.arange(4))
     np.testing.assert_allclose(terms["mse"], np.array([0, 333, 666, 999]) ** 2)
 
 
@@ -164,8 +171,8 @@ def test_q_sample_has_the_moments_of_the_markov_chain(schedule, x64):
         mean, variance = np.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
         moments.append((mean, variance))
     t, ones = jnp.arange(1000), jnp.ones((1000, 1, 1, 1))
-    np.testing.assert_allclose(diffusion.q_sample(ones, t, 0 * ones).ravel(), [m for m, _ in moments])
-    np.testing.assert_allclose(diffusion.q_sample(0 * ones, t, ones).ravel() ** 2, [v for _, v in moments])
+    np.testing.assert_allclose(diffusion.corrupt(ones, 0 * ones, t).ravel(), [m for m, _ in moments])
+    np.testing.assert_allclose(diffusion.corrupt(0 * ones, ones, t).ravel() ** 2, [v for _, v in moments])
 
 
 def test_q_posterior_is_the_product_of_prior_and_likelihood(x64):
@@ -196,7 +203,7 @@ def test_q_posterior_at_the_first_step_is_x0():
 def test_noise_and_x0_convert_into_each_other(x64):
     diffusion, t = GaussianDiffusion(), jnp.array([0, 5, 500, 999])
     x0, noise = random_images(0), random_images(1)
-    x_t = diffusion.q_sample(x0, t, noise)
+    x_t = diffusion.corrupt(x0, noise, t)
     np.testing.assert_allclose(diffusion.predict_x0(x_t, t, noise), x0, atol=1e-9)
     np.testing.assert_allclose(diffusion.predict_epsilon(x_t, t, x0), noise, atol=1e-9)
 
@@ -235,7 +242,7 @@ def test_the_bound_of_the_true_posterior_is_zero(x64):
     def true_noise_least_variance(x, t):
         return jnp.concatenate([noise, jnp.full_like(noise, -1)], axis=-1)
 
-    terms = jax.jit(partial(diffusion.loss, true_noise_least_variance))(x0, t, noise)
+    terms = jax.jit(partial(loss_terms, diffusion, true_noise_least_variance))(x0, noise, t)
     np.testing.assert_array_equal(terms["mse"], 0)
     np.testing.assert_allclose(terms["vb"], 0, atol=1e-12)
 
@@ -253,7 +260,7 @@ def test_losses_weigh_their_terms_as_documented():
         for loss_type, combine in expected.items():
             process = dataclasses.replace(process, loss_type=loss_type)
             channels = 4 if learn_sigma else 2
-            terms = process.loss(lambda x, t, c=channels: golden_denoiser(x, t)[..., :c], x0, t, noise)
+            terms = loss_terms(process, lambda x, t, c=channels: golden_denoiser(x, t)[..., :c], x0, noise, t)
             assert (terms["vb"] > 0).all()
             np.testing.assert_allclose(terms["loss"], combine(terms["mse"], terms["vb"]), rtol=1e-6)
 
@@ -265,10 +272,10 @@ def test_the_bound_reaches_the_mean_only_where_it_is_the_whole_loss(loss_type):
 
     @jax.jit
     def gradients(output):
-        return {
-            key: jax.grad(lambda o, k=key: diffusion.loss(lambda x, t: o, x0, t, noise)[k].sum())(output)
-            for key in ("loss", "mse", "vb")
-        }
+        def total(output, key):
+            return loss_terms(diffusion, lambda x, t: output, x0, noise, t)[key].sum()
+
+        return {key: jax.grad(total)(output, key) for key in ("loss", "mse", "vb")}
 
     grads = gradients(random_images(2, (*IMAGES[:-1], 4)))
     epsilon = {key: grad[..., :2] for key, grad in grads.items()}
@@ -301,13 +308,13 @@ def test_clipping_limits_x0_and_keeps_noise_and_mean_consistent():
     clipped = diffusion.p_mean_variance(epsilon, x_t, t, clip=True)
     assert np.abs(free.x0).max() > 1
     np.testing.assert_array_equal(clipped.x0, np.clip(free.x0, -1, 1))
-    np.testing.assert_allclose(diffusion.q_sample(clipped.x0, t, clipped.epsilon), x_t, atol=1e-5)
+    np.testing.assert_allclose(diffusion.corrupt(clipped.x0, clipped.epsilon, t), x_t, atol=1e-5)
     np.testing.assert_array_equal(clipped.mean, diffusion.q_posterior(clipped.x0, x_t, t)[0])
 
 
 def test_a_timestep_out_of_range_gives_nan_for_its_image_only():
     x0 = random_images(0)
-    x_t = GaussianDiffusion().q_sample(x0, jnp.array([-1, 0, 999, 1000]), x0)
+    x_t = GaussianDiffusion().corrupt(x0, x0, jnp.array([-1, 0, 999, 1000]))
     np.testing.assert_array_equal(np.isnan(x_t).all(axis=(1, 2, 3)), [True, False, False, True])
     assert np.isfinite(x_t[1:3]).all()
 
@@ -317,7 +324,7 @@ def test_a_process_is_a_static_argument_that_does_not_retrace_when_equal():
 
     def f(diffusion, x0):
         traces.append(diffusion)
-        return diffusion.q_sample(x0, jnp.zeros(4, jnp.int32), x0)
+        return diffusion.corrupt(x0, x0, jnp.zeros(4, jnp.int32))
 
     f = jax.jit(f, static_argnums=0)
     f(GaussianDiffusion().respaced(10), random_images(0))
@@ -328,14 +335,14 @@ def test_a_process_is_a_static_argument_that_does_not_retrace_when_equal():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"schedule": "quadratic"}, r"schedule must be one of \('linear', 'cosine'\), got 'quadratic'"),
-        ({"loss_type": "rescaled_mes"}, "loss_type must be one of .*; did you mean 'rescaled_mse'"),
-        ({"fixed_variance": "medium"}, "fixed_variance must be one of .*, got 'medium'"),
-        ({"num_steps": 20}, "num_steps must be at least 21 for schedule 'linear', got 20"),
-        ({"num_steps": 1, "schedule": "cosine"}, "num_steps must be at least 2 .*, got 1"),
-        ({"timesteps": (3,)}, "timesteps must be two or more increasing"),
-        ({"timesteps": (3, 3, 5)}, "timesteps must be two or more increasing"),
-        ({"timesteps": (0, 1000)}, "timesteps must be .* in 0 … 999"),
+        ({"schedule": "quadratic"}, "invalid schedule: got 'quadratic'; expected one of linear, cosine$"),
+        ({"loss_type": "rescaled_mes"}, "invalid loss_type: got .*; did you mean 'rescaled_mse'"),
+        ({"fixed_variance": "medium"}, "invalid fixed_variance: got 'medium'; expected one of small, large"),
+        ({"num_steps": 20}, "num_steps too small: got 20; expected at least 21 for schedule 'linear'"),
+        ({"num_steps": 1, "schedule": "cosine"}, "num_steps too small: got 1; expected at least 2 "),
+        ({"timesteps": (3,)}, r"invalid timesteps: got \[3\]; expected at least 2 increasing"),
+        ({"timesteps": (3, 3, 5)}, r"invalid timesteps: got \[3, 3, 5\]"),
+        ({"timesteps": (0, 1000)}, "invalid timesteps: .* in 0 … 999"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
@@ -346,12 +353,12 @@ def test_bad_fields_are_named(fields, message):
 @pytest.mark.parametrize(
     "steps, message",
     [
-        (1, "steps must keep at least 2 timesteps, got 1"),
-        (1001, "steps must keep 1 … 1000 .*, got 1001"),
-        (-5, "steps must be a number, .*, got -5"),
-        ("10,0", "steps must keep 1 … 500 .*, got '10,0'"),
-        ("fast", "steps must be a number, .*, got 'fast'"),
-        ("ddim999", "steps must have an integer stride in 1000 timesteps, got 'ddim999'"),
+        (1, "too few steps: got 1; expected at least 2"),
+        (1001, "invalid steps: got 1001; expected 1 … 1000 timesteps in each section"),
+        (-5, "invalid steps: got -5; expected a number such as 50, numbers .*"),
+        ("10,0", "invalid steps: got '10,0'; expected 1 … 500 timesteps in each section"),
+        ("fast", "invalid steps: got 'fast'; expected a number"),
+        ("ddim999", "invalid steps: got 'ddim999'; expected a count that an integer stride gives for 1000"),
     ],
 )
 def test_bad_steps_are_named(steps, message):
@@ -362,6 +369,7 @@ def test_bad_steps_are_named(steps, message):
 def test_a_denoiser_with_the_wrong_channels_is_named():
     x0 = random_images(0)
     with pytest.raises(
-        ValueError, match="denoiser must return 4 channels for images of 2 with learn_sigma=True"
+        ValueError,
+        match=r"denoiser's output: got \(4, 3, 2, 2\); expected \(4, 3, 2, 4\) for learn_sigma=True",
     ):
-        GaussianDiffusion().loss(lambda x, t: x, x0, jnp.zeros(4, jnp.int32), x0)
+        loss_terms(GaussianDiffusion(), lambda x, t: x, x0, x0, jnp.zeros(4, jnp.int32))

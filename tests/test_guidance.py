@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dig_jax.diffusion import GaussianDiffusion, classifier_free, ddim
+from dig_jax.diffusion import DDIM, GaussianDiffusion, classifier_free
 
 NULL = 10
 LABELS = jnp.array([3, 0, 7])
@@ -86,17 +86,19 @@ def test_guided_sampling_moves_a_gaussian_class_beyond_its_mean():
         return diffusion.predict_epsilon(x, t, jnp.broadcast_to(means[y][:, None, None, None], x.shape))
 
     guided = classifier_free(denoise, LABELS, NULL, 1.5)
-    sample = ddim(diffusion, guided, X, jnp.zeros_like, steps=5)
+    sample = DDIM(steps=5)(diffusion, guided, X, jnp.zeros_like)
     expected = np.broadcast_to(1.5 * means[LABELS][:, None, None, None], X.shape)
     np.testing.assert_allclose(sample, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [0, 5])
 def test_channels_out_of_range_are_named(channels):
-    with pytest.raises(ValueError, match=f"channels must be in 1 … 4 or None, got {channels}"):
+    with pytest.raises(ValueError, match=f"channels out of range: got {channels}; expected 1 … 4 or None"):
         classifier_free(labelled, LABELS, NULL, 2.0, channels=channels)(X, T)
 
 
 def test_a_scale_of_another_shape_is_named():
-    with pytest.raises(ValueError, match=r"scale must be a number or one per label \(3,\), got shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"invalid shape of scale: got \(2,\); expected \(\) or one value per label, \(3,\)"
+    ):
         classifier_free(labelled, LABELS, NULL, jnp.array([1.0, 2.0]))

@@ -12,7 +12,7 @@ from tiny_components import tiny_components, tiny_settings
 from dig_jax.errors import ConfigError
 from dig_jax.parallel import make_mesh, state_sharding
 from dig_jax.training import train as loop
-from dig_jax.training.compile import fresh_state
+from dig_jax.training.state import fresh_state
 
 ROOT = Path(__file__).parent.parent
 MESHES = {

@@ -8,23 +8,21 @@ from tiny_components import tiny_settings
 from configs import dig_xl
 from dig_jax import config
 from dig_jax.components import Components, param_count
-from dig_jax.training import step as steps
-from dig_jax.training.optimizer import make_optimizer, make_schedule
+from dig_jax.training.state import fresh_state
+from dig_jax.training.step import train_step
+from dig_jax.training.train_setup import TrainSetup
 
 
 def lowered_step(settings):
     """(abstract state, lowered train step): nothing is allocated."""
     components = Components(settings)
-    optimizer = make_optimizer(settings.optimizer, settings.training.steps)
-    schedule = make_schedule(settings.optimizer, settings.training.steps)
-    state = jax.eval_shape(lambda: steps.init_state(components, optimizer, steps.init_params(components)))
+    state = jax.eval_shape(lambda: fresh_state(components))
     size = settings.data.batch_size
     batch = {
         "image": jax.ShapeDtypeStruct((size, *components.train_source.image_shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
-    train_step = jax.jit(functools.partial(steps.train_step, components, optimizer, schedule))
-    return state, train_step.lower(state, batch)
+    return state, jax.jit(functools.partial(train_step, TrainSetup.of(components))).lower(state, batch)
 
 
 @pytest.mark.parametrize("name", ["DiG-S/2", "DiT-S/2"])

@@ -215,7 +215,7 @@ def test_a_record_of_what_the_parts_depend_on_lies_beside_them(draw, monkeypatch
     ("labels", "changes", "message"),
     [
         ([9], {}, r"--labels.*: label 9 is out of range"),
-        (None, {"sampling__steps": 1}, r"config.sampling: steps must keep at least 2"),
+        (None, {"sampling__steps": 1}, r"config.sampling: too few steps: got 1; expected at least 2"),
     ],
 )
 def test_samples_that_cannot_be_are_blamed_on_their_setting(labels, changes, message, tmp_path):

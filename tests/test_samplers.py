@@ -1,4 +1,6 @@
-from functools import partial
+import dataclasses
+import functools
+import pickle
 from pathlib import Path
 
 import jax
@@ -6,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dig_jax.diffusion import SAMPLERS, GaussianDiffusion, ddim, ddpm, get_sampler
+from dig_jax.diffusion import DDIM, DDPM, SAMPLERS, GaussianDiffusion, make_sampler
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "diffusion.npz")
 MEAN, STD = 0.7, 0.3
 NORMAL = jnp.asarray(np.random.default_rng(0).standard_normal((22, 2, 3, 5, 2)), jnp.float32)
 X_T, NOISE = NORMAL[0], NORMAL[1:]
-STOCHASTIC = [pytest.param(ddpm, id="ddpm"), pytest.param(partial(ddim, eta=1.0), id="ddim-eta1")]
-EVERY = [*STOCHASTIC, pytest.param(ddim, id="ddim")]
+STOCHASTIC = [pytest.param(DDPM(), id="ddpm"), pytest.param(DDIM(eta=1.0), id="ddim-eta1")]
+EVERY = [*STOCHASTIC, pytest.param(DDIM(), id="ddim")]
 
 
 @pytest.fixture(params=[("float64", 1e-6), ("float32", 1e-5)], ids=lambda param: param[0])
@@ -22,6 +24,10 @@ def precision(request):
     dtype, tolerance = request.param
     with jax.enable_x64(dtype == "float64"):
         yield jnp.dtype(dtype), tolerance
+
+
+def with_steps(sampler, steps):
+    return dataclasses.replace(sampler, steps=steps)
 
 
 def step_noise(i):
@@ -53,10 +59,10 @@ def perfect_denoiser(diffusion, mean, std):
 @pytest.mark.parametrize(
     "name, sampler",
     [
-        ("ddpm20", partial(ddpm, steps=20)),
-        ("ddpm20_clip", partial(ddpm, steps=20, clip=True)),
-        ("ddim20_eta0.0", partial(ddim, steps="ddim20")),
-        ("ddim20_eta0.5", partial(ddim, steps="ddim20", eta=0.5)),
+        ("ddpm20", DDPM(steps=20)),
+        ("ddpm20_clip", DDPM(steps=20, clip=True)),
+        ("ddim20_eta0.0", DDIM(steps="ddim20")),
+        ("ddim20_eta0.5", DDIM(steps="ddim20", eta=0.5)),
     ],
 )
 def test_whole_loops_match_golden(name, sampler, precision):
@@ -69,20 +75,20 @@ def test_whole_loops_match_golden(name, sampler, precision):
 
 
 @pytest.mark.parametrize(
-    "sampler, steps, visited",
+    "sampler, visited",
     [
-        (ddpm, 4, [999, 666, 333, 0]),
-        (ddim, 4, [999, 666, 333, 0]),
-        (ddpm, "2,1", [500, 499, 0]),
-        (ddim, "ddim4", [750, 500, 250, 0]),
+        (DDPM(steps=4), [999, 666, 333, 0]),
+        (DDIM(steps=4), [999, 666, 333, 0]),
+        (DDPM(steps="2,1"), [500, 499, 0]),
+        (DDIM(steps="ddim4"), [750, 500, 250, 0]),
     ],
 )
-def test_samplers_visit_exactly_the_expected_timesteps(sampler, steps, visited):
+def test_samplers_visit_exactly_the_expected_timesteps(sampler, visited):
     # A denoiser certain that x_0 is its timestep / 1000: the predicted x_0 tells which timestep it was given,
     # and is right only if the sampler's own tables belong to that timestep.
     diffusion = GaussianDiffusion(learn_sigma=False)
     denoiser = perfect_denoiser(diffusion, mean=lambda t: t / 1000, std=0)
-    sample, trajectory = sampler(diffusion, denoiser, X_T, step_noise, steps=steps, return_trajectory=True)
+    sample, trajectory = sampler(diffusion, denoiser, X_T, step_noise, return_trajectory=True)
     assert trajectory.shape == (len(visited), *X_T.shape)
     for predicted, timestep in zip(trajectory, visited, strict=True):
         np.testing.assert_allclose(predicted, timestep / 1000, atol=1e-4)
@@ -92,7 +98,7 @@ def test_samplers_visit_exactly_the_expected_timesteps(sampler, steps, visited):
 def test_without_steps_every_timestep_is_visited():
     diffusion = GaussianDiffusion(num_steps=21, learn_sigma=False)
     denoiser = perfect_denoiser(diffusion, mean=lambda t: t / 1000, std=0)
-    _, trajectory = ddpm(diffusion, denoiser, X_T, step_noise, return_trajectory=True)
+    _, trajectory = DDPM()(diffusion, denoiser, X_T, step_noise, return_trajectory=True)
     np.testing.assert_allclose(trajectory[:, 0, 0, 0, 0], np.arange(21)[::-1] / 1000, atol=4e-4)
 
 
@@ -100,7 +106,7 @@ def test_without_steps_every_timestep_is_visited():
 def test_a_point_mass_is_recovered(sampler):
     diffusion = GaussianDiffusion(learn_sigma=False)
     denoiser = perfect_denoiser(diffusion, mean=lambda t: MEAN, std=0)
-    sample = sampler(diffusion, denoiser, X_T, step_noise, steps=7)
+    sample = with_steps(sampler, 7)(diffusion, denoiser, X_T, step_noise)
     np.testing.assert_allclose(sample, MEAN, atol=1e-5)
 
 
@@ -110,7 +116,7 @@ def test_ddim_follows_the_probability_flow_of_gaussian_data():
     denoiser = perfect_denoiser(diffusion, mean=lambda t: MEAN, std=STD)
     alpha_bar = diffusion.alphas_cumprod[-1]
     expected = MEAN + STD * (X_T - np.sqrt(alpha_bar) * MEAN) / np.sqrt(alpha_bar * STD**2 + 1 - alpha_bar)
-    np.testing.assert_allclose(ddim(diffusion, denoiser, X_T, no_noise), expected, atol=0.01)
+    np.testing.assert_allclose(DDIM()(diffusion, denoiser, X_T, no_noise), expected, atol=0.01)
 
 
 @pytest.mark.parametrize("sampler", STOCHASTIC)
@@ -133,21 +139,23 @@ def test_ddim_with_eta_one_is_ddpm_with_the_posterior_variance():
     def denoiser(x, t):
         return golden_denoiser(x, t)[..., : x.shape[-1]]
 
-    stochastic = ddim(diffusion, denoiser, X_T, step_noise, steps=10, eta=1.0, clip=True)
-    ancestral = ddpm(diffusion, denoiser, X_T, step_noise, steps=10, clip=True)
+    stochastic = DDIM(steps=10, eta=1.0, clip=True)(diffusion, denoiser, X_T, step_noise)
+    ancestral = DDPM(steps=10, clip=True)(diffusion, denoiser, X_T, step_noise)
     np.testing.assert_allclose(stochastic, ancestral, atol=1e-5)
 
 
 def test_ddim_without_eta_never_asks_for_noise():
-    sample = ddim(GaussianDiffusion(), golden_denoiser, X_T, no_noise, steps=3)
+    sample = DDIM(steps=3)(GaussianDiffusion(), golden_denoiser, X_T, no_noise)
     assert np.isfinite(sample).all()
 
 
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_every_step_but_the_last_adds_noise(sampler):
+    sampler = dataclasses.replace(sampler, steps=5, clip=True)
+
     @jax.jit
     def sample(noise):
-        return sampler(GaussianDiffusion(), golden_denoiser, X_T, lambda i: noise[i], steps=5, clip=True)
+        return sampler(GaussianDiffusion(), golden_denoiser, X_T, lambda i: noise[i])
 
     reference = sample(NOISE[:5])
     np.testing.assert_array_equal(sample(NOISE[:5].at[4].set(1e6)), reference)
@@ -157,12 +165,14 @@ def test_every_step_but_the_last_adds_noise(sampler):
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_an_image_depends_on_its_batch_by_rounding_only(sampler):
     # Not to the bit: XLA on a CPU vectorises elementwise functions differently for different sizes.
+    sampler = dataclasses.replace(sampler, steps=5, clip=True)
+
     @jax.jit
     def sample(images):
         def noise(i):
             return NORMAL[:, 0][images + i]
 
-        return sampler(GaussianDiffusion(), golden_denoiser, noise(9), noise, steps=5, clip=True)
+        return sampler(GaussianDiffusion(), golden_denoiser, noise(9), noise)
 
     together = sample(jnp.arange(4))
     np.testing.assert_allclose(together[1:3], sample(jnp.arange(1, 3)), atol=1e-5)
@@ -172,9 +182,8 @@ def test_an_image_depends_on_its_batch_by_rounding_only(sampler):
 @pytest.mark.parametrize("sampler", EVERY)
 def test_the_program_is_one_scan_whatever_the_number_of_steps(sampler):
     def program(steps):
-        return jax.make_jaxpr(
-            lambda x: sampler(GaussianDiffusion(), golden_denoiser, x, step_noise, steps=steps)
-        )(X_T)
+        run = with_steps(sampler, steps)
+        return jax.make_jaxpr(lambda x: run(GaussianDiffusion(), golden_denoiser, x, step_noise))(X_T)
 
     short, long = program(10), program(500)
     assert [eqn.params["length"] for eqn in long.eqns if eqn.primitive.name == "scan"] == [500]
@@ -185,29 +194,58 @@ def test_the_program_is_one_scan_whatever_the_number_of_steps(sampler):
 def test_float32_images_stay_float32_beside_wider_noise(sampler):
     with jax.enable_x64(True):
         noise = NOISE.astype(jnp.float64)
-        run = partial(sampler, GaussianDiffusion(), golden_denoiser, steps=3, return_trajectory=True)
-        sample, trajectory = jax.eval_shape(lambda x_T: run(x_T, lambda i: noise[i]), X_T)
+        sampler, process = with_steps(sampler, 3), GaussianDiffusion()
+        sample, trajectory = jax.eval_shape(
+            lambda x: sampler(process, golden_denoiser, x, lambda i: noise[i], return_trajectory=True), X_T
+        )
     assert noise.dtype == jnp.float64
     assert sample.dtype == trajectory.dtype == jnp.float32
 
 
-def test_samplers_are_found_by_name():
-    assert {name: get_sampler(name) for name in SAMPLERS} == {"ddpm": ddpm, "ddim": ddim}
+@pytest.mark.parametrize("sampler", EVERY)
+def test_a_sampler_compares_hashes_and_pickles_by_its_options(sampler):
+    other = with_steps(sampler, 5)
+    assert pickle.loads(pickle.dumps(other)) == other == with_steps(sampler, 5) != sampler
+    assert len({sampler, other, with_steps(sampler, 5)}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        other.steps = 6
+
+
+def test_equal_samplers_share_one_compiled_program():
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def sample(sampler, x):
+        traces.append(sampler)
+        return sampler(GaussianDiffusion(), golden_denoiser, x, step_noise)
+
+    for steps in (3, 3, 2):
+        sample(DDIM(steps=steps), X_T)
+    assert traces == [DDIM(steps=3), DDIM(steps=2)]
+
+
+def test_samplers_are_made_by_name_with_their_options():
+    assert {name: type(make_sampler(name)) for name in SAMPLERS} == {"ddpm": DDPM, "ddim": DDIM}
+    assert make_sampler("ddim", steps=20, clip=True, eta=0.5) == DDIM(steps=20, clip=True, eta=0.5)
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    "name, options, message",
     [
-        ("dimm", r"sampler must be one of \('ddpm', 'ddim'\), got 'dimm'; did you mean 'ddim'\?$"),
-        ("heun", r"sampler must be one of \('ddpm', 'ddim'\), got 'heun'$"),
+        ("dimm", {}, r"^unknown sampler: got 'dimm'; expected one of ddpm, ddim; did you mean 'ddim'\?$"),
+        ("heun", {}, "^unknown sampler: got 'heun'; expected one of ddpm, ddim$"),
+        ("ddpm", {"eta": 0.5}, "^unknown option of sampler 'ddpm': got 'eta'; expected one of steps, clip$"),
+        ("ddim", {"etta": 0.5}, "got 'etta'; expected one of steps, clip, eta; did you mean 'eta'"),
+        ("ddim", {"eta": -0.1}, "^eta out of range: got -0.1; expected 0 … 1$"),
+        ("ddim", {"eta": 1.5}, "^eta out of range: got 1.5; expected 0 … 1$"),
     ],
 )
-def test_an_unknown_sampler_is_named(name, message):
+def test_invalid_names_and_options_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
-        get_sampler(name)
+        make_sampler(name, **options)
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.5])
-def test_eta_out_of_range_is_named(eta):
-    with pytest.raises(ValueError, match=rf"eta must be in \[0, 1\], got {eta}"):
-        ddim(GaussianDiffusion(), golden_denoiser, X_T, step_noise, steps=3, eta=eta)
+def test_steps_that_the_process_does_not_have_are_named_before_anything_runs():
+    DDIM(steps=1000).check(GaussianDiffusion())
+    with pytest.raises(ValueError, match="invalid steps: got 1001; expected 1 … 1000"):
+        DDIM(steps=1001).check(GaussianDiffusion())

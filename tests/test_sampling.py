@@ -123,9 +123,9 @@ def test_labels_and_seeds_that_are_left_out_or_single(labels, seeds, expected_la
         ({"labels": []}, r"labels must be one or more integers, got \[\]"),
         ({"labels": np.array([[1]])}, "labels must be one or more integers"),
         ({"labels": [0, 1], "seeds": [0, 1, 2]}, "2 labels and 3 seeds"),
-        ({"sampler": "dmpp"}, "sampler must be one of .* got 'dmpp'; did you mean 'ddpm'"),
-        ({"steps": 0}, "steps must keep at least 2 timesteps, got 0"),
-        ({"steps": 1001}, "steps must keep 1 … 1000"),
+        ({"sampler": "dmpp"}, "unknown sampler: got 'dmpp'; .*; did you mean 'ddpm'"),
+        ({"steps": 0}, "too few steps: got 0; expected at least 2"),
+        ({"steps": 1001}, "invalid steps: got 1001; expected 1 … 1000"),
         ({"size": (4, 0)}, r"size=\(4, 0\) must be positive and a multiple of 2"),
     ],
 )

@@ -7,8 +7,11 @@ from tiny_components import mesh_of, random_params, tiny_components
 
 from dig_jax.data import batches, epoch
 from dig_jax.parallel import batch_sharding, replicated, to_global
-from dig_jax.training import step as steps
-from dig_jax.training.optimizer import make_optimizer, make_schedule
+from dig_jax.training.heldout import heldout_sums
+from dig_jax.training.objectives.denoising import draw
+from dig_jax.training.state import Purpose, init_state, purpose_key
+from dig_jax.training.step import train_step
+from dig_jax.training.train_setup import TrainSetup
 
 SIZE = 8
 DECAYS = (0.0, 0.5, 0.9)
@@ -23,16 +26,11 @@ def run(devices=1, accumulation=1):
         optimizer__clip_norm=1.0,
         optimizer__warmup_steps=10,
     )
-    settings = components.config
-    optimizer = make_optimizer(settings.optimizer, settings.training.steps)
-    schedule = make_schedule(settings.optimizer, settings.training.steps)
-    mesh = mesh_of(devices)
+    setup, mesh = TrainSetup.of(components), mesh_of(devices)
     layout = replicated(mesh)
-    train_step = jax.jit(
-        functools.partial(steps.train_step, components, optimizer, schedule), out_shardings=layout
-    )
-    state = steps.init_state(components, optimizer, random_params(components))
-    return components, train_step, jax.device_put(state, layout), mesh
+    step = jax.jit(functools.partial(train_step, setup), out_shardings=layout)
+    state = init_state(setup, random_params(components))
+    return components, step, jax.device_put(state, layout), mesh
 
 
 @functools.cache
@@ -42,12 +40,16 @@ def batch():
 
 def train(count, **layout):
     """The state after so many steps on one batch, and the metrics of each, as numpy arrays."""
-    _, train_step, state, mesh = run(**layout)
+    _, step, state, mesh = run(**layout)
     metrics = []
     for _ in range(count):
-        state, last = train_step(state, to_global(batch(), mesh))
+        state, last = step(state, to_global(batch(), mesh))
         metrics.append(last)
     return jax.device_get((state, metrics))
+
+
+def step_key(components, step):
+    return jax.random.fold_in(purpose_key(components, Purpose.TRAIN), step)
 
 
 def distance(a, b):
@@ -72,26 +74,27 @@ def test_micro_batches_on_four_devices_train_like_the_whole_batch_on_one():
 
 def test_what_is_drawn_for_an_image_depends_neither_on_the_others_nor_on_devices():
     """Bit for bit: the whole batch, every other image as in accumulation, and four devices."""
-    draw = jax.jit(functools.partial(steps.draw, tiny_components(training__label_dropout=0.5)))
+    components = tiny_components(training__label_dropout=0.5)
+    drawn = jax.jit(lambda step, indices: draw(components, step_key(components, step), indices))
     numbers, mesh = jnp.arange(SIZE), mesh_of(4)
-    whole = draw(jnp.int32(3), numbers)
-    some = draw(jnp.int32(3), numbers[1::2])
-    sharded = draw(jnp.int32(3), jax.device_put(numbers, batch_sharding(mesh)))
+    whole = drawn(3, numbers)
+    some = drawn(3, numbers[1::2])
+    sharded = drawn(3, jax.device_put(numbers, batch_sharding(mesh)))
     for expected, of_some, of_sharded in zip(whole, some, sharded, strict=True):
         np.testing.assert_array_equal(of_some, expected[1::2])
         np.testing.assert_array_equal(of_sharded, expected)
         assert len(of_sharded.sharding.device_set) == 4
     _, noise, _ = whole
     assert len(np.unique(noise)) == noise.size
-    _, next_noise, _ = draw(jnp.int32(4), numbers)
+    _, next_noise, _ = drawn(4, numbers)
     assert not np.isin(next_noise, noise).any()
 
 
 def test_labels_are_dropped_at_their_rate_and_timesteps_are_uniform():
     count, rates = 4000, (0.0, 0.1, 1.0)
-    experiments = [tiny_components(training__label_dropout=rate) for rate in rates]
+    with_rates = [tiny_components(training__label_dropout=rate) for rate in rates]
     numbers = jnp.arange(count)
-    drawn = jax.jit(lambda: [steps.draw(components, jnp.int32(0), numbers) for components in experiments])()
+    drawn = jax.jit(lambda: [draw(each, step_key(each, 0), numbers) for each in with_rates])()
     for rate, (t, _, drop) in zip(rates, drawn, strict=True):
         assert abs(drop.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / count)
         assert t.min() < 5
@@ -100,15 +103,15 @@ def test_labels_are_dropped_at_their_rate_and_timesteps_are_uniform():
 
 
 def test_a_batch_that_is_not_finite_changes_only_the_counters():
-    _, train_step, state, mesh = run()
+    _, step, state, mesh = run()
     image = batch()["image"].copy()
     image[5, 0, 0] = np.nan
-    new, metrics = train_step(state, to_global(batch() | {"image": image}, mesh))
+    new, metrics = step(state, to_global(batch() | {"image": image}, mesh))
     assert (int(new["step"]), int(new["skipped_steps"]), int(metrics["skipped"])) == (1, 1, 1)
     for part in ("params", "ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, new[part], state[part])
     np.testing.assert_allclose(metrics["learning_rate"], 1e-4, rtol=1e-6)
-    after, metrics = train_step(new, to_global(batch(), mesh))
+    after, metrics = step(new, to_global(batch(), mesh))
     # The schedule too goes on as if the skipped step had not been.
     np.testing.assert_allclose(metrics["learning_rate"], 1e-4, rtol=1e-6)
     assert (int(after["step"]), int(after["skipped_steps"]), int(metrics["skipped"])) == (2, 1, 0)
@@ -136,7 +139,8 @@ def test_averages_start_as_the_parameters_and_follow_their_closed_form():
 
 def test_losses_by_quarter_of_the_timesteps_add_up_to_the_loss():
     _, [metrics] = train(1)
-    t = jax.jit(lambda: steps.draw(run()[0], jnp.int32(0), jnp.arange(SIZE))[0])()
+    components = run()[0]
+    t = jax.jit(lambda: draw(components, step_key(components, 0), jnp.arange(SIZE)).times)()
     np.testing.assert_array_equal(metrics["count"], np.bincount(t // 250, minlength=4))
     np.testing.assert_array_equal(metrics["loss_sum"] > 0, metrics["count"] > 0)
     np.testing.assert_allclose(metrics["loss_sum"].sum() / SIZE, metrics["loss"], rtol=1e-6)
@@ -151,7 +155,7 @@ def test_a_small_batch_can_be_learnt_by_heart():
 
 def test_the_heldout_loss_is_of_the_images_alone_whatever_the_batch_size_and_its_filling():
     components, _, state, _ = run()
-    loss = jax.jit(functools.partial(steps.heldout_loss, components))
+    loss = jax.jit(functools.partial(heldout_sums, components))
 
     def mean(size, filling=None):
         sums = []

@@ -14,7 +14,7 @@ from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.components import Components, ModelSpec
 from dig_jax.diffusion import GaussianDiffusion
 from dig_jax.parallel import make_mesh
-from dig_jax.training.step import init_params
+from dig_jax.training.state import init_params
 
 
 def tiny_settings(**changes):

@@ -1,7 +1,18 @@
-"""Gaussian diffusion, guidance and samplers: pure functions over a denoiser callable."""
+"""Diffusion processes, guidance and samplers: pure functions of a denoiser."""
 
-from dig_jax.diffusion.gaussian import Denoiser, GaussianDiffusion
+from dig_jax.diffusion.gaussian import GaussianDiffusion
 from dig_jax.diffusion.guidance import classifier_free
-from dig_jax.diffusion.samplers import SAMPLERS, ddim, ddpm, get_sampler
+from dig_jax.diffusion.process import Denoiser, Process
+from dig_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, BaseSampler, make_sampler
 
-__all__ = ["SAMPLERS", "Denoiser", "GaussianDiffusion", "classifier_free", "ddim", "ddpm", "get_sampler"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "SAMPLERS",
+    "BaseSampler",
+    "Denoiser",
+    "GaussianDiffusion",
+    "Process",
+    "classifier_free",
+    "make_sampler",
+]

@@ -31,7 +31,8 @@ from dig_jax.planning.summary import summary
 from dig_jax.planning.topology import THIS, Topology, find_topology
 from dig_jax.progress import duration
 from dig_jax.sampling.generate import GenerationSpec, generate
-from dig_jax.training.compile import abstract_batch, abstract_state, laid_out, lower_train_step
+from dig_jax.training.compile import abstract_batch, lower_train_step
+from dig_jax.training.state import abstract_state, with_sharding
 
 __all__ = ["THIS", "plan", "show"]
 
@@ -206,7 +207,7 @@ def _lower_sampler(run: _Run) -> jax.stages.Lowered:
     numbers = jax.ShapeDtypeStruct((run.drawn,), jnp.int32, sharding=batch_sharding(mesh))
     with jax.set_mesh(mesh):
         return generate.lower(
-            laid_out(run.state["params"], mesh),
+            with_sharding(run.state["params"], mesh),
             labels=numbers,
             seeds=numbers,
             scale=jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dig_jax.components import Components, ModelSpec, Params
-from dig_jax.diffusion import GaussianDiffusion, classifier_free, get_sampler
+from dig_jax.diffusion import BaseSampler, Process, classifier_free, make_sampler
 from dig_jax.parallel import constrain
 
 
@@ -21,9 +21,7 @@ class GenerationSpec:
     Attributes:
         model: the network.
         process: the diffusion process that the network was trained on.
-        sampler: name of the sampler.
-        steps: number of sampling steps.
-        clip: limit the predicted images to [-1, 1] at every step.
+        sampler: the sampler with its options.
         shape: (height, width, channels) of an image in the model's space.
         guided: use classifier-free guidance, which doubles the cost of a step.
         guidance_channels: guide only this many channels, or None for all; see `classifier_free`.
@@ -31,10 +29,8 @@ class GenerationSpec:
     """
 
     model: ModelSpec
-    process: GaussianDiffusion
-    sampler: str
-    steps: int
-    clip: bool
+    process: Process
+    sampler: BaseSampler
     shape: tuple[int, int, int]
     guided: bool
     guidance_channels: int | None
@@ -59,9 +55,11 @@ class GenerationSpec:
         return cls(
             model=components.model_spec,
             process=components.diffusion,
-            sampler=settings.sampler if sampler is None else sampler,
-            steps=settings.steps if steps is None else steps,
-            clip=settings.clip,
+            sampler=make_sampler(
+                settings.sampler if sampler is None else sampler,
+                steps=settings.steps if steps is None else steps,
+                clip=settings.clip,
+            ),
             shape=shape or components.image_spec.image_shape,
             guided=guided and components.image_spec.num_classes > 0,
             guidance_channels=settings.guidance_channels,
@@ -86,13 +84,11 @@ def generate(
         scale if spec.guided else 1,
         channels=spec.guidance_channels,
     )
-    result = get_sampler(spec.sampler)(
+    result = spec.sampler(
         spec.process,
         denoiser,
         noise(seeds, jnp.int32(0), spec.shape),
         lambda step: noise(seeds, step + 1, spec.shape),
-        steps=spec.steps,
-        clip=spec.clip,
         return_trajectory=spec.trajectory,
     )
     # Replicated, so that every process can read all images.

@@ -26,7 +26,7 @@ from dig_jax.components import Components, Params, param_count
 from dig_jax.config import Config
 from dig_jax.data import batches
 from dig_jax.data.latents import LatentSource, check_latents
-from dig_jax.diffusion import get_sampler
+from dig_jax.diffusion import make_sampler
 from dig_jax.errors import ConfigError, naming_setting
 from dig_jax.evaluation.evaluate import draw_neighbors, score
 from dig_jax.parallel import (
@@ -42,10 +42,11 @@ from dig_jax.reporting.html import write_report
 from dig_jax.reporting.sample_grids import draw_samples
 from dig_jax.runtime import cache_hits
 from dig_jax.sampling.sampler import Sampler
-from dig_jax.training import step as steps
-from dig_jax.training.compile import abstract_batch, abstract_state, fresh_state, lower_train_step
+from dig_jax.training.compile import abstract_batch, lower_train_step
 from dig_jax.training.heldout import HeldoutLoss
+from dig_jax.training.objectives.denoising import Batch, Metrics
 from dig_jax.training.preemption import notice_of_end
+from dig_jax.training.state import State, abstract_state, fresh_state
 from dig_jax.training.telemetry.profiler import ProfiledSteps, Profiler
 from dig_jax.training.telemetry.starts import note_start
 from dig_jax.training.telemetry.utilization import peak_memory, peak_of
@@ -149,8 +150,7 @@ def _check(components: Components) -> None:
         decoder = components.autoencoder
         check_latents(source, components.config, decoder.fingerprint() if decoder else None)
     with naming_setting("config.sampling"):
-        get_sampler(settings.sampler)
-        diffusion.respaced(settings.steps)
+        make_sampler(settings.sampler, steps=settings.steps, clip=settings.clip).check(diffusion)
         if settings.guidance_channels is not None and settings.guidance_channels > channels:
             raise ValueError(f"guidance_channels={settings.guidance_channels}, but images have {channels}")
 
@@ -166,7 +166,7 @@ def _check_fits(components: Components, mesh: Mesh, params: Params) -> None:
         jax.eval_shape(components.denoise, params, batch["image"], batch["label"], batch["label"])
 
 
-def _start(run: _Run, abstract: steps.State, checkpoints: Checkpoints) -> tuple[steps.State, int]:
+def _start(run: _Run, abstract: State, checkpoints: Checkpoints) -> tuple[State, int]:
     """The state to go on from and the examples consumed so far: resumed, else warm, else from scratch."""
     restored = checkpoints.restore(abstract)
     if restored is not None:
@@ -220,7 +220,7 @@ def _data_item(run: _Run, examples: int) -> dict[str, Any]:
     }
 
 
-def _introduce(run: _Run, state: steps.State) -> None:
+def _introduce(run: _Run, state: State) -> None:
     """Says what is about to be trained; the parameters' table goes to parameters.txt."""
     table = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
     (run.output / "parameters.txt").write_text(table + "\n")
@@ -237,16 +237,16 @@ def _introduce(run: _Run, state: steps.State) -> None:
     )
 
 
-def _sampling_params(run: _Run, state: steps.State) -> Params:
+def _sampling_params(run: _Run, state: State) -> Params:
     name = run.settings.sampled_ema
     return state["params"] if name == "params" else state["ema"][name]
 
 
-def _sampler(run: _Run, state: steps.State) -> Sampler:
+def _sampler(run: _Run, state: State) -> Sampler:
     return Sampler(run.components, _sampling_params(run, state), step=int(state["step"]), mesh=run.mesh)
 
 
-def _show(run: _Run, state: steps.State, writer: MetricWriter) -> dict[str, Any]:
+def _show(run: _Run, state: State, writer: MetricWriter) -> dict[str, Any]:
     """Draws and scores what has been learnt; returns the scores."""
     sampler = _sampler(run, state)
     _draw(run, sampler, writer)
@@ -269,9 +269,7 @@ def _write_report(run: _Run) -> None:
             log.warning("report.html cannot be written: %s: %s", type(error).__name__, error)
 
 
-def _loop(
-    run: _Run, state: steps.State, examples: int, checkpoints: Checkpoints, writer: MetricWriter
-) -> steps.State:
+def _loop(run: _Run, state: State, examples: int, checkpoints: Checkpoints, writer: MetricWriter) -> State:
     """Steps, and what is due between them.
 
     While a step runs, the next batch is on its way to the devices and the next step is dispatched; a step is
@@ -297,7 +295,7 @@ def _loop(
     ):
         meter = StepMeter(settings.data.batch_size)
 
-        def next_batch() -> steps.Batch:
+        def next_batch() -> Batch:
             with meter.waiting_for_data():
                 batch = next(data)
             return to_global(batch, run.mesh)
@@ -384,9 +382,7 @@ def _writer(run: _Run, first_step: int) -> MetricWriter:
     )
 
 
-def _compiled_step(
-    run: _Run, state: steps.State
-) -> Callable[[steps.State, steps.Batch], tuple[steps.State, steps.Metrics]]:
+def _compiled_step(run: _Run, state: State) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """The train step, which takes over its state's memory; compiled ahead, to be timed apart."""
     began = time.monotonic()
     with cache_hits() as hits:

@@ -14,7 +14,7 @@ from dig_jax.hardware.chips import Chip, chip_of_kind
 from dig_jax.hardware.hlo_cost import count
 from dig_jax.hardware.model_flops import training_flops
 from dig_jax.hardware.roofline import roofline
-from dig_jax.training import step as steps
+from dig_jax.training.state import init_params
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def peak_memory(devices: Iterable[Any]) -> dict[str, float]:
 
 
 def _model_seconds(components: Components, mesh: Mesh, chip: Chip) -> float:
-    params = jax.eval_shape(lambda: steps.init_params(components))
+    params = jax.eval_shape(lambda: init_params(components))
     image = jax.ShapeDtypeStruct((1, *components.image_spec.image_shape), jnp.float32)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     # One image on no mesh: on one, kernels would be seen with a device's part.

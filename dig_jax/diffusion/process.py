@@ -1,0 +1,67 @@
+"""The interface of a diffusion process: what training, sampling and metrics need to know about it.
+
+A process corrupts images with noise along a time axis and defines the loss of a denoiser at each time. The
+discrete `GaussianDiffusion` is one process; a continuous path such as flow matching is another.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Int, Key, Num
+
+Images = Float[Array, "b h w c"]
+PerImage = Float[Array, " b"]
+Times = Num[Array, " b"]
+
+Denoiser = Callable[[Images, Num[Array, " b"]], Float[Array, "b h w d"]]
+"""(x_t, timesteps) -> output, with the timesteps that `Process.timestep_input` returns."""
+
+
+@runtime_checkable
+class Process(Protocol):
+    """A forward process from images to noise, and the loss of a denoiser on it.
+
+    Implementations are frozen dataclasses, so that a process hashes and compares by its fields and can be a
+    static argument of `jax.jit`. Each image has one time; the process chooses its dtype and range.
+    """
+
+    def sample_times(self, keys: Key[Array, " b"]) -> Times:
+        """Draw the training time of each image from its own key."""
+        ...
+
+    def times_at(self, fractions: PerImage) -> Times:
+        """Return quantiles of the distribution of training times, for fractions in [0, 1).
+
+        Evenly spread fractions give evenly spread times, which is how the held-out loss chooses them.
+        """
+        ...
+
+    def level_index(self, times: Times, count: int) -> Int[Array, " b"]:
+        """Return which of `count` equal ranges each time is in, numbered from the least noise to the most."""
+        ...
+
+    def timestep_input(self, times: Times) -> Num[Array, " b"]:
+        """Return the timesteps in [0, 1000) that the denoiser takes at these times."""
+        ...
+
+    def corrupt(self, x0: Images, noise: Images, times: Times) -> Images:
+        """Return x_t: the images with standard normal noise mixed in."""
+        ...
+
+    def targets(self, x0: Images, noise: Images, times: Times) -> Images:
+        """Return what the first C channels of the denoiser's output are trained to predict."""
+        ...
+
+    def loss(
+        self, output: Float[Array, "b h w d"], *, x0: Images, noise: Images, x_t: Images, times: Times
+    ) -> dict[str, PerImage]:
+        """Return the training loss of each image as "loss", and its terms by name.
+
+        Args:
+            output: the denoiser's output for (x_t, timestep_input(times)).
+            x0: clean images.
+            noise: the noise in x_t.
+            x_t: corrupt(x0, noise, times).
+            times: one time per image.
+        """
+        ...

@@ -1,0 +1,36 @@
+"""Samplers by name."""
+
+import dataclasses
+from typing import Any
+
+from dig_jax.diffusion.samplers.base import BaseSampler
+from dig_jax.diffusion.samplers.ddim import DDIM
+from dig_jax.diffusion.samplers.ddpm import DDPM
+from dig_jax.errors import suggest
+
+SAMPLERS: dict[str, type[BaseSampler]] = {
+    "ddpm": DDPM,
+    "ddim": DDIM,
+}
+
+
+def make_sampler(
+    name: str, *, steps: int | str | None = None, clip: bool = False, **options: Any
+) -> BaseSampler:
+    """Return the sampler of that name with these options.
+
+    Raises:
+        ValueError: the name is unknown, the sampler has no such option, or an option is invalid.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(
+            f"unknown sampler: got {name!r}; expected one of {', '.join(SAMPLERS)}{suggest(name, SAMPLERS)}"
+        )
+    accepted = [field.name for field in dataclasses.fields(SAMPLERS[name])]
+    for option in options:
+        if option not in accepted:
+            raise ValueError(
+                f"unknown option of sampler {name!r}: got {option!r}; expected one of"
+                f" {', '.join(accepted)}{suggest(option, accepted)}"
+            )
+    return SAMPLERS[name](steps=steps, clip=clip, **options)

@@ -1,0 +1,71 @@
+"""The denoising objective: corrupt each image at a random time and train the denoiser on it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, Num
+
+from dig_jax.components import Components, Params
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+LEVELS = 4
+"""Number of ranges of the noise level for which the loss is reported separately."""
+
+
+class Draw(NamedTuple):
+    """What is drawn for each image of a batch: its time, its noise and whether its label is dropped."""
+
+    times: Num[Array, " b"]
+    noise: Float[Array, "b h w c"]
+    drop: Bool[Array, " b"] | None = None
+
+
+def draw(components: Components, key: Key[Array, ""], indices: Int[Array, " b"]) -> Draw:
+    """Draw times, noise and dropped labels for the images at these indices of a batch.
+
+    Each image has its own key, so that its draw depends neither on devices nor on micro-batches.
+    """
+    shape, rate = components.image_spec.image_shape, components.config.training.label_dropout
+    split = jax.vmap(lambda index: tuple(jax.random.split(jax.random.fold_in(key, index), 3)))
+    for_times, for_noise, for_drop = split(indices)
+    return Draw(
+        components.diffusion.sample_times(for_times),
+        jax.vmap(lambda key: jax.random.normal(key, shape))(for_noise),
+        jax.vmap(lambda key: jax.random.bernoulli(key, rate))(for_drop),
+    )
+
+
+def losses(components: Components, params: Params, batch: Batch, drawn: Draw) -> Float[Array, " b"]:
+    """Return the loss of each image."""
+    process, x0 = components.diffusion, batch["image"]
+    x_t = process.corrupt(x0, drawn.noise, drawn.times)
+    output = components.denoise(params, x_t, process.timestep_input(drawn.times), batch["label"], drawn.drop)
+    return process.loss(output, x0=x0, noise=drawn.noise, x_t=x_t, times=drawn.times)["loss"]
+
+
+def loss(
+    components: Components, params: Params, batch: Batch, key: Key[Array, ""], batch_size: int
+) -> tuple[Float[Array, ""], Metrics]:
+    """Return the share of a micro-batch in the mean loss of the batch, and its metrics.
+
+    The sum over the micro-batches of a batch gives the loss and the metrics of the batch.
+
+    Args:
+        components: model and process.
+        params: parameters of the model.
+        batch: {"image": [B, h, w, c], "label": [B], "index": [B], the index of each image in the batch}.
+        key: the step's key.
+        batch_size: number of images of the batch.
+
+    Returns:
+        The loss, and {"loss", "loss_sum" and "count" by range of the noise level [LEVELS]}.
+    """
+    drawn = draw(components, key, batch["index"])
+    values = losses(components, params, batch, drawn)
+    # A sum of products, because accelerators would round a matrix product.
+    level = jax.nn.one_hot(components.diffusion.level_index(drawn.times, LEVELS), LEVELS)
+    mean = jnp.sum(values) / batch_size
+    return mean, {"loss": mean, "loss_sum": (values[:, None] * level).sum(0), "count": level.sum(0)}

@@ -1,0 +1,48 @@
+"""The parts of a train step."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import optax
+from jaxtyping import Array, Float, Key
+
+from dig_jax.components import Components, Params
+from dig_jax.training.ema import Average, make_averages
+from dig_jax.training.objectives import denoising
+from dig_jax.training.optimizer import make_optimizer, make_schedule
+
+Objective = Callable[
+    [Components, Params, denoising.Batch, Key[Array, ""], int],
+    tuple[Float[Array, ""], denoising.Metrics],
+]
+"""(components, params, micro-batch, key, batch size) -> (loss, metrics), as `denoising.loss`."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainSetup:
+    """What a train step consists of, apart from the state and the batch.
+
+    Attributes:
+        components: model and diffusion process.
+        optimizer: turns gradients into updates.
+        schedule: learning rate by number of updates, for the metrics.
+        averages: averages of the parameters by name.
+        objective: the loss of a micro-batch.
+    """
+
+    components: Components
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    averages: Mapping[str, Average]
+    objective: Objective = denoising.loss
+
+    @classmethod
+    def of(cls, components: Components) -> "TrainSetup":
+        """Return the setup that a config describes."""
+        settings = components.config
+        return cls(
+            components,
+            make_optimizer(settings.optimizer, settings.training.steps),
+            make_schedule(settings.optimizer, settings.training.steps),
+            make_averages(settings.training),
+        )
