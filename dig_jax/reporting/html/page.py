@@ -1,183 +1,164 @@
-"""The report's sections, from the files of a workdir; what is not there is left out."""
+"""The content of the report, from the files of a workdir. Missing files leave out their sections."""
 
 import datetime
-import html
+import functools
 import importlib
+import importlib.resources
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dig_jax.config import flattened
 from dig_jax.files.atomic import replacing
-from dig_jax.files.jsonl import read_rows
-from dig_jax.reporting.html.assets import SCRIPT, STYLE
-from dig_jax.reporting.html.charts import Curve, chart, number, percent
-from dig_jax.reporting.html.samples import sample_grids
+from dig_jax.files.jsonl import Row, read_rows
+from dig_jax.reporting.html.charts import COLORS, Chart, Curve, chart, number, percent
+from dig_jax.reporting.html.embedded_grids import embedded_grids
 from dig_jax.reporting.loss_curve import read_metrics, series
 
-Records = list[dict[str, Any]]
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 def write_report(workdir: Path) -> None:
-    """Writes WORKDIR/report.html whole or not at all.
+    """Write WORKDIR/report.html atomically.
 
     Raises:
-        OSError: it cannot be written; an older one then stays as it is.
+        OSError: a file cannot be read or the report cannot be written.
     """
-    records = read_metrics(workdir / "metrics.jsonl")
-    settings = (_json(workdir / "config.json").get("config")) or {}
-    starts, scores = read_rows(workdir / "starts.jsonl"), _json(workdir / "scores.json")
-    name = workdir.absolute().name
-    loss, noise_levels, *others = _charts(records, starts)
-    samples = _samples(workdir)
-    beginning = f"<div class=split>{samples}<div class=stack>{loss}{noise_levels}</div></div>"
-    sections = [
-        f"<h1>{_text(name)}</h1>{_state(records, settings)}",
-        _section("Samples over time, and the loss", beginning, samples or loss),
-        _section("Curves", f"<div class=charts>{''.join(others)}</div>", any(others)),
-        _section("Scores", _table(scores.items()), scores),
-        _section("Config", _config(settings), settings),
-        _section("Starts", "".join(map(_start, reversed(starts))), starts),
-    ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(name)}</title><style>{STYLE}</style></head><body>"
-        f"{''.join(sections)}<script>{SCRIPT}</script></body></html>\n"
+    rows, starts = read_metrics(workdir / "metrics.jsonl"), read_rows(workdir / "starts.jsonl")
+    settings = _read_json(workdir / "config.json").get("config") or {}
+    fields = flattened(settings)
+    losses, charts = _charts(rows, starts)
+    page = _template().render(
+        name=workdir.absolute().name,
+        colors=COLORS,
+        subtitle=_subtitle(settings),
+        tiles=_tiles(rows, settings),
+        grids=embedded_grids(workdir),
+        losses=losses,
+        charts=charts,
+        scores=_read_json(workdir / "scores.json"),
+        config=fields,
+        changed=_changed(fields),
+        starts=[_start(start) for start in reversed(starts)],
     )
     with replacing(workdir / "report.html") as file:
         file.write(page.encode())
 
 
-def _state(records: Records, settings: Mapping[str, Any]) -> str:
-    """How far the run has come, in a line and a few figures."""
-    now = datetime.datetime.now(datetime.UTC)
-    model, data = (settings.get(group, {}) for group in ("model", "data"))
-    line = [model.get("name"), data.get("name") and f"on {data['name']}", f"written {now:%Y-%m-%d %H:%M} UTC"]
+@functools.cache
+def _template() -> "Template":
+    # Imported here so that `main.py --help` does not wait for it.
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["short"] = lambda value: f"{value:.5g}" if isinstance(value, float) else str(value)
+    source = importlib.resources.files(__package__).joinpath("report.html").read_text("utf-8")
+    return environment.from_string(source)
+
+
+def _subtitle(settings: Mapping[str, Any]) -> str:
+    model, data = (settings.get(group, {}).get("name") for group in ("model", "data"))
+    written = f"written {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+    return " · ".join(filter(None, [model, data and f"on {data}", written]))
+
+
+def _tiles(rows: list[Row], settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (label, value) of the latest figures."""
     tiles = []
-    if records:
-        last, steps = records[-1]["step"], settings.get("training", {}).get("steps")
-        tiles.append(("step", f"{last:,}" + (f" of {steps:,}" if steps else "")))
-    for label, field, show in (
+    if rows:
+        steps = settings.get("training", {}).get("steps")
+        tiles.append(("step", f"{rows[-1]['step']:,}" + (f" of {steps:,}" if steps else "")))
+    for label, metric, show in (
         ("latest loss", "loss", number),
         ("latest held-out loss", "heldout_loss", number),
         ("images/s", "images_per_second", number),
         ("MFU", "mfu", percent),
     ):
-        _, values = series(records, field)
+        _, values = series(rows, metric)
         if len(values):
             tiles.append((label, show(float(values[-1]))))
-    skipped = sum(record.get("skipped_steps") or 0 for record in records)
-    if skipped:
-        tiles.append(("steps skipped, not finite", f"{skipped:,}"))
-    body = "".join(
-        f"<div><span class=dim>{_text(label)}</span><b>{value}</b></div>" for label, value in tiles
-    )
-    return f"<p class=dim>{_text(' · '.join(filter(None, line)))}</p><div class=tiles>{body}</div>"
+    if skipped := sum(row.get("skipped_steps") or 0 for row in rows):
+        tiles.append(("skipped steps (not finite)", f"{skipped:,}"))
+    return tiles
 
 
-def _samples(workdir: Path) -> str:
-    grids = sample_grids(workdir)
-    figures = "".join(
-        f'<figure><img alt="samples" src="{uri}"><figcaption>step {step:,}</figcaption></figure>'
-        for step, uri in grids
-    )
-    last = len(grids) - 1
-    slider = f'<input type=range min=0 max={last} value={last} aria-label="step"><span></span>'
-    body = f"<div class=slider>{slider}</div><div class=samples>{figures}</div>"
-    return f"<div class=box>{body}</div>" if grids else ""
+def _charts(rows: list[Row], starts: Iterable[Row]) -> tuple[list[Chart], list[Chart]]:
+    """Return the charts of losses and the other charts, without those that nothing was logged for."""
 
+    def curve(label: str, metric: str, color: str = "c0", *, positive: bool = False, **style) -> Curve:
+        return Curve(label, color, *series(rows, metric, positive=positive), **style)
 
-def _charts(records: Records, starts: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The loss, that by noise level, and the other curves; empty where nothing was logged."""
-    marks = [
-        (start["step"], f"started again at step {start['step']:,}, {start.get('time', '')}")
-        for start in starts
-        if start["step"] and records and records[0]["step"] <= start["step"] <= records[-1]["step"]
-    ]
-
-    def curve(label: str, field: str, colour: str = "c0", *, positive: bool = False, **look: bool) -> Curve:
-        return Curve(label, colour, *series(records, field, positive=positive), **look)
-
-    loss = [
-        curve("training", "loss", "c0", positive=True, noisy=True),
+    losses = [
+        curve("training", "loss", positive=True, noisy=True),
         curve("held-out", "heldout_loss", "c1", positive=True, dots=True),
     ]
     quarters = [
-        curve(f"timesteps {part}", f"loss_q{quarter}", f"c{quarter + 1}", positive=True, noisy=True)
-        for quarter, part in enumerate(("0 to ¼", "¼ to ½", "½ to ¾", "¾ to 1"), 1)
+        curve(f"timesteps {bounds}", f"loss_q{quarter}", f"c{quarter + 1}", positive=True, noisy=True)
+        for quarter, bounds in enumerate(("0 to ¼", "¼ to ½", "½ to ¾", "¾ to 1"), 1)
     ]
-    gradient = [curve("mean of steps", "grad_norm", positive=True, noisy=True)]
-    best = [curve("MFU", "mfu"), curve("of the roofline", "roofline_share", "c1")]
+    gradient = [curve("mean over steps", "grad_norm", positive=True, noisy=True)]
+    utilization = [curve("MFU", "mfu"), curve("of the roofline", "roofline_share", "c1")]
+    draw = functools.partial(chart, marks=_marks(rows, starts))
+    loss_charts = [
+        draw("Loss", losses, logarithmic=True),
+        draw("Loss by noise level", quarters, logarithmic=True),
+    ]
+    charts = [
+        draw("Images per second", [curve("all devices", "images_per_second", noisy=True)]),
+        draw("Fraction of peak performance", utilization, show=percent),
+        draw("Time spent waiting for data", [curve("fraction", "data_wait")], show=percent),
+        draw("Peak memory per device, GiB", [curve("maximum over devices", "peak_memory_gib")]),
+        draw("Gradient norm", gradient, logarithmic=True),
+        draw("Learning rate", [curve("AdamW", "learning_rate")]),
+    ]
+    return [c for c in loss_charts if c], [c for c in charts if c]
+
+
+def _marks(rows: list[Row], starts: Iterable[Row]) -> list[tuple[int, str]]:
+    """Return (step, text) of the steps from which the run was resumed."""
+    if not rows:
+        return []
     return [
-        chart("Loss", loss, logarithmic=True, marks=marks),
-        chart("Loss by noise level", quarters, logarithmic=True, marks=marks),
-        chart("Images per second", [curve("all devices", "images_per_second", noisy=True)], marks=marks),
-        chart("Share of the peak", best, show=percent, marks=marks),
-        chart("Time that waits for data", [curve("share", "data_wait")], show=percent, marks=marks),
-        chart("Peak memory per device, GiB", [curve("most of any", "peak_memory_gib")], marks=marks),
-        chart("Gradient norm", gradient, logarithmic=True, marks=marks),
-        chart("Learning rate", [curve("AdamW", "learning_rate")], marks=marks),
+        (start["step"], f"resumed from step {start['step']:,}, {start.get('time', '')}")
+        for start in starts
+        if start["step"] and rows[0]["step"] <= start["step"] <= rows[-1]["step"]
     ]
 
 
-def _config(settings: Mapping[str, Any]) -> str:
-    fields, defaults = flattened(settings), _defaults()
-    changed = [
-        (name, value, defaults.get(name, "–"))
-        for name, value in fields.items()
-        if defaults and value != defaults.get(name)
-    ]
-    rows = "".join(
-        f"<tr><th>{_text(name)}</th><td>{_text(value)}</td><td class=dim>{_text(default)}</td></tr>"
-        for name, value, default in changed
-    )
-    first = f"<table><tr><th>field<th>here<th>in configs/base.py</tr>{rows}</table>" if changed else ""
-    everything = f"<details><summary>all fields</summary>{_table(fields.items())}</details>"
-    return f'<div class="box scroll">{first}{everything}</div>'
+def _changed(fields: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (name, value, default) of the fields that differ from configs/base.py.
 
-
-def _defaults() -> dict[str, Any]:
-    """The fields of configs/base.py, which is there wherever the program runs from its repository."""
+    Returns nothing where configs/ is not importable, as in an installed package.
+    """
     try:
         base = importlib.import_module("configs.base")
     except ImportError:
-        return {}
-    return flattened(base.get_config().to_dict())
+        return []
+    defaults = flattened(base.get_config().to_dict())
+    return [
+        (name, value, defaults.get(name, "–"))
+        for name, value in fields.items()
+        if value != defaults.get(name)
+    ]
 
 
-def _start(start: Mapping[str, Any]) -> str:
-    versions = start.get("versions") or {}
-    told = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+def _start(start: Row) -> list[tuple[str, Any]]:
+    """Return the rows of the table for one line of starts.jsonl."""
+    versions = {"Python": start.get("python")} | (start.get("versions") or {})
     rows = {
         "from step": f"{start['step']:,}",
-        "time": start.get("time"),
-        "command": start.get("command"),
-        "devices": start.get("devices"),
-        "processes": start.get("processes"),
-        "commit": start.get("commit"),
-        "versions": f"Python {start.get('python')}, {told}",
+        **{name: start.get(name) for name in ("time", "command", "devices", "processes", "commit")},
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
     }
-    return _table((name, value) for name, value in rows.items() if value)
+    return [(name, value) for name, value in rows.items() if value]
 
 
-def _section(title: str, body: str, content: object) -> str:
-    """A part of the page, if there is any content."""
-    return f"<section><h2>{title}</h2>{body}</section>" if content else ""
-
-
-def _table(items: Iterable[tuple[str, Any]]) -> str:
-    rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in items)
-    return f'<div class="box scroll"><table>{rows}</table></div>' if rows else ""
-
-
-def _text(value: Any) -> str:
-    return html.escape(f"{value:.5g}" if isinstance(value, float) else str(value))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is none."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file, or an empty one if there is none."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The small sample grids of a run as pictures inside a page, in few bytes."""
+"""The sample grids of a run as data URIs, limited in number and size."""
 
 import base64
 import functools
@@ -8,26 +8,30 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# More grids than these would not be told apart on a slider; and all together have so many bytes at most.
+# Limits of the page: number of grids on the slider, and bytes of all data URIs together.
 _GRIDS, _BYTES = 40, 1_200_000
 
 
-def sample_grids(workdir: Path) -> list[tuple[int, str]]:
-    """(step, data URI) of WORKDIR/samples/STEP.png by rising step; the first, the last, and some between."""
+def embedded_grids(workdir: Path) -> list[tuple[int, str]]:
+    """Return (step, data URI) of the grids WORKDIR/samples/STEP.png, in order of steps.
+
+    If there are too many, grids between the first and the last are left out at even distances. Unreadable
+    files are skipped.
+    """
     found = {int(path.stem): path for path in (workdir / "samples").glob("*.png") if path.stem.isdigit()}
-    steps, encode = sorted(found), functools.cache(_uri)
+    steps, encode = sorted(found), functools.cache(_data_uri)
     for count in range(min(_GRIDS, len(steps)), 0, -1):
-        # Of one, the last.
-        places = np.linspace(len(steps) - 1, 0, count).round().astype(int)[::-1]
-        grids = [(steps[place], encode(found[steps[place]])) for place in places]
+        # Reversed, so that a single grid is the last one.
+        chosen = np.linspace(len(steps) - 1, 0, count).round().astype(int)[::-1]
+        grids = [(steps[index], encode(found[steps[index]])) for index in chosen]
         readable = [(step, uri) for step, uri in grids if uri]
         if sum(len(uri) for _, uri in readable) <= _BYTES:
             return readable
     return []
 
 
-def _uri(path: Path) -> str | None:
-    """The picture, as JPEG where that takes fewer bytes, as it does of photographs; None: unreadable."""
+def _data_uri(path: Path) -> str | None:
+    """Return the picture as PNG or JPEG, whichever is smaller; None if it is unreadable."""
     try:
         png = path.read_bytes()
         buffer = io.BytesIO()
