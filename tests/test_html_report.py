@@ -215,7 +215,7 @@ def test_drawings_with_few_colors_stay_png(tmp_path):
 def test_an_axis_has_several_ticks_with_different_labels(values, logarithmic):
     curve = Curve("", "c0", np.arange(1.0, 1 + len(values)), np.array(values))
     drawn = chart("Title", [curve], logarithmic=logarithmic)
-    texts = re.findall(r'text-anchor: (end|middle)[^>]*>([^<]*)', drawn.svg)
+    texts = re.findall(r"text-anchor: (end|middle)[^>]*>([^<]*)", drawn.svg)
     for axis in ("end", "middle"):
         labels = [text for anchor, text in texts if anchor == axis]
         assert 2 <= len(labels) <= 9
