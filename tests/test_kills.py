@@ -70,7 +70,7 @@ def test_a_killed_run_ends_bit_identical(uninterrupted):
     assert run.returncode == -signal.SIGKILL
     assert not (workdir / "checkpoints" / "24").exists()
     stderr = finish(start(workdir))
-    assert re.search(r"step \d+ of 24 is done in", stderr)
+    assert re.search(r"resuming after step \d+ of 24 in ", stderr)
     assert_ended_alike(workdir, uninterrupted, 24)
 
 
@@ -80,11 +80,11 @@ def test_a_terminated_run_saves_its_step_says_how_to_go_on_and_loses_nothing(uni
     stderr = signal_when(run, lambda: last_step(workdir) >= 9, signal.SIGTERM)
     assert run.returncode == 0, stderr
     *_, said, resuming = stderr.splitlines()
-    step = int(re.fullmatch(r"told to end at step (\d+) of 24, which is saved", said)[1])
+    step = int(re.fullmatch(r"preempted: saved step (\d+) of 24", said)[1])
     assert resuming.startswith("to go on: python main.py --config=configs/smoke.py --workdir=")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(step)]
     assert last_step(workdir) == step
-    assert f"step {step} of 24 is done in" in finish(start(workdir))
+    assert f"resuming after step {step} of 24 in " in finish(start(workdir))
     assert_ended_alike(workdir, uninterrupted, 24)
 
 

@@ -19,22 +19,22 @@ def optimizer_settings(**changes):
     ("schedule", "middle", "end"),
     [("constant", 0.5, 0.5), ("cosine", 0.5 * (0.1 + 0.9 * 0.5), 0.05), ("linear", 0.5 * 0.55, 0.05)],
 )
-def test_the_rate_warms_up_peaks_and_ends_as_it_should(schedule, middle, end):
+def test_the_learning_rate_warms_up_peaks_and_decays(schedule, middle, end):
     rate = make_schedule(
         optimizer_settings(schedule=schedule, warmup_steps=10, final_fraction=0.1), steps=110
     )
-    np.testing.assert_allclose(rate(0), 0.05, rtol=1e-6)  # the first step is not wasted
+    np.testing.assert_allclose(rate(0), 0.05, rtol=1e-6)  # not 0, which would waste the first step
     np.testing.assert_allclose(np.diff([rate(step) for step in range(11)]), 0.045, rtol=1e-4)
     np.testing.assert_allclose([rate(10), rate(60), rate(110)], [0.5, middle, end], rtol=1e-5)
     np.testing.assert_allclose(rate(10_000), end, rtol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-def test_without_warm_up_the_first_step_has_the_peak(schedule):
+def test_without_warmup_the_first_step_has_the_peak_rate(schedule):
     assert float(make_schedule(optimizer_settings(schedule=schedule), steps=5)(0)) == 0.5
 
 
-def test_a_warm_up_longer_than_the_run_is_just_not_finished():
+def test_a_warmup_longer_than_the_run_stays_unfinished():
     rate = make_schedule(optimizer_settings(schedule="cosine", warmup_steps=100), steps=10)
     np.testing.assert_allclose(rate(9), 0.5 / 100 + 9 * (0.5 - 0.5 / 100) / 100, rtol=1e-5)
 
@@ -45,7 +45,7 @@ def one_update(settings, gradient, params):
     return optax.apply_updates(params, updates), state
 
 
-def test_the_first_update_is_the_rate_against_the_sign_and_the_decayed_weight():
+def test_the_first_update_follows_the_sign_of_the_gradient_and_decays_the_weight():
     """AdamW's first step in closed form: its two moments, bias-corrected, are g and g²."""
     params, gradient = jnp.array([2.0, -3.0]), jnp.array([1e-2, -7.0])
     new, _ = one_update(optimizer_settings(weight_decay=0.1), gradient, params)
@@ -53,8 +53,8 @@ def test_the_first_update_is_the_rate_against_the_sign_and_the_decayed_weight():
 
 
 @pytest.mark.parametrize(("norm", "factor"), [(0.0, 1.0), (1.0, 1 / 5), (10.0, 1.0)])
-def test_gradients_longer_than_clip_norm_are_shortened_to_it_and_others_are_not(norm, factor):
-    """Seen in Adam's first moment, (1 - b1)·g: the norm of g here is 5."""
+def test_only_gradients_longer_than_clip_norm_are_clipped(norm, factor):
+    """The gradient has norm 5; Adam's first moment is (1 - b1)·g."""
     gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
     _, state = one_update(optimizer_settings(clip_norm=norm, b1=0.9), gradient, gradient)
     moment = optax.tree.get(state, "mu")

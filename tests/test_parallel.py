@@ -11,8 +11,8 @@ from tiny_components import tiny_components, tiny_settings
 
 from dig_jax.errors import ConfigError
 from dig_jax.parallel import make_mesh, state_sharding
-from dig_jax.training import train as loop
 from dig_jax.training.state import fresh_state
+from dig_jax.training.train import train
 
 ROOT = Path(__file__).parent.parent
 MESHES = {
@@ -146,5 +146,5 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_before_anything_is_wri
         model__name="DiT-S/2", model__num_heads=2, mesh__data=1, training__steps=0, **fields
     )
     with pytest.raises(ConfigError, match=message):
-        loop.train(settings, tmp_path / "run")
+        train(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -14,20 +14,39 @@ from dig_jax.data.source import FakeSource
 from dig_jax.errors import CheckpointError, ConfigError, UserError
 from dig_jax.export.export import export
 from dig_jax.sampling.sample import sample
-from dig_jax.training import train as loop
+from dig_jax.training import hooks, loop, train
 from dig_jax.training.workdir import claim_workdir
 
 
 def settings(**fields) -> config.Config:
-    """The smoke config with FIELDS, and with group__field=value."""
+    """The smoke config with FIELDS and with group__field=value."""
     c = smoke.get_config()
     c.update_from_flattened_dict(FIELDS | {name.replace("__", "."): value for name, value in fields.items()})
     return config.from_dict(c.to_dict())
 
 
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs that differ in what is not compiled share what is, and it is not optimised."""
+def compiled_once(tmp_path_factory, patch):
+    """Runs share their compiled programs, which are not optimized."""
+    compile_step, compiled = train.compile_train_step, {}
+
+    def compile_once(components, mesh, state):
+        fields = config.to_dict(components.config)
+        fields["training"].pop("steps")  # the learning rate is constant
+        for group in ("checkpoint", "logging", "sampling"):
+            fields.pop(group)
+        key = (str(fields), mesh)
+        if key not in compiled:
+            compiled[key] = compile_step(components, mesh, state)
+        return compiled[key]
+
+    patch.setattr(train, "compile_train_step", compile_once)
     options = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
@@ -44,24 +63,18 @@ def compiled_once(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def patch():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module")
 def drawn(patch):
-    """Pictures are not drawn: the samplers that would draw them."""
+    """The samplers whose images would have been drawn; drawing is off."""
     samplers = []
-    patch.setattr(loop.report, "draw_samples", lambda sampler, workdir: samplers.append(sampler))
+    patch.setattr(hooks, "draw_samples", lambda sampler, workdir: samplers.append(sampler))
     return samplers
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, drawn):
-    """An uninterrupted run, not to be written to."""
+    """An uninterrupted run, which tests must not change."""
     workdir = tmp_path_factory.mktemp("trained")
-    loop.train(settings(), workdir)
+    train.train(settings(), workdir)
     return workdir
 
 
@@ -71,7 +84,7 @@ def copied(trained, tmp_path):
 
 
 def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
-    """The next run is interrupted when it gets its batch number `at`."""
+    """Interrupt the next run when it gets its batch number `at`."""
     to_global, calls = loop.to_global, iter(range(1, at))
 
     def interrupted(batch, mesh):
@@ -83,50 +96,50 @@ def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
 
 
 @pytest.mark.parametrize("at", [2, 5])
-def test_an_interrupted_run_ends_bit_identical(trained, tmp_path, at):
+def test_an_interrupted_run_resumes_bit_identically(trained, tmp_path, at):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, at)
-        loop.train(settings(), tmp_path)
-    loop.train(settings(), tmp_path)
+        train.train(settings(), tmp_path)
+    train.train(settings(), tmp_path)
     assert_ended_alike(tmp_path, trained, 6)
 
 
-def test_a_run_with_more_steps_ends_as_one_that_had_them_from_the_start(trained, tmp_path):
-    loop.train(settings(training__steps=3), tmp_path)
-    loop.train(settings(), tmp_path)
+def test_raising_the_number_of_steps_equals_having_set_it_from_the_start(trained, tmp_path):
+    train.train(settings(training__steps=3), tmp_path)
+    train.train(settings(), tmp_path)
     assert_ended_alike(tmp_path, trained, 6)
 
 
-def test_a_checkpoint_is_saved_when_its_time_has_come(tmp_path, drawn):
+def test_checkpoints_are_saved_by_time(tmp_path, drawn):
     fields = {"every_steps": 1000, "every_minutes": 1e-9}
-    loop.train(settings(training__steps=3, **{f"checkpoint__{k}": v for k, v in fields.items()}), tmp_path)
+    train.train(settings(training__steps=3, **{f"checkpoint__{k}": v for k, v in fields.items()}), tmp_path)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "2", "3"}
 
 
-def test_a_complete_run_is_drawn_again_but_not_trained(trained, copied, drawn):
+def test_a_finished_run_is_drawn_again_but_not_trained(trained, copied, drawn):
     before = len(drawn)
-    loop.train(settings(), copied)
-    loop.train(settings(training__steps=4), copied)
-    loop.train(settings(mesh__data=1), copied)
+    train.train(settings(), copied)
+    train.train(settings(training__steps=4), copied)
+    train.train(settings(mesh__data=1), copied)
     assert [sampler.step for sampler in drawn[before:]] == [6, 6, 6]
     assert_ended_alike(copied, trained, 6)
 
 
-def test_a_run_goes_on_from_before_a_damaged_checkpoint(trained, copied, caplog):
+def test_a_run_resumes_from_before_a_corrupt_checkpoint(trained, copied, caplog):
     newest = copied / "checkpoints" / "6"
     data = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
     os.truncate(data, 100)
-    loop.train(settings(), copied)
+    train.train(settings(), copied)
     assert "falling back to 4" in caplog.text
     assert (copied / "checkpoints" / "6.unreadable").is_dir()
     assert_ended_alike(copied, trained, 6)
 
 
-def test_all_checkpoints_damaged_ends_training_and_leaves_them(copied):
+def test_a_workdir_with_only_corrupt_checkpoints_is_left_alone(copied):
     for sums in copied.glob("checkpoints/*/SHA256SUMS"):
         sums.unlink()
     with pytest.raises(CheckpointError, match="all checkpoints in .* are corrupt: 6, 4, 2"):
-        loop.train(settings(), copied)
+        train.train(settings(), copied)
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["2", "4", "6"]
 
 
@@ -141,58 +154,58 @@ def test_all_checkpoints_damaged_ends_training_and_leaves_them(copied):
         ({"training__accumulation": 1, "training__steps": 9}, "training.accumulation: 2 → 1"),
     ],
 )
-def test_a_workdir_that_began_with_other_settings_is_refused_and_left_alone(copied, fields, named):
+def test_a_workdir_with_different_settings_is_rejected_and_left_alone(copied, fields, named):
     path = copied / "config.json"
     before = path.read_bytes()
     with pytest.raises(ConfigError, match=rf"run was created with different settings: .*{named}"):
-        loop.train(settings(**fields), copied)
+        train.train(settings(**fields), copied)
     assert path.read_bytes() == before
     path.unlink()
-    with pytest.raises(ConfigError, match=named):  # the checkpoints know too
-        loop.train(settings(**fields), copied)
+    with pytest.raises(ConfigError, match=named):  # compared with the checkpoints' copy
+        train.train(settings(**fields), copied)
     assert not path.exists()
 
 
-def test_a_run_goes_on_with_the_data_it_began_with_alone(copied, monkeypatch):
+def test_a_run_resumes_only_with_the_same_data(copied, monkeypatch):
     monkeypatch.setattr(FakeSource, "fingerprint", "0" * 16)
     monkeypatch.setattr(FakeSource, "class_names", tuple(f"wave {k}" for k in range(4)))
     message = (
-        r"was trained on other data \(fingerprint: '\w{16}' → '0{16}';"
-        r" class_names: \['0', '1', '2', '3'\] → \['wave 0', 'wave 1', 'wave 2', 'wave 3'\]\)$"
+        r"was trained on different data: fingerprint: '\w{16}' → '0{16}';"
+        r" class_names: \['0', '1', '2', '3'\] → \['wave 0', 'wave 1', 'wave 2', 'wave 3'\]$"
     )
     with pytest.raises(ConfigError, match=message):
-        loop.train(settings(), copied)
+        train.train(settings(), copied)
 
 
-def test_other_settings_are_welcome_where_nothing_is_trained_yet(tmp_path):
+def test_settings_may_change_before_the_first_checkpoint(tmp_path):
     claim_workdir(settings(), tmp_path)
     claim_workdir(settings(seed=5), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["config"]["seed"] == 5
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0\udcff"])
-def test_an_unreadable_config_json_is_told_and_left_alone(copied, text):
+def test_an_unreadable_config_json_is_reported_and_left_alone(copied, text):
     path = copied / "config.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=f"cannot read {path}: .*; delete it, checkpoints hold a copy"):
-        loop.train(settings(), copied)
+        train.train(settings(), copied)
     assert path.read_bytes() == text.encode(errors="surrogateescape")
 
 
-def test_a_workdir_of_an_older_version_goes_on_with_the_defaults_of_what_it_lacks(copied):
+def test_fields_missing_in_an_older_config_json_take_their_defaults(copied):
     path = copied / "config.json"
     described = json.loads(path.read_text())
     del described["config"]["logging"]["wandb"]
     path.write_text(json.dumps(described))
-    loop.train(settings(), copied)
+    train.train(settings(), copied)
     assert config.from_dict(json.loads(path.read_text())["config"]) == settings()
     described["config"]["seed"] = 1
     path.write_text(json.dumps(described))
     with pytest.raises(ConfigError, match="was created with different settings: seed: 1 → 0. "):
-        loop.train(settings(), copied)
+        train.train(settings(), copied)
 
 
-def test_a_workdir_with_a_field_that_is_no_more_is_refused_by_its_name(copied):
+def test_a_removed_field_in_config_json_is_named(copied):
     path = copied / "config.json"
     described = json.loads(path.read_text())
     described["config"]["model"]["experts"] = 8
@@ -201,15 +214,15 @@ def test_a_workdir_with_a_field_that_is_no_more_is_refused_by_its_name(copied):
     with pytest.raises(
         ConfigError, match=f"{path} was written by a different version .*config.model has no field 'experts'"
     ):
-        loop.train(settings(), copied)
+        train.train(settings(), copied)
     assert path.read_bytes() == before
 
 
-def test_a_workdir_that_cannot_be_written_to_gives_one_line(tmp_path):
+def test_a_workdir_that_is_not_writable_raises_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match=f"the workdir {workdir} cannot be written to: "):
-            loop.train(settings(), workdir)
+        with pytest.raises(UserError, match=f"cannot write to the workdir {workdir}: "):
+            train.train(settings(), workdir)
 
 
 @pytest.mark.parametrize(
@@ -220,90 +233,54 @@ def test_a_workdir_that_cannot_be_written_to_gives_one_line(tmp_path):
         (None, [2**31], "seed 2147483648 is out of range"),
     ],
 )
-def test_labels_and_seeds_that_cannot_be_are_refused(trained, labels, seeds, message):
+def test_invalid_labels_and_seeds_are_rejected(trained, labels, seeds, message):
     with pytest.raises(ConfigError, match=message):
         sample(settings(), trained, lambda class_names: labels, seeds and np.array(seeds))
     assert not (trained / "generated.npz").exists()
 
 
-def test_init_from_starts_with_the_averaged_parameters_of_another_run(trained, tmp_path, drawn):
-    loop.train(settings(init_from=str(trained), training__steps=0, mesh__data=1), tmp_path)
+def test_init_from_starts_with_another_runs_average(trained, tmp_path, drawn):
+    train.train(settings(init_from=str(trained), training__steps=0, mesh__data=1), tmp_path)
     average = state_at(trained, 6)["ema"]["0.9"]
     params = jax.tree.map(np.asarray, drawn[-1].params)
     assert drawn[-1].step == 0
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(params), jax.tree.leaves(average))
-    loop.train(settings(init_from=str(trained), training__steps=2), tmp_path)
+    train.train(settings(init_from=str(trained), training__steps=2), tmp_path)
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
 
 
-def test_init_from_an_exported_file_starts_as_from_its_workdir(trained, tmp_path, drawn):
+def test_init_from_an_exported_file_equals_init_from_its_workdir(trained, tmp_path, drawn):
     export(settings(), trained, tmp_path / "x.safetensors")
     for source in (trained, tmp_path / "x.safetensors"):
-        loop.train(settings(init_from=str(source), training__steps=0), tmp_path / source.stem)
+        train.train(settings(init_from=str(source), training__steps=0), tmp_path / source.stem)
     ours, theirs = (sampler.params for sampler in drawn[-2:])
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     with pytest.raises(ConfigError, match="config.init_from: nowhere.safetensors: .*no such file"):
-        loop.train(settings(init_from="nowhere.safetensors"), tmp_path / "nowhere")
+        train.train(settings(init_from="nowhere.safetensors"), tmp_path / "nowhere")
 
 
-def test_init_from_that_is_not_there_or_does_not_fit_is_refused(trained, tmp_path):
+def test_init_from_a_missing_or_different_model_is_rejected(trained, tmp_path):
     missing = tmp_path / "nowhere"
     with pytest.raises(ConfigError, match=f"config.init_from: no checkpoint in {missing}"):
-        loop.train(settings(init_from=str(missing)), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"\d+ parameters do not fit this model, the first is \['.*there, "):
-        loop.train(settings(init_from=str(trained), model__hidden_size=32), tmp_path / "run")
-
-
-def test_a_step_is_read_only_when_the_next_one_is_under_way(tmp_path, drawn):
-    events = []
-    with pytest.MonkeyPatch.context() as patch:
-        compile_step, write = loop._compiled_step, loop.MetricWriter.write
-
-        def compiled(*arguments):
-            train_step, steps = compile_step(*arguments), iter(range(1, 99))
-
-            def step(*arguments):
-                events.append(("dispatched", next(steps)))
-                return train_step(*arguments)
-
-            return step
-
-        def recorded(self, step, record):
-            events.append(("read", step))
-            write(self, step, record)
-
-        patch.setattr(loop, "_compiled_step", compiled)
-        patch.setattr(loop.MetricWriter, "write", recorded)
-        loop.train(settings(checkpoint__every_steps=4, training__steps=5), tmp_path)
-    # A step that is saved has to be waited for anyway; its record is there before its checkpoint.
-    assert events == [
-        ("dispatched", 1),
-        ("dispatched", 2),
-        ("read", 1),
-        ("dispatched", 3),
-        ("read", 2),
-        ("dispatched", 4),
-        ("read", 3),
-        ("read", 4),
-        ("dispatched", 5),
-        ("read", 5),
-    ]
+        train.train(settings(init_from=str(missing)), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"\d+ parameters that do not match .*: got .*; expected "):
+        train.train(settings(init_from=str(trained), model__hidden_size=32), tmp_path / "run")
 
 
 @pytest.mark.parametrize(("heldout", "reported"), [(9, [2, 4, 5]), (0, [])])
-def test_the_heldout_split_may_be_of_any_size(tmp_path, drawn, heldout, reported, monkeypatch):
+def test_the_heldout_split_may_have_any_size(tmp_path, drawn, heldout, reported, monkeypatch):
     def load_source(name, split, **options):
         length = heldout if split == "heldout" else 100
         return FakeSource(split=split, image_shape=(8, 8, 3), num_classes=4, length=length, seed=0)
 
     monkeypatch.setattr(components, "load_source", load_source)
     fields = {"training__steps": 5, "logging__heldout_every_steps": 2, "logging__every_steps": 100}
-    loop.train(settings(checkpoint__every_steps=100, **fields), tmp_path)
+    train.train(settings(checkpoint__every_steps=100, **fields), tmp_path)
     steps = [record["step"] for record in records(tmp_path) if record.get("heldout_loss", 0) > 0]
     assert steps == reported
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_reported(tmp_path, drawn, caplog, monkeypatch):
+def test_a_step_with_nan_changes_nothing_and_is_reported(tmp_path, drawn, caplog, monkeypatch):
     to_global, numbers = loop.to_global, iter(range(1, 99))
 
     def poisoned(batch, mesh):
@@ -312,7 +289,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_reported(tmp_path, dra
         return to_global(batch, mesh)
 
     monkeypatch.setattr(loop, "to_global", poisoned)
-    loop.train(settings(checkpoint__every_steps=1, training__steps=3), tmp_path)
+    train.train(settings(checkpoint__every_steps=1, training__steps=3), tmp_path)
     before, after, end = (state_at(tmp_path, step) for step in (1, 2, 3))
     for part in ("params", "ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, before[part], after[part])
@@ -323,7 +300,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_reported(tmp_path, dra
         (1, True),
         (0, False),
     ]
-    assert "1 of the last 1 steps were not finite and were skipped" in caplog.text
+    assert "skipped 1 of the last 1 steps: loss or gradient was not finite" in caplog.text
 
 
 def test_a_run_describes_itself(trained):

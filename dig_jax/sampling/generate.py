@@ -91,8 +91,8 @@ def generate(
         lambda step: noise(seeds, step + 1, spec.shape),
         return_trajectory=spec.trajectory,
     )
-    images = result[1] if isinstance(result, tuple) else result
-    return constrain(images)  # replicated, so that every process can read all images
+    # Replicated, so that every process can read all images.
+    return constrain(result[1] if spec.trajectory else result)
 
 
 def noise(

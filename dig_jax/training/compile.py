@@ -1,6 +1,8 @@
-"""The train step as a program for a mesh, for a run to execute and for a plan to compile ahead of time."""
+"""The compiled train step, for a run to execute and for a plan to compile ahead of time."""
 
 import functools
+import logging
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,13 @@ from jax.sharding import Mesh
 
 from dig_jax.components import Components
 from dig_jax.parallel import batch_sharding, replicated, state_sharding
+from dig_jax.progress import duration
+from dig_jax.runtime import cache_hits
 from dig_jax.training.state import State
 from dig_jax.training.step import train_step
 from dig_jax.training.train_setup import TrainSetup
+
+log = logging.getLogger(__name__)
 
 
 def abstract_batch(components: Components, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -37,3 +43,13 @@ def lower_train_step(components: Components, mesh: Mesh, state: State) -> jax.st
         out_shardings=(state_sharding(state, mesh), replicated(mesh)),
     )
     return step.lower(state, abstract_batch(components, mesh))
+
+
+def compile_train_step(components: Components, mesh: Mesh, state: State) -> jax.stages.Compiled:
+    """Compile the train step ahead of the first step, and log how long that took."""
+    began = time.monotonic()
+    with cache_hits() as hits:
+        compiled = lower_train_step(components, mesh, state).compile()
+    how = "loaded the train step from the compilation cache" if hits else "compiled the train step"
+    log.info("%s in %s", how, duration(time.monotonic() - began))
+    return compiled

@@ -1,4 +1,4 @@
-"""The notice that a run is to end: SIGTERM, which schedulers and clouds send before they take a machine."""
+"""Preemption: SIGTERM, which schedulers and clouds send before they take a machine away."""
 
 import contextlib
 import signal
@@ -10,28 +10,28 @@ from jax.experimental import multihost_utils
 
 
 @contextlib.contextmanager
-def notice_of_end() -> Iterator[Callable[[int], bool]]:
-    """While it is open the first SIGTERM is only noted; the next one ends the process at once.
+def preemption_notice() -> Iterator[Callable[[int], bool]]:
+    """Record the first SIGTERM instead of exiting. A second SIGTERM ends the process at once.
 
     Yields:
-        Whether a step is to be the last one, by its number: to be asked at each step, by all processes, which
-        get the same answer.
+        A function of the step number: whether this step is the last one before the process must exit. All
+        processes must call it at every step, and get the same answer.
     """
     if jax.process_count() > 1:
-        # JAX's own service hears of the notice that any of the processes got.
+        # JAX's preemption service distributes a SIGTERM that any process received.
         yield multihost_utils.reached_preemption_sync_point
         return
-    noted = threading.Event()
+    received = threading.Event()
 
-    def note(number: int, _: object) -> None:
-        noted.set()
+    def record(number: int, _: object) -> None:
+        received.set()
         signal.signal(number, signal.SIG_DFL)
 
-    if threading.current_thread() is not threading.main_thread():  # to which Python leaves signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield lambda step: False
         return
-    previous = signal.signal(signal.SIGTERM, note)
+    previous = signal.signal(signal.SIGTERM, record)
     try:
-        yield lambda step: noted.is_set()
+        yield lambda step: received.is_set()
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""A workdir belongs to the settings that it began with."""
+"""A workdir belongs to the config that it was created with."""
 
 import functools
 from pathlib import Path
@@ -13,27 +13,26 @@ from dig_jax.parallel import check_shared_directory, on_process_0
 
 
 def claim_workdir(settings: Config, workdir: Path) -> None:
-    """Makes the workdir and writes config.json into it, unless it began with other settings.
+    """Create the workdir if needed and write config.json into it. All processes must call this.
 
     Raises:
-        UserError: it did, and there are checkpoints; or the settings that it began with cannot be read; or it
-            cannot be written to.
+        UserError: the workdir has checkpoints of a different or unreadable config, is not writable, or is not
+            shared by all processes.
     """
-    # The first process's part, whose errors are those of all.
     on_process_0(functools.partial(_claim, settings, workdir))
     check_shared_directory(workdir)
 
 
 def _claim(settings: Config, workdir: Path) -> None:
     if has_checkpoints(workdir):
-        config.check_same(_began_with(workdir), settings, workdir)
+        config.check_same(_stored_config(workdir), settings, workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", config_and_versions(settings))
     except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be written to: {error.strerror}") from error
+        raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}") from error
 
 
-def _began_with(workdir: Path) -> Config:
+def _stored_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     return config.read_settings(path) if path.exists() else read_config(workdir)

@@ -1,4 +1,4 @@
-"""A trace of some steps, by JAX's profiler, in WORKDIR/profile."""
+"""Traces of selected steps by JAX's profiler, in WORKDIR/profile."""
 
 import dataclasses
 import logging
@@ -14,65 +14,73 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ProfiledSteps:
-    """The steps to be traced, both ends included."""
+    """The first and the last step to trace."""
 
     first: int
     last: int
 
 
 def profiled_steps(numbers: np.ndarray | None) -> ProfiledSteps | None:
-    """The steps of a list such as 100, 101, 102; None of none.
+    """Return the range of --profile_steps, given as a list such as [100, 101, 102].
 
     Raises:
-        ConfigError: the numbers have gaps, or there is no such step.
+        ConfigError: the numbers are not one range that starts at 1 or later.
     """
     if numbers is None:
         return None
     if numbers[0] < 1 or (np.diff(numbers) != 1).any():
-        raise ConfigError("--profile_steps must be one range of steps, counted from 1, such as 100-105")
+        given = ",".join(map(str, numbers.tolist()))
+        raise ConfigError(f"invalid --profile_steps={given}; expected one range of steps, such as 100-105")
     return ProfiledSteps(int(numbers[0]), int(numbers[-1]))
 
 
 class Profiler:
-    """Starts and stops the trace of those `steps` that this start of a run takes.
+    """Traces the requested steps that this start of the run executes.
 
     Args:
-        directory: to be written to.
-        steps: to be traced; None for none.
-        done: steps taken by earlier starts. The command that goes on with a run is that which began it.
-        last: step of the run.
+        directory: where to write the trace.
+        steps: the steps to trace; None traces nothing.
+        done: the number of steps that earlier starts executed. The resume command repeats the flags of the
+            first start, so the requested steps may be done already.
+        last: the last step of the run.
     """
 
     def __init__(self, directory: Path, steps: ProfiledSteps | None, done: int, last: int):
         self._directory, self._tracing = directory, False
-        self._first = self._last = 0
+        self._first, self._last = 1, 0
         if steps is None or jax.process_index():
             return
         self._first, self._last = max(steps.first, done + 1), min(steps.last, last)
         if self._first > self._last:
-            log.info("nothing is profiled: of steps %d-%d none is left", steps.first, steps.last)
+            log.info(
+                "profiling no steps: this start runs steps %d-%d; got --profile_steps=%d-%d",
+                done + 1,
+                last,
+                steps.first,
+                steps.last,
+            )
 
-    def starts(self, step: int) -> bool:
-        """Whether `start` is to be called before this step."""
+    def starts_at(self, step: int) -> bool:
+        """Whether the trace starts before this step."""
         return step == self._first <= self._last
 
-    def stops(self, step: int) -> bool:
-        """Whether `stop` is to be called after this step."""
+    def stops_at(self, step: int) -> bool:
+        """Whether the trace ends after this step."""
         return self._tracing and step == self._last
 
     def start(self) -> None:
-        """Begins the trace; no step should be under way."""
-        # The second form of the trace is the one that needs no program to be installed.
+        """Start the trace. No step may be running."""
+        # Perfetto's format needs no installed viewer.
         jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
         self._tracing = True
 
     def stop(self) -> None:
-        """Writes the trace, and says how to look at it."""
+        """Write the trace and log how to open it."""
         self._tracing = False
         jax.profiler.stop_trace()
         newest = max(self._directory.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
         log.info(
-            "steps %d-%d are profiled: open %s at https://ui.perfetto.dev, or pip install xprof and"
+            "profiled steps %d-%d: open %s at https://ui.perfetto.dev, or run pip install xprof and then"
             " xprof --port 8791 --logdir %s",
             self._first,
             self._last,
@@ -81,7 +89,7 @@ class Profiler:
         )
 
     def close(self) -> None:
-        """Ends a trace whose last step did not come."""
+        """End a trace whose last step was not reached."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

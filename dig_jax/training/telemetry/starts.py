@@ -1,4 +1,4 @@
-"""WORKDIR/starts.jsonl: when, where and by what command a run was started and gone on with."""
+"""WORKDIR/starts.jsonl: the time, machine, command and versions of every start of a run."""
 
 import datetime
 import importlib.metadata
@@ -10,13 +10,14 @@ from pathlib import Path
 
 import jax
 
+import dig_jax
 from dig_jax.files.jsonl import append_row
 
-_VERSIONED = ("dig-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = ("dig-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def note_start(workdir: Path, step: int) -> None:
-    """Appends a line for this process, which goes on from `step`."""
+    """Append a row for this start, which begins or resumes at `step`."""
     device = jax.devices()[0]
     start = {
         "step": step,
@@ -26,7 +27,7 @@ def note_start(workdir: Path, step: int) -> None:
         "processes": jax.process_count(),
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _VERSIONED},
+        "versions": {name: _version(name) for name in _PACKAGES},
     }
     append_row(workdir / "starts.jsonl", start)
 
@@ -39,13 +40,13 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of this program's repository, with "-dirty" where files differ from it."""
-    root = Path(__file__).parents[2]
+    """The commit of the repository that this program runs from, "-dirty" if files were changed."""
+    root = Path(dig_jax.__file__).parents[1]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return told.stdout.strip() or None
+    return done.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""What a step takes at best on the run's chips, to be set against what it took, and the devices' memory."""
+"""Utilization of the chips: model FLOP utilization, share of the roofline, and device memory."""
 
 import dataclasses
 import logging
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dig_jax.components import Components
+from dig_jax.errors import one_line
 from dig_jax.hardware.chips import Chip, chip_of_kind
 from dig_jax.hardware.hlo_cost import count
 from dig_jax.hardware.model_flops import training_flops
@@ -20,61 +21,65 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Peak:
-    """Seconds per image, over all chips: of the model's flops at their peak, of the program's roofline.
+class BestTimes:
+    """Lower bounds on the seconds per image, over all chips; None if unknown.
 
-    What is not known is None.
+    Attributes:
+        model: the model's FLOPs at the chips' peak rate.
+        program: the compiled train step's roofline.
     """
 
     model: float | None = None
     program: float | None = None
 
-    def shares(self, images_per_second: float) -> dict[str, float]:
-        """mfu and roofline_share at this speed: 1 is the best that can be."""
-        shares = {"mfu": self.model, "roofline_share": self.program}
-        return {name: seconds * images_per_second for name, seconds in shares.items() if seconds}
+    def utilization(self, images_per_second: float) -> dict[str, float]:
+        """Return the fractions mfu and roofline_share at this speed, as far as they are known."""
+        bounds = {"mfu": self.model, "roofline_share": self.program}
+        return {name: seconds * images_per_second for name, seconds in bounds.items() if seconds}
 
 
-def peak_of(components: Components, mesh: Mesh, train_step: Callable[..., Any]) -> Peak:
-    """The peak of a run with this train step, a compiled one; nothing is known where the chip's is not.
+def best_times(components: Components, mesh: Mesh, train_step: jax.stages.Compiled) -> BestTimes:
+    """Return the best times of a run, empty for unknown chips.
 
-    A figure that cannot be had ends no run: it is told, and left out.
+    A failure to compute one of them is logged and does not end the run.
     """
     chip = chip_of_kind(mesh.devices.flat[0].device_kind)
     if chip is None:
-        return Peak()
-    return Peak(
-        _told("MFU", lambda: _model_seconds(components, mesh, chip)),
-        _told("roofline", lambda: _program_seconds(components, mesh, chip, train_step)),
+        return BestTimes()
+    return BestTimes(
+        _or_none("MFU", lambda: _model_seconds(components, mesh, chip)),
+        _or_none("roofline share", lambda: _program_seconds(components, mesh, chip, train_step)),
     )
 
 
 def peak_memory(devices: Iterable[Any]) -> dict[str, float]:
-    """peak_memory_gib: the most that any of these devices of JAX has held; empty where they do not tell."""
-    held = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
-    known = [bytes_held for bytes_held in held if bytes_held]
-    return {"peak_memory_gib": max(known) / 2**30} if known else {}
+    """Return {"peak_memory_gib": maximum over the devices}, empty if the devices do not report memory."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    reported = [peak for peak in peaks if peak]
+    return {"peak_memory_gib": max(reported) / 2**30} if reported else {}
 
 
 def _model_seconds(components: Components, mesh: Mesh, chip: Chip) -> float:
     params = jax.eval_shape(lambda: init_params(components))
     image = jax.ShapeDtypeStruct((1, *components.image_spec.image_shape), jnp.float32)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
-    # One image on no mesh: on one, kernels would be seen with a device's part.
+    # Without a mesh: on a mesh, kernels are traced with the shapes of one device's shard.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         flops = training_flops(components.denoise, params, image, number, number)
     return flops / (chip.flops["bfloat16"] * mesh.size / chip.devices)
 
 
-def _program_seconds(components: Components, mesh: Mesh, chip: Chip, train_step: Callable[..., Any]) -> float:
-    times = roofline(count(train_step.as_text()), chip, list(mesh.devices.flat))
-    log.info("at best a step takes %.3g s, by the roofline of %s: %s", times.seconds, chip.name, times.bound)
+def _program_seconds(
+    components: Components, mesh: Mesh, chip: Chip, train_step: jax.stages.Compiled
+) -> float:
+    times = roofline(count(train_step.as_text() or ""), chip, list(mesh.devices.flat))
+    log.info("the roofline of %s allows %.3g s per step, bound by %s", chip.name, times.seconds, times.bound)
     return times.seconds / components.config.data.batch_size
 
 
-def _told(what: str, figure: Callable[[], float]) -> float | None:
+def _or_none(name: str, compute: Callable[[], float]) -> float | None:
     try:
-        return figure()
-    except Exception as error:  # of compilers' texts nothing is promised
-        log.warning("the %s cannot be told: %s: %s", what, type(error).__name__, error)
+        return compute()
+    except Exception as error:  # compilers may change the text that is parsed
+        log.warning("could not compute the %s: %s", name, one_line(error, name_type=True))
         return None

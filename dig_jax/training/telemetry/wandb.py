@@ -1,41 +1,38 @@
-"""Weights & Biases, beside metrics.jsonl, for those who have its package."""
+"""Weights & Biases, an optional second destination for metrics."""
 
+import importlib
 import importlib.util
 import uuid
 from pathlib import Path
 from typing import Any
 
-from dig_jax.errors import ConfigError, UserError
+from dig_jax.errors import ConfigError, UserError, one_line
 
 
 def require_wandb(project: str | None) -> None:
-    """Raises unless the package is there, or no project is named.
+    """Check that wandb is installed if a project is set.
 
     Raises:
-        ConfigError: says what to install.
+        ConfigError: it is not installed.
     """
     if project is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"config.logging.wandb={project!r}: the package wandb is not installed: pip install wandb"
-        )
+        raise ConfigError(f"config.logging.wandb={project!r} needs the package wandb: pip install wandb")
 
 
 class WandbRun:
-    """A run of this project for a workdir; every start of the workdir goes on with the same one.
+    """A wandb run for a workdir. Every start with the same workdir continues the same run.
 
-    Records carry their step as a value, the axis of all curves: the service's own step only ever grows, and
-    would drop those that a resumed run writes again.
+    Rows carry their step as a value, which is the x-axis of all charts. wandb's own step counter only
+    increases and would drop the rows that a resumed run writes again.
     """
 
     def __init__(self, workdir: Path, *, project: str, settings: dict[str, Any]):
-        import wandb
-
-        self._wandb = wandb
+        self._wandb: Any = importlib.import_module("wandb")
         path = workdir / "wandb_id.txt"
         if not path.exists():
             path.write_text(uuid.uuid4().hex)
         try:
-            self._run = wandb.init(
+            self._run = self._wandb.init(
                 project=project,
                 name=workdir.name,
                 id=path.read_text().strip(),
@@ -43,21 +40,21 @@ class WandbRun:
                 resume="allow",
                 config=settings,
             )
-        except Exception as error:  # of its services and settings nothing is promised
+        except Exception as error:  # wandb does not document what it raises
             raise UserError(
-                f"config.logging.wandb={project!r}: {str(error).rstrip('.')}; with WANDB_MODE=offline it only"
-                " writes files"
+                f"config.logging.wandb={project!r}: {one_line(error).rstrip('.')}; set WANDB_MODE=offline to"
+                " write local files only"
             ) from error
         self._run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, record: dict[str, float]) -> None:
-        """Sends the numbers of a step, in the background."""
-        self._run.log({"step": step, **record})
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """Send the metrics of a step in the background."""
+        self._run.log({"step": step, **row})
 
-    def picture(self, step: int, path: Path) -> None:
-        """Sends a grid of samples."""
+    def write_image(self, step: int, path: Path) -> None:
+        """Send a grid of samples."""
         self._run.log({"step": step, "samples": self._wandb.Image(str(path))})
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Send buffered data."""
         self._run.finish()

@@ -1,0 +1,294 @@
+"""What happens between training steps.
+
+Each hook does one thing and can be tested without a network. `make_hooks` lists them in the order in which
+the loop calls them.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dig_jax.checkpoints.manager import Checkpoints
+from dig_jax.config import CheckpointConfig
+from dig_jax.errors import one_line
+from dig_jax.progress import Progress
+from dig_jax.reporting.html import write_report
+from dig_jax.reporting.sample_grids import draw_samples
+from dig_jax.sampling.sampler import Sampler
+from dig_jax.training.heldout import HeldoutLoss
+from dig_jax.training.run import Run
+from dig_jax.training.state import State
+from dig_jax.training.telemetry.profiler import ProfiledSteps, Profiler
+from dig_jax.training.telemetry.step_meter import Row, StepMeter
+from dig_jax.training.telemetry.utilization import BestTimes, peak_memory
+from dig_jax.training.telemetry.writer import MetricWriter
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class StepEvent:
+    """A step that was dispatched and may still be running.
+
+    Attributes:
+        step: its number, from 1.
+        state: the state after it.
+        last: the number of the run's last step.
+        examples: the number of training examples consumed, this step's included.
+        preempted: whether the process must exit after this step.
+        heldout_loss: the held-out loss after this step, once a hook has computed it.
+        has_new_files: whether a hook saved a checkpoint or drew samples after this step.
+    """
+
+    step: int
+    state: State
+    last: int
+    examples: int
+    preempted: bool = False
+    heldout_loss: float | None = None
+    has_new_files: bool = False
+
+    def is_due(self, every_steps: int | None) -> bool:
+        """Whether something that happens every N steps and at the last step is due; None: never."""
+        return every_steps is not None and (self.step % every_steps == 0 or self.step == self.last)
+
+
+class Hook:
+    """A hook that does nothing. The loop calls all hooks, on all processes."""
+
+    def before_step(self, step: int) -> None:
+        """Called before a step is dispatched; the previous step may still be running."""
+
+    def after_step(self, event: StepEvent) -> None:
+        """Called when a step and the transfer of the next batch were dispatched."""
+
+    def close(self) -> None:
+        """Called when the loop ends, also by an exception."""
+
+
+class ProfileSteps(Hook):
+    """Traces the requested steps."""
+
+    def __init__(self, profiler: Profiler, meter: StepMeter):
+        self._profiler, self._meter = profiler, meter
+
+    def before_step(self, step: int) -> None:
+        """Start the trace before its first step."""
+        if self._profiler.starts_at(step):
+            with self._meter.paused():
+                self._profiler.start()
+
+    def after_step(self, event: StepEvent) -> None:
+        """Write the trace after its last step."""
+        if self._profiler.stops_at(event.step):
+            with self._meter.paused():
+                self._profiler.stop()
+
+    def close(self) -> None:
+        """End a trace whose last step was not reached."""
+        self._profiler.close()
+
+
+class ComputeHeldoutLoss(Hook):
+    """Computes the held-out loss every N steps, for the metrics and the choice of the best checkpoints."""
+
+    def __init__(self, every_steps: int | None, compute: Callable[[State], float | None], meter: StepMeter):
+        self._every_steps, self._compute, self._meter = every_steps, compute, meter
+
+    def after_step(self, event: StepEvent) -> None:
+        """Compute the loss if it is due."""
+        if event.is_due(self._every_steps):
+            with self._meter.paused():
+                event.heldout_loss = self._compute(event.state)
+
+
+class WriteMetrics(Hook):
+    """Writes a row of metrics every N steps and shows it in the progress line.
+
+    A row is written after the next step was dispatched, so that the devices never wait for it.
+
+    Args:
+        every_steps: the interval; steps with a held-out loss get a row in any case.
+        meter: measures the steps.
+        writer: where rows go.
+        progress: the progress line.
+        more_metrics: further metrics, computed from a row.
+    """
+
+    def __init__(
+        self,
+        every_steps: int,
+        meter: StepMeter,
+        writer: MetricWriter,
+        progress: Progress,
+        more_metrics: Callable[[Row], Row],
+    ):
+        self._every_steps, self._meter, self._writer = every_steps, meter, writer
+        self._progress, self._more_metrics = progress, more_metrics
+        self._pending: StepEvent | None = None
+
+    def after_step(self, event: StepEvent) -> None:
+        """Write the row of the previous step, and remember this one if its row is due."""
+        self.write_pending()
+        if event.heldout_loss is not None or event.is_due(self._every_steps):
+            self._pending = event
+
+    def write_pending(self) -> None:
+        """Write the remembered row now, if there is one."""
+        if self._pending is not None:
+            self.write(self._pending)
+
+    def write(self, event: StepEvent) -> None:
+        """Wait for a step and write its row now."""
+        self._pending = None
+        row = self._meter.take(event.step)
+        row |= self._more_metrics(row)
+        if event.heldout_loss is not None:
+            row["heldout_loss"] = event.heldout_loss
+        self._writer.write(event.step, row)
+        self._progress.show(event.step, progress_text(row))
+
+    def close(self) -> None:
+        """End the progress line."""
+        self._progress.close()
+
+
+class SaveCheckpoint(Hook):
+    """Saves a checkpoint every N steps, every N minutes, at the last step and before a preemption.
+
+    Args:
+        settings: when to save.
+        check_time_every: interval in steps of the check whether N minutes have passed.
+        save: saves the state of an event.
+        metrics: writes the step's row before the save, so that a run resumed from it has the row.
+        meter: measures the steps.
+    """
+
+    def __init__(
+        self,
+        settings: CheckpointConfig,
+        check_time_every: int,
+        save: Callable[[StepEvent], None],
+        metrics: WriteMetrics,
+        meter: StepMeter,
+    ):
+        self._settings, self._check_time_every = settings, check_time_every
+        self._save, self._metrics, self._meter = save, metrics, meter
+        self._last_save = time.monotonic()
+
+    def after_step(self, event: StepEvent) -> None:
+        """Save if it is due."""
+        if not (event.preempted or event.is_due(self._settings.every_steps) or self._is_time(event)):
+            return
+        self._metrics.write(event)
+        with self._meter.paused():
+            self._save(event)
+        self._last_save = time.monotonic()
+        event.has_new_files = True
+
+    def _is_time(self, event: StepEvent) -> bool:
+        minutes = self._settings.every_minutes
+        if minutes is None or not event.is_due(self._check_time_every):
+            return False
+        return _same_on_all_processes(time.monotonic() - self._last_save > 60 * minutes)
+
+
+class DrawSamples(Hook):
+    """Draws the grid of samples every N steps. The last step's grid is part of the final report."""
+
+    def __init__(self, every_steps: int | None, draw: Callable[[State], None], meter: StepMeter):
+        self._every_steps, self._draw, self._meter = every_steps, draw, meter
+
+    def after_step(self, event: StepEvent) -> None:
+        """Draw if it is due."""
+        if event.is_due(self._every_steps) and event.step != event.last and not event.preempted:
+            with self._meter.paused():
+                self._draw(event.state)
+            event.has_new_files = True
+
+
+class WriteReport(Hook):
+    """Writes report.html after a checkpoint was saved or samples were drawn."""
+
+    def __init__(self, output: Path, meter: StepMeter):
+        self._output, self._meter = output, meter
+
+    def after_step(self, event: StepEvent) -> None:
+        """Write the report if there is something new to show."""
+        if event.has_new_files:
+            with self._meter.paused():
+                try_to_write_report(self._output)
+
+
+def make_hooks(
+    run: Run,
+    first: int,
+    profile: ProfiledSteps | None,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+    meter: StepMeter,
+    bounds: BestTimes,
+) -> list[Hook]:
+    """Return the hooks of a run that resumes after step `first`, in the order of their calls."""
+    settings, heldout_loss = run.settings, HeldoutLoss(run.components, run.mesh)
+    last = settings.training.steps
+
+    def utilization(row: Row) -> Row:
+        return bounds.utilization(row["images_per_second"]) | peak_memory(run.mesh.local_devices)
+
+    def save(event: StepEvent) -> None:
+        data = run.data_item(event.examples)
+        checkpoints.save(event.step, event.state, data, settings, heldout_loss=event.heldout_loss)
+
+    every = settings.logging.every_steps
+    metrics = WriteMetrics(every, meter, writer, Progress("step", first=first, total=last), utilization)
+    return [
+        ProfileSteps(Profiler(run.output / "profile", profile, first, last), meter),
+        ComputeHeldoutLoss(
+            settings.logging.heldout_every_steps,
+            lambda state: heldout_loss(run.sampled_params(state)),
+            meter,
+        ),
+        metrics,
+        SaveCheckpoint(settings.checkpoint, every, save, metrics, meter),
+        DrawSamples(
+            settings.sampling.every_steps,
+            lambda state: draw_grid(run.sampler(state), run.output, writer),
+            meter,
+        ),
+        WriteReport(run.output, meter),
+    ]
+
+
+def draw_grid(sampler: Sampler, output: Path, writer: MetricWriter) -> None:
+    """Draw samples.png and loss.png and send the grid to TensorBoard and wandb."""
+    draw_samples(sampler, output)
+    writer.write_image(sampler.step, output / "samples.png")
+
+
+def try_to_write_report(output: Path) -> None:
+    """Write report.html on process 0. A failure is logged: it is not worth ending the run."""
+    if jax.process_index() == 0:
+        try:
+            write_report(output)
+        except Exception as error:
+            log.warning("could not write report.html: %s", one_line(error, name_type=True))
+
+
+def progress_text(row: Row) -> str:
+    """Return the part of a metrics row that the progress line shows."""
+    mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
+    return f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s{mfu}"
+
+
+def _same_on_all_processes(flag: bool) -> bool:
+    """Return process 0's flag on all processes, because their clocks differ."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))

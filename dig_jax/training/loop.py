@@ -1,0 +1,72 @@
+"""The training loop."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import jax
+
+from dig_jax.parallel import to_global
+from dig_jax.training.hooks import Hook, StepEvent
+from dig_jax.training.objectives.denoising import Batch, Metrics
+from dig_jax.training.preemption import preemption_notice
+from dig_jax.training.run import Run
+from dig_jax.training.state import State
+from dig_jax.training.telemetry.step_meter import StepMeter
+
+TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
+
+
+def loop(
+    run: Run,
+    train_step: TrainStep,
+    state: State,
+    examples: int,
+    hooks: Sequence[Hook],
+    meter: StepMeter,
+) -> State:
+    """Train until the last step or a preemption, and call the hooks between steps.
+
+    While a step runs, the next batch is transferred and the next step is dispatched: at most two steps are in
+    flight. Only hooks wait for the step that runs, and they pause the meter.
+
+    Args:
+        run: the run.
+        train_step: the compiled step, which donates its state.
+        state: the state to start from.
+        examples: the number of training examples consumed so far.
+        hooks: called in this order.
+        meter: measures the steps.
+
+    Returns:
+        The state after the last step.
+    """
+    first, last, batch_size = int(state["step"]), run.settings.training.steps, run.settings.data.batch_size
+    with contextlib.ExitStack() as stack:
+        data = stack.enter_context(contextlib.closing(run.batches(examples)))
+        is_preempted = stack.enter_context(preemption_notice())
+        for hook in hooks:
+            stack.callback(hook.close)
+
+        def next_batch() -> Batch:
+            with meter.waiting_for_data():
+                batch = next(data)
+            return to_global(batch, run.mesh)
+
+        batch = next_batch()
+        for step in range(first + 1, last + 1):
+            for hook in hooks:
+                hook.before_step(step)
+            # An implicit transfer would wait for the step that runs, or copy an array anew at every step.
+            with jax.transfer_guard("disallow"):
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = train_step(state, batch)
+                if step < last:
+                    batch = next_batch()
+            meter.add(step, metrics)
+            consumed = examples + (step - first) * batch_size
+            event = StepEvent(step, state, last=last, examples=consumed, preempted=is_preempted(step))
+            for hook in hooks:
+                hook.after_step(event)
+            if event.preempted:
+                break
+    return state

@@ -1,0 +1,68 @@
+"""The parts of a training run that stay the same from the first step to the last."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import grain
+from jax.sharding import Mesh
+
+from dig_jax.components import Components, Params
+from dig_jax.config import Config
+from dig_jax.data import batches
+from dig_jax.parallel import process_shard
+from dig_jax.sampling.sampler import Sampler
+from dig_jax.training.state import State
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A training run on a mesh.
+
+    Attributes:
+        components: model, diffusion process and data.
+        mesh: the devices of all processes.
+        workdir: where the checkpoints are; all processes share it.
+        output: where all other files go: the workdir on process 0, a temporary directory on other processes.
+    """
+
+    components: Components
+    mesh: Mesh
+    workdir: Path
+    output: Path
+
+    @property
+    def settings(self) -> Config:
+        """The run's config."""
+        return self.components.config
+
+    def batches(self, examples: int) -> grain.DatasetIterator:
+        """Return this process's shards of all batches after the first `examples` training examples."""
+        data, shard = self.settings.data, process_shard(self.mesh)
+        return batches(
+            self.components.train_source,
+            batch_size=data.batch_size,
+            seed=self.settings.seed,
+            start=examples,
+            flip=data.flip,
+            process_index=shard.index,
+            process_count=shard.count,
+        )
+
+    def data_item(self, examples: int) -> dict[str, Any]:
+        """Return a checkpoint's `data` item: the identity of the data and the number of examples consumed."""
+        return {
+            "seed": self.settings.seed,
+            "fingerprint": self.components.train_source.fingerprint,
+            "examples": examples,
+            **self.components.image_spec.to_dict(),
+        }
+
+    def sampled_params(self, state: State) -> Params:
+        """Return the parameters to sample from and to compute the held-out loss of."""
+        name = self.settings.sampled_ema
+        return state["params"] if name == "params" else state["ema"][name]
+
+    def sampler(self, state: State) -> Sampler:
+        """Return a sampler of the current state on the run's devices."""
+        return Sampler(self.components, self.sampled_params(state), step=int(state["step"]), mesh=self.mesh)

@@ -1,0 +1,63 @@
+"""Settings for the whole process: the compilation cache, LLVM."""
+
+import logging
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tiny_components import mesh_of, tiny_components
+
+from dig_jax import runtime
+from dig_jax.training import compile as train_compile
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """An empty compilation cache that keeps every program."""
+    options = {
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield tmp_path / "dig_jax" / "compiled"
+
+
+def test_llvm_looks_up_no_symbols_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.setenv("LLVM_DISABLE_SYMBOLIZATION", "0")
+    runtime.leave_stacks_without_names()
+    assert os.environ["LLVM_DISABLE_SYMBOLIZATION"] == "0"
+    monkeypatch.delenv("LLVM_DISABLE_SYMBOLIZATION")
+    runtime.leave_stacks_without_names()
+    assert os.environ["LLVM_DISABLE_SYMBOLIZATION"] == "1"
+
+
+def test_a_second_start_loads_the_compiled_train_step_and_says_so(cache, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
+    caplog.set_level(logging.INFO, "dig_jax")
+    runtime.keep_compiled_programs()
+
+    def lowered(*_):
+        return jax.jit(lambda x: jnp.sin(x) * 3.25).lower(jnp.ones(7))
+
+    monkeypatch.setattr(train_compile, "lower_train_step", lowered)
+    for _ in range(2):
+        assert train_compile.compile_train_step(tiny_components(), mesh_of(1), {})(jnp.zeros(7)).sum() == 0
+    assert list(cache.iterdir())
+    first, second = caplog.messages
+    assert first.startswith("compiled the train step in ")
+    assert second.startswith("loaded the train step from the compilation cache in ")
+
+
+@pytest.mark.parametrize("directory", ["", "elsewhere"])
+def test_jaxs_own_setting_of_the_cache_takes_precedence(cache, directory):
+    jax.config.update("jax_compilation_cache_dir", directory)
+    runtime.keep_compiled_programs()
+    assert jax.config.jax_compilation_cache_dir == directory
