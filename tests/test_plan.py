@@ -21,7 +21,8 @@ from dig_jax import config
 from dig_jax.components import Components
 from dig_jax.errors import ConfigError, UserError
 from dig_jax.hardware.chips import CHIPS, chip_of_kind
-from dig_jax.hardware.hlo_cost import Collective, Counts, count
+from dig_jax.hardware.hlo_collectives import Collective
+from dig_jax.hardware.hlo_cost import Counts, count
 from dig_jax.hardware.model_flops import forward_flops, training_flops
 from dig_jax.hardware.roofline import roofline
 from dig_jax.planning import plan, topology

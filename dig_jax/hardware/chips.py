@@ -1,4 +1,4 @@
-"""The peaks of accelerators, as data, from their makers' pages."""
+"""Peak rates of accelerators, from the manufacturers' pages."""
 
 import dataclasses
 
@@ -9,19 +9,19 @@ GIGA, GIB, TERA = 1e9, 2.0**30, 1e12
 class Chip:
     """One accelerator.
 
-    kind: how its `jax.Device.device_kind` begins.
-    flops: dense peak per second of matrix products, by what they multiply: "bfloat16"; "float32" of default
-        precision, which a TPU does in bfloat16 and a GPU in TF32; "highest", float32 of the highest.
+    kind: prefix of its `jax.Device.device_kind`.
+    flops: dense peak FLOP/s of matrix products by operand type: "bfloat16"; "float32" at default precision
+        (bfloat16 on a TPU, TF32 on a GPU); "highest", float32 at the highest precision.
     memory: bytes.
-    share: of its memory, that a program may use.
-    bandwidth: bytes per second of its memory.
-    link: bytes per second, in one direction, of one link to a neighbour in a torus, or of all of a GPU's
-        links to its host's switch.
-    ring: an axis of a slice is closed to a ring where its chips are a multiple of so many; 0: no torus.
-    network: bytes per second, in one direction, from a GPU to other hosts; 0: all are one torus.
-    devices: JAX devices per chip; they share all that is said here.
-    config: what the compiler calls the chip's mode of operation.
-    source: where the figures stand.
+    usable_fraction: fraction of device memory available to a program.
+    bandwidth: memory bandwidth, bytes/s.
+    link: bandwidth in one direction, bytes/s: of one torus link of a TPU, or of all links of a GPU to its
+        host's switch.
+    ring: a slice axis closes to a ring if its length is a multiple of this; 0 for GPUs.
+    network: bandwidth in one direction from a GPU to other hosts, bytes/s; 0 for TPUs.
+    devices: JAX devices per chip, which share all rates above.
+    config: the compiler's name of the chip's mode of operation.
+    source: URL of the figures.
     """
 
     name: str
@@ -33,19 +33,19 @@ class Chip:
     ring: int = 0
     network: float = 0.0
     devices: int = 1
-    share: float = 1.0
+    usable_fraction: float = 1.0
     config: str = "default"
     source: str
 
 
 def _tpu(peak: float) -> dict[str, float]:
-    # The highest precision of float32 takes six products of bfloat16.
+    # One float32 product at the highest precision takes six bfloat16 products.
     return {"bfloat16": peak, "float32": peak, "highest": peak / 6}
 
 
-# Memory is what libtpu 0.0.42 allows, as it says when a program does not fit. A link is the published
-# bandwidth of a chip in both directions, halved, over the number of its links; that of a v4 is from Jouppi et
-# al. 2023 (arXiv:2304.01433). A v4 axis closes to a ring at multiples of 4 chips, a v5e or v6e axis at 16.
+# Memory: the limit that libtpu 0.0.42 reports when a program does not fit. Link: half of the published
+# bidirectional bandwidth of a chip, divided by its number of links; v4 from Jouppi et al. 2023
+# (arXiv:2304.01433). Rings: multiples of 4 chips on v4, v5p and TPU7x, of 16 on v5e and v6e.
 _TPUS = (
     Chip(
         name="v4",
@@ -100,8 +100,8 @@ _TPUS = (
         source="https://cloud.google.com/tpu/docs/tpu7x",
     ),
 )
-# Of a GPU's memory JAX takes three quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise. The
-# network is that of a DGX: a port of 400 Gb/s for each GPU.
+# JAX preallocates three quarters of a GPU's memory by default (XLA_PYTHON_CLIENT_MEM_FRACTION). Network: a
+# DGX, with a port of 400 Gb/s for each GPU.
 _HOPPER = {"bfloat16": 989.4 * TERA, "float32": 494.7 * TERA, "highest": 66.9 * TERA}
 _GPUS = (
     Chip(
@@ -109,7 +109,7 @@ _GPUS = (
         kind="NVIDIA H100",
         flops=_HOPPER,
         memory=79 * GIB,
-        share=0.75,
+        usable_fraction=0.75,
         bandwidth=3350 * GIGA,
         link=450 * GIGA,
         network=50 * GIGA,
@@ -120,7 +120,7 @@ _GPUS = (
         kind="NVIDIA H200",
         flops=_HOPPER,
         memory=139 * GIB,
-        share=0.75,
+        usable_fraction=0.75,
         bandwidth=4800 * GIGA,
         link=450 * GIGA,
         network=50 * GIGA,
@@ -131,6 +131,6 @@ CHIPS = {chip.name: chip for chip in _TPUS + _GPUS}
 
 
 def chip_of_kind(device_kind: str) -> Chip | None:
-    """The chip with the longest kind that the device's begins with; None where the table has none."""
-    fitting = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
-    return max(fitting, key=lambda chip: len(chip.kind), default=None)
+    """Return the chip whose `kind` is the longest prefix of the device's; None if there is none."""
+    matches = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
+    return max(matches, key=lambda chip: len(chip.kind), default=None)

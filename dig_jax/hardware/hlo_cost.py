@@ -1,10 +1,11 @@
-"""What one device does in a compiled program: an optimised HLO module, counted with its loops' turns.
+"""Count the work of one device in an optimized HLO module: FLOPs, memory traffic and collectives.
 
-`Compiled.cost_analysis` counts the body of a loop once, and knows nothing of kernels; so the module's text
-is read. Counted are the flops of matrix products and convolutions, those that kernels say of themselves (a
-TPU's do, a GPU's program does not carry them), the bytes that cross the device's memory (not those of arrays
-that the compiler placed on the chip), and what collectives exchange. Of elementwise arithmetic the bytes
-count, and not the flops.
+FLOPs are those of matrix products and convolutions, and of TPU kernels by their `pl.CostEstimate` (programs
+for GPUs do not contain it). Memory traffic excludes arrays that the compiler placed on the chip. Elementwise
+operations count as memory traffic only.
+
+`Compiled.cost_analysis` differs: it counts a loop's body once and on-chip arrays as memory traffic, does not
+separate FLOPs by operand type, and is empty for GPUs that are not there. docs/plan.md compares figures.
 """
 
 import collections
@@ -13,20 +14,12 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 
-from dig_jax.hardware.hlo_parser import Instruction, Module, arrays, parse
+from dig_jax.hardware.hlo_collectives import Collective, collectives
+from dig_jax.hardware.hlo_parser import HloInstruction, HloModule, arrays, find, integers, parse
 
-_COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-# They move nothing: names of what is there, or the second half of what was counted at its start.
+# These move no data, or belong to an instruction that was counted at its start.
 _FREE = (
     "parameter",
     "tuple",
@@ -39,37 +32,26 @@ _FREE = (
 )
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding")
 _ASYNC_CALL = "async-start"
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A collective: `bytes` is the size of the whole array that a device gives (gather: gets), in all turns.
-
-    group: devices that take part together, as numbers in the order of the mesh.
-    """
-
-    kind: str
-    bytes: int
-    group: tuple[int, ...]
+_Scope = Mapping[str, HloInstruction]
 
 
 @dataclasses.dataclass
 class Counts:
-    """Of one device, in one run: flops by what is multiplied (see `Chip.flops`), bytes, exchanges."""
+    """Totals per device and execution: FLOPs by operand type (see `Chip.flops`), bytes, collectives."""
 
     flops: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     bytes: int = 0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
 
     def add(self, other: "Counts", times: int = 1) -> None:
-        """Adds what runs so many times."""
+        """Add the counts of something that runs `times` times."""
         for kind, flops in other.flops.items():
             self.flops[kind] += flops * times
         self.bytes += other.bytes * times
         self.collectives += [dataclasses.replace(c, bytes=c.bytes * times) for c in other.collectives]
 
     def exchanged(self) -> dict[str, int]:
-        """Bytes of the collectives by kind."""
+        """Return the bytes of the collectives by kind."""
         total = collections.Counter()
         for collective in self.collectives:
             total[collective.kind] += collective.bytes
@@ -77,23 +59,23 @@ class Counts:
 
 
 def count(text: str) -> Counts:
-    """Counts an optimised module, as `Compiled.as_text()` gives it.
+    """Count an optimized module, given the text that `Compiled.as_text()` returns.
 
     Raises:
-        ValueError: a loop whose number of turns cannot be read.
+        ValueError: unsupported HLO, such as a loop without a known trip count.
     """
     module = parse(text)
     return _computation(module, module.entry)
 
 
-def _computation(module: Module, name: str) -> Counts:
-    """What a computation does that is run, and not fused."""
+def _computation(module: HloModule, name: str) -> Counts:
+    """Count a computation that is executed, not fused."""
     counts = Counts()
     for instruction in module[name].values():
         opcode = instruction.opcode
         if opcode == "while":
             body = _computation(module, instruction.called("body"))
-            counts.add(body, _turns(module, instruction))
+            counts.add(body, _trip_count(module, instruction))
         elif opcode == "conditional":
             branches = [_computation(module, branch) for branch in instruction.branches()]
             counts.add(max(branches, key=lambda branch: branch.bytes))
@@ -102,69 +84,63 @@ def _computation(module: Module, name: str) -> Counts:
         elif opcode not in _FREE and not opcode.endswith(("-done", "-update")):
             counts.flops.update(_flops(module, module[name], instruction))
             counts.bytes += _bytes(module, module[name], instruction)
-            counts.collectives += _collectives(module, module[name], instruction)
+            counts.collectives += collectives(module, module[name], instruction)
     return counts
 
 
-def _turns(module: Module, loop: Instruction) -> int:
+def _trip_count(module: HloModule, loop: HloInstruction) -> int:
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    # A loop of `lax.scan` counts up to a constant.
+    # The loop of `lax.scan` counts up to a constant.
     condition = module[loop.called("condition")].values()
     bounds = [re.match(r"\d+", x.operands_text) for x in condition if x.opcode == "constant"]
     if not any(bounds):
-        raise ValueError(f"the number of turns of the loop {loop.name} cannot be read")
+        raise ValueError(f"unknown trip count of loop {loop.name}")
     return max(int(bound[0]) for bound in bounds if bound)
 
 
-# Flops.
+# FLOPs.
 
 
-def _flops(module: Module, scope: Mapping[str, Instruction], x: Instruction) -> collections.Counter[str]:
+def _flops(module: HloModule, scope: _Scope, x: HloInstruction) -> collections.Counter[str]:
     flops = collections.Counter()
     if x.opcode == "fusion":
         body = module[x.called("calls")]
         for inner in body.values():
             flops.update(_flops(module, body, inner))
     elif x.opcode == "dot":
-        flops[_multiplied(scope, x)] += _dot(scope, x)
+        contracted = integers(find(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)[1])
+        flops[_operand_type(scope, x)] += _product(scope, x, contracted)
     elif x.opcode == "convolution" or x.target.startswith("__cudnn$conv"):
-        flops[_multiplied(scope, x)] += _convolution(scope, x)
+        flops[_operand_type(scope, x)] += _convolution(scope, x)
     elif x.target.startswith("__cublas"):
-        flops[_multiplied(scope, x)] += _cublas(scope, x)
-    elif estimate := _estimate(x):
+        quoted = find(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes)[1]
+        flops[_operand_type(scope, x)] += _product(scope, x, integers(quoted.replace('"', "")))
+    elif estimate := _kernel_estimate(x):
         flops["bfloat16"] += int(estimate["flops"])
     return flops
 
 
-def _multiplied(scope: Mapping[str, Instruction], x: Instruction) -> str:
+def _operand_type(scope: _Scope, x: HloInstruction) -> str:
     types = {array.dtype for name in x.operands[:2] for array in arrays(scope[name].shape)}
     if types & {"f32", "f64"}:
         return "highest" if "highest" in x.attributes else "float32"
     return "bfloat16"
 
 
-def _dims(scope: Mapping[str, Instruction], name: str) -> tuple[int, ...]:
+def _dims(scope: _Scope, name: str) -> tuple[int, ...]:
     return arrays(scope[name].shape)[0].dims
 
 
-def _dot(scope: Mapping[str, Instruction], x: Instruction) -> int:
+def _product(scope: _Scope, x: HloInstruction, contracted: tuple[int, ...]) -> int:
     left = _dims(scope, x.operands[0])
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
-    return 2 * math.prod(arrays(x.shape)[0].dims) * math.prod(left[axis] for axis in _integers(contracted[1]))
+    return 2 * math.prod(arrays(x.shape)[0].dims) * math.prod(left[axis] for axis in contracted)
 
 
-def _cublas(scope: Mapping[str, Instruction], x: Instruction) -> int:
-    left = _dims(scope, x.operands[0])
-    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes)
-    axes = _integers(contracted[1].replace('"', ""))
-    return 2 * math.prod(arrays(x.shape)[0].dims) * math.prod(left[axis] for axis in axes)
-
-
-def _convolution(scope: Mapping[str, Instruction], x: Instruction) -> int:
-    """Multiply-adds with what is not padding: a TPU's batched products are convolutions over padding."""
-    left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
+def _convolution(scope: _Scope, x: HloInstruction) -> int:
+    """Count multiply-adds outside of the padding. TPUs express batched products by padded convolutions."""
+    left, right, out = find(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
     inputs, kernel = (_dims(scope, name) for name in x.operands[:2])
     result = arrays(x.shape)[0].dims
     sizes = {"b": result[out.index("b")], "f": result[out.index("f")], "i": kernel[right.index("i")]}
@@ -178,7 +154,7 @@ def _convolution(scope: Mapping[str, Instruction], x: Instruction) -> int:
             int(window[name].split("x")[axis]) if name in window else 1
             for name in ("stride", "lhs_dilate", "rhs_dilate")
         )
-        total *= _met(
+        total *= _valid_pairs(
             inputs[left.index(label)],
             kernel[right.index(label)],
             result[out.index(label)],
@@ -191,60 +167,90 @@ def _convolution(scope: Mapping[str, Instruction], x: Instruction) -> int:
 
 
 @functools.cache
-def _met(size: int, kernel: int, out: int, before: int, stride: int, spread: int, dilation: int) -> int:
-    """Pairs of an output and a place of the kernel along an axis that meet an input."""
-    places = (o * stride - before + k * dilation for o in range(out) for k in range(kernel))
-    return sum(0 <= place <= (size - 1) * spread and place % spread == 0 for place in places)
+def _valid_pairs(
+    size: int, kernel: int, out: int, before: int, stride: int, spread: int, dilation: int
+) -> int:
+    """Count pairs of an output and a kernel position along an axis that meet an input, not padding."""
+    positions = (o * stride - before + k * dilation for o in range(out) for k in range(kernel))
+    return sum(0 <= position <= (size - 1) * spread and position % spread == 0 for position in positions)
 
 
-def _estimate(x: Instruction) -> dict[str, str] | None:
-    """What a kernel says of itself (`pl.CostEstimate`); only a TPU's program carries it."""
+def _kernel_estimate(x: HloInstruction) -> dict[str, str] | None:
+    """Return a TPU kernel's `pl.CostEstimate`."""
     found = re.search(r'"cost_estimate":(\{[^}]*\})', x.attributes)
     return json.loads(found[1]) if found else None
 
 
-# Bytes.
+# Memory traffic.
 
 
-def _bytes(module: Module, scope: Mapping[str, Instruction], x: Instruction) -> int:
-    read = [_size(scope[name].shape) for name in x.operands if name in scope]
-    written = _size(x.shape)
+def _bytes(module: HloModule, scope: _Scope, x: HloInstruction) -> int:
     if x.opcode == "fusion":
-        return _fusion(module, x, read)
-    if x.opcode in ("dynamic-slice", "slice", "gather"):
-        return written + min(_size(x.shape, on_chip=True), read[0])
-    if x.opcode == "dynamic-update-slice":
-        return 2 * read[1]
-    if x.opcode == "scatter":
-        return 3 * read[-1]
-    if x.opcode == "copy-start":
-        return sum(_size(part) for part in x.parts()[:2])
-    if x.opcode == "slice-start":
-        sliced = x.parts()[1]
-        return _size(sliced) + min(_size(sliced, on_chip=True), read[0])
+        return _fusion(module, scope, x)
     if x.opcode == "custom-call":
-        if x.target in _FREE_CALLS:
-            return 0
-        if estimate := _estimate(x):
-            # The kernel does not know which of its arrays stay on the chip.
-            everything = sum(_size(scope[name].shape, on_chip=True) for name in x.operands)
-            on_chip = everything + _size(x.shape, on_chip=True) - sum(read) - written
-            return max(int(estimate["bytes_accessed"]) - on_chip, 0)
-        if x.target.startswith("__cu"):
-            written = _size(x.parts()[0])  # the rest is scratch
-    return written + sum(read)
+        return _custom_call(scope, x)
+    return _TRAFFIC.get(x.opcode, _operands_and_result)(scope, x)
 
 
-def _fusion(module: Module, x: Instruction, read: list[int]) -> int:
-    name = x.called("calls")
+def _operands_and_result(scope: _Scope, x: HloInstruction) -> int:
+    return _size(x.shape) + sum(_read(scope, x))
+
+
+def _slice(scope: _Scope, x: HloInstruction) -> int:
+    return _size(x.shape) + min(_size(x.shape, on_chip=True), _read(scope, x)[0])
+
+
+def _slice_start(scope: _Scope, x: HloInstruction) -> int:
+    sliced = x.element_shapes()[1]
+    return _size(sliced) + min(_size(sliced, on_chip=True), _read(scope, x)[0])
+
+
+def _copy_start(scope: _Scope, x: HloInstruction) -> int:
+    return sum(_size(shape) for shape in x.element_shapes()[:2])
+
+
+def _update(scope: _Scope, x: HloInstruction) -> int:
+    return 2 * _read(scope, x)[1]
+
+
+def _scatter(scope: _Scope, x: HloInstruction) -> int:
+    return 3 * _read(scope, x)[-1]
+
+
+_TRAFFIC: dict[str, Callable[[_Scope, HloInstruction], int]] = {
+    "slice": _slice,
+    "dynamic-slice": _slice,
+    "gather": _slice,
+    "dynamic-update-slice": _update,
+    "scatter": _scatter,
+    "copy-start": _copy_start,
+    "slice-start": _slice_start,
+}
+
+
+def _custom_call(scope: _Scope, x: HloInstruction) -> int:
+    if x.target in _FREE_CALLS:
+        return 0
+    if estimate := _kernel_estimate(x):
+        # The kernel's estimate includes arrays that the compiler placed on the chip.
+        everything = sum(_size(scope[name].shape, on_chip=True) for name in x.operands)
+        everything += _size(x.shape, on_chip=True)
+        return max(int(estimate["bytes_accessed"]) - everything + _operands_and_result(scope, x), 0)
+    # Further results of cuBLAS and cuDNN calls are scratch memory.
+    result = x.element_shapes()[0] if x.target.startswith("__cu") else x.shape
+    return _size(result) + sum(_read(scope, x))
+
+
+def _fusion(module: HloModule, scope: _Scope, x: HloInstruction) -> int:
+    name, read = x.called("calls"), _read(scope, x)
     body = module[name]
     parameters = {int(y.operands_text): y for y in body.values() if y.opcode == "parameter"}
-    total = sum(_needed(module, body, y, read[position]) for position, y in parameters.items())
-    return total + _stored(module, body, module.roots[name], x.shape)
+    total = sum(_read_by_users(module, body, y, read[position]) for position, y in parameters.items())
+    return total + _written(module, body, module.roots[name], x.shape)
 
 
-def _needed(module: Module, scope: Mapping[str, Instruction], x: Instruction, whole: int) -> int:
-    """Bytes of an operand that a fused computation reads: the part, where it only takes parts."""
+def _read_by_users(module: HloModule, scope: _Scope, x: HloInstruction, size: int) -> int:
+    """Return the bytes of an operand that a fused computation reads, at most `size`."""
     total = 0
     for user in scope.values():
         if x.name not in user.operands:
@@ -252,105 +258,39 @@ def _needed(module: Module, scope: Mapping[str, Instruction], x: Instruction, wh
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == x.name:
             total += _size(user.shape, on_chip=True)
         elif user.opcode == "bitcast":
-            total += _needed(module, scope, user, whole)
+            total += _read_by_users(module, scope, user, size)
         elif user.opcode == "fusion":
             inner = module[user.called("calls")]
             total += sum(
-                _needed(module, inner, y, whole)
+                _read_by_users(module, inner, y, size)
                 for y in inner.values()
                 if y.opcode == "parameter" and user.operands[int(y.operands_text)] == x.name
             )
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != x.name:
-            return whole
-    return min(total, whole)
+            return size
+    return min(total, size)
 
 
-def _stored(module: Module, scope: Mapping[str, Instruction], name: str, shape: str) -> int:
-    """Bytes that a fused computation writes: the part, where it updates an operand in place."""
+def _written(module: HloModule, scope: _Scope, name: str, shape: str) -> int:
+    """Return the bytes that a fused computation writes; an update in place writes only its slice."""
     x = scope[name]
     if x.opcode == "tuple":
-        parts = dataclasses.replace(x, shape=shape).parts()
-        return sum(_stored(module, scope, part, s) for part, s in zip(x.operands, parts, strict=True))
+        shapes = dataclasses.replace(x, shape=shape).element_shapes()
+        return sum(_written(module, scope, y, s) for y, s in zip(x.operands, shapes, strict=True))
     if x.opcode == "bitcast":
-        return _stored(module, scope, x.operands[0], shape)
+        return _written(module, scope, x.operands[0], shape)
     if x.opcode == "dynamic-update-slice":
         return min(_size(shape), _size(scope[x.operands[1]].shape, on_chip=True))
     if x.opcode == "fusion":
         inner = x.called("calls")
-        return _stored(module, module[inner], module.roots[inner], shape)
+        return _written(module, module[inner], module.roots[inner], shape)
     return _size(shape)
 
 
+def _read(scope: _Scope, x: HloInstruction) -> list[int]:
+    return [_size(scope[name].shape) for name in x.operands if name in scope]
+
+
 def _size(shape: str, on_chip: bool = False) -> int:
-    """Bytes of the arrays of a shape; of those placed on the chip only if they are asked for."""
+    """Return the bytes of a shape's arrays; `on_chip` includes arrays placed on the chip."""
     return sum(array.bytes for array in arrays(shape) if on_chip or not array.on_chip)
-
-
-# Collectives.
-
-
-def _collectives(module: Module, scope: Mapping[str, Instruction], x: Instruction) -> Iterable[Collective]:
-    if x.opcode == "fusion":
-        body = module[x.called("calls")]
-        inner = [c for y in body.values() for c in _collectives(module, body, y)]
-        if x.called("calls").startswith("%all-reduce-scatter"):
-            inner = [dataclasses.replace(c, kind="reduce-scatter") for c in inner]
-        return inner
-    kind = x.opcode.removesuffix("-start")
-    if kind not in _COLLECTIVES:
-        return []
-    group = _group(x.attributes)
-    given = sum(_size(scope[name].shape, on_chip=True) for name in x.operands)
-    return [Collective(kind, given * (len(group) if kind == "all-gather" else 1), group)]
-
-
-def _group(attributes: str) -> tuple[int, ...]:
-    """The first of the groups of devices, which come in four notations."""
-    if pair := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
-        return tuple(map(int, pair.groups()))
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return _integers(listed[1])
-    if counted := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        sizes = _integers(counted[3])
-        order = _integers(counted[4]) if counted[4] else range(len(sizes))
-        numbers = _strided(sizes, order)
-        return tuple(numbers[: int(counted[2])])
-    if mesh := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
-        attributes,
-    ):
-        sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", mesh[1])}
-        places = _of_mesh(sizes, re.findall(r"('\w+')(?::\((\d+)\)(\d+))?", mesh[4]))
-        if not mesh[2]:
-            return places
-        held = _integers(mesh[2])
-        numbers = _strided(held, _integers(mesh[3]) if mesh[3] else range(len(held)))
-        return tuple(numbers[place] for place in places)
-    raise ValueError(f"the devices of a collective cannot be read: {attributes[:200]}")
-
-
-def _strided(sizes: Iterable[int], order: Iterable[int]) -> list[int]:
-    """Numbers of an array in row-major order, read after its axes are transposed."""
-    sizes = tuple(sizes)
-    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    numbers = [0]
-    for axis in order:
-        numbers = [number + i * strides[axis] for number in numbers for i in range(sizes[axis])]
-    return numbers
-
-
-def _of_mesh(sizes: Mapping[str, int], taken: Iterable[tuple[str, str, str]]) -> tuple[int, ...]:
-    """The group of device 0 along axes of a mesh, or along parts of axes: 'axis':(before)size."""
-    names = list(sizes)
-    numbers = [0]
-    for name, before, part in taken:
-        stride = math.prod(sizes[other] for other in names[names.index(name) + 1 :])
-        length = int(part) if part else sizes[name]
-        if part:
-            stride *= sizes[name] // (int(before) * length)
-        numbers = [number + i * stride for number in numbers for i in range(length)]
-    return tuple(numbers)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)

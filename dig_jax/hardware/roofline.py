@@ -1,4 +1,4 @@
-"""The least time that a counted program takes on chips of known peaks."""
+"""Lower bounds for the time of a program on chips with known peak rates."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from dig_jax.hardware.chips import Chip
-from dig_jax.hardware.hlo_cost import Collective, Counts
+from dig_jax.hardware.hlo_collectives import Collective
+from dig_jax.hardware.hlo_cost import Counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of each kind of work, were it alone; all of it overlapping, a program takes the largest."""
+    """Seconds of compute, memory traffic and communication. If they overlap fully, the largest counts."""
 
     compute: float
     memory: float
@@ -20,21 +21,21 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The largest of the three."""
+        """The largest of the three times."""
         return max(dataclasses.astuple(self))
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """Name of the largest time."""
         times = dataclasses.asdict(self)
-        return max(times, key=times.get)
+        return max(times, key=lambda name: times[name])
 
 
 def roofline(counts: Counts, chip: Chip, devices: Sequence[Any]) -> Roofline:
-    """The times of one device's counts.
+    """Return the times for the counts of one device.
 
     Args:
-        devices: of JAX, in the order of the mesh, which is how collectives number them.
+        devices: the devices in the order of the mesh, by which collectives number them.
     """
     return Roofline(
         compute=chip.devices * sum((n / chip.flops[kind] for kind, n in counts.flops.items()), 0.0),
@@ -43,7 +44,7 @@ def roofline(counts: Counts, chip: Chip, devices: Sequence[Any]) -> Roofline:
     )
 
 
-# Bytes that a device sends in a ring of n, over the bytes of the array (Thakur et al. 2005).
+# Bytes that a device sends in a ring of n devices, per byte of the array (Thakur et al. 2005).
 _SENT = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "collective-permute": lambda n: 1,
@@ -60,16 +61,16 @@ def _exchange(collective: Collective, chip: Chip, devices: Sequence[Any]) -> flo
 
 
 def _bandwidth(kind: str, chip: Chip, group: Sequence[Any], devices: Sequence[Any]) -> float:
-    """Bytes per second that each device of a group can send at best, while all groups do."""
+    """Return the peak bytes/s that each device of a group can send while all groups communicate."""
     if chip.network:
         hosts = {device.process_index for device in group}
-        # A host's GPUs send together, each through a port of its own.
+        # The GPUs of a host send in parallel, each through its own port.
         across = chip.network * len(group) / len(hosts)
         return chip.link if len(hosts) == 1 else min(chip.link, across)
     if kind == "collective-permute":
         return chip.link / chip.devices
-    spread = np.ptp([device.coords for device in group], axis=0) > 0
-    whole = np.ptp([device.coords for device in devices], axis=0) + 1
-    # Both ways around a ring; on a line, what comes back takes the other direction of the same links.
-    links = sum(2 if size % chip.ring == 0 else 1 for size, used in zip(whole, spread, strict=True) if used)
+    spans = np.ptp([device.coords for device in group], axis=0) > 0
+    sizes = np.ptp([device.coords for device in devices], axis=0) + 1
+    # A ring has two links per device and axis. On a line, data returns over the same link.
+    links = sum(2 if size % chip.ring == 0 else 1 for size, used in zip(sizes, spans, strict=True) if used)
     return chip.link * max(links, 1) / chip.devices

@@ -161,7 +161,7 @@ def _without_data(settings: Config) -> Config:
 def _memory_limit(topology: Topology) -> float | None:
     """Bytes that a program may use on a device."""
     chip = topology.chip
-    return None if chip is None else chip.memory * chip.share / chip.devices
+    return None if chip is None else chip.memory * chip.usable_fraction / chip.devices
 
 
 def _train_step(run: _Run) -> dict[str, Any]:
