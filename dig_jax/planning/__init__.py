@@ -1,1 +1,1 @@
-"""What programs cost on chips that need not be there: topologies, the chips' peaks, programs counted."""
+"""--mode=plan: what a config costs on chips that need not be present."""

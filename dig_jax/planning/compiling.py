@@ -1,4 +1,4 @@
-"""Programs as a plan reads them: the optimized HLO, and the memory that the compiler assigned."""
+"""Compile a program and return its optimized HLO and memory assignment."""
 
 import dataclasses
 import multiprocessing
@@ -10,48 +10,65 @@ from pathlib import Path
 
 import jax
 
-# Of what the compiler dumps, in this order. The last file begins when the others are complete.
+from dig_jax.errors import UserError
+
+# Files that the compiler dumps, in this order. It starts a file after the previous ones are complete.
 _TEXT, _MEMORY, _LAST = (
     f".after_optimizations{end}.txt" for end in ("", "-buffer-assignment", "_after_buffer_assignment")
 )
+# Kinds of allocations in a dumped buffer assignment.
+_ALLOCATIONS = {
+    "parameter": "arguments",
+    "preallocated-temp": "temporaries",
+    "output shape": "outputs",
+    "maybe-live-out": "outputs",
+    "constant": "program",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """What a device runs.
+    """A compiled program.
 
-    text: an optimized HLO module.
-    memory: bytes on a device: arguments, temporaries, outputs that take over no argument's memory, program.
+    text: the optimized HLO module.
+    memory: bytes per device of arguments, temporaries, outputs (without those that reuse an argument's
+        memory) and program.
     """
 
     text: str
     memory: dict[str, int]
 
 
-def compiled(lowered: jax.stages.Lowered) -> CompiledProgram:
-    """Compiles to the end."""
-    program = lowered.compile()
-    m = program.memory_analysis()
+def compile_fully(lowered: jax.stages.Lowered) -> CompiledProgram:
+    """Compile to machine code.
+
+    Raises:
+        UserError: the compiler does not report the program or its memory.
+    """
+    compiled = lowered.compile()
+    text, m = compiled.as_text(), compiled.memory_analysis()
+    if text is None or m is None:
+        raise UserError("this platform's compiler reports neither programs nor their memory")
     memory = {
         "arguments": m.argument_size_in_bytes,
         "temporaries": m.temp_size_in_bytes,
         "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,
         "program": m.generated_code_size_in_bytes,
     }
-    return CompiledProgram(program.as_text(), memory)
+    return CompiledProgram(text, memory)
 
 
-def optimized(lower: Callable[[], jax.stages.Lowered]) -> CompiledProgram:
-    """Compiles for TPUs up to the machine code, which takes minutes and tells a plan only its own size.
+def compile_without_codegen(lower: Callable[[], jax.stages.Lowered]) -> CompiledProgram:
+    """Compile for TPUs up to the optimized HLO; code generation takes most of the time.
 
-    The compiler knows no such end, but writes down what it has before it goes on; so it runs in a process
-    that is killed then. Of the program, the constants alone are counted.
+    The compiler has no option to stop there, but it dumps its results before it continues. So it runs in a
+    process that is killed after the dump. The program's memory counts its constants only.
 
     Args:
-        lower: what to compile; it can be pickled.
+        lower: returns what to compile; must be picklable.
 
     Raises:
-        JaxRuntimeError: the compiler refuses the program.
+        JaxRuntimeError: the compiler rejected the program.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -63,12 +80,14 @@ def optimized(lower: Callable[[], jax.stages.Lowered]) -> CompiledProgram:
             while not (last := list(Path(directory).glob(f"*{_LAST}"))) and not receiver.poll(0.1):
                 pass
             if not last:
-                raise jax.errors.JaxRuntimeError(_received(receiver))
+                raise jax.errors.JaxRuntimeError(_receive(receiver))
         finally:
             process.kill()
             process.join()
         stem = str(last[0]).removesuffix(_LAST)
-        return CompiledProgram(Path(stem + _TEXT).read_text(), _assigned(Path(stem + _MEMORY).read_text()))
+        return CompiledProgram(
+            Path(stem + _TEXT).read_text(), _parse_memory(Path(stem + _MEMORY).read_text())
+        )
 
 
 def _compile(lower: Callable[[], jax.stages.Lowered], directory: str, sender: Connection) -> None:
@@ -79,25 +98,19 @@ def _compile(lower: Callable[[], jax.stages.Lowered], directory: str, sender: Co
         sender.send(str(error))
 
 
-def _received(receiver: Connection) -> str:
+def _receive(receiver: Connection) -> str:
     try:
         return receiver.recv()
     except EOFError:
-        return "INTERNAL: the compiler's process ended without a word"
+        return "INTERNAL: the compiler's process died without an error message"
 
 
-def _assigned(text: str) -> dict[str, int]:
-    """The sizes in a buffer assignment: of the chip's main memory, which has no colour."""
-    memory = dict.fromkeys(("arguments", "temporaries", "outputs", "program"), 0)
-    kinds = {
-        "parameter": "arguments",
-        "preallocated-temp": "temporaries",
-        "output shape": "outputs",
-        "maybe-live-out": "outputs",
-        "constant": "program",
-    }
+def _parse_memory(text: str) -> dict[str, int]:
+    """Sum a buffer assignment's allocations in main memory, which have no color."""
+    memory: dict[str, int] = dict.fromkeys(("arguments", "temporaries", "outputs", "program"), 0)
     for size, rest in re.findall(r"^allocation \d+: size (\d+), (.*)", text, re.MULTILINE):
-        kind = next((kind for start, kind in kinds.items() if rest.startswith(start)), None)
-        if kind:
-            memory[kind] += int(size)
+        for prefix, kind in _ALLOCATIONS.items():
+            if rest.startswith(prefix):
+                memory[kind] += int(size)
+                break
     return memory

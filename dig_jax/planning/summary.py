@@ -1,11 +1,11 @@
-"""A plan as text."""
+"""Format a plan as text."""
 
 from collections.abc import Iterator
 from typing import Any
 
 
 def summary(plan: dict[str, Any]) -> str:
-    """The figures of `dig_jax.planning.plan.plan`, for people."""
+    """Format the figures of `dig_jax.planning.plan.plan`."""
     return "\n".join(_lines(plan))
 
 
@@ -16,12 +16,12 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     if plan["chip"]:
         chip = plan["chip"]
         yield (
-            f"a chip: {chip['flops']['bfloat16'] / 1e12:,.0f} Tflop/s in bfloat16,"
-            f" {chip['bandwidth'] / 1e9:,.0f} GB/s of memory, {chip['link'] / 1e9:,.0f} GB/s per link"
+            f"chip: {chip['flops']['bfloat16'] / 1e12:,.0f} TFLOP/s in bfloat16,"
+            f" {chip['bandwidth'] / 1e9:,.0f} GB/s memory, {chip['link'] / 1e9:,.0f} GB/s per link"
             + (f", {chip['devices']} devices" if chip["devices"] > 1 else "")
         )
     else:
-        yield "the peaks of this device are not known: no times, and no limit of its memory"
+        yield "unknown device: no peak rates, so neither times nor a memory limit"
     limit = plan["memory_limit"]
     yield from _step("train step", plan["train"], limit, plan)
     if "train_at_largest_batch" in plan:
@@ -32,14 +32,14 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         else:
             yield (
                 f"largest batch that fits: {best['images_per_device']:,} per device (compiled),"
-                f" {best['batch_size']:,} in all"
+                f" {best['batch_size']:,} in total"
             )
             if best["batch_size"] != plan["train"]["batch_size"]:
-                yield from _step("train step of the largest batch", best, limit, plan)
+                yield from _step("train step with the largest batch", best, limit, plan)
     if "sampler" in plan:
         sampler = plan["sampler"]
         yield from _step(
-            f"sampler, {sampler['sampler']} of {sampler['sampler_steps']} steps", sampler, limit, plan
+            f"sampler ({sampler['sampler']}, {sampler['sampler_steps']} steps)", sampler, limit, plan
         )
 
 
@@ -55,14 +55,14 @@ def _step(title: str, figures: dict[str, Any], limit: float | None, plan: dict[s
     if "memory" not in figures:
         return
     flops = sum(figures["flops"].values())
-    yield _line("flops", _decimal(flops, "flop")) + _over_model(figures, flops, plan)
+    yield _line("FLOPs", _decimal(flops, "FLOP")) + _over_model(figures, flops, plan)
     yield _line("memory traffic", _decimal(figures["bytes"], "B"))
     for kind, size in figures["collectives"].items():
         yield _line(kind, _decimal(size, "B"))
     if "seconds" not in figures:
         return
     for kind, seconds in figures["seconds"].items():
-        yield _line(kind, _decimal(seconds, "s")) + (" (the bound)" if kind == figures["bound"] else "")
+        yield _line(kind, _decimal(seconds, "s")) + (" (bound)" if kind == figures["bound"] else "")
     rate = f"  at best {figures['images_per_second']:,.4g} images/s"
     if "mfu" in figures:
         rate += (
@@ -77,13 +77,13 @@ def _line(name: str, amount: str) -> str:
 
 
 def _binary(size: int | float) -> str:
-    """Bytes, in GiB, MiB or KiB."""
+    """Format bytes in GiB, MiB or KiB."""
     power = next((power for power in (3, 2) if size >= 1024**power), 1)
     return f"{size / 1024**power:,.2f} {' KMG'[power]}iB"
 
 
 def _decimal(amount: int | float, unit: str) -> str:
-    """An amount with the prefix that leaves one to three digits before the point."""
+    """Format an amount with the SI prefix that leaves one to three digits before the point."""
     prefixes = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1.0: "", 1e-3: "m", 1e-6: "µ"}
     factor = next((factor for factor in prefixes if amount >= factor), 1e-6)
     return f"{amount / factor:,.2f} {prefixes[factor]}{unit}"
@@ -92,8 +92,8 @@ def _decimal(amount: int | float, unit: str) -> str:
 def _verdict(needed: int | float, limit: float | None) -> str:
     if limit is None:
         return ""
-    fits = "it fits" if needed <= limit else f"{_binary(needed - limit)} too much"
-    return f" of {_binary(limit)}: {fits}"
+    verdict = "fits" if needed <= limit else f"{_binary(needed - limit)} too much"
+    return f" of {_binary(limit)}: {verdict}"
 
 
 def _over_model(figures: dict[str, Any], flops: int, plan: dict[str, Any]) -> str:
@@ -101,4 +101,4 @@ def _over_model(figures: dict[str, Any], flops: int, plan: dict[str, Any]) -> st
         return ""
     devices = plan["chips"] * (plan["chip"]["devices"] if plan["chip"] else 1)
     needed = plan["model_flops_per_image"] * figures["batch_size"] / devices
-    return f", {flops / needed:.2f} of what the model needs"
+    return f", {flops / needed:.2f} × the model's FLOPs"

@@ -1,4 +1,4 @@
-"""Devices by the name of a topology: those of this machine, or such as only their compiler knows."""
+"""Devices of a topology by name: this machine's, or ones that only a compiler knows."""
 
 import dataclasses
 import importlib.util
@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -15,7 +16,7 @@ from dig_jax.hardware.chips import CHIPS, Chip, chip_of_kind
 
 THIS = "this"
 _EXAMPLES = "v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:8x8, tpu7x:2x2x1, h100:8x4 (8 on each of 4 hosts), h200:8"
-# What XLA is told of a GPU (its GpuTargetConfigProto). That of an H100 differs in its memory.
+# XLA's GpuTargetConfigProto of a Hopper GPU.
 _GPU = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -33,15 +34,15 @@ device_description_str: "{kind}"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices, and what they are.
+    """Devices of one kind.
 
-    name: as it was asked for.
-    devices: of JAX; they need not exist.
-    chip: None where its peaks are not known.
+    name: the requested name.
+    devices: JAX devices, which may be only descriptions for the compiler.
+    chip: their rates; None if unknown.
     """
 
     name: str
-    devices: Sequence[jax.Device]
+    devices: Sequence[Any]
     chip: Chip | None
 
     @property
@@ -51,13 +52,13 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """The devices of `this` machine, or those that a name such as v5e:16x16 or h100:8x4 stands for.
+    """Return this machine's devices for "this", or those of a topology such as "v5e:16x16" or "h100:8x4".
 
-    It is to be called before JAX is first used: for chips that are not there JAX is told to look for none.
+    Call it before JAX initializes its backends: for other topologies it restricts JAX to the CPU.
 
     Raises:
-        ConfigError: an unknown name, or a size that these chips do not come in.
-        UserError: their compiler is not installed.
+        ConfigError: an unknown name or an unavailable size.
+        UserError: the compiler for these chips is not installed.
     """
     if name == THIS:
         return Topology(name, jax.devices(), chip_of_kind(jax.devices()[0].device_kind))
@@ -65,30 +66,31 @@ def find_topology(name: str) -> Topology:
     if match is None or match[1] not in CHIPS:
         hint = suggest(name.partition(":")[0], CHIPS)
         raise ConfigError(
-            f"--topology={name} is unknown{hint}; there are {THIS} (machine), {_EXAMPLES}, and other sizes"
+            f"unknown --topology={name}{hint}; expected {THIS} (the local devices) or a kind of chip and a"
+            f" size, such as {_EXAMPLES}"
         )
     chip, sizes = CHIPS[match[1]], [int(size) for size in match[2].split("x")]
     _require_compiler(chip)
-    _look_for_no_chips()
+    _hide_local_chips()
     try:
         devices = _gpus(chip, sizes) if chip.network else _tpus(chip, name)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise ConfigError(f"--topology={name}: {str(error).splitlines()[0]}") from error
     topology = Topology(name, devices, chip)
     if topology.chips != math.prod(sizes):
-        raise ConfigError(f"--topology={name}: the compiler knows {topology.chips} such chips")
+        raise ConfigError(f"invalid --topology={name}: the compiler made {topology.chips} chips of it")
     return topology
 
 
-def _tpus(chip: Chip, name: str) -> Sequence[jax.Device]:
+def _tpus(chip: Chip, name: str) -> Sequence[Any]:
     return topologies.get_topology_desc(
         platform="tpu", topology_name=name, chip_config_name=chip.config
     ).devices
 
 
-def _gpus(chip: Chip, sizes: list[int]) -> Sequence[jax.Device]:
+def _gpus(chip: Chip, sizes: list[int]) -> Sequence[Any]:
     if len(sizes) > 2:
-        raise ValueError("GPUs are counted as PER_HOST or PER_HOSTxHOSTS")
+        raise ValueError("invalid number of GPUs; expected PER_HOST or PER_HOSTxHOSTS")
     per_host, hosts = (*sizes, 1)[:2]
     target = _GPU.format(kind=chip.kind, memory=chip.memory, bandwidth=chip.bandwidth)
     return topologies.get_topology_desc(
@@ -108,12 +110,12 @@ def _require_compiler(chip: Chip) -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
-def _look_for_no_chips() -> None:
-    """Neither JAX nor the compilers, which would warn that they find none."""
+def _hide_local_chips() -> None:
+    """Keep JAX and the compilers from searching for chips, and from warning that there are none."""
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
