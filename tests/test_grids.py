@@ -41,7 +41,7 @@ def find(picture, image):
 
 @given(st.integers(1, 7), st.integers(1, 4), st.sampled_from([1, 3]), st.booleans(), st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_every_image_stands_whole_in_its_row_and_column(count, columns, channels, labels, titles):
+def test_every_image_is_in_its_row_and_column_and_uncovered(count, columns, channels, labels, titles):
     """Exact pixels: neither a label nor another image covers any of them."""
     images = random_images(count, 3, 5, channels)
     rows = -(-count // columns)
@@ -86,7 +86,7 @@ def test_texts_are_drawn_outside_of_the_images():
         assert sum(outside) > 5, name
 
 
-def test_layout_leaves_room_for_all_cells():
+def test_the_layout_has_room_for_all_cells():
     layout = GridLayout(count=5, columns=3, height=10, width=20, left=30, top=40, title=7)
     assert layout.rows == 2
     assert layout.corner(0) == (30, 47)
@@ -96,21 +96,21 @@ def test_layout_leaves_room_for_all_cells():
 
 
 @pytest.mark.parametrize("size, scale", [((8, 8), 10), ((32, 16), 2), ((64, 64), 1), ((256, 256), 1)])
-def test_tiny_images_are_enlarged_by_a_whole_factor(size, scale):
+def test_small_images_are_enlarged_by_an_integer_factor(size, scale):
     images = random_images(1, *size, 3)
     find(np.asarray(draw_grid(images, columns=1)), enlarged(images, scale)[0])
 
 
-def test_each_neighbour_stands_at_the_right_of_its_image(tmp_path):
-    images, neighbours = random_images(4, 8, 8, 1), random_images(4, 8, 8, 1, seed=1)
-    save_pair_grid(tmp_path / "pairs.png", images, neighbours, columns=2, row_labels=["0", "1"])
+def test_each_neighbor_is_to_the_right_of_its_image(tmp_path):
+    images, neighbors = random_images(4, 8, 8, 1), random_images(4, 8, 8, 1, seed=1)
+    save_pair_grid(tmp_path / "pairs.png", images, neighbors, columns=2, row_labels=["0", "1"])
     picture = np.asarray(Image.open(tmp_path / "pairs.png"))
-    for image, neighbour in zip(enlarged(images, 10), enlarged(neighbours, 10), strict=True):
+    for image, neighbor in zip(enlarged(images, 10), enlarged(neighbors, 10), strict=True):
         x, y = find(picture, image)
-        assert find(picture, neighbour) == (x + 80 + 1, y)
+        assert find(picture, neighbor) == (x + 80 + 1, y)
 
 
-def test_denoising_goes_from_the_first_step_to_the_last(tmp_path):
+def test_denoising_shows_the_first_step_to_the_last(tmp_path):
     trajectory = random_images(31, 2, 4, 4, 3)
     save_denoising(tmp_path / "strip.png", trajectory, row_labels=["3", "7"], frames=4, caption="steps")
     picture = np.asarray(Image.open(tmp_path / "strip.png"))
@@ -122,7 +122,7 @@ def test_denoising_goes_from_the_first_step_to_the_last(tmp_path):
     find(np.asarray(Image.open(tmp_path / "short.png")), enlarged(trajectory[2, 1], 20))
 
 
-def test_a_failed_write_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
     path = tmp_path / "grid.png"
     save_grid(path, random_images(1, 4, 4, 1), columns=1)
     old = path.read_bytes()
@@ -138,7 +138,7 @@ def test_a_failed_write_leaves_the_old_picture_and_nothing_else(tmp_path, monkey
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_cannot_be_written_is_an_oserror(tmp_path):
+def test_an_unwritable_path_is_an_oserror(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1, "loss": 1.0}\n')
     with pytest.raises(OSError, match="missing"):
@@ -150,21 +150,21 @@ def test_a_place_that_cannot_be_written_is_an_oserror(tmp_path):
 @pytest.mark.parametrize(
     "shape, options, message",
     [
-        ((0, 4, 4, 1), {}, "one or more with 1 or 3 channels"),
-        ((2, 4, 4, 4), {}, "1 or 3 channels, got shape"),
-        ((3, 4, 4, 1), {"row_labels": ["0"]}, "row_labels must be 2 texts for this grid, got 1"),
-        ((3, 4, 4, 1), {"column_labels": ["0"] * 3}, "column_labels must be 2 texts"),
-        ((3, 4, 4, 1), {"columns": 0}, "columns must be at least 1, got 0"),
-        ((3, 4, 4, 1), {"titles": ["0"] * 4}, "titles must be 3 texts"),
+        ((0, 4, 4, 1), {}, "expected one or more with 1 or 3 channels"),
+        ((2, 4, 4, 4), {}, "invalid images: got shape"),
+        ((3, 4, 4, 1), {"row_labels": ["0"]}, "invalid row_labels: got 1; expected 2 for this grid"),
+        ((3, 4, 4, 1), {"column_labels": ["0"] * 3}, "invalid column_labels: got 3; expected 2"),
+        ((3, 4, 4, 1), {"columns": 0}, "invalid columns: got 0; expected at least 1"),
+        ((3, 4, 4, 1), {"titles": ["0"] * 4}, "invalid titles: got 4; expected 3"),
     ],
 )
-def test_a_grid_names_what_does_not_fit(shape, options, message):
+def test_a_grid_names_invalid_arguments(shape, options, message):
     with pytest.raises(ValueError, match=message):
         draw_grid(np.zeros(shape, np.uint8), **{"columns": 2, **options})
 
 
 def test_pairs_must_have_one_shape():
-    with pytest.raises(ValueError, match="differ in shape"):
+    with pytest.raises(ValueError, match="shapes of images and neighbors differ"):
         save_pair_grid("never.png", random_images(1, 4, 4, 1), random_images(2, 4, 4, 1), columns=1)
 
 
@@ -174,7 +174,7 @@ def curve(tmp_path, lines):
     return np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
 
 
-def test_the_loss_curve_shows_what_was_logged_and_passes_over_broken_lines(tmp_path):
+def test_the_loss_curve_shows_each_loss_and_skips_invalid_lines(tmp_path):
     names = ["loss", "heldout_loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4"]
     lines = [json.dumps({"step": step, **dict.fromkeys(names[:1], 2.0 / step)}) for step in range(1, 100)]
     alone = curve(tmp_path, lines)
@@ -193,7 +193,7 @@ def test_the_loss_curve_shows_what_was_logged_and_passes_over_broken_lines(tmp_p
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["loss.png", "metrics.jsonl"]
 
 
-def test_of_a_step_logged_twice_the_later_line_counts(tmp_path):
+def test_the_later_line_of_a_step_counts(tmp_path):
     lines = [json.dumps({"step": step, "loss": loss}) for step, loss in [(1, 3.0), (2, 2.0), (3, 1.0)]]
     stray = json.dumps({"step": 2, "loss": 1e4})
     np.testing.assert_array_equal(curve(tmp_path, [stray, *lines]), curve(tmp_path, lines))
@@ -202,7 +202,7 @@ def test_of_a_step_logged_twice_the_later_line_counts(tmp_path):
 @pytest.mark.parametrize(
     "lines", [[], ['{"step": 1, "images_per_second": 3.0}'], ['{"step": 1, "loss": NaN}']]
 )
-def test_a_metrics_file_without_losses_is_refused(tmp_path, lines):
+def test_a_metrics_file_without_losses_is_rejected(tmp_path, lines):
     with pytest.raises(ValueError, match="holds no loss"):
         curve(tmp_path, lines)
 
@@ -229,7 +229,7 @@ def test_imports_are_light():
     ("shape", "cell"),
     [((96, 64, 3), (48, 32)), ((256, 256, 1), (48, 48)), ((8, 8, 1), (48, 48)), ((20, 20, 3), (40, 40))],
 )
-def test_images_in_a_small_grid_are_at_most_48_pixels_large(tmp_path, shape, cell):
+def test_images_in_a_small_grid_are_at_most_48_pixels_per_side(tmp_path, shape, cell):
     images = np.full((4, *shape), 200, np.uint8)
     save_small_grid(tmp_path / "small.png", images, columns=2)
     layout = GridLayout(count=4, columns=2, height=cell[0], width=cell[1])

@@ -47,4 +47,5 @@ def _moments(
     """Mean, and R such that RᵀR is the covariance."""
     features = features.astype(np.float64)
     mean = features.mean(0)
-    return mean, np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")
+    root = np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")
+    return mean, np.asarray(root)

@@ -1,8 +1,4 @@
-"""PNG pictures: labelled grids of images, pairs with their nearest neighbours, denoising strips.
-
-Every file is written beside its place under another name and then moved there, so that a reader, or a run
-that is killed, never meets half a picture.
-"""
+"""PNG files of images: labeled grids, pairs with nearest neighbors, denoising strips; written atomically."""
 
 import dataclasses
 import math
@@ -15,22 +11,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dig_jax.files.atomic import replacing
 
-# The paper is grey so that white strokes which reach the edge of an image end there.
-_PAPER, _INK = (222, 225, 231), (30, 33, 40)
+# A gray background shows where white strokes reach the edge of an image.
+_BACKGROUND, _INK = (222, 225, 231), (30, 33, 40)
 _MARGIN = 12
-# Tiny images are enlarged by the largest whole number that keeps them within this many pixels.
+# Small images are enlarged by the largest integer factor that keeps them within this many pixels.
 _CELL = 80
-# The side of images in a small grid.
+# Maximum side of the images in a small grid, in pixels.
 _SMALL = 48
 
 
 @dataclasses.dataclass(frozen=True)
 class GridLayout:
-    """Where `count` equal images stand in a grid; all lengths in pixels of the picture.
+    """Positions of `count` images of equal size in a grid, in pixels of the grid.
 
-    height, width: of one image.
-    left, top: of the first cell.
-    title: room above each image.
+    height, width: size of one image.
+    left, top: position of the first cell.
+    title: height of the title above each image.
     """
 
     count: int
@@ -43,22 +39,22 @@ class GridLayout:
 
     @property
     def gutter(self) -> int:
-        """Free width between two cells."""
+        """Space between two cells."""
         return max(4, self.width // 25)
 
     @property
     def rows(self) -> int:
-        """Number of rows, the last of which may be incomplete."""
+        """Number of rows; the last may be incomplete."""
         return -(-self.count // self.columns)
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the picture, its margins included."""
+        """(width, height) of the grid with its margins."""
         x, y = self.corner(self.rows * self.columns - 1)
         return x + self.width + _MARGIN, y + self.height + _MARGIN
 
     def corner(self, index: int) -> tuple[int, int]:
-        """(x, y) of the upper left pixel of image `index`, counted along rows."""
+        """Return (x, y) of the upper left pixel of image `index`, counted row by row."""
         row, column = divmod(index, self.columns)
         x = self.left + column * (self.width + self.gutter)
         y = self.top + row * (self.title + self.height + self.gutter) + self.title
@@ -66,11 +62,11 @@ class GridLayout:
 
 
 def save_grid(path: str | os.PathLike, images: UInt8[np.ndarray, "n h w c"], **options) -> None:
-    """Writes `draw_grid(images, **options)` to a PNG file.
+    """Write `draw_grid(images, **options)` to a PNG file.
 
     Raises:
         ValueError: as `draw_grid`.
-        OSError: if the file cannot be written; an older file of that name then stays as it is.
+        OSError: the file cannot be written; an existing file is kept.
     """
     with replacing(path) as file:
         draw_grid(images, **options).save(file, format="PNG")
@@ -86,25 +82,24 @@ def draw_grid(
     caption: str = "",
     scale: int | None = None,
 ) -> Image.Image:
-    """A grid of images, filled row by row, with text around but never over them.
+    """Draw a grid of images, filled row by row, with all text outside of the images.
 
     Args:
-        images: at least one, grey (c = 1) or RGB (c = 3).
-        columns: images per row.
-        row_labels: one at the left of each row, or none.
-        column_labels: one above each column, or none.
-        titles: one above each image, cut to its width, or none.
-        caption: below the grid, broken into lines.
-        scale: whole factor by which every pixel is repeated; by default tiny images become about 80 pixels
-            large and others stay as they are.
+        images: one or more grayscale (c = 1) or RGB (c = 3) images.
+        columns: number of images per row.
+        row_labels: one label to the left of each row, or none.
+        column_labels: one label above each column, or none.
+        titles: one title above each image, cut to its width, or none.
+        caption: text below the grid, wrapped.
+        scale: integer factor of enlargement; by default, small images are enlarged to about 80 pixels.
 
     Raises:
-        ValueError: if there is no image, or the number of labels or titles does not fit.
+        ValueError: there is no image, or the number of labels or titles does not match.
     """
-    images = _enlarged(images, scale)
+    images = _enlarge(images, scale)
     count, height, width, _ = images.shape
     _check_counts(count, columns, row_labels=row_labels, column_labels=column_labels, titles=titles)
-    font = ImageFont.load_default(min(24, max(12, width // 6)))
+    font = _font(min(24, max(12, width // 6)))
     line = math.ceil(1.4 * font.size)
     row_labels = [_cut(text, font, max(160, width)) for text in row_labels]
     layout = GridLayout(
@@ -116,7 +111,7 @@ def draw_grid(
         top=_MARGIN + (line if column_labels else 0),
         title=line if titles else 0,
     )
-    picture = Image.new("RGB", layout.size, _PAPER)
+    picture = Image.new("RGB", layout.size, _BACKGROUND)
     for index, image in enumerate(images):
         picture.paste(Image.fromarray(image), layout.corner(index))
     draw = ImageDraw.Draw(picture)
@@ -133,43 +128,42 @@ def draw_grid(
 
 
 def save_small_grid(path: str | os.PathLike, images: UInt8[np.ndarray, "n h w c"], **options) -> None:
-    """`save_grid` with images of at most 48 pixels a side, for looking at many grids at once.
-
-    Raises:
-        ValueError, OSError: as `save_grid`.
-    """
+    """Write a grid as `save_grid` does, with images reduced to at most 48 pixels per side."""
     factor = _SMALL / max(images.shape[1:3])
     if factor < 1:
-        size = tuple(max(1, round(factor * length)) for length in images.shape[2:0:-1])
-        grey = images.shape[3] == 1
+        count, height, width, channels = images.shape
+        height, width = (max(1, round(factor * length)) for length in (height, width))
         reduced = [
-            np.asarray(
-                Image.fromarray(image[..., 0] if grey else image).resize(size, Image.Resampling.LANCZOS)
+            Image.fromarray(image.squeeze(-1) if channels == 1 else image).resize(
+                (width, height), Image.Resampling.LANCZOS
             )
             for image in images
         ]
-        images = np.stack(reduced).reshape(len(images), *size[::-1], images.shape[3])
+        images = np.stack([np.asarray(image) for image in reduced]).reshape(count, height, width, channels)
     save_grid(path, images, scale=max(1, int(factor)), **options)
 
 
 def save_pair_grid(
     path: str | os.PathLike,
     images: UInt8[np.ndarray, "n h w c"],
-    neighbours: UInt8[np.ndarray, "_ _ _ _"],
+    neighbors: UInt8[np.ndarray, "_ _ _ _"],
     *,
     columns: int,
     row_labels: Sequence[str] = (),
-    caption: str = "In each pair: a generated image, and to its right the training image nearest to it.",
+    caption: str = "In each pair, left: a generated image; right: the training image nearest to it.",
 ) -> None:
-    """Writes the grid of `save_grid` with each image's neighbour at its right, to make copies visible.
+    """Write a grid as `save_grid` does, with a neighbor to the right of each image, to make copies visible.
 
     Raises:
-        ValueError: if the shapes differ, or as `draw_grid`.
+        ValueError: the shapes differ, or as `draw_grid`.
         OSError: as `save_grid`.
     """
-    if images.shape != neighbours.shape:
-        raise ValueError(f"images and neighbours differ in shape: {images.shape} and {neighbours.shape}")
-    left, right = _enlarged(images), _enlarged(neighbours)
+    if images.shape != neighbors.shape:
+        raise ValueError(
+            f"shapes of images and neighbors differ: got {images.shape} and {neighbors.shape}; expected equal"
+            " shapes"
+        )
+    left, right = _enlarge(images), _enlarge(neighbors)
     pairs = np.concatenate([left, np.full_like(left[:, :, :1], 255), right], axis=2)
     save_grid(path, pairs, columns=columns, row_labels=row_labels, caption=caption, scale=1)
 
@@ -182,14 +176,14 @@ def save_denoising(
     frames: int = 10,
     caption: str = "",
 ) -> None:
-    """Writes how images come out of noise: a row for each, `frames` evenly spaced steps from first to last.
+    """Write a grid of the denoising steps: one row per image, `frames` evenly spaced steps.
 
     Args:
-        path: of the PNG file.
-        trajectory: all steps of all images.
-        row_labels: one for each image.
-        frames: number of steps shown, or all if there are fewer.
-        caption: below the strip.
+        path: PNG file.
+        trajectory: the images at all steps, as returned by `Sampler.trajectory`.
+        row_labels: one label per image, or none.
+        frames: maximum number of steps in the grid.
+        caption: text below the grid.
 
     Raises:
         ValueError: as `draw_grid`.
@@ -207,11 +201,13 @@ def save_denoising(
     )
 
 
-def _enlarged(images: UInt8[np.ndarray, "n h w c"], scale: int | None = None) -> UInt8[np.ndarray, "n H W 3"]:
-    """The images in RGB with each pixel repeated, by default until they are about as large as a cell."""
+def _enlarge(images: UInt8[np.ndarray, "n h w c"], scale: int | None = None) -> UInt8[np.ndarray, "n H W 3"]:
+    """Return RGB images enlarged by an integer factor, by default to about the size of a cell."""
     count, height, width, channels = images.shape
     if not count or channels not in (1, 3):
-        raise ValueError(f"images must be one or more with 1 or 3 channels, got shape {images.shape}")
+        raise ValueError(
+            f"invalid images: got shape {images.shape}; expected one or more with 1 or 3 channels"
+        )
     scale = scale or max(1, _CELL // max(height, width))
     images = np.broadcast_to(images, (count, height, width, 3))
     return images.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -219,24 +215,30 @@ def _enlarged(images: UInt8[np.ndarray, "n h w c"], scale: int | None = None) ->
 
 def _check_counts(count: int, columns: int, **texts: Sequence[str]) -> None:
     if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+        raise ValueError(f"invalid columns: got {columns}; expected at least 1")
     numbers = {"row_labels": -(-count // columns), "column_labels": columns, "titles": count}
     for name, given in texts.items():
         if given and len(given) != numbers[name]:
-            raise ValueError(f"{name} must be {numbers[name]} texts for this grid, got {len(given)}")
+            raise ValueError(f"invalid {name}: got {len(given)}; expected {numbers[name]} for this grid")
 
 
 def _with_caption(picture: Image.Image, caption: str, font: ImageFont.FreeTypeFont, left: int) -> Image.Image:
-    """The picture on a sheet that has room for the caption below, and if need be at the right."""
+    """Return the picture with a caption below it, on a wider background if the caption needs it."""
     line = math.ceil(1.4 * font.size)
     lines = _wrap(caption, font, max(picture.width - left - _MARGIN, 16 * line))
     width = max(picture.width, left + _extent(lines, font) + _MARGIN)
-    sheet = Image.new("RGB", (width, picture.height + line * len(lines)), _PAPER)
-    sheet.paste(picture)
+    captioned = Image.new("RGB", (width, picture.height + line * len(lines)), _BACKGROUND)
+    captioned.paste(picture)
     for number, text in enumerate(lines):
         y = picture.height + line * (number + 0.5)
-        ImageDraw.Draw(sheet).text((left, y), text, _INK, font, anchor="lm")
-    return sheet
+        ImageDraw.Draw(captioned).text((left, y), text, _INK, font, anchor="lm")
+    return captioned
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # it is, whenever a size is given
+    return font
 
 
 def _extent(texts: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
@@ -244,7 +246,7 @@ def _extent(texts: Sequence[str], font: ImageFont.FreeTypeFont) -> int:
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, or as much of it as fits into this width, and three dots."""
+    """Return the text, cut to a width in pixels with three dots at the end."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

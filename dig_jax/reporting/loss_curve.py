@@ -71,11 +71,12 @@ def save_loss_curve(path: str | os.PathLike, metrics_path: str | os.PathLike) ->
     axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="loss")
     for name, style in _CURVES.items():
         steps, losses = series(rows, name, positive=True)
-        if len(steps):
-            axes.plot(steps, losses if name == "heldout_loss" else smooth(losses), **style)
+        if not len(steps):
+            continue
+        axes.plot(steps, losses if name == "heldout_loss" else smooth(losses), **style)
         if name == "loss":
             axes.plot(steps, losses, ".-", color=style["color"], markersize=2, linewidth=0.6, alpha=0.25)
-    if not any(len(line.get_xdata()) for line in axes.get_lines()):
+    if not axes.lines:
         raise ValueError(f"{os.fspath(metrics_path)} holds no loss to draw")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

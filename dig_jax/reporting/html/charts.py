@@ -131,7 +131,7 @@ def chart(
 
 
 def _draw(axes: "Axes", drawn: Sequence[tuple[Curve, *_Thinned]], logarithmic: bool) -> None:
-    """Draw the curves, and choose the range of the axes by their means."""
+    """Draw the curves; their means determine the ranges of the axes."""
     axes.set(yscale="log" if logarithmic else "linear", xmargin=0, ymargin=0.08)
     for order, (curve, steps, mean, _, _) in enumerate(drawn):
         dots = len(steps) == 1 or (curve.dots and len(steps) <= _DOTS)
@@ -153,12 +153,12 @@ def _draw(axes: "Axes", drawn: Sequence[tuple[Curve, *_Thinned]], logarithmic: b
         axes.set_ylim(bottom=0)
     axes.autoscale(False)
     for curve, steps, _, low, high in drawn:
-        if curve.noisy and len(steps) > 2:
+        if curve.noisy:
             axes.fill_between(steps, low, high, color=COLORS[curve.color], alpha=0.22, linewidth=0)
 
 
 def _style(axes: "Axes", show: Callable[[float], str], logarithmic: bool) -> None:
-    """Place the ticks, and leave of the frame only the axis of steps."""
+    """Set the ticks, and hide the frame except for the axis of steps."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     low, high = axes.get_ylim()
