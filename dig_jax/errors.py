@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 _MAX_LENGTH = 300
@@ -70,6 +70,11 @@ def one_line(error: BaseException, *, name_type: bool = False) -> str:
     if name_type and text:
         text = f"{name}: {text}"
     return text.splitlines()[0][:_MAX_LENGTH] if text else name
+
+
+def alternatives(choices: Sequence[str]) -> str:
+    """Return "a, b or c"."""
+    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:

@@ -1,4 +1,5 @@
-"""Process-wide settings for programs: CPU devices and memory, the compilation cache, LLVM."""
+"""Settings of the whole process: CPU devices and memory, the compilation cache, LLVM. Programs call them,
+libraries do not."""
 
 import contextlib
 import ctypes
@@ -14,34 +15,32 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
-def keep_compiled_programs() -> None:
-    """Has JAX keep what takes a second or more to compile, unless it was told where by its own setting.
+def enable_compilation_cache() -> None:
+    """Let JAX cache compiled programs on disk, in ~/.cache/dig_jax/compiled or below XDG_CACHE_HOME.
 
-    JAX_COMPILATION_CACHE_DIR names the directory, an empty one for none; by default it is
-    ~/.cache/dig_jax/compiled, or where XDG_CACHE_HOME has the user's caches. To be called by programs, not by
-    libraries: it holds for all that the process compiles.
+    JAX_COMPILATION_CACHE_DIR overrides the directory; if it is empty, nothing is cached.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # the user has no home directory
         return
     jax.config.update("jax_compilation_cache_dir", str(cache / "dig_jax" / "compiled"))
 
 
-def leave_stacks_without_names() -> None:
-    """Has LLVM look up no names for stacks, unless the environment says otherwise.
+def disable_llvm_symbolizer() -> None:
+    """Stop LLVM from symbolizing stack traces, unless LLVM_DISABLE_SYMBOLIZATION is set.
 
-    Compiling GPU kernels, Triton makes remarks that nobody sees, each with a stack: where llvm-symbolizer is
-    installed, to name its functions takes twice as long as all the rest. To be called by programs.
+    Triton attaches a stack trace to every remark, and nobody sees the remarks. If llvm-symbolizer is
+    installed, it takes two thirds of the time to compile a kernel.
     """
     os.environ.setdefault("LLVM_DISABLE_SYMBOLIZATION", "1")
 
 
 @contextlib.contextmanager
 def cache_hits() -> Iterator[list[str]]:
-    """While it is open, the list gets an entry for each program that is loaded instead of compiled."""
+    """Yield a list that gets an entry for each program that is loaded from the cache."""
     hits: list[str] = []
 
     def listen(event: str, **_: object) -> None:
@@ -56,14 +55,14 @@ def cache_hits() -> Iterator[list[str]]:
 
 
 def prepare_cpu(devices: int) -> None:
-    """Splits the CPU into so many devices, and keeps freed memory in the process.
+    """Split the CPU into devices, and keep freed memory in the process.
 
-    The arrays of a small model are too small for XLA's own threads: one device per core uses the cores. And
-    XLA frees a step's buffers at its end; by default glibc gives them back to the kernel, and a quarter of
-    the next step is spent on getting them again.
+    Arrays of small models do not occupy all of XLA's threads; one device per core does. XLA frees a step's
+    buffers at its end; by default glibc returns them to the kernel, and a quarter of the next step is spent
+    on page faults.
 
     Args:
-        devices: 1 leaves it at one. Where XLA_FLAGS already asks for a number, that one holds.
+        devices: number of devices, if XLA_FLAGS does not set it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

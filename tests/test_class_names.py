@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dig_jax.cli import command_line as cli
+from dig_jax.cli.number_lists import labels
 from dig_jax.data.class_names import class_index, display_name, imagenet_ids
 from dig_jax.errors import ConfigError
 
@@ -99,27 +99,27 @@ def test_without_classes_there_are_no_names():
     ],
 )
 def test_labels_are_indices_ranges_and_names(text, expected):
-    assert cli.labels(text, imagenet_ids()).tolist() == expected
-    assert cli.labels(None, imagenet_ids()) is None
+    assert labels(text, imagenet_ids()).tolist() == expected
+    assert labels(None, imagenet_ids()) is None
 
 
 def test_what_is_written_in_digits_is_an_index_whatever_the_classes_are_called():
-    assert cli.labels("2,10", ("1", "10", "100", "2")).tolist() == [2, 10]
+    assert labels("2,10", ("1", "10", "100", "2")).tolist() == [2, 10]
 
 
 @pytest.mark.parametrize(
     "text, told",
     [
         ("tench,golden retreiver", "--labels: there is no class 'golden retreiver'; did you mean"),
-        ("3-", "--labels='3-' is not a list of numbers"),
-        ("7-5,tench", "--labels='7-5,tench' is not a list of numbers"),
-        ("tench,,3", "is not a list of numbers"),
-        ("0-9999999,tench", "--labels='0-9999999,tench' is more than a million"),
+        ("3-", "--labels='3-'; expected numbers and ranges"),
+        ("7-5,tench", "--labels='7-5,tench'; expected numbers and ranges"),
+        ("tench,,3", "; expected numbers and ranges"),
+        ("0-9999999,tench", "--labels='0-9999999,tench'; expected at most a million"),
     ],
 )
 def test_labels_that_cannot_be_are_told_in_one_line(text, told):
     with pytest.raises(ConfigError, match=told):
-        cli.labels(text, imagenet_ids())
+        labels(text, imagenet_ids())
 
 
 def test_what_is_read_beside_the_code_is_installed_with_it():

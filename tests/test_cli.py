@@ -10,11 +10,14 @@ from absl import flags
 from configs import smoke
 from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
-from dig_jax.cli import command_line as cli
+from dig_jax.cli import command_line, commands
+from dig_jax.cli.number_lists import numbers
 from dig_jax.errors import CheckpointError, ConfigError
 from dig_jax.files.atomic import write_json
 
 ROOT = Path(__file__).parent.parent
+SMOKE = "--config=configs/smoke.py"
+FLAGS = sorted({name for command in commands.COMMANDS.values() for name in command.flags})
 
 
 @pytest.fixture
@@ -23,18 +26,42 @@ def command(monkeypatch, capsys):
 
     def run(*arguments, main=lambda settings, workdir: None):
         values = flags.FlagValues()
-        flags.DEFINE_enum("mode", "train", ["train", "sample"], "", flag_values=values)
+        flags.DEFINE_enum("mode", "train", list(commands.COMMANDS), "", flag_values=values)
+        for name in ("workdir", *FLAGS):
+            flags.DEFINE_string(name, None, "", flag_values=values)
         monkeypatch.setattr(flags, "FLAGS", values)
         monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
         try:
-            cli.run(main, "usage")
+            command_line.run(main, "usage")
         except SystemExit as end:
             return end.code, capsys.readouterr().err
         return 0, capsys.readouterr().err
 
+    # These change the whole process.
+    for name in ("prepare_cpu", "disable_llvm_symbolizer", "enable_compilation_cache"):
+        monkeypatch.setattr(commands, name, lambda *_: None)
+    monkeypatch.setattr(command_line, "start_logging", lambda: None)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "_start_log", lambda: None)  # it is for a process of its own
     return run
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_mode_refuses_flags_of_others_and_names_their_modes(command, monkeypatch, flag):
+    started = []
+    table = {
+        mode: dataclasses.replace(row, run=lambda *_, mode=mode: started.append(mode))
+        for mode, row in commands.COMMANDS.items()
+    }
+    monkeypatch.setattr(commands, "COMMANDS", table)
+    accepting = [mode for mode, row in table.items() if flag in row.flags]
+    assert accepting
+    for mode in table:
+        status, stderr = command(SMOKE, f"--mode={mode}", f"--{flag}=1", main=commands.run)
+        assert status == (0 if mode in accepting else 2)
+        if mode not in accepting:
+            assert stderr.startswith(f"error: --{flag} does not apply to --mode={mode}; expected --mode=")
+            assert all(name in stderr.partition("expected")[2] for name in accepting)
+    assert started == accepting
 
 
 @pytest.fixture
@@ -42,9 +69,6 @@ def broken_config(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def get_config():\n    return 1 / 0\n")
     return path
-
-
-SMOKE = "--config=configs/smoke.py"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +92,7 @@ SMOKE = "--config=configs/smoke.py"
         ),
         ([SMOKE, "--config.model.learn_sigma=perhaps"], "--config.model.learn_sigma=perhaps: "),
         ([SMOKE, "--config.seed"], "Missing value for flag --config.seed"),
-        ([SMOKE, "--mode=trian"], "flag --mode=trian: value should be one of <train|sample>"),
+        ([SMOKE, "--mode=trian"], "flag --mode=trian: value should be one of <train|sample|"),
         ([SMOKE, "--mod=train"], "Unknown command line flag 'mod'. Did you mean: mode ?"),
         ([SMOKE, "sample"], "unexpected argument 'sample'; flags start with --"),
         (
@@ -82,6 +106,11 @@ def test_a_wrong_command_line_gives_one_line_and_status_2(command, arguments, me
     assert status == 2
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert message in stderr
+
+
+def test_an_export_needs_a_file_to_write(command):
+    status, stderr = command(SMOKE, "--mode=export", main=commands.run)
+    assert (status, stderr) == (2, "error: --output is missing; expected --output=FILE.safetensors\n")
 
 
 def test_a_config_file_that_fails_gives_one_line(command, broken_config):
@@ -140,7 +169,7 @@ def raising(error):
             "No space left on device: w/a.png",
         ),
         (OSError("no data"), 1, "no data"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume"),
     ],
 )
 def test_what_the_user_can_mend_is_told_in_one_line(command, error, status, line):
@@ -157,19 +186,19 @@ def test_a_bug_of_ours_keeps_its_traceback(command):
     [(None, None), ("7", [7]), ("0,3,5-7", [0, 3, 5, 6, 7]), ("2,2", [2, 2]), ("4-4", [4])],
 )
 def test_lists_of_numbers_are_read(text, expected):
-    result = cli.numbers(text, "labels")
+    result = numbers(text, "labels")
     assert result is None if expected is None else np.array_equal(result, expected)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "-1", "3-", "3-1", "1 2", "1-2-3", "1.5", "9" * 30])
 def test_what_is_no_list_of_numbers_is_refused(text):
-    with pytest.raises(ConfigError, match=r"--labels='.*' is not a list of numbers and ranges"):
-        cli.numbers(text, "labels")
+    with pytest.raises(ConfigError, match=r"invalid --labels='.*'; expected numbers and ranges"):
+        numbers(text, "labels")
 
 
 def test_a_range_that_would_fill_the_memory_is_refused():
-    with pytest.raises(ConfigError, match="--seeds='0-9999999999' is more than a million numbers"):
-        cli.numbers("0-9999999999", "seeds")
+    with pytest.raises(ConfigError, match="invalid --seeds='0-9999999999'; expected at most a million"):
+        numbers("0-9999999999", "seeds")
 
 
 def main_py(*arguments) -> subprocess.CompletedProcess:
@@ -184,18 +213,17 @@ def test_help_tells_how_to_use_it():
         "python main.py --config=configs/digits.py",
         "--workdir",
         "<train|sample|evaluate|encode|export|plan>",
-        "--labels",
+        *(f"--{name}" for name in FLAGS),
     ):
-        assert word in result.stdout
+        assert word.replace("--json", "--[no]json") in result.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["--mode=sample"], 1, "no checkpoint in "),
-        (["--labels=3"], 2, "--labels and --seeds go with --mode=sample"),
-        (["--mode=export"], 2, "--mode=export and --output=FILE.safetensors go together"),
-        (["--output=x.safetensors"], 2, "--mode=export and --output=FILE.safetensors go together"),
+        (["--labels=3"], 2, "--labels does not apply to --mode=train; expected --mode=sample"),
+        (["--mode=export"], 2, "--output is missing; expected --output=FILE.safetensors"),
     ],
 )
 def test_a_process_that_fails_says_so_in_one_line_and_leaves_nothing(tmp_path, arguments, status, message):
@@ -205,17 +233,28 @@ def test_a_process_that_fails_says_so_in_one_line_and_leaves_nothing(tmp_path, a
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_failed_save_leaves_undone_is_not_told_after_the_error():
+def test_nothing_follows_the_error_of_a_failed_save():
+    """Orbax, asyncio and TensorStore print more about it, during and after the exception."""
     code = """
-from dig_jax.cli import command_line as cli
+import logging
+from dig_jax.cli import command_line
+from dig_jax.errors import UserError
+
+class Callback:
+    def __del__(self):
+        raise RuntimeError("Event loop is closed")
 
 def main(settings, workdir):
     async def write(): ...
     write()
-    raise cli.UserError("the disk is full")
+    Callback()
+    logging.getLogger("asyncio").error("Task exception was never retrieved")
+    record = logging.makeLogRecord({"name": "absl", "levelno": 40, "pathname": "/orbax/checkpoint/a.py"})
+    logging.getLogger("absl").handle(record)
+    raise UserError("the disk is full")
 
-cli.run(main, "")
+command_line.run(main, "")
 """
-    command = [sys.executable, "-c", code, "--config=configs/smoke.py"]
+    command = [sys.executable, "-c", code, SMOKE]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (1, "error: the disk is full\n")

@@ -81,7 +81,7 @@ def test_a_terminated_run_saves_its_step_says_how_to_go_on_and_loses_nothing(uni
     assert run.returncode == 0, stderr
     *_, said, resuming = stderr.splitlines()
     step = int(re.fullmatch(r"preempted: saved step (\d+) of 24", said)[1])
-    assert resuming.startswith("to go on: python main.py --config=configs/smoke.py --workdir=")
+    assert resuming.startswith("to resume: python main.py --config=configs/smoke.py --workdir=")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(step)]
     assert last_step(workdir) == step
     assert f"resuming after step {step} of 24 in " in finish(start(workdir))

@@ -32,17 +32,17 @@ def cache(tmp_path):
 
 def test_llvm_looks_up_no_symbols_unless_the_environment_says_otherwise(monkeypatch):
     monkeypatch.setenv("LLVM_DISABLE_SYMBOLIZATION", "0")
-    runtime.leave_stacks_without_names()
+    runtime.disable_llvm_symbolizer()
     assert os.environ["LLVM_DISABLE_SYMBOLIZATION"] == "0"
     monkeypatch.delenv("LLVM_DISABLE_SYMBOLIZATION")
-    runtime.leave_stacks_without_names()
+    runtime.disable_llvm_symbolizer()
     assert os.environ["LLVM_DISABLE_SYMBOLIZATION"] == "1"
 
 
 def test_a_second_start_loads_the_compiled_train_step_and_says_so(cache, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
     caplog.set_level(logging.INFO, "dig_jax")
-    runtime.keep_compiled_programs()
+    runtime.enable_compilation_cache()
 
     def lowered(*_):
         return jax.jit(lambda x: jnp.sin(x) * 3.25).lower(jnp.ones(7))
@@ -59,5 +59,5 @@ def test_a_second_start_loads_the_compiled_train_step_and_says_so(cache, monkeyp
 @pytest.mark.parametrize("directory", ["", "elsewhere"])
 def test_jaxs_own_setting_of_the_cache_takes_precedence(cache, directory):
     jax.config.update("jax_compilation_cache_dir", directory)
-    runtime.keep_compiled_programs()
+    runtime.enable_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == directory

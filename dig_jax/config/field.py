@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from dig_jax.errors import ConfigError, suggest
+from dig_jax.errors import ConfigError, alternatives, suggest
 
 _BOUNDS: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "positive": (lambda value: value > 0, "a positive number"),
@@ -78,11 +78,6 @@ class Group:
             expected, hint = _unmet(field.metadata, value)
             if expected:
                 raise ConfigError(f"invalid {self._path}.{field.name}={value!r}; expected {expected}{hint}")
-
-
-def alternatives(choices: Sequence[str]) -> str:
-    """Return "a, b or c"."""
-    return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
 
 
 def _unmet(about: Mapping[str, Any], value: Any) -> tuple[str, str]:

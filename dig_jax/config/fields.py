@@ -8,8 +8,8 @@ includes None says which external value (on the command line, in a ConfigDict, i
 import dataclasses
 from typing import Any
 
-from dig_jax.config.field import Group, alternatives, field, group
-from dig_jax.errors import ConfigError
+from dig_jax.config.field import Group, field, group
+from dig_jax.errors import ConfigError, alternatives
 
 _FLOATS = ("float32", "bfloat16")
 
