@@ -25,35 +25,35 @@ class Process(Protocol):
     static argument of `jax.jit`. Each image has one time; the process chooses its dtype and range.
     """
 
-    def sample_times(self, keys: Key[Array, " b"]) -> Times:
+    def sample_times(self, keys: Key[Array, " b"], /) -> Times:
         """Draw the training time of each image from its own key."""
         ...
 
-    def times_at(self, fractions: PerImage) -> Times:
+    def times_at(self, fractions: PerImage, /) -> Times:
         """Return quantiles of the distribution of training times, for fractions in [0, 1).
 
         Evenly spread fractions give evenly spread times, which is how the held-out loss chooses them.
         """
         ...
 
-    def level_index(self, times: Times, count: int) -> Int[Array, " b"]:
+    def level_index(self, times: Times, count: int, /) -> Int[Array, " b"]:
         """Return which of `count` equal ranges each time is in, numbered from the least noise to the most."""
         ...
 
-    def timestep_input(self, times: Times) -> Num[Array, " b"]:
+    def timestep_input(self, times: Times, /) -> Num[Array, " b"]:
         """Return the timesteps in [0, 1000) that the denoiser takes at these times."""
         ...
 
-    def corrupt(self, x0: Images, noise: Images, times: Times) -> Images:
+    def corrupt(self, x0: Images, noise: Images, times: Times, /) -> Images:
         """Return x_t: the images with standard normal noise mixed in."""
         ...
 
-    def targets(self, x0: Images, noise: Images, times: Times) -> Images:
+    def targets(self, x0: Images, noise: Images, times: Times, /) -> Images:
         """Return what the first C channels of the denoiser's output are trained to predict."""
         ...
 
     def loss(
-        self, output: Float[Array, "b h w d"], *, x0: Images, noise: Images, x_t: Images, times: Times
+        self, output: Float[Array, "b h w d"], /, *, x0: Images, noise: Images, x_t: Images, times: Times
     ) -> dict[str, PerImage]:
         """Return the training loss of each image as "loss", and its terms by name.
 

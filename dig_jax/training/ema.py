@@ -8,9 +8,8 @@ import dataclasses
 from typing import Protocol, runtime_checkable
 
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
-from dig_jax.components import Params
 from dig_jax.config import TrainingConfig
 
 
@@ -18,7 +17,7 @@ from dig_jax.config import TrainingConfig
 class Average(Protocol):
     """A kind of running average."""
 
-    def update(self, average: Params, params: Params, updates: Int[Array, ""]) -> Params:
+    def update(self, average: PyTree, params: PyTree, updates: Int[Array, ""]) -> PyTree:
         """Return the average after one more update of the parameters.
 
         Args:
@@ -35,7 +34,7 @@ class ExponentialAverage:
 
     decay: float
 
-    def update(self, average: Params, params: Params, updates: Int[Array, ""]) -> Params:
+    def update(self, average: PyTree, params: PyTree, updates: Int[Array, ""]) -> PyTree:
         """Return the average after one more update of the parameters."""
         return optax.incremental_update(params, average, 1 - self.decay)
 

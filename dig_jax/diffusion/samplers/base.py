@@ -7,6 +7,7 @@ as a function of the step, so that the noise of an image can depend on its seed 
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ Noise = Callable[[Int[Array, ""]], Images]
 Step = Callable[[Images, Int[Array, ""]], tuple[Images, Images]]
 """(x, traced index of the step) -> (next x, predicted x_0)."""
 
-Samples = Images | tuple[Images, Float[Array, "steps b h w c"]]
+Trajectory = Float[Array, "steps b h w c"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,26 @@ class BaseSampler(abc.ABC):
     def discretize(self, process: Process, denoiser: Denoiser, noise: Noise) -> tuple[int, Step]:
         """Return the number of steps and the function that takes one of them."""
 
+    @overload
+    def __call__(
+        self,
+        process: Process,
+        denoiser: Denoiser,
+        x: Images,
+        noise: Noise,
+        return_trajectory: Literal[False] = False,
+    ) -> Images: ...
+
+    @overload
+    def __call__(
+        self,
+        process: Process,
+        denoiser: Denoiser,
+        x: Images,
+        noise: Noise,
+        return_trajectory: Literal[True],
+    ) -> tuple[Images, Trajectory]: ...
+
     def __call__(
         self,
         process: Process,
@@ -55,7 +76,7 @@ class BaseSampler(abc.ABC):
         x: Images,
         noise: Noise,
         return_trajectory: bool = False,
-    ) -> Samples:
+    ) -> Images | tuple[Images, Trajectory]:
         """Draw images.
 
         Args:
@@ -75,7 +96,7 @@ class BaseSampler(abc.ABC):
         self.check(process)
         count, step = self.discretize(process, denoiser, noise)
 
-        def body(x: Images, i: Int[Array, ""]) -> tuple[Images, Images | None]:
+        def body(x: Images, i: Int[Array, ""]) -> tuple[Images, Any]:
             moved, x0 = step(x, i)
             return moved.astype(x.dtype), x0 if return_trajectory else None
 
