@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from dig_jax import autoencoder
 from dig_jax.autoencoder import Autoencoder
@@ -98,7 +98,7 @@ class Components:
         self,
         params: Params,
         x: Float[Array, "b h w c"],
-        t: Int[Array, " b"],
+        t: Num[Array, " b"],
         y: Int[Array, " b"] | None,
         drop: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b h w out"]:
@@ -129,7 +129,7 @@ class ModelSpec:
         self,
         params: Params,
         x: Float[Array, "b h w c"],
-        t: Int[Array, " b"],
+        t: Num[Array, " b"],
         y: Int[Array, " b"] | None,
         drop: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b h w out"]:
