@@ -1,4 +1,4 @@
-"""A second process: the linear path of flow matching, defined here, trains and samples without other changes."""
+"""A second process, the linear path of flow matching defined here, trains and samples like the first."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_components import mesh_of, random_params, tiny_settings
+from tiny_components import PixelComponents, mesh_of, random_params, tiny_settings
 
 from dig_jax.components import Components
 from dig_jax.diffusion import DDIM, SAMPLERS, BaseSampler, GaussianDiffusion, Process, make_sampler
@@ -74,16 +74,17 @@ class FlowComponents(Components):
     diffusion = LinearPath()
 
 
+class PixelFlow(PixelComponents):
+    """The same with a network that compiles fast."""
+
+    diffusion = LinearPath()
+
+
+SETTINGS = tiny_settings(model__name="DiT-S/2", model__learn_sigma=False)
+
+
 def images(seed):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((SIZE, 4, 4, 1)), jnp.float32)
-
-
-@pytest.fixture(scope="module")
-def flow():
-    """(setup, state) of a run with the linear path."""
-    components = FlowComponents(tiny_settings(model__name="DiT-S/2", model__learn_sigma=False))
-    setup = TrainSetup.of(components)
-    return setup, init_state(setup, random_params(components))
 
 
 @pytest.mark.parametrize("process", [GaussianDiffusion(), LinearPath()], ids=["gaussian", "linear"])
@@ -101,8 +102,9 @@ def test_processes_draw_times_by_image_and_spread_them_evenly(process):
     assert (np.diff(noisy.std(axis=(1, 2, 3)) / images(1).std(axis=(1, 2, 3))) > 0).all()
 
 
-def test_a_second_process_trains_through_the_same_step(flow):
-    setup, state = flow
+def test_a_second_process_trains_through_the_same_step():
+    setup = TrainSetup.of(PixelFlow(SETTINGS))
+    state = init_state(setup, setup.components.init_params(jax.random.key(0)))
     batch = {"image": images(0), "label": jnp.arange(SIZE) % 5}
     new, metrics = jax.jit(functools.partial(train_step, setup))(state, batch)
     assert (int(new["step"]), int(new["skipped_steps"])) == (1, 0)
@@ -124,8 +126,7 @@ def test_a_second_process_trains_through_the_same_step(flow):
     assert min(jax.tree.leaves(moved)) > 0
 
 
-def test_the_heldout_loss_of_a_second_process_uses_its_times(flow):
-    setup, state = flow
+def test_the_heldout_loss_of_a_second_process_uses_its_times():
     seen = []
 
     class Recording(FlowComponents):
@@ -133,8 +134,7 @@ def test_the_heldout_loss_of_a_second_process_uses_its_times(flow):
             jax.debug.callback(lambda t: seen.append(t), t)
             return jnp.zeros_like(x)
 
-    components = Recording(setup.components.config)
-    loss = HeldoutLoss(components, mesh_of(1))(state["params"])
+    loss = HeldoutLoss(Recording(SETTINGS), mesh_of(1))({})
     assert loss > 1  # variance of the noise plus mean square of the images
     times = np.sort(np.concatenate(seen))[:12] / 1000
     assert np.diff(times).max() < 0.2
@@ -152,21 +152,20 @@ def test_euler_follows_the_exact_flow_of_gaussian_data():
     def no_noise(i):
         raise AssertionError("Euler is deterministic")
 
-    errors = [
-        np.abs(
-            Euler(steps=steps)(LinearPath(), velocity, images(0), no_noise) - (mean + std * images(0))
-        ).max()
-        for steps in (100, 200)
-    ]
+    def error(steps):
+        drawn = Euler(steps=steps)(LinearPath(), velocity, images(0), no_noise)
+        return np.abs(drawn - (mean + std * images(0))).max()
+
+    errors = [error(100), error(200)]
     assert errors[0] < 0.02
     assert errors[1] < 0.6 * errors[0]
 
 
-def test_a_sampler_is_registered_by_one_line(flow, monkeypatch):
+def test_a_sampler_is_registered_by_one_line(monkeypatch):
     monkeypatch.setitem(SAMPLERS, "euler", Euler)
     assert make_sampler("euler", steps=3) == Euler(steps=3)
-    setup, state = flow
-    sampler = Sampler(setup.components, state["params"], step=0)
+    components = FlowComponents(SETTINGS)
+    sampler = Sampler(components, random_params(components), step=0)
     drawn = sampler([0, 1], sampler="euler", steps=2, return_latents=True)
     trajectory = sampler.trajectory([0, 1], sampler="euler", steps=2)
     assert drawn.shape == (2, 4, 4, 1)

@@ -71,6 +71,18 @@ class PlainComponents(Components):
         return PlainModel(self.config.model, spec.image_shape, spec.num_classes, self.diffusion)
 
 
+class PixelComponents(Components):
+    """Components whose network scales each pixel: it compiles fast and depends on every input."""
+
+    def init_params(self, key):
+        return {"scale": jax.random.normal(key, self.image_spec.image_shape)}
+
+    def denoise(self, params, x, t, y, drop=None):
+        label = y if drop is None else jnp.where(drop, self.image_spec.num_classes, y)
+        noise = params["scale"] * x * (1 + t / 1000)[:, None, None, None] + 0.1 * label[:, None, None, None]
+        return jnp.concatenate([noise, 0.5 * x], axis=-1) if self.config.model.learn_sigma else noise
+
+
 def write_checkpoint(workdir, settings, step=7, known=None):
     """A workdir whose averages and parameters all differ: {name: parameters}."""
     components = Components(settings, known)
