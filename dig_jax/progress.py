@@ -1,51 +1,75 @@
-"""How far a long piece of work is: one line, with the time that is left."""
+"""Progress of long work, with the remaining time."""
 
+import io
 import logging
 import math
+import shutil
 import sys
-import time
+
+from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
+_WITH_RATE = "{desc} {n_fmt}/{total_fmt} {rate_fmt}, ETA {remaining}"
+_WITH_DETAILS = "{desc} {n_fmt}/{total_fmt}{postfix}, ETA {remaining}"
+
 
 class Progress:
-    """One line, rewritten in place on a terminal; elsewhere it goes to the log.
+    """One line that is rewritten in place on a terminal; elsewhere, lines in the log.
 
     Args:
-        what: is counted, such as "step" or "image".
-        first: how many were done before.
-        total: how many there will be.
-        every_seconds: between lines in the log, at least.
+        what: the thing that is counted, such as "step" or "image".
+        first: number done before.
+        total: number at the end.
+        every_seconds: minimum time between lines in the log.
     """
 
     def __init__(self, what: str, *, first: int, total: int, every_seconds: float = 0.0):
-        self._what, self._first, self._total, self._every = what, first, total, every_seconds
-        self._start, self._last = time.monotonic(), -math.inf
-        self._terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty()
+        self._bar = _Bar(
+            desc=what,
+            unit=what,
+            initial=first,
+            total=total,
+            file=sys.stderr if terminal else _LogFile(),
+            leave=terminal,
+            # tqdm shows nothing on a terminal that reports no size.
+            ncols=shutil.get_terminal_size().columns if terminal else None,
+            nrows=24,
+            mininterval=0 if terminal else every_seconds,
+            miniters=0,
+            smoothing=0,  # the rate since the start
+            delay=1e-9,  # no line before the first `show`
+        )
+        self._bar.last_print_t = -math.inf  # the first `show` is not too early
 
     def show(self, done: int, details: str = "") -> None:
-        """Reports that `done` are done, more than at first; without details, how many per second."""
-        now = time.monotonic()
-        if not self._terminal and now - self._last < self._every and done < self._total:
-            return
-        self._last = now
-        speed = (done - self._first) / max(now - self._start, 1e-9)
-        left = duration((self._total - done) / speed)
-        line = f"{self._what} {done}/{self._total}  {details or f'{speed:.3g} per second'}  ETA {left}"
-        if self._terminal:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-        else:
-            log.info(line)
+        """Show the number done, with details or the rate."""
+        self._bar.bar_format = _WITH_DETAILS if details else _WITH_RATE
+        self._bar.set_postfix_str(details, refresh=False)
+        if not self._bar.update(done - self._bar.n) and done >= self._bar.total:
+            self._bar.refresh()
 
     def close(self) -> None:
-        """Leaves the terminal's line, so that other text can follow."""
-        if self._terminal and self._last > -math.inf:
-            sys.stderr.write("\n")
+        """End the terminal's line, so that other text can follow."""
+        self._bar.close()
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread that redraws
+
+
+class _LogFile(io.StringIO):
+    """Logs each text that is written to it, without the carriage returns and spaces that clear a line."""
+
+    def write(self, text: str, /) -> int:
+        if text.strip():
+            log.info(text.strip())
+        return len(text)
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Return seconds as "1:02:03" or "2:03"."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
