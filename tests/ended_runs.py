@@ -1,4 +1,4 @@
-"""Runs of small models by the command line, and what it means that two of them ended alike."""
+"""Runs of small models from the command line, and the comparison of their results."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-# The smallest model, in two micro-batches over four devices.
+# The smallest model, with two micro-batches on four devices.
 FIELDS = {
     "model.name": "DiT-S/2",
     "model.depth": 1,
@@ -29,7 +29,7 @@ FIELDS = {
 
 
 def command(name: str, workdir: Path, fields: Mapping[str, object], *arguments: str) -> list[str]:
-    """Of a run with configs/NAME.py, to be given in the repository's root."""
+    """The command of a run with configs/NAME.py, for the repository's root."""
     overrides = [f"--config.{field}={value}" for field, value in fields.items()]
     return [
         sys.executable,
@@ -42,7 +42,7 @@ def command(name: str, workdir: Path, fields: Mapping[str, object], *arguments: 
 
 
 def joined(count: int, port: int | None = None) -> list[list[str]]:
-    """The flags of so many processes on this machine; none of one alone."""
+    """The flags that join `count` processes on this machine, by process; no flags for one process."""
     if count == 1:
         return [[]]
     port = port or free_port()
@@ -56,12 +56,12 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-# Of processes that are joined, beside `environment`.
+# Variables of joined processes, in addition to `environment`.
 GLOO = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
 
 
 def environment(compiled: Path, *, optimized: bool = False) -> dict[str, str]:
-    """Of runs that share their compiled programs, kept in a directory."""
+    """Variables of runs that share compiled programs in a directory."""
     return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
@@ -71,7 +71,7 @@ def environment(compiled: Path, *, optimized: bool = False) -> dict[str, str]:
 
 
 def state_at(workdir: Path, step: int) -> dict:
-    """On one device, whatever mesh it was saved from."""
+    """Read the state of a step onto one device."""
     with ocp.StandardCheckpointer() as reader:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         path = workdir / "checkpoints" / str(step) / "state"
@@ -83,7 +83,7 @@ def state_at(workdir: Path, step: int) -> dict:
 
 
 def records(workdir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on time."""
+    """The rows of metrics.jsonl without the metrics that depend on time."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     timed = ("images_per_second", "data_wait")
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]

@@ -1,4 +1,4 @@
-"""Run on its own, with eight devices: loss and gradients on meshes against those on one device, as JSON."""
+"""A program for eight devices: compare loss and gradients on meshes with one device; print JSON."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ SIZE = 16
 
 
 def compare(name: str, depth: int, meshes: list[dict[str, int]]) -> list[dict]:
-    """For each mesh the relative errors, the collectives' kinds and the size of what they move at most."""
+    """For each mesh: relative errors, kinds of collectives, and the size of the largest gathered array."""
     components = tiny_components(
         model__name=name,
         model__depth=depth,
@@ -43,7 +43,7 @@ def compare(name: str, depth: int, meshes: list[dict[str, int]]) -> list[dict]:
         layout = state_sharding(params, mesh)
         with jax.set_mesh(mesh):
             arguments = (jax.device_put(params, layout), distribute(batch, mesh))
-            # Another function object, which the trace for one device is not kept for.
+            # A new function object, so that jit does not reuse the trace for one device.
             run = jax.jit(functools.partial(gradient), out_shardings=(replicated(mesh), layout))
             compiled = run.lower(*arguments).compile()
             loss, grads = jax.device_get(compiled(*arguments))
@@ -63,7 +63,7 @@ def compare(name: str, depth: int, meshes: list[dict[str, int]]) -> list[dict]:
 
 
 def distance(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Relative, over all arrays together."""
+    """The relative distance over all arrays together."""
     difference, norm = (
         np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in arrays))
         for arrays in ([a - b for a, b in pairs], [b for _, b in pairs])
@@ -72,7 +72,7 @@ def distance(pairs: list[tuple[np.ndarray, np.ndarray]]) -> float:
 
 
 def elements(shape: str) -> int:
-    """Elements of the largest array in an HLO shape."""
+    """Number of elements of the largest array in an HLO shape."""
     sizes = [[int(n) for n in text.split(",") if n] for text in re.findall(r"\w+\[([\d,]*)\]", shape)]
     return int(max(np.prod(size) for size in sizes))
 

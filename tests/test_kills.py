@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def start(workdir: Path, *arguments: str, optimized: bool = False) -> subprocess.Popen:
-    """The command of the kill tests; its compiled programs are kept beside the workdir."""
+    """Start a run whose compiled programs are kept beside the workdir."""
     fields = FIELDS | {"model.name": "DiG-S/2", "training.accumulation": 1, "training.steps": 24}
     env = environment(workdir.parent / "compiled", optimized=optimized) | GLOO
     run = command("smoke", workdir, fields, *arguments)
@@ -31,14 +31,14 @@ def finish(run: subprocess.Popen) -> str:
 
 
 def wait_until(happened: Callable[[], bool], run: subprocess.Popen, after: float = 0.0) -> None:
-    """Returns so many seconds after that moment, or when the run has ended."""
+    """Wait until something happened and `after` seconds have passed, or until the run has ended."""
     while run.poll() is None and not happened():
         time.sleep(0.001)
     time.sleep(after)
 
 
 def signal_when(run: subprocess.Popen, happened: Callable[[], bool], number: int = signal.SIGKILL) -> str:
-    """Sends the run a signal at that moment, and gives what it said."""
+    """Send the run a signal when something has happened; return its log."""
     wait_until(happened, run)
     run.send_signal(number)
     return run.communicate()[1]
@@ -63,34 +63,29 @@ def last_step(workdir: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_a_killed_run_ends_bit_identical(uninterrupted):
-    workdir = uninterrupted.with_name("killed_once")
-    run = start(workdir)
-    signal_when(run, lambda: last_step(workdir) >= 9)
-    assert run.returncode == -signal.SIGKILL
-    assert not (workdir / "checkpoints" / "24").exists()
-    stderr = finish(start(workdir))
-    assert re.search(r"resuming after step \d+ of 24 in ", stderr)
-    assert_ended_alike(workdir, uninterrupted, 24)
-
-
-def test_a_terminated_run_saves_its_step_says_how_to_go_on_and_loses_nothing(uninterrupted):
-    workdir = uninterrupted.with_name("terminated")
+def test_a_run_that_is_terminated_and_then_killed_ends_bit_identical(uninterrupted):
+    workdir = uninterrupted.with_name("stopped_twice")
     run = start(workdir, "--config.checkpoint.every_steps=1000")
-    stderr = signal_when(run, lambda: last_step(workdir) >= 9, signal.SIGTERM)
+    stderr = signal_when(run, lambda: last_step(workdir) >= 5, signal.SIGTERM)
     assert run.returncode == 0, stderr
-    *_, said, resuming = stderr.splitlines()
-    step = int(re.fullmatch(r"preempted: saved step (\d+) of 24", said)[1])
+    *_, preempted, resuming = stderr.splitlines()
+    step = int(re.fullmatch(r"preempted: saved step (\d+) of 24", preempted)[1])
     assert resuming.startswith("to resume: python main.py --config=configs/smoke.py --workdir=")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(step)]
     assert last_step(workdir) == step
-    assert f"resuming after step {step} of 24 in " in finish(start(workdir))
+
+    run = start(workdir)
+    stderr = signal_when(run, lambda: last_step(workdir) >= step + 5)
+    assert f"resuming after step {step} of 24 in " in stderr
+    assert run.returncode == -signal.SIGKILL
+    assert not (workdir / "checkpoints" / "24").exists()
+    assert re.search(r"resuming after step \d+ of 24 in ", finish(start(workdir)))
     assert_ended_alike(workdir, uninterrupted, 24)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kills", "steps"), [(1, 20, 300), (2, 10, 60)])
-def test_a_run_that_is_killed_many_times_ends_bit_identical(tmp_path, processes, kills, steps):
+def test_a_run_that_is_stopped_many_times_ends_bit_identical(tmp_path, processes, kills, steps):
     changes = (f"--config.training.steps={steps}", "--config.checkpoint.every_steps=1")
 
     def start_all(workdir: Path) -> list[subprocess.Popen]:
@@ -106,7 +101,7 @@ def test_a_run_that_is_killed_many_times_ends_bit_identical(tmp_path, processes,
         before, began = last_step(workdir), time.time()
         new = partial(was_written, since=began)
         happened = (
-            # It is written when processes have found each other, just before they restore.
+            # Written when the processes have joined, just before they restore.
             lambda new=new: new(workdir / "config.json"),
             lambda before=before: last_step(workdir) not in (0, before),
             lambda new=new: any(map(new, workdir.glob("checkpoints/*tmp*/state*"))),
@@ -121,20 +116,20 @@ def test_a_run_that_is_killed_many_times_ends_bit_identical(tmp_path, processes,
         logs = [run.communicate(timeout=300)[1] for run in runs]
         for run, log in zip(runs, logs, strict=True):
             if number == signal.SIGTERM:
-                # A run alone that is terminated before its first step has nothing to save.
+                # A single process that is terminated before its first step has nothing to save.
                 assert run.returncode in ((0, -number) if processes == 1 else (0,)), log
             else:
                 assert run.returncode == -number if run in hit else run.returncode, log
         newest = max(
             (int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()), default=0
         )
-        # The record of a step comes before its save, and a save waits for the one before.
+        # A row is written before its step is saved, and a save waits for the previous one.
         assert last_step(workdir) - 2 <= newest < steps
     finish_all(workdir)
     assert_ended_alike(workdir, tmp_path / "uninterrupted", steps)
 
 
-def test_a_full_disk_ends_a_run_with_one_line(uninterrupted):
+def test_a_full_disk_ends_the_run_with_one_line(uninterrupted):
     workdir = shutil.copytree(uninterrupted, uninterrupted.with_name("full_disk"))
     limit = (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     run = start(workdir, "--config.training.steps=30")

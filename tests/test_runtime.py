@@ -6,7 +6,7 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from jax_options import jax_options
 from tiny_components import mesh_of, tiny_components
 
 from dig_jax import runtime
@@ -16,18 +16,12 @@ from dig_jax.training import compile as train_compile
 @pytest.fixture
 def cache(tmp_path):
     """An empty compilation cache that keeps every program."""
-    options = {
-        "jax_compilation_cache_dir": None,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield tmp_path / "dig_jax" / "compiled"
+    with jax_options(
+        jax_compilation_cache_dir=None,
+        jax_persistent_cache_min_compile_time_secs=0,
+        jax_persistent_cache_min_entry_size_bytes=-1,
+    ):
+        yield tmp_path / "dig_jax" / "compiled"
 
 
 def test_llvm_looks_up_no_symbols_unless_the_environment_says_otherwise(monkeypatch):
