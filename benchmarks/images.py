@@ -1,10 +1,10 @@
-"""Images decoded and cropped per second and core: our sources and pipeline beside Pillow alone.
+"""Images decoded and cropped per second and core: our sources and pipeline compared to Pillow alone.
 
 python benchmarks/images.py [--size=256] [--width=500] [--height=375] [--images=128] [--repeats=5]
 
-JPEGs of ImageNet's usual size are made, and read from a directory. The figures are of CPU time, all threads
-together, so that they bear a busy machine; the best of the repeats. The last line is wall-clock time of the
-pipeline's threads against one thread: what it gains by more cores.
+It writes JPEGs of ImageNet's usual size to a directory and reads them. The figures are CPU time of all
+threads, which a busy machine distorts little, and the best of the repeats. The last line compares the
+wall-clock time of several threads and one.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _BATCH = 16
 
 
 def main() -> None:
-    """Makes the images and prints the table."""
+    """Make the images and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, default in {"size": 256, "width": 500, "height": 375, "images": 128, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -37,7 +37,7 @@ def main() -> None:
         folder = Path(directory) / "class"
         folder.mkdir()
         for seed in range(options.images):
-            _picture(options.width, options.height, seed).save(folder / f"{seed:05}.jpg", quality=90)
+            _image(options.width, options.height, seed).save(folder / f"{seed:05}.jpg", quality=90)
         source = load_source(
             "image_folder", "train", path=directory, image_size=options.size, heldout_fraction=0.0
         )
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _report(source: EncodedSource, options: argparse.Namespace) -> None:
-    paths = [source.records.root / file for file in source.records.files]
+    paths = [source.images.root / file for file in source.images.files]
     contents = [path.read_bytes() for path in paths]
 
     def decode_alone() -> None:
@@ -88,8 +88,8 @@ def _report(source: EncodedSource, options: argparse.Namespace) -> None:
     print(f"{cores} threads instead of 1, wall clock: {one / many:.2f} × the images per second")
 
 
-def _picture(width: int, height: int, seed: int) -> Image.Image:
-    """Waves and some grain, which compress about as well as a photograph."""
+def _image(width: int, height: int, seed: int) -> Image.Image:
+    """Make waves with some noise, which compress about as well as a photograph."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width][..., None] / 40
     phases, slopes = random.uniform(0, 6, (2, 3, 4)), random.uniform(-1, 1, (2, 3, 4))
@@ -103,7 +103,7 @@ def _picture(width: int, height: int, seed: int) -> Image.Image:
 
 
 def _best(run: Callable[[], None], clock: Callable[[], float], repeats: int) -> float:
-    """Seconds of the fastest of some runs, after one that warms up."""
+    """Return the seconds of the fastest run, after one warm-up run."""
     times = []
     for _ in range(repeats + 1):
         began = clock()

@@ -1,11 +1,11 @@
-"""Cached latents delivered per second, beside what a TPU v5e chip takes: is the input ever the bottleneck?
+"""Cached latents read per second, compared to the peak of a TPU v5e chip: is the input a bottleneck?
 
 python benchmarks/latents.py [--images=4096] [--batches=64] [--repeats=3]
 
-Caches of random numbers are written and then read in random order, in batches of 256, with flips and draws,
-on two cores as training would: images per second of wall-clock time and, as busy machines distort that, of
-CPU time. A v5e takes no more than its arithmetic allows at the very best: DiG-XL/2's own
-flops in bfloat16 at the chip's peak, by benchmarks/plan_table.json.
+It writes caches of random numbers and reads them as training does on two cores: in random order, in batches
+of 256, with flips and samples. It prints images per second of wall-clock time and of CPU time, since busy
+machines distort the former. The upper bound for a v5e is DiG-XL/2's FLOPs in bfloat16 at the chip's peak,
+from benchmarks/plan_table.json.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from dig_jax.data import batches, load_source
-from dig_jax.data.latents import FORMAT, INDEX, Shard, checksum, packed
+from dig_jax.data.latents import FORMAT, INDEX_FILE, Shard, checksum, pack
 from dig_jax.data.source import Source
-from dig_jax.encoding.shard_writer import file_sha256, record_file
+from dig_jax.encoding.shard_writer import array_record_writer, file_sha256
 from dig_jax.files.atomic import write_json
 from dig_jax.runtime import prepare_cpu
 
@@ -30,14 +30,14 @@ _PLANS, _PLAN = Path(__file__).with_name("plan_table.json"), "v5e:16x16"
 
 
 def main() -> None:
-    """Writes the caches and prints the table."""
+    """Write the caches and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, default in {"images": 4096, "batches": 64, "repeats": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_CORES])
-    prepare_cpu(1)  # as main.py does
+    prepare_cpu(1)  # like main.py
     print(f"{'':28}  wall clock  CPU time  v5e at most  ratios")
     for name, side in {"dig_xl": 32, "dig_xl:512": 64}.items():
         plan = json.loads(_PLANS.read_text())[f"{name} {_PLAN}"]
@@ -53,15 +53,15 @@ def main() -> None:
 
 
 def _write(directory: Path, images: int, side: int, dtype: str) -> None:
-    """A cache of random numbers."""
+    """Write a cache of random numbers."""
     random, shards = np.random.default_rng(0), []
     (directory / "train").mkdir()
     for number, first in enumerate(range(0, images, _SHARD)):
         count, file = min(_SHARD, images - first), f"train/{number:05}.array_record"
-        with record_file(directory / file) as write:
-            for record in range(2 * count):
+        with array_record_writer(directory / file) as write:
+            for entry in range(2 * count):
                 moments = random.standard_normal((side, side, 8), np.float32).astype(dtype)
-                write(packed(record % 1000, moments))
+                write(pack(entry % 1000, moments))
         size = (directory / file).stat().st_size
         shards.append(Shard(file, count, size, file_sha256(directory / file), (), (), ())._asdict())
     index = {
@@ -73,11 +73,11 @@ def _write(directory: Path, images: int, side: int, dtype: str) -> None:
         "flip": True,
         "splits": {"train": shards},
     }
-    write_json(directory / INDEX, {**index, "sha256": checksum(index)})
+    write_json(directory / INDEX_FILE, {**index, "sha256": checksum(index)})
 
 
 def _speed(source: Source, count: int, repeats: int) -> tuple[float, float]:
-    """Images per second, the best of some runs after one that warms up: of wall-clock and of CPU time."""
+    """Return the best images per second of wall-clock and of CPU time, after one warm-up run."""
     walls, cpus = [], []
     for _ in range(repeats + 1):
         with closing(batches(source, batch_size=_BATCH, seed=0, flip=True)) as data:

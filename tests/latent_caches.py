@@ -1,9 +1,9 @@
-"""Latent caches of given moments, written without an autoencoder."""
+"""Latent caches with given moments, written without an autoencoder."""
 
 import numpy as np
 
-from dig_jax.data.latents import FORMAT, INDEX, Shard, checksum, packed
-from dig_jax.encoding.shard_writer import file_sha256, record_file
+from dig_jax.data.latents import FORMAT, INDEX_FILE, Shard, checksum, pack
+from dig_jax.encoding.shard_writer import array_record_writer, file_sha256
 from dig_jax.files.atomic import write_json
 
 HEADER = {
@@ -21,13 +21,13 @@ HEADER = {
 
 
 def random_moments(images, shape=(4, 4, 2), seed=0):
-    """Of images and their mirror images, [images, 2, height, width, 2·channels]."""
+    """Return moments of images and their mirror images, [images, 2, height, width, 2·channels]."""
     *size, channels = shape
     return np.random.default_rng(seed).standard_normal((images, 2, *size, 2 * channels), np.float32)
 
 
 def write_cache(directory, train, heldout=None, *, shard_size=4, **header):
-    """Labels go round."""
+    """Write a cache with labels 0, 1, 2, 0, …"""
     heldout = train[:0] if heldout is None else heldout
     *_, height, width, doubled = train.shape
     splits = {"train": train, "heldout": heldout}
@@ -42,19 +42,19 @@ def write_cache(directory, train, heldout=None, *, shard_size=4, **header):
 
 
 def write_index(directory, index):
-    """With the checksum that it should have."""
-    write_json(directory / INDEX, {**index, "sha256": checksum(index)})
+    """Write an index with its checksum."""
+    write_json(directory / INDEX_FILE, {**index, "sha256": checksum(index)})
 
 
 def _write(directory, split, moments, shard_size):
     (directory / split).mkdir(parents=True)
     shards = []
     for first in range(0, len(moments), shard_size):
-        file, part = f"{split}/{len(shards):05}.array_record", moments[first : first + shard_size]
-        with record_file(directory / file) as write:
-            for number, both in enumerate(part, first):
+        file, chunk = f"{split}/{len(shards):05}.array_record", moments[first : first + shard_size]
+        with array_record_writer(directory / file) as write:
+            for number, both in enumerate(chunk, first):
                 for one in both:
-                    write(packed(number % 3, one))
+                    write(pack(number % 3, one))
         size, sha256 = (directory / file).stat().st_size, file_sha256(directory / file)
-        shards.append(Shard(file, len(part), size, sha256, (), (), ())._asdict())
+        shards.append(Shard(file, len(chunk), size, sha256, (), (), ())._asdict())
     return shards

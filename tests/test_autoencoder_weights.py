@@ -166,21 +166,21 @@ def without(name):
         ),
         (
             lambda: tiny_arrays(**{"quant_conv.weight": np.ones((8, 4, 1, 1), np.float32)}),
-            r"quant_conv.weight has shape \[8, 4, 1, 1\] and not \[8, 8, 1, 1\]",
+            r"quant_conv.weight has shape \[8, 4, 1, 1\] \(expected \[8, 8, 1, 1\]\)",
         ),
         (
             lambda: tiny_arrays(**{"quant_conv.bias": np.ones(8)}),
-            "quant_conv.bias is float64 and none of float32",
+            r"quant_conv.bias is float64 \(expected float32",
         ),
         (lambda: tiny_arrays(**{"quant_conv.bias": np.ones(8, np.int32)}), "quant_conv.bias is I32"),
         (
             lambda: tiny_arrays(**{"decoder.conv_in.bias": np.full(8, np.nan, np.float32)}),
-            "decoder.conv_in.bias holds values that are not finite",
+            "decoder.conv_in.bias has values that are not finite",
         ),
         (lambda: {f"x{i}": np.ones(1, np.float32) for i in range(1000)}, "x0, x1, x10, x100 and 996 more$"),
     ],
 )
-def test_arrays_that_are_not_the_autoencoders_are_refused_in_one_line(tmp_path, arrays, message):
+def test_mismatched_arrays_are_rejected_in_one_line(tmp_path, arrays, message):
     write(tmp_path, arrays())
     with pytest.raises(CheckpointError, match=message) as caught:
         load(tmp_path)
@@ -192,12 +192,15 @@ def test_arrays_that_are_not_the_autoencoders_are_refused_in_one_line(tmp_path, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read"),
-        ("[" * 100_000, "cannot be read"),
-        ("[]", "not a JSON object"),
-        (json.dumps(TINY | {"_class_name": "VQModel"}), "_class_name='VQModel'.* 'AutoencoderKL' is ours"),
-        (json.dumps(TINY | {"act_fn": "relu"}), "act_fn='relu'.* 'silu'"),
-        (json.dumps(TINY | {"shift_factor": 0.1}), "shift_factor=0.1 is another kind"),
+        ("{", "cannot read "),
+        ("[" * 100_000, "cannot read "),
+        ("[]", "expected a JSON object"),
+        (
+            json.dumps(TINY | {"_class_name": "VQModel"}),
+            "unsupported _class_name='VQModel'; expected 'AutoencoderKL'",
+        ),
+        (json.dumps(TINY | {"act_fn": "relu"}), "unsupported act_fn='relu'; expected 'silu'"),
+        (json.dumps(TINY | {"shift_factor": 0.1}), "unsupported shift_factor=0.1; expected None"),
         (json.dumps(TINY | {"use_quant_conv": False}), "use_quant_conv"),
         (json.dumps(TINY | {"down_block_types": ["AttnDownEncoderBlock2D"]}), "down_block_types"),
         (json.dumps(TINY | {"block_out_channels": [10**9]}), "block_out_channels"),
@@ -206,21 +209,23 @@ def test_arrays_that_are_not_the_autoencoders_are_refused_in_one_line(tmp_path, 
         (json.dumps(TINY | {"scaling_factor": "large"}), "scaling_factor='large'"),
     ],
 )
-def test_configs_of_other_networks_are_refused_in_one_line(tmp_path, text, message):
+def test_configs_of_other_networks_are_rejected_in_one_line(tmp_path, text, message):
     write(tmp_path, tiny_arrays())
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=message) as caught:
         load(tmp_path)
-    assert str(caught.value).startswith(str(tmp_path / "config.json"))
+    assert str(tmp_path / "config.json") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=f"{tmp_path}/nowhere: there is no such folder or file"):
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=f"invalid autoencoder '{tmp_path}/nowhere'; expected an existing path"
+    ):
         load(tmp_path / "nowhere")
     write(tmp_path, tiny_arrays())
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"config.json: .*no such file"):
+    with pytest.raises(CheckpointError, match="no such file: .*config.json"):
         load(tmp_path / WEIGHTS)
     write(tmp_path, tiny_arrays())
     (tmp_path / WEIGHTS).unlink()
@@ -234,7 +239,7 @@ def hub(download):
     return module
 
 
-def test_a_name_is_asked_of_the_hub(tmp_path, monkeypatch):
+def test_a_repository_id_is_downloaded_from_the_hub(tmp_path, monkeypatch):
     write(tmp_path, tiny_arrays())
     asked = []
 
@@ -247,12 +252,12 @@ def test_a_name_is_asked_of_the_hub(tmp_path, monkeypatch):
     assert asked == [("stabilityai/sd-vae-ft-ema", file) for file in ("config.json", WEIGHTS)]
 
 
-def test_a_hub_that_cannot_be_reached_is_told_in_one_line(monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch):
     def download(name, file):
         raise ConnectionError("no route to the host\nand much more")
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub(download))
-    with pytest.raises(CheckpointError, match=r"ft-mse: .* \(no route to the host\); .* give a folder"):
+    with pytest.raises(CheckpointError, match=r"ft-mse, .* \(no route to the host\); .* use a folder"):
         load("stabilityai/sd-vae-ft-mse")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match="pip install huggingface_hub"):

@@ -64,7 +64,7 @@ def test_a_config_states_the_cost_that_its_flops_make(name):
         ({"model__skip": "linear"}, "config.model: skip='linear' needs an even depth"),
         ({"data__name": "digit"}, "config.data: data source 'digit' is unknown; did you mean 'digits'"),
         ({"data__options": {"size": 4}}, "config.data: data source 'fake' has no option 'size'"),
-        ({"data__options": {"channels": 0}}, "config.data: channels of the fake source must be at least 1"),
+        ({"data__options": {"channels": 0}}, "config.data: invalid channels=0 of the fake source"),
         ({"diffusion__schedule": "cosin"}, "config.diffusion: invalid schedule: .* did you mean 'cosine'"),
         ({"diffusion__loss": "l2"}, "config.diffusion: invalid loss_type: got 'l2'"),
         ({"diffusion__num_steps": 1}, "config.diffusion: num_steps too small: got 1; expected at least 21"),

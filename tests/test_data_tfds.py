@@ -108,9 +108,9 @@ def test_a_damaged_image_in_a_record_is_named_and_replaced(data_dir, caplog):
     source = load(data_dir)
     images = [source[index]["image"] for index in range(9)]
     assert source.num_unreadable == 1
-    (told,) = [r.getMessage() for r in caplog.records if r.name.startswith("dig_jax")]
-    assert told.startswith("record ")
-    assert "of animals/1.0.0 train is replaced by another image" in told
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("dig_jax")]
+    assert message.startswith("replaced unreadable image record ")
+    assert "of animals/1.0.0 train: " in message
     for index, image in enumerate(load(data_dir)[index]["image"] for index in range(9)):
         np.testing.assert_array_equal(image, images[index])
 
@@ -121,11 +121,11 @@ def test_held_out_images_are_the_validation_split_or_else_the_one_that_is_named(
     parts = {"train_split": "train[:5]", "heldout_split": "train[5:]"}
     assert len(load(data_dir, "whole", **parts)) == 5
     assert len(load(data_dir, "whole", "heldout", **parts)) == 4
-    with pytest.raises(UserError, match="neither validation nor test images; set train_split="):
+    with pytest.raises(UserError, match="neither a validation nor a test split; set train_split"):
         load(data_dir, "whole")
-    with pytest.raises(UserError, match=r"no split 'tran' \(there are: "):
+    with pytest.raises(UserError, match="unknown split 'tran' of animals; expected "):
         load(data_dir, train_split="tran")
-    with pytest.raises(UserError, match="animals has 3 classes, not num_classes=10"):
+    with pytest.raises(UserError, match="animals has 3 classes; expected num_classes=10"):
         load(data_dir, num_classes=10)
 
 
@@ -166,29 +166,31 @@ def test_threads_read_the_same_batches(data_dir):
 
 
 def test_files_that_are_missing_or_of_another_format_say_how_to_prepare_them(data_dir, tmp_path):
-    build = "once, where TensorFlow is installed: tfds build"
+    build = "run this once where TensorFlow is installed: tfds build"
     with pytest.raises(UserError, match=f"cifar10 is not prepared in {tmp_path}; {build} cifar10"):
         load(tmp_path, "cifar10")
-    with pytest.raises(UserError, match="TFDS has no dataset 'animal', and none is prepared in"):
+    with pytest.raises(UserError, match="unknown TFDS dataset 'animal', and not prepared in"):
         load(data_dir, "animal")
-    with pytest.raises(ValueError, match="dataset of the tfds source is missing"):
+    with pytest.raises(ValueError, match="missing dataset of the tfds source"):
         load(data_dir, "")
-    with pytest.raises(ValueError, match="label='lable' is no class of animals/1.0.0 .its: label"):
+    with pytest.raises(
+        ValueError, match="invalid label='lable'; expected a ClassLabel of animals/1.0.0: label"
+    ):
         load(data_dir, label="lable")
     copy = shutil.copytree(data_dir, tmp_path / "copy")
     info = copy / "whole" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(UserError, match=f"whole in .* is tfrecord, which has no random access; {build}"):
+    with pytest.raises(UserError, match=f"whole in .* is stored as tfrecord; expected array_record; {build}"):
         load(copy, "whole")
 
 
-def test_a_flipped_byte_in_the_storage_is_told_in_one_line(data_dir, tmp_path):
+def test_a_flipped_byte_in_the_storage_is_reported_in_one_line(data_dir, tmp_path):
     copy = shutil.copytree(data_dir, tmp_path / "copy")
     (path,) = (copy / "animals").rglob("animals-train.array_record*")
     damaged = bytearray(path.read_bytes())
     damaged[200] ^= 255
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"record \d of animals/1.0.0 train cannot be read: ") as caught:
+    with pytest.raises(UserError, match=r"cannot read record \d of animals/1.0.0 train: ") as caught:
         _ = list(load(copy))
     assert "\n" not in str(caught.value)
 
@@ -202,7 +204,7 @@ def test_reading_imports_no_tensorflow(data_dir):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_without_the_library_the_command_that_installs_it_is_told(monkeypatch):
+def test_without_the_library_the_error_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[tfds\]'"):
         load_source("tfds", "train", dataset="cifar10")

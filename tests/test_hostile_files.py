@@ -88,11 +88,11 @@ CASES = {
     "PNG of 60,000 × 60,000 px": ("pictures", "pictures_png", 0, "3600000000 pixels"),
     "JPEG of 60,000 × 60,000 px": ("pictures", "pictures_jpeg", 0, "3600000000 pixels"),
     "directory that loops": ("pictures", "pictures_loop", 0, None),
-    "link to itself": ("pictures", "pictures_link", 1, "there is no directory"),
+    "link to itself": ("pictures", "pictures_link", 1, "no such directory"),
     "sound latents": ("latents", "latents_sound", 0, None),
-    "flipped byte in a record": ("latents", "latents_flipped", 1, "00000.array_record: image "),
-    "truncated records": ("latents", "latents_truncated", 1, "bytes, but should have"),
-    "flipped byte in an index": ("latents", "latents_index", 1, "index.json is damaged"),
+    "flipped byte in a record": ("latents", "latents_flipped", 1, "cannot read image "),
+    "truncated records": ("latents", "latents_truncated", 1, " bytes; expected "),
+    "flipped byte in an index": ("latents", "latents_index", 1, "index.json is corrupt: "),
 }
 
 
@@ -273,7 +273,7 @@ def all_pictures(path):
 
 
 def a_batch(path):
-    """All of them, by the threads that training has."""
+    """Read all examples in one batch, with the threads of training."""
     source = load_source("latents", "train", path=str(path))
     with contextlib.closing(batches(source, batch_size=len(source), seed=0)) as iterator:
         next(iterator)
@@ -331,7 +331,7 @@ def test_a_huge_picture_is_left_out_of_the_latents_with_one_line(encoded_picture
     status, lines, _ = encoded_pictures
     assert status == 0, "\n".join(lines)
     (line,) = [line for line in lines if "huge.png" in line or "Warning" in line or "Traceback" in line]
-    assert "huge.png is left out: 12,000 × 12,000 px are more than" in line
+    assert "huge.png: too many pixels: got 12,000 × 12,000; expected at most" in line
 
 
 def test_the_command_lines_tell_a_hostile_file_in_one_line(folder, encoded_pictures):

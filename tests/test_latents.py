@@ -30,7 +30,7 @@ def cache(tmp_path_factory, moments):
 
 @pytest.fixture
 def copy(cache, tmp_path):
-    """To be damaged."""
+    """A cache that the test may damage."""
     return shutil.copytree(cache, tmp_path / "copy")
 
 
@@ -149,9 +149,9 @@ def test_noise_is_standard_normal(tmp_path):
         assert abs((drawn**power).mean() - expected) < 0.03
     assert 4.5 < np.abs(drawn).max() < 7
     images = drawn.reshape(1000, -1)
-    neighbours = np.corrcoef(images[:-1].ravel(), images[1:].ravel())[0, 1]
+    neighbors = np.corrcoef(images[:-1].ravel(), images[1:].ravel())[0, 1]
     halves = np.corrcoef(images[:, :512].ravel(), images[:, 512:].ravel())[0, 1]
-    assert max(abs(neighbours), abs(halves)) < 0.01
+    assert max(abs(neighbors), abs(halves)) < 0.01
 
 
 def test_float16_moments_are_read_as_they_were_rounded(tmp_path, moments):
@@ -198,7 +198,7 @@ def test_a_flipped_byte_never_gives_wrong_numbers(tmp_path):
                 example = source[index]
             except UserError as error:
                 damaged += 1
-                assert str(error).startswith(f"{file}: image {index} cannot be read (")
+                assert str(error).startswith(f"cannot read image {index} of {file}: ")
                 assert "\n" not in str(error)
                 assert "run --mode=encode again" in str(error)
             else:
@@ -212,7 +212,7 @@ def test_a_damaged_record_ends_the_batches_with_one_line(copy):
     content = bytearray(file.read_bytes())
     content[200] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"train/00001\.array_record: image \d cannot be read") as caught:
+    with pytest.raises(UserError, match=r"cannot read image \d of .*train/00001\.array_record: ") as caught:
         take(load(copy), 100, num_threads=2)
     assert "\n" not in str(caught.value)
 
@@ -256,32 +256,32 @@ SUMS = {"sums": [], "squares": []}
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (shutil.rmtree, "there are no latents in .*: --mode=encode makes them"),
-        (unfinish, "are unfinished: --mode=encode goes on with them"),
-        (lambda d: (d / "index.json").write_text("{"), r"index.json is damaged \(JSONDecodeError"),
-        (lambda d: (d / "index.json").write_text("[]"), "index.json is damaged: it is not what its checksum"),
-        (lambda d: (d / "index.json").write_bytes(b"\xff"), "index.json is damaged"),
-        (lambda d: (d / "index.json").write_text("[" * 10**5), "index.json is damaged"),
-        (flip, "index.json is damaged: it is not what its checksum says"),
-        (edit(format=2), "is of format 2, this program reads format 1"),
-        (edit(splits=None), r"index.json is damaged \(KeyError: 'splits'\)"),
-        (edit(latents={"shape": [4], "dtype": "float32"}), "index.json is damaged"),
-        (edit(latents={"shape": [4, 4, 2], "dtype": "float64"}), "index.json is damaged"),
-        (edit(autoencoder={"path": "", "fingerprint": ""}), "index.json is damaged"),
-        (edit(pictures=[]), "index.json is damaged"),
-        (edit(splits={"train": [1]}), "index.json is damaged"),
-        (edit(splits={"train": [SHARD]}), "index.json is damaged"),
-        (edit(splits={"train": [SHARD | SUMS | {"images": -1}]}), "index.json is damaged"),
-        (edit(splits={"train": [SHARD | SUMS | {"file": "../x.array_record"}]}), "index.json is damaged"),
+        (shutil.rmtree, "no latents in .*; run --mode=encode first"),
+        (unfinish, "are incomplete; run --mode=encode again to finish them"),
+        (lambda d: (d / "index.json").write_text("{"), "index.json is corrupt: JSONDecodeError"),
+        (lambda d: (d / "index.json").write_text("[]"), "index.json is corrupt: checksum mismatch"),
+        (lambda d: (d / "index.json").write_bytes(b"\xff"), "index.json is corrupt"),
+        (lambda d: (d / "index.json").write_text("[" * 10**5), "index.json is corrupt"),
+        (flip, "index.json is corrupt: checksum mismatch"),
+        (edit(format=2), "unsupported format of .*index.json: got 2; expected 1"),
+        (edit(splits=None), "index.json is corrupt: KeyError: 'splits'"),
+        (edit(latents={"shape": [4], "dtype": "float32"}), "index.json is corrupt"),
+        (edit(latents={"shape": [4, 4, 2], "dtype": "float64"}), "index.json is corrupt"),
+        (edit(autoencoder={"path": "", "fingerprint": ""}), "index.json is corrupt"),
+        (edit(pictures=[]), "index.json is corrupt"),
+        (edit(splits={"train": [1]}), "index.json is corrupt"),
+        (edit(splits={"train": [SHARD]}), "index.json is corrupt"),
+        (edit(splits={"train": [SHARD | SUMS | {"images": -1}]}), "index.json is corrupt"),
+        (edit(splits={"train": [SHARD | SUMS | {"file": "../x.array_record"}]}), "index.json is corrupt"),
         (
             edit(splits={"train": [SHARD | SUMS]}),
-            "has 131,072 bytes, but should have 9; run --mode=encode again",
+            "has 131,072 bytes; expected 9; run --mode=encode again",
         ),
-        (cut, "00000.array_record has 130,072 bytes, but should have 131,072"),
-        (vanish, "00001.array_record cannot be read: No such file or directory"),
+        (cut, "00000.array_record has 130,072 bytes; expected 131,072"),
+        (vanish, "cannot read .*00001.array_record: No such file or directory"),
     ],
 )
-def test_what_is_wrong_with_a_cache_is_one_line(copy, damage, message):
+def test_an_invalid_cache_is_reported_in_one_line(copy, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message) as caught:
         load(copy)
@@ -291,12 +291,12 @@ def test_what_is_wrong_with_a_cache_is_one_line(copy, damage, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"image_size": 8}, "have image_size=4×4, not 8×8"),
-        ({"channels": 4}, "have channels=2, not 4"),
-        ({"num_classes": 1000}, "have num_classes=3, not 1000"),
+        ({"image_size": 8}, "have image_size=4×4; expected config.data.options.image_size=8×8"),
+        ({"channels": 4}, "have channels=2; expected config.data.options.channels=4"),
+        ({"num_classes": 1000}, "have num_classes=3; expected config.data.options.num_classes=1000"),
     ],
 )
-def test_latents_of_another_kind_than_expected_are_refused(cache, options, message):
+def test_unexpected_latents_are_rejected(cache, options, message):
     with pytest.raises(UserError, match=message):
         load(cache, **options)
 
@@ -312,23 +312,25 @@ def settings(**encode):
         (
             {},
             "fedcba9876543210",
-            r"another autoencoder \(sd, fingerprint 0123456789ab\) than .*path=mine \(fedc",
+            r"got fingerprint 0123456789ab \(sd\); expected fedcba987654 .*path=mine",
         ),
         (
             {"image_size": 64},
             None,
-            "were made with size=32×32, not 64×64, as config.encode.options has it",
+            r"were made with size=32×32; expected 64×64 \(config.encode.options\)",
         ),
-        ({"crop": "celeba"}, None, "were made with crop=adm, not celeba, as config.encode.options has it"),
-        ({"upright": False}, None, "were made with upright=True, not False, as config.encode.options has it"),
+        ({"crop": "celeba"}, None, "were made with crop=adm; expected celeba"),
+        ({"upright": False}, None, "were made with upright=True; expected False"),
     ],
 )
-def test_latents_of_another_autoencoder_resolution_or_crop_are_refused(cache, encode, fingerprint, message):
+def test_latents_of_a_different_autoencoder_resolution_or_crop_are_rejected(
+    cache, encode, fingerprint, message
+):
     with pytest.raises(ConfigError, match=message):
         check_latents(load(cache), settings(**encode), fingerprint)
 
 
-def test_latents_that_are_as_the_config_says_are_not_refused(cache):
+def test_latents_that_match_the_config_are_accepted(cache):
     encode = {"path": "/elsewhere", "image_size": 32, "crop": "adm", "upright": True}
     for wanted in (HEADER["autoencoder"]["fingerprint"], None):
         check_latents(load(cache), settings(**encode), wanted)
@@ -336,5 +338,5 @@ def test_latents_that_are_as_the_config_says_are_not_refused(cache):
 
 
 def test_a_missing_path_is_named():
-    with pytest.raises(ValueError, match="path of the latents source is missing"):
+    with pytest.raises(ValueError, match="missing path of the latents source"):
         load_source("latents", "train")

@@ -165,15 +165,18 @@ def test_what_a_source_raises_reaches_the_reader():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 6, "process_count": 4}, "multiple of the 4 processes, got 6"),
-        ({"batch_size": 0}, "batch_size must be a positive multiple"),
+        (
+            {"batch_size": 6, "process_count": 4},
+            "invalid batch_size=6; expected a positive multiple of the 4 processes",
+        ),
+        ({"batch_size": 0}, "invalid batch_size=0; expected a positive multiple"),
         (
             {"process_index": 2, "process_count": 2},
-            "process_index must be from 0 to process_count - 1 = 1, got 2",
+            "invalid process_index=2; expected 0 to process_count - 1 = 1",
         ),
-        ({"start": -1}, "must not be negative, got seed=0, start=-1"),
-        ({"seed": -1}, "must not be negative, got seed=-1, start=0"),
-        ({"source": Numbered(0)}, "'numbered' has no images in its 'train' split"),
+        ({"start": -1}, "invalid seed=0 or start=-1; expected at least 0"),
+        ({"seed": -1}, "invalid seed=-1 or start=0; expected at least 0"),
+        ({"source": Numbered(0)}, "no images in the 'train' split of data source 'numbered'"),
     ],
 )
 def test_a_bad_argument_is_named(options, message):

@@ -10,7 +10,7 @@ from jax_options import unoptimized
 
 from configs import smoke
 from dig_jax import components, config
-from dig_jax.data.source import FakeSource
+from dig_jax.data.fake import FakeSource
 from dig_jax.errors import CheckpointError, ConfigError, UserError
 from dig_jax.export.export import export
 from dig_jax.sampling.sample import sample

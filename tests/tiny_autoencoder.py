@@ -9,7 +9,7 @@ GOLDEN = Path(__file__).parent / "golden" / "vae.npz"
 
 
 def write_autoencoder(folder):
-    """Writes it into a folder, which it makes, and returns."""
+    """Write it into a folder and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with np.load(GOLDEN) as golden:
         (folder / "config.json").write_text(str(golden["config"]))

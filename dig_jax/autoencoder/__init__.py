@@ -1,4 +1,4 @@
-"""Stable Diffusion's KL autoencoder: images to latents and back.
+"""Stable Diffusion's KL autoencoder, from images to latents and back.
 
 autoencoder = dig_jax.autoencoder.load("stabilityai/sd-vae-ft-ema")
 latents = autoencoder.mean(autoencoder.encode(images))

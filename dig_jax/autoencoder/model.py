@@ -1,5 +1,6 @@
-"""The autoencoder as it is used: images to moments, moments to latents, latents to images."""
+"""The autoencoder: images to moments, moments to latents, latents to images."""
 
+import dataclasses
 import functools
 import hashlib
 from typing import Any
@@ -16,21 +17,21 @@ from dig_jax.autoencoder.networks import AutoencoderArchitecture, Decoder, Encod
 from dig_jax.autoencoder.stripes import decode_in_stripes
 
 AnyArray = Array | np.ndarray
-# Log variances of the posterior are clipped to these, as in the code of latent diffusion.
+# Log variances of the posterior are clipped to this range, as in the code of latent diffusion.
 _LOGVAR_RANGE = (-30.0, 20.0)
-# Latent pixels of an image that is decoded as a whole by default, and of a stripe where it is not.
-_WHOLE, _STRIPE = 128 * 128, 512
+# Images of up to _MAX_WHOLE latent pixels are decoded at once by default, larger ones in stripes of _STRIPE.
+_MAX_WHOLE, _STRIPE = 128 * 128, 512
 
 
 class Autoencoder(nnx.Module):
     """Stable Diffusion's KL autoencoder (Rombach et al. 2022, appendix G).
 
-    Images are -1…1 as float or 0…255 as uint8, latents scaled by the config's `scaling_factor`; both NHWC.
+    Images are float in -1…1 or uint8; latents are scaled by the config's `scaling_factor`. Both are NHWC.
 
     Args:
-        config: sizes.
-        dtype: of activations and products; parameters, norms and results are float32.
-        rngs: the source of random parameters; `load` reads trained ones.
+        config: sizes of the networks.
+        dtype: dtype of activations and matrix products; parameters, norms and results are float32.
+        rngs: random parameters; `load` reads trained ones.
     """
 
     def __init__(self, config: AutoencoderArchitecture, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
@@ -44,29 +45,28 @@ class Autoencoder(nnx.Module):
     def encode(
         self, images: Float[AnyArray, "n height width c"] | UInt8[AnyArray, "n height width c"]
     ) -> Float[Array, "n latent_height latent_width moments"]:
-        """The posterior's moments: means, then log variances along the last axis, neither scaled.
+        """Return the posterior's unscaled moments: means, then log variances along the last axis.
 
         Raises:
-            ValueError: sides that `config.downsampling` does not divide, or another number of channels.
+            ValueError: a size that is no multiple of `config.downsampling`, or a wrong number of channels.
         """
         _, height, width, channels = images.shape
         if height % self.config.downsampling or width % self.config.downsampling:
             raise ValueError(
-                f"images of {height}×{width} pixels: this autoencoder takes multiples of"
-                f" {self.config.downsampling}"
+                f"invalid images of {height}×{width} pixels; expected multiples of {self.config.downsampling}"
             )
         _check_channels("images", channels, self.config.in_channels)
         return _encode(*nnx.split(self), jnp.asarray(images))
 
     def mean(self, moments: Float[AnyArray, "*batch moments"]) -> Float[Array, "*batch c"]:
-        """The latents that are the posterior's mean."""
+        """Return the posterior's mean as latents."""
         mean, _ = jnp.split(jnp.asarray(moments, jnp.float32), 2, axis=-1)
         return mean * self.config.scaling_factor
 
     def sample(
         self, moments: Float[AnyArray, "n height width moments"], keys: Key[Array, " n"]
     ) -> Float[Array, "n height width c"]:
-        """Latents drawn from the posterior, with a key for each image."""
+        """Sample latents from the posterior, with one key per image."""
         mean, logvar = jnp.split(jnp.asarray(moments, jnp.float32), 2, axis=-1)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         return (mean + jnp.exp(0.5 * logvar) * noise) * self.config.scaling_factor
@@ -74,33 +74,35 @@ class Autoencoder(nnx.Module):
     def decode(
         self, latents: Float[AnyArray, "n height width c"], *, stripes: int | None = None
     ) -> Float[Array, "n image_height image_width c_out"]:
-        """Images, float32, -1…1 but for what the decoder overshoots; `to_uint8` makes pixels of them.
+        """Return float32 images in about -1…1; `to_uint8` converts them to pixels.
 
         Args:
-            latents: scaled ones, of any height and width.
-            stripes: how many the image is decoded in, a divisor of the latents' height: the more, the less
-                memory, for the same result up to rounding. 1 decodes it as a whole; by default the latents
-                of up to 128×128 are, and larger ones in stripes of about 512 latent pixels.
+            latents: scaled latents of any height and width.
+            stripes: number of stripes to decode the image in, a divisor of the latents' height; more stripes
+                need less memory and give the same result up to rounding. Default: 1 for latents of up to
+                128×128, else stripes of about 512 latent pixels.
 
         Raises:
-            ValueError: stripes that do not divide the height, or another number of channels.
+            ValueError: stripes that do not divide the height, or a wrong number of channels.
         """
         _, height, width, channels = latents.shape
         _check_channels("latents", channels, self.config.latent_channels)
         if stripes is None:
             stripes = default_stripes(height, width)
         if stripes < 1 or height % stripes:
-            raise ValueError(f"stripes={stripes} does not divide the latents' height of {height}")
+            raise ValueError(f"invalid stripes={stripes}; expected a divisor of the latents' height {height}")
         return _decode(*nnx.split(self), jnp.asarray(latents), stripes)
 
     def on(self, sharding: jax.sharding.Sharding) -> "Autoencoder":
-        """The same, with parameters that lie as `sharding` says."""
+        """Return the autoencoder with its parameters on the devices of a sharding."""
         graphdef, params = nnx.split(self)
         return nnx.merge(graphdef, jax.device_put(params, sharding))
 
     def fingerprint(self) -> str:
-        """SHA-256 of config and parameters, in hex: latents go with the autoencoders of one fingerprint."""
-        digest = hashlib.sha256(repr(self.config).encode())
+        """Return the SHA-256 of sizes and parameters, in hexadecimal; latent caches store it."""
+        sizes = [f"{name}={value!r}" for name, value in dataclasses.asdict(self.config).items()]
+        # Caches depend on this text: it is the repr of the class under its first name.
+        digest = hashlib.sha256(f"Architecture({', '.join(sizes)})".encode())
         for path, variable in sorted(nnx.to_flat_state(nnx.state(self)), key=lambda item: str(item[0])):
             digest.update(repr(path).encode() + np.asarray(variable[...]).tobytes())
         return digest.hexdigest()
@@ -124,17 +126,17 @@ def _decode(graphdef: nnx.GraphDef, params: Any, latents: Array, stripes: int) -
 
 
 def default_stripes(height: int, width: int) -> int:
-    """How many stripes latents of this size are decoded in."""
-    if height * width <= _WHOLE:
+    """Return the default number of stripes for latents of this size."""
+    if height * width <= _MAX_WHOLE:
         return 1
     return height // largest_divisor(height, _STRIPE // width)
 
 
 def _check_channels(name: str, channels: int, expected: int) -> None:
     if channels != expected:
-        raise ValueError(f"{name} of {channels} channels; this autoencoder's have {expected} (NHWC)")
+        raise ValueError(f"invalid {name} with {channels} channels; expected {expected} (NHWC)")
 
 
 def to_uint8(images: Float[AnyArray, "*shape"]) -> UInt8[Array, "*shape"]:
-    """Pixels of decoded images: x/2 + 1/2, clipped to 0…1, times 255, rounded."""
+    """Convert decoded images to pixels: clip x/2 + 1/2 to 0…1, multiply by 255, round."""
     return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)

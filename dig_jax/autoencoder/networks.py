@@ -1,4 +1,4 @@
-"""The two halves of the autoencoder, and the sizes that they have."""
+"""Encoder and decoder, and their sizes."""
 
 import dataclasses
 import functools
@@ -22,15 +22,15 @@ from dig_jax.autoencoder.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderArchitecture:
-    """Sizes, under diffusers' names; the defaults are Stable Diffusion's (83,653,863 parameters).
+    """Sizes with diffusers' names; the defaults are Stable Diffusion's (83,653,863 parameters).
 
-    block_out_channels: width at each resolution; there is a factor of 2 from one to the next.
-    layers_per_block: residual blocks per resolution of the encoder; the decoder has one more.
-    norm_num_groups: of channels, in every group norm.
-    scaling_factor: latents are the posterior times this, so that their deviation is about 1.
+    block_out_channels: channels at each resolution; each resolution is half the previous one.
+    layers_per_block: residual blocks per resolution in the encoder; the decoder has one more.
+    norm_num_groups: groups of channels in every group norm.
+    scaling_factor: factor from the posterior to latents, which gives them a standard deviation of about 1.
 
     Raises:
-        ValueError: sizes that cannot be.
+        ValueError: invalid sizes.
     """
 
     in_channels: int = 3
@@ -42,35 +42,37 @@ class AutoencoderArchitecture:
     scaling_factor: float = 0.18215
 
     def __post_init__(self):
-        # The upper limits keep a file from describing a network without end.
+        # The upper limits reject files that describe an endless network.
         limits = {"in_channels": 64, "out_channels": 64, "latent_channels": 256, "layers_per_block": 16}
         for name, limit in limits.items():
             if not 1 <= getattr(self, name) <= limit:
-                raise ValueError(f"{name}={getattr(self, name)} is not in 1…{limit}")
+                raise ValueError(f"invalid {name}={getattr(self, name)}; expected 1 to {limit}")
         widths, groups = self.block_out_channels, self.norm_num_groups
         fitting = groups >= 1 and all(0 < width <= 2**16 and width % groups == 0 for width in widths)
         if not (fitting and 1 <= len(widths) <= 8):
             raise ValueError(
-                f"block_out_channels={list(widths)[:9]} must be one to eight multiples of"
+                f"invalid block_out_channels={list(widths)[:9]}; expected one to eight multiples of"
                 f" norm_num_groups={groups}"
             )
         if not 0 < self.scaling_factor < math.inf:
-            raise ValueError(f"scaling_factor={self.scaling_factor} is not positive and finite")
+            raise ValueError(
+                f"invalid scaling_factor={self.scaling_factor}; expected a positive finite number"
+            )
 
     @property
     def downsampling(self) -> int:
-        """Pixels per latent pixel, along either side."""
+        """Pixels per latent pixel along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class Stage(nnx.Module):
-    """The residual blocks of one resolution, and what leads to the next."""
+    """The residual blocks of one resolution, and the resampling to the next."""
 
     def __init__(self, blocks: Sequence[ResnetBlock], resample: Downsample | Upsample | None):
         self.resnets, self.resample = nnx.List(blocks), resample
 
     def __call__(self, x: Float[Array, "n height width c"]) -> Float[Array, "n height_out width_out c_out"]:
-        """Changes height and width where there is a next resolution."""
+        """Apply the blocks, then the resampling if there is one."""
         for block in self.resnets:
             x = block(x)
         return x if self.resample is None else self.resample(x)
@@ -84,12 +86,12 @@ class MidBlock(nnx.Module):
         self.attentions = nnx.List([Attention(channels, **options)])
 
     def __call__(self, x: Float[Array, "n height width c"]) -> Float[Array, "n height width c"]:
-        """Keeps the shape."""
+        """Apply the three layers."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class Encoder(nnx.Module):
-    """Images to the posterior's parameters, before the last 1×1 convolution."""
+    """The network from images to the posterior's moments, before the last 1×1 convolution."""
 
     def __init__(self, config: AutoencoderArchitecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths, last = config.block_out_channels, config.block_out_channels[-1]
@@ -109,7 +111,7 @@ class Encoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "n height width c"]
     ) -> Float[Array, "n latent_height latent_width c2"]:
-        """Gives two values per latent channel."""
+        """Return two values per latent channel."""
         x = self.conv_in(x)
         for stage in self.down_blocks:
             x = stage(x)
@@ -117,7 +119,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents, after the first 1×1 convolution, to images."""
+    """The network from latents, after the first 1×1 convolution, to images."""
 
     def __init__(self, config: AutoencoderArchitecture, *, dtype: DTypeLike, rngs: nnx.Rngs):
         widths = config.block_out_channels[::-1]
@@ -137,7 +139,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "n height width c"]
     ) -> Float[Array, "n image_height image_width c_out"]:
-        """Decodes the whole image at once; `decode_in_stripes` gives the same in less memory."""
+        """Decode the whole image at once; `decode_in_stripes` needs less memory."""
         x = self.mid_block(self.conv_in(x))
         for stage in self.up_blocks:
             x = stage(x)

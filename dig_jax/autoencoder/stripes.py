@@ -1,13 +1,13 @@
-"""The decoder in stripes of rows: the same image in the memory of a few of its activations.
+"""Decoding in stripes of rows, which needs the memory of a few activations at full resolution.
 
-A group norm needs the whole image before its first pixel is known, and attention all pixels for each, so the
-image cannot be cut up once and for all. Instead each layer goes over it stripe by stripe: one pass gathers
-the moments for the next norm; another reads stripes with a row more on either side, normalises and convolves
-them, and stores what comes out. Sums around a residual block are made in place, and an up-sampled image is
-never stored, but computed again for each of its readers. So two activations are alive at once; in the block
-after an up-sampling three, of which the third still has the lower resolution.
+A group norm needs statistics of the whole image before its first pixel, and attention needs all pixels, so
+the image cannot simply be cut into tiles. Instead each layer runs over the image stripe by stripe: a first
+pass computes the statistics of the next norm; a second one reads stripes with one more row on either side,
+normalizes and convolves them, and stores the result. Sums around a residual block are updated in place. An
+upsampled image is never stored; each reader recomputes it. So two activations are in memory at once, and in
+the block after an upsampling a third one at half the resolution.
 
-What stands before the first up-sampling is small, and is computed as a whole.
+The layers before the first upsampling are small and run on the whole image.
 """
 
 import dataclasses
@@ -26,11 +26,12 @@ Rows = Float[Array, "_ _ _ _"]
 
 @dataclasses.dataclass(frozen=True)
 class _Image:
-    """An activation, read in windows: the rows of a stripe and one more on either side.
+    """An activation that is read in windows: the rows of a stripe and one more on either side.
 
-    The rows outside the image hold anything.
+    The values of rows outside the image are undefined.
 
-    stored: [n, 1 + height + 1, width, c], or None where the windows are computed.
+    window: returns the window of a stripe.
+    stored: [n, 1 + height + 1, width, c], or None if windows are computed.
     """
 
     window: Callable[[Stripe], Rows]
@@ -40,10 +41,12 @@ class _Image:
 def decode_in_stripes(
     decoder: Decoder, x: Float[Array, "n height width c"], stripes: int
 ) -> Float[Array, "n image_height image_width c_out"]:
-    """As `decoder(x)`, up to rounding.
+    """Return `decoder(x)` up to rounding.
 
     Args:
-        stripes: how many; a divisor of the height.
+        decoder: the decoder.
+        x: latents.
+        stripes: number of stripes, a divisor of the height.
     """
     x = decoder.mid_block(decoder.conv_in(x))
     image = _stored(jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0))), stripes)
@@ -64,12 +67,12 @@ def decode_in_stripes(
 
 def _residual(block: ResnetBlock, image: _Image, stripes: int) -> _Image:
     moments1 = _moments(block.norm1, image, stripes)
-    in_place = image.stored is not None and block.conv_shortcut is None
+    in_place = image.stored if block.conv_shortcut is None else None
 
     def first(stripe: Stripe) -> tuple[Rows, ...]:
         window = image.window(stripe)
         h = _conv(block.conv1, jax.nn.silu(block.norm1(window, moments1)), stripe, stripes)
-        return (h,) if in_place else (h, block.shortcut(window[:, 1:-1]))
+        return (h,) if in_place is not None else (h, block.shortcut(window[:, 1:-1]))
 
     shapes = jax.eval_shape(first, jnp.int32(0))
     buffers = [_blank(shape, moment, stripes) for shape, moment in zip(shapes, moments1, strict=False)]
@@ -81,7 +84,8 @@ def _residual(block: ResnetBlock, image: _Image, stripes: int) -> _Image:
         y = jax.nn.silu(block.norm2(h.window(stripe), moments2))
         return (x + _conv(block.conv2, y, stripe, stripes),)
 
-    return _stored(*_replace_rows(second, shortcut or [image.stored], stripes), stripes)
+    (out,) = _replace_rows(second, shortcut if in_place is None else [in_place], stripes)
+    return _stored(out, stripes)
 
 
 def _upsampled(layer: Upsample, image: _Image, stripes: int) -> _Image:
@@ -94,17 +98,17 @@ def _stored(array: Array, stripes: int) -> _Image:
 
 
 def _blank(rows: jax.ShapeDtypeStruct, moment: Array, stripes: int) -> Array:
-    """Room for stripes of such rows.
+    """Return a buffer for all stripes.
 
-    It is filled with a number that nothing else is filled with: of equal constants XLA makes one, keeps it to
-    the end, and copies it for each use.
+    Its value is unique to this buffer: XLA merges equal constants, keeps them alive to the end, and copies
+    them for each use.
     """
     n, height, width, c = rows.shape
     return jnp.full((n, 1 + stripes * height + 1, width, c), moment[0, 0], rows.dtype)
 
 
 def _conv(layer: Conv, window: Rows, stripe: Stripe, stripes: int, halo: int = 1) -> Rows:
-    """A 3×3 convolution of a window with `halo` rows on either side, of which one is used up."""
+    """Apply a 3×3 convolution to a window with `halo` rows on either side; it consumes one of them."""
     rows = window.shape[1] - 2 * halo
     row = stripe * rows - halo + jnp.arange(window.shape[1])
     inside = (row >= 0) & (row < stripes * rows)
@@ -114,26 +118,26 @@ def _conv(layer: Conv, window: Rows, stripe: Stripe, stripes: int, halo: int = 1
 def _replace_rows(
     compute: Callable[..., tuple[Rows, ...]], buffers: list[Array], stripes: int
 ) -> list[Array]:
-    """Replaces the rows of images, stripe by stripe and in place: (stripe, *rows) → rows."""
+    """Replace the rows of images by `compute(stripe, *rows)`, stripe by stripe and in place."""
 
     def step(stripe: Stripe, buffers: list[Array]) -> list[Array]:
         counts = [(buffer.shape[1] - 2) // stripes for buffer in buffers]
-        # XLA works in place where it reads and writes at one and the same index.
+        # XLA works in place only if reads and writes use the same index.
         starts = [1 + stripe * count for count in counts]
         old = [
-            jax.lax.dynamic_slice_in_dim(*part, axis=1) for part in zip(buffers, starts, counts, strict=True)
+            jax.lax.dynamic_slice_in_dim(*rows, axis=1) for rows in zip(buffers, starts, counts, strict=True)
         ]
         new = zip(buffers, compute(stripe, *old), starts, strict=True)
-        return [jax.lax.dynamic_update_slice_in_dim(*part, axis=1) for part in new]
+        return [jax.lax.dynamic_update_slice_in_dim(*rows, axis=1) for rows in new]
 
     return jax.lax.fori_loop(0, stripes, step, buffers)
 
 
 def _moments(norm: GroupNorm, image: _Image, stripes: int) -> Moments:
-    """Those of the whole image, by group."""
+    """Return mean and variance of each group over the whole image."""
 
     def step(stripe: Stripe, moments: Moments) -> Moments:
-        # Of so many stripes and one more, all of one size (Chan, Golub & LeVeque 1979).
+        # Merge the moments of `stripe` stripes with those of one more (Chan, Golub & LeVeque 1979).
         count, (mean, variance) = stripe.astype(jnp.float32), moments
         more_mean, more_variance = group_moments(image.window(stripe)[:, 1:-1], norm.groups)
         delta = more_mean - mean

@@ -1,4 +1,4 @@
-"""Trained weights of an autoencoder, from a folder, a file or the Hub: strictly, or not at all."""
+"""Strict reading of trained autoencoders from a folder, a file or the Hugging Face Hub."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +16,11 @@ from jaxtyping import Array
 
 from dig_jax.autoencoder.model import Autoencoder
 from dig_jax.autoencoder.networks import AutoencoderArchitecture
-from dig_jax.errors import CheckpointError
+from dig_jax.errors import CheckpointError, one_line
 from dig_jax.files.safetensors import StoredArray, open_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
-# What a config may say of networks that are not this one, and how it says that they are.
+# Config fields that describe other networks, and their values for this one.
 _FIXED = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -31,23 +32,22 @@ _FIXED = {
     "latents_std": None,
 }
 _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-# The names of attention layers before diffusers 0.16, which the published files have.
+# Names of attention layers before diffusers 0.16, which the published files use.
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _DTYPES = ("float32", "float16", "bfloat16")
 _MAX_CONFIG = 2**20  # bytes
 
 
 def load(path_or_name: str | Path, *, dtype: DTypeLike = jnp.float32) -> Autoencoder:
-    """Reads an autoencoder in diffusers' format, such as `stabilityai/sd-vae-ft-ema` or `-mse`.
+    """Load an autoencoder in diffusers' format, such as `stabilityai/sd-vae-ft-ema` or `-mse`.
 
     Args:
-        path_or_name: a folder with config.json and diffusion_pytorch_model.safetensors; a safetensors file
-            with its config.json beside it; or, where there is no such path, "owner/name" on the Hugging Face
-            Hub.
-        dtype: of activations and products; parameters are float32.
+        path_or_name: a folder with config.json and diffusion_pytorch_model.safetensors, a safetensors file
+            beside its config.json, or a Hugging Face repository id (owner/name).
+        dtype: dtype of activations and matrix products; parameters are float32.
 
     Raises:
-        CheckpointError: there is none, it cannot be read, or it is not exactly what its config describes.
+        CheckpointError: the files are missing, unreadable, or do not match the config exactly.
     """
     config_path, weights_path = _find(path_or_name)
     config = _read_config(config_path)
@@ -59,7 +59,7 @@ def load(path_or_name: str | Path, *, dtype: DTypeLike = jnp.float32) -> Autoenc
 
 
 def _find(path_or_name: str | Path) -> tuple[Path, Path]:
-    """Where the config and the weights are."""
+    """Return the paths of the config and the weights."""
     path = Path(path_or_name).expanduser()
     if path.is_dir():
         return path / CONFIG_FILE, path / WEIGHTS_FILE
@@ -67,23 +67,22 @@ def _find(path_or_name: str | Path) -> tuple[Path, Path]:
         return path.with_name(CONFIG_FILE), path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_name)):
         raise CheckpointError(
-            f"autoencoder {path}: there is no such folder or file, nor can it be a Hub's name"
+            f"invalid autoencoder {str(path)!r}; expected an existing path or a Hugging Face repository id"
+            " (owner/name)"
         )
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise CheckpointError(
-            f"autoencoder {path_or_name}: there is no such path, and for the Hugging Face Hub,"
-            " `pip install huggingface_hub` is missing"
+            f"no such path: autoencoder {path_or_name}; to download from the Hugging Face Hub, run"
+            " `pip install huggingface_hub`"
         ) from error
     try:
         config, weights = (Path(hf_hub_download(str(path_or_name), f)) for f in (CONFIG_FILE, WEIGHTS_FILE))
-    # Its errors are of many kinds: the network's, the Hub's, the cache's.
-    except Exception as error:
+    except Exception as error:  # the network's, the Hub's or its cache's
         raise CheckpointError(
-            f"autoencoder {path_or_name}: there is no such path, and the Hugging Face Hub did not give it"
-            f" ({_first_line(error)}); where there is no network, give a folder with {CONFIG_FILE} and"
-            f" {WEIGHTS_FILE}"
+            f"no such path: autoencoder {path_or_name}, and the download from the Hugging Face Hub failed"
+            f" ({one_line(error)}); without a network, use a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from error
     return config, weights
 
@@ -94,36 +93,41 @@ def _read_config(path: Path) -> AutoencoderArchitecture:
             fields = json.loads(file.read(_MAX_CONFIG))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path}: there is no such file; the weights' sizes and scale stand in it"
+            f"no such file: {path}; expected the autoencoder's sizes and scaling factor"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({_first_line(error)})") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
+        raise CheckpointError(f"cannot read {path}: {one_line(error)}") from error
+    try:
+        if not isinstance(fields, dict):
+            raise ValueError("invalid content; expected a JSON object")
+        _check_network(fields)
+        return AutoencoderArchitecture(**_sizes(fields))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_network(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError if a config describes another kind of network."""
     for name, value in _FIXED.items():
         if fields.get(name, value) != value:
-            raise CheckpointError(
-                f"{path}: {name}={reprlib.repr(fields[name])} is another kind of network; {value!r} is ours"
-            )
+            raise ValueError(f"unsupported {name}={reprlib.repr(fields[name])}; expected {value!r}")
     for name, value in _BLOCK_TYPES.items():
         types = fields.get(name, [value])
         if not isinstance(types, list) or any(kind != value for kind in types):
-            raise CheckpointError(
-                f"{path}: {name}={reprlib.repr(types)} is another kind of network; {value!r} are ours"
-            )
+            raise ValueError(f"unsupported {name}={reprlib.repr(types)}; expected {value!r} only")
+
+
+def _sizes(fields: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {}
     for field in dataclasses.fields(AutoencoderArchitecture):
         if field.name in fields:
             value = fields[field.name]
             sizes[field.name] = tuple(value) if isinstance(value, list) else value
             if not _same_kind(sizes[field.name], field.default):
-                raise CheckpointError(
-                    f"{path}: {field.name}={reprlib.repr(value)} is nothing like {field.default!r}"
+                raise ValueError(
+                    f"invalid {field.name}={reprlib.repr(value)}; expected a value such as {field.default!r}"
                 )
-    try:
-        return AutoencoderArchitecture(**sizes)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    return sizes
 
 
 def _same_kind(value: object, default: object) -> bool:
@@ -133,7 +137,7 @@ def _same_kind(value: object, default: object) -> bool:
 
 
 def _read_weights(path: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, Array]:
-    """Our arrays by their paths, float32; all names, shapes and dtypes are compared before one is read."""
+    """Return float32 arrays by their path in the module; all names, shapes and dtypes are checked first."""
     with open_safetensors(path) as file:
         try:
             names = _match(file.arrays, shapes)
@@ -145,7 +149,7 @@ def _read_weights(path: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> dict[t
 
 
 def _match(stored: Mapping[str, StoredArray], shapes: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, str]:
-    """The name in the file of each of our arrays."""
+    """Return the name in the file for each path in the module."""
     names, missing, wrong = {}, [], []
     for path, shape in shapes.items():
         name = next((name for name in _torch_names(path) if name in stored), None)
@@ -155,19 +159,19 @@ def _match(stored: Mapping[str, StoredArray], shapes: Mapping[tuple, tuple[int, 
         names[path] = name
         array, expected = stored[name], _torch_shapes(shape)
         if array.shape not in expected:
-            wrong.append(f"{name} has shape {list(array.shape)} and not {list(expected[0])}")
+            wrong.append(f"{name} has shape {list(array.shape)} (expected {list(expected[0])})")
         elif array.dtype not in _DTYPES:
-            wrong.append(f"{name} is {array.dtype} and none of {', '.join(_DTYPES)}")
+            wrong.append(f"{name} is {array.dtype} (expected {', '.join(_DTYPES)})")
     unexpected = sorted(set(stored) - set(names.values()))
     problems = {"missing": missing, "unexpected": unexpected, "wrong": wrong}
     if any(problems.values()):
-        told = [f"{kind}: {_few(items)}" for kind, items in problems.items() if items]
-        raise ValueError(f"does not fit its {CONFIG_FILE}; {'; '.join(told)}")
+        listed = [f"{kind}: {_few(items)}" for kind, items in problems.items() if items]
+        raise ValueError(f"arrays do not match {CONFIG_FILE}; {'; '.join(listed)}")
     return names
 
 
 def _torch_names(path: tuple) -> list[str]:
-    """The names that an array of ours may have in a file."""
+    """Return the names that an array may have in a file."""
     *parts, leaf = path
     resample = {"encoder": "downsamplers.0", "decoder": "upsamplers.0"}.get(path[0])
     renamed = {"resample": resample, "to_out": "to_out.0"}
@@ -180,7 +184,7 @@ def _torch_names(path: tuple) -> list[str]:
 
 
 def _torch_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes that an array of ours may have in a file: linear maps may stand as 1×1 convolutions."""
+    """Return the shapes that an array may have in a file; linear maps may be stored as 1×1 convolutions."""
     if len(shape) == 4:
         return [(shape[3], shape[2], *shape[:2])]
     return [shape[::-1], (*shape[::-1], 1, 1)] if len(shape) == 2 else [shape]
@@ -189,7 +193,7 @@ def _torch_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 def _converted(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Array:
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds values that are not finite")
+        raise ValueError(f"{name} has values that are not finite")
     if len(shape) == 4:
         return jnp.asarray(array.transpose(2, 3, 1, 0))
     return jnp.asarray(array.reshape(shape[::-1]).T)
@@ -198,7 +202,3 @@ def _converted(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Array:
 def _few(items: Sequence[str]) -> str:
     more = f" and {len(items) - 4} more" if len(items) > 4 else ""
     return ", ".join(item[:150] for item in items[:4]) + more
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:600]

@@ -1,4 +1,4 @@
-"""Labelled images: sources with random access, and the batches drawn from them."""
+"""Image sources with random access, and the batches drawn from them."""
 
 from dig_jax.data.pipeline import batches, epoch, normalize
 from dig_jax.data.registry import load_source

@@ -1,4 +1,4 @@
-"""A source of images that are decoded when they are read, whatever they are stored in."""
+"""A source of images that are decoded when they are read; where they are stored is up to `EncodedImages`."""
 
 import dataclasses
 import functools
@@ -15,14 +15,19 @@ from dig_jax.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
 
-# How many unreadable images are named in the log; after that only their number is told, at powers of ten.
-_NAMED = 10
-# Replacements in a row that may be unreadable too.
+# Log this many unreadable images by name, and later ones by number, at powers of ten.
+_LOGGED = 10
+# Give up after this many unreadable replacements in a row.
 _ATTEMPTS = 100
 
 
-class Record(NamedTuple):
-    """An encoded image: where it comes from, for messages; the content of its file; its class."""
+class EncodedImage(NamedTuple):
+    """The content of an image file.
+
+    name: where it is stored, for messages.
+    data: the file's content.
+    label: its class.
+    """
 
     name: str
     data: bytes
@@ -30,21 +35,21 @@ class Record(NamedTuple):
 
 
 @runtime_checkable
-class Records(Protocol):
+class EncodedImages(Protocol):
     """Encoded images with random access, from any thread."""
 
     @property
     def identity(self) -> str:
-        """Hexadecimal; equal for equal records in equal order."""
+        """Hexadecimal hash; equal for equal images in equal order."""
         ...
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Record:
-        """The record of 0 ≤ index < len.
+    def read(self, index: int) -> EncodedImage:
+        """Read the image of 0 ≤ index < len.
 
         Raises:
-            UserError: the storage fails.
+            UserError: the storage failed.
         """
         ...
 
@@ -53,13 +58,13 @@ class Records(Protocol):
 class EncodedSource:
     """Square crops of encoded images.
 
-    What cannot be decoded is named in the log, counted, and replaced: by an image that depends on its index
-    alone, so that threads, processes and restarts change nothing. It keeps its place in the length.
+    An image that cannot be decoded is logged, counted and replaced. Its replacement depends on its index
+    alone, so that threads, processes and restarts change nothing.
     """
 
     name: str
     split: str
-    records: Records
+    images: EncodedImages
     class_names: tuple[str, ...]
     image_size: int
     crop: str
@@ -71,10 +76,13 @@ class EncodedSource:
     def __post_init__(self):
         if self.image_size < 1:
             raise ValueError(
-                f"image_size of the {self.name} source must be at least 1, got {self.image_size}"
+                f"invalid image_size={self.image_size} of the {self.name} source; expected at least 1"
             )
         if self.crop not in CROPS:
-            raise ValueError(f"crop={self.crop!r} is none of {', '.join(CROPS)}{suggest(self.crop, CROPS)}")
+            hint = suggest(self.crop, CROPS)
+            raise ValueError(
+                f"invalid crop={self.crop!r} of the {self.name} source; expected {' or '.join(CROPS)}{hint}"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -88,52 +96,54 @@ class EncodedSource:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that an example of this source depends on, as far as it is known unread."""
-        how = (self.image_size, self.crop, self.upright)
-        return fingerprint(self.name, self.split, self.records.identity, self.class_names, how)
+        """Hash of everything that the examples depend on, as far as it is known without reading them."""
+        options = (self.image_size, self.crop, self.upright)
+        return fingerprint(self.name, self.split, self.images.identity, self.class_names, options)
 
     @property
     def num_unreadable(self) -> int:
-        """How many images could not be decoded so far."""
+        """Number of images that could not be decoded so far."""
         return len(self._unreadable)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside a source of {len(self)} images")
+            raise IndexError(f"index {index} is out of range for a source of {len(self)} images")
         for attempt in range(_ATTEMPTS):
             candidate = _replacement(index, attempt, len(self)) if attempt else index
             if candidate in self._unreadable:
                 continue
-            record = self.records.read(candidate)
+            image = self.images.read(candidate)
             try:
-                return self.decoded(record)
+                return self.decode(image)
             except UnreadableImage as error:
-                self._note(candidate, record.name, error)
-        raise UserError(f"no image of the {self.name} source can be read: the log names some")
+                self._log_unreadable(candidate, image.name, error)
+        raise UserError(
+            f"the {self.name} source found {_ATTEMPTS} unreadable images in a row; the log names the first"
+        )
 
-    def decoded(self, record: Record) -> Example:
-        """The example that a record is, for those who want no other image in the place of an unreadable one.
+    def decode(self, image: EncodedImage) -> Example:
+        """Return an image as an example, without replacing it if it is unreadable.
 
         Raises:
             UnreadableImage: says why.
         """
-        image = CROPS[self.crop](decode(record.data, upright=self.upright), self.image_size)
-        return {"image": image, "label": np.int32(record.label)}
+        pixels = CROPS[self.crop](decode(image.data, upright=self.upright), self.image_size)
+        return {"image": pixels, "label": np.int32(image.label)}
 
-    def _note(self, index: int, name: str, error: UnreadableImage) -> None:
+    def _log_unreadable(self, index: int, name: str, error: UnreadableImage) -> None:
         with self._lock:
             if index in self._unreadable:
                 return
             self._unreadable.add(index)
             count = len(self._unreadable)
-        if count <= _NAMED:
-            last = "; further ones are only counted" if count == _NAMED else ""
-            log.warning("%s is replaced by another image: %s%s", name, error, last)
+        if count <= _LOGGED:
+            last = "; further ones are only counted" if count == _LOGGED else ""
+            log.warning("replaced unreadable image %s: %s%s", name, error, last)
         elif str(count).strip("0") == "1":
-            log.warning("%d images could not be read and are replaced by others", count)
+            log.warning("replaced %d unreadable images", count)
 
 
 def _replacement(index: int, attempt: int, length: int) -> int:

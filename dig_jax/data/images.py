@@ -1,4 +1,4 @@
-"""From an encoded image to the square of pixels that a model sees: decoding and cropping, by Pillow."""
+"""Decoding and cropping of images, by Pillow."""
 
 import io
 from collections.abc import Callable
@@ -7,32 +7,34 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# Told apart by content, not by file name. Others that Pillow knows run programs (EPS) or are no pictures.
+from dig_jax.errors import one_line
+
+# Detected by content, not by file name. Pillow's other formats run programs (EPS) or are no images.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Pillow's own bound: a quarter of a gigabyte as RGB. The header says so before anything is decoded.
+# Pillow's own limit, a quarter of a gigabyte as RGB; the header is checked before anything is decoded.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 2**28
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be used: damaged, too large, or of a kind that has no defined colours."""
+    """An image that is corrupt, too large, or has no defined colors."""
 
 
 def decode(data: bytes, *, upright: bool = True) -> Image.Image:
-    """The picture in a file, as RGB.
+    """Decode a file to RGB.
 
-    Grey is repeated, palettes are looked up, CMYK is converted without a colour profile, 16 bits are cut to
-    8; what is transparent stands on white; of an animation it is the first frame.
+    Gray is repeated, palettes are looked up, CMYK is converted without a color profile, 16 bits are cut to
+    8, transparency is composited on white, and animations yield their first frame.
 
     Args:
         data: the file's content.
-        upright: turn it as its EXIF orientation says, as every viewer does.
+        upright: whether to apply the EXIF orientation, as image viewers do.
 
     Raises:
         UnreadableImage: says why.
     """
     if len(data) > MAX_BYTES:
-        raise UnreadableImage(f"the file is larger than {MAX_BYTES // 2**20} MiB")
+        raise UnreadableImage(f"file too large; expected at most {MAX_BYTES // 2**20} MiB")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size)
@@ -43,19 +45,21 @@ def decode(data: bytes, *, upright: bool = True) -> Image.Image:
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage(f"it is none of {', '.join(FORMATS)}, or its header is damaged") from None
-    except Exception as error:  # decoders meet damage with errors of any kind
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+        raise UnreadableImage(
+            f"unsupported format or corrupt header; expected {', '.join(FORMATS)}"
+        ) from None
+    except Exception as error:  # decoders raise errors of any kind
+        raise UnreadableImage(one_line(error, name_type=True)) from error
 
 
 def adm_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The centre of an image as ADM (Dhariwal & Nichol 2021), DiT and DiG crop it.
+    """Crop the center of an image as ADM (Dhariwal & Nichol 2021), DiT and DiG do.
 
-    Halved by box averages while the shorter side is at least 2·size, resized bicubically until it is `size`,
-    and then cut.
+    The image is halved by box averages while its shorter side is at least 2·size, resized bicubically to a
+    shorter side of `size`, and cropped.
 
     Raises:
-        UnreadableImage: it is so long and thin that resized it would be too large.
+        UnreadableImage: so elongated that the resized image would be too large.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -68,15 +72,18 @@ def adm_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
 
 
 def celeba_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The face in an aligned CelebA image, as DDIM (Song et al. 2021) and DiG crop it.
+    """Crop the face in an aligned CelebA image as DDIM (Song et al. 2021) and DiG do.
 
-    The 128 × 128 pixels around (89, 121), resized bilinearly.
+    It resizes the 128 × 128 pixels around (89, 121) bilinearly.
 
     Raises:
-        UnreadableImage: it is not one of those, which are 178 × 218.
+        UnreadableImage: the image is not 178 × 218, the size of aligned CelebA images.
     """
     if image.size != (178, 218):
-        raise UnreadableImage(f"it is {image.width} × {image.height} px; aligned CelebA images are 178 × 218")
+        raise UnreadableImage(
+            f"invalid size of an aligned CelebA image: got {image.width} × {image.height} px;"
+            " expected 178 × 218"
+        )
     face = image.crop((89 - 64, 121 - 64, 89 + 64, 121 + 64))
     return np.asarray(face.resize((size, size), Image.Resampling.BILINEAR))
 
@@ -87,14 +94,17 @@ CROPS: dict[str, Crop] = {"adm": adm_crop, "celeba": celeba_crop}
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise UnreadableImage(f"{width:,} × {height:,} px are more than {MAX_PIXELS:,}")
+        raise UnreadableImage(f"too many pixels: got {width:,} × {height:,}; expected at most {MAX_PIXELS:,}")
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise UnreadableImage(f"pixels of Pillow's mode {image.mode} have no defined white")
+        raise UnreadableImage(
+            f"unsupported pixels: Pillow's mode {image.mode} has no defined white; expected integers of 1,"
+            " 8 or 16 bits"
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

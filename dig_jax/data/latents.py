@@ -1,12 +1,12 @@
-"""Latents that --mode=encode has stored: the source, and the format that reader and writer share.
+"""The latent cache that --mode=encode writes: its format, and the source that reads it.
 
-    PATH/encoding.json                  what is encoded, and how; written first
-    PATH/{train,heldout}/00000.array_record, …    two records per image: 2·i as it is, 2·i + 1 mirrored
-    PATH/{train,heldout}/00000.json, …  beside each finished file: its `Shard`
-    PATH/index.json                     all of this; written last
+    PATH/encoding.json                          header: what is encoded, and how; written first
+    PATH/{train,heldout}/00000.array_record, …  shards: entries 2·i of images, 2·i + 1 mirrored
+    PATH/{train,heldout}/00000.json, …          a `Shard` beside each finished file
+    PATH/index.json                             header and all shards; written last
 
-A record is the label (int32), then the posterior's means and then its log variances, each [height, width, c],
-unscaled, float32 or float16; all little-endian.
+An entry is the label (int32), then the posterior's means, then its log variances, both [height, width, c],
+unscaled, float32 or float16; everything is little-endian.
 """
 
 import dataclasses
@@ -23,26 +23,26 @@ from jaxtyping import Float, Float32
 
 from dig_jax.config import Config
 from dig_jax.data.source import SPLITS, Example, fingerprint
-from dig_jax.errors import ConfigError, UserError
+from dig_jax.errors import ConfigError, UserError, one_line
 
 FORMAT = 1
-BEGUN, INDEX = "encoding.json", "index.json"
+HEADER_FILE, INDEX_FILE = "encoding.json", "index.json"
 
 _LABEL = np.dtype("<i4")
 _DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
-_MAX_INDEX = 2**26  # bytes; that of ImageNet has 100 kB
-_AGAIN = "run --mode=encode again, which writes damaged files anew"
+_MAX_INDEX = 2**26  # bytes; ImageNet's has 100 kB
+_REPAIR = "run --mode=encode again, which rewrites corrupt files"
 
 
 class Shard(NamedTuple):
-    """What is known of a finished file.
+    """The description of a finished file.
 
-    file: its path in the cache, with "/".
-    images: how many it has, with two records each.
-    bytes: its size.
-    sha256: of its content, in hex.
-    unreadable: names of images that could not be decoded, and are not in it.
-    sums, squares: over all latent pixels, of the means and of the means² + variances, per channel.
+    file: path in the cache, with "/".
+    images: number of images, with two entries each.
+    bytes: size of the file.
+    sha256: hash of its content, in hexadecimal.
+    unreadable: names of images that could not be decoded and are left out.
+    sums, squares: sums per channel of the means, and of means² + variances, over all latent pixels.
     """
 
     file: str
@@ -54,50 +54,53 @@ class Shard(NamedTuple):
     squares: tuple[float, ...]
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> "Shard":
-        """The shard that JSON describes.
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Shard":
+        """Return the shard that JSON describes.
 
         Raises:
-            TypeError, ValueError: it describes none.
+            TypeError, ValueError: invalid fields.
         """
-        shard = cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        shard = cls(**values)
         if not re.fullmatch(rf"({'|'.join(SPLITS)})/\d{{5,}}\.array_record", shard.file):
-            raise ValueError(f"{shard.file!r} is no file's name")
+            raise ValueError(f"invalid file name {shard.file!r}")
         if not all(type(size) is int and size >= 0 for size in (shard.images, shard.bytes)):
-            raise ValueError(f"the sizes of {shard.file} are no numbers")
+            raise ValueError(f"invalid sizes of {shard.file}")
         return shard
 
 
 class Posterior(NamedTuple):
-    """A record: the class of an image, and its moments."""
+    """An entry: the label of an image, and the moments of its posterior."""
 
     label: int
     mean: Float32[np.ndarray, "h w c"]
     logvar: Float32[np.ndarray, "h w c"]
 
 
-def packed(label: int | np.int32, moments: Float[np.ndarray, "h w moments"]) -> bytes:
-    """A record of moments as the autoencoder gives them, in float32 or float16."""
+def pack(label: int | np.int32, moments: Float[np.ndarray, "h w moments"]) -> bytes:
+    """Return the entry for a label and the autoencoder's moments, in float32 or float16."""
     halves = np.split(moments.astype(_DTYPES[moments.dtype.name], copy=False), 2, axis=-1)
     return b"".join([np.asarray(label, _LABEL).tobytes(), *(half.tobytes() for half in halves)])
 
 
 def checksum(index: Mapping[str, Any]) -> str:
-    """SHA-256 of an index but for its own "sha256"."""
+    """Return the SHA-256 of an index without its own "sha256"."""
     fields = {name: value for name, value in index.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LatentSource:
-    """Latents of images: float32, scaled; a fresh draw from the posterior each time in training.
+    """Scaled float32 latents; training draws a new sample from the posterior each time.
 
-    path: the cache's directory.
+    path: directory of the cache.
     shards: the files of this split.
-    dtype: of the numbers in them.
-    scale: of latents, in the posterior's units.
-    autoencoder: path and fingerprint of the one that made them.
-    pictures: size, crop and upright of what it was given; None where there was none of these.
+    dtype: dtype of the stored moments.
+    scale: factor from the posterior to latents.
+    autoencoder: path and fingerprint of the autoencoder that made them.
+    encoded_images: size, crop and upright of the images that were encoded; None for sources without them.
     """
 
     split: str
@@ -109,7 +112,7 @@ class LatentSource:
     class_names: tuple[str, ...]
     flip: bool
     autoencoder: Mapping[str, str]
-    pictures: Mapping[str, Any]
+    encoded_images: Mapping[str, Any]
     name: str = "latents"
 
     @property
@@ -119,7 +122,7 @@ class LatentSource:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that an example of this source depends on."""
+        """Hash of everything that the examples depend on."""
         files = [shard.sha256 for shard in self.shards]
         return fingerprint(self.name, self.split, files, self.class_names, float(self.scale))
 
@@ -135,7 +138,7 @@ class LatentSource:
         return {"image": posterior.mean * self.scale, "label": np.int32(posterior.label)}
 
     def draw(self, index: int, mirrored: bool, noise: Float32[np.ndarray, "h w c"]) -> Example:
-        """The latents mean + deviation · noise."""
+        """Return the latents mean + deviation · noise, scaled."""
         label, mean, logvar = self.posterior(index, mirrored)
         image = 0.5 * logvar
         np.exp(image, out=image)
@@ -145,73 +148,72 @@ class LatentSource:
         return {"image": image, "label": np.int32(label)}
 
     def posterior(self, index: int, mirrored: bool = False) -> Posterior:
-        """What the autoencoder said of an image, unscaled.
+        """Return the unscaled posterior of an image or of its mirror image.
 
         Raises:
-            IndexError: 0 ≤ index < len is not so.
-            UserError: the file is damaged or gone.
+            IndexError: index out of range.
+            UserError: the file is corrupt or missing.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside a source of {len(self)} images")
+            raise IndexError(f"index {index} is out of range for a source of {len(self)} images")
         try:
-            record = self._records[2 * index + mirrored]
-            label = int(np.frombuffer(record, _LABEL, 1)[0])
-            moments = np.frombuffer(record, self.dtype, offset=_LABEL.itemsize).astype(np.float32, copy=False)
+            entry = self._entries[2 * index + mirrored]
+            label = int(np.frombuffer(entry, _LABEL, 1)[0])
+            moments = np.frombuffer(entry, self.dtype, offset=_LABEL.itemsize).astype(np.float32, copy=False)
             return Posterior(label, *moments.reshape(2, *self.image_shape))
-        except Exception as error:  # array_record has no errors of its own
-            raise UserError(
-                f"{self._place(index)} cannot be read ({_first_line(error)}); {_AGAIN}"
-            ) from error
+        except Exception as error:  # array_record has no error classes of its own
+            reason = one_line(error, name_type=True)
+            raise UserError(f"cannot read {self._place(index)}: {reason}; {_REPAIR}") from error
 
     @functools.cached_property
-    def _records(self) -> Any:
-        """All records by number; files are opened when they are first read, in each process."""
+    def _entries(self) -> Any:
+        """All entries by number; each process opens files on first use."""
         from grain.sources import ArrayRecordDataSource
 
-        parts = [
-            _Part(str(self.path / shard.file), 2 * shard.images) for shard in self.shards if shard.images
-        ]
-        return ArrayRecordDataSource(parts)
+        return ArrayRecordDataSource(
+            [
+                _FileInstruction(str(self.path / shard.file), 2 * shard.images, 2 * shard.images)
+                for shard in self.shards
+                if shard.images
+            ]
+        )
 
     def _place(self, index: int) -> str:
         for shard in self.shards:
             if index < shard.images:
-                return f"{self.path / shard.file}: image {index}"
+                return f"image {index} of {self.path / shard.file}"
             index -= shard.images
         raise AssertionError("index is below len")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """All records of a file, told to array_record so that it need not open it."""
+@dataclasses.dataclass
+class _FileInstruction:
+    """All entries of a file; with their number array_record need not open the file to count them."""
 
     filename: str
     take: int
+    examples_in_shard: int
     skip: int = 0
-
-    @property
-    def examples_in_shard(self) -> int:
-        return self.take
 
 
 def latents(
     split: str, path: str = "", image_size: int = -1, channels: int = -1, num_classes: int = -1
 ) -> LatentSource:
-    """The latents that --mode=encode has written.
+    """Open a latent cache that --mode=encode wrote.
 
     Args:
         split: "train" or "heldout".
-        path: the directory.
-        image_size: height and width of the latents, to be checked; -1: as they are, as for the next two.
-        channels: of the latents.
-        num_classes: number of labels.
+        path: directory of the cache.
+        image_size: expected height and width of the latents; -1: not checked.
+        channels: expected channels of the latents; -1: not checked.
+        num_classes: expected number of classes; -1: not checked.
 
     Raises:
-        UserError: there are none, or they are unfinished, damaged, or others than expected.
-        ValueError: a setting that cannot be.
+        UserError: the cache is missing, unfinished, corrupt, or not as expected.
+        ValueError: an invalid option.
     """
     if not path:
-        raise ValueError("path of the latents source is missing: the directory that --mode=encode wrote")
+        raise ValueError("missing path of the latents source; expected a directory written by --mode=encode")
     directory = Path(path).expanduser().absolute()
     index = _read(directory)
     try:
@@ -219,23 +221,25 @@ def latents(
         source = LatentSource(
             split=split,
             path=directory,
-            shards=tuple(map(Shard.of, index["splits"][split])),
+            shards=tuple(map(Shard.from_dict, index["splits"][split])),
             image_shape=(height, width, depth),
             dtype=_DTYPES[index["latents"]["dtype"]],
             scale=np.float32(index["autoencoder"]["scaling_factor"]),
             class_names=tuple(map(str, index["class_names"])),
             flip=bool(index["flip"]),
             autoencoder={name: str(index["autoencoder"][name]) for name in ("path", "fingerprint")},
-            pictures={name: index["pictures"][name] for name in ("size", "crop", "upright")},
+            encoded_images={name: index["pictures"][name] for name in ("size", "crop", "upright")},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory / INDEX} is damaged ({_first_line(error)}); {_AGAIN}") from error
+        reason = one_line(error, name_type=True)
+        raise UserError(f"{directory / INDEX_FILE} is corrupt: {reason}; {_REPAIR}") from error
     found = {"image_size": (height, width), "channels": depth, "num_classes": source.num_classes}
-    wanted = {"image_size": (image_size, image_size), "channels": channels, "num_classes": num_classes}
-    for name, value in wanted.items():
+    expected = {"image_size": (image_size, image_size), "channels": channels, "num_classes": num_classes}
+    for name, value in expected.items():
         if value not in (-1, (-1, -1), found[name]):
             raise UserError(
-                f"the latents in {directory} have {name}={_written(found[name])}, not {_written(value)}"
+                f"the latents in {directory} have {name}={_format(found[name])};"
+                f" expected config.data.options.{name}={_format(value)}"
             )
     for shard in source.shards:
         _check_size(directory / shard.file, shard.bytes)
@@ -243,51 +247,53 @@ def latents(
 
 
 def check_latents(source: LatentSource, settings: Config, fingerprint: str | None) -> None:
-    """Raises unless the latents are those that a config describes.
+    """Raise unless a cache has the autoencoder and image options of a config.
 
     Args:
         source: the latents.
-        settings: `encode.options` are compared as far as they are set.
-        fingerprint: of the autoencoder that the config names; None: it names none.
+        settings: `encode.options` that the cache knows are compared.
+        fingerprint: fingerprint of the config's autoencoder; None without one.
 
     Raises:
         ConfigError: says what differs.
     """
-    encoder, known = source.autoencoder, source.pictures
-    if fingerprint not in (None, encoder["fingerprint"]):
+    encoder, stored = source.autoencoder, source.encoded_images
+    if fingerprint is not None and fingerprint != encoder["fingerprint"]:
         raise ConfigError(
-            f"the latents in {source.path} were made by another autoencoder ({encoder['path']}, fingerprint"
-            f" {encoder['fingerprint'][:12]}) than config.autoencoder.path={settings.autoencoder.path}"
-            f" ({fingerprint[:12]}), which could not decode what a model learns of them"
+            f"the latents in {source.path} were made by a different autoencoder: got fingerprint"
+            f" {encoder['fingerprint'][:12]} ({encoder['path']}); expected {fingerprint[:12]}"
+            f" (config.autoencoder.path={settings.autoencoder.path})"
         )
     for name, value in settings.encode.options.items():
         if name == "image_size":
             name, value = "size", [value, value] if isinstance(value, int) else list(value)
-        if known.get(name) not in (None, value):
+        if stored.get(name) not in (None, value):
             raise ConfigError(
-                f"the latents in {source.path} were made with {name}={_written(known[name])}, not"
-                f" {_written(value)}, as config.encode.options has it"
+                f"the latents in {source.path} were made with {name}={_format(stored[name])};"
+                f" expected {_format(value)} (config.encode.options)"
             )
 
 
 def _read(directory: Path) -> dict[str, Any]:
-    """The index, of this version and as it was written."""
-    path = directory / INDEX
+    """Read the index and check format and checksum."""
+    path = directory / INDEX_FILE
     if not path.exists():
-        if (directory / BEGUN).exists():
-            raise UserError(f"the latents in {directory} are unfinished: --mode=encode goes on with them")
-        raise UserError(f"there are no latents in {directory}: --mode=encode makes them (docs/latents.md)")
+        if (directory / HEADER_FILE).exists():
+            raise UserError(
+                f"the latents in {directory} are incomplete; run --mode=encode again to finish them"
+            )
+        raise UserError(f"no latents in {directory}; run --mode=encode first (docs/latents.md)")
     try:
         with path.open("rb") as file:
             index = json.loads(file.read(_MAX_INDEX))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}); {_AGAIN}") from error
+        raise UserError(f"{path} is corrupt: {one_line(error, name_type=True)}; {_REPAIR}") from error
     if not isinstance(index, dict) or index.get("sha256") != checksum(index):
-        raise UserError(f"{path} is damaged: it is not what its checksum says; {_AGAIN}")
+        raise UserError(f"{path} is corrupt: checksum mismatch; {_REPAIR}")
     if index.get("format") != FORMAT:
-        raise UserError(f"{path} is of format {index.get('format')}, this program reads format {FORMAT}")
+        raise UserError(f"unsupported format of {path}: got {index.get('format')}; expected {FORMAT}")
     return index
 
 
@@ -295,14 +301,10 @@ def _check_size(path: Path, size: int) -> None:
     try:
         actual = path.stat().st_size
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; {_AGAIN}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; {_REPAIR}") from error
     if actual != size:
-        raise UserError(f"{path} has {actual:,} bytes, but should have {size:,}; {_AGAIN}")
+        raise UserError(f"{path} has {actual:,} bytes; expected {size:,}; {_REPAIR}")
 
 
-def _written(value: Any) -> str:
+def _format(value: Any) -> str:
     return "×".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

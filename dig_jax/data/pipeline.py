@@ -1,9 +1,9 @@
-"""Batches for training, resumable from the count of examples consumed, and one pass for evaluation.
+"""Endless training batches that resume exactly, and single passes for evaluation.
 
-The n-th example of a run, counted over all processes, is a function of (seed, n) alone: n // len(source) is
-its epoch, each epoch has its own permutation, and n picks the blocks of random bits that decide its flip and,
-where there is one, its draw from a posterior. A run is therefore continued exactly by `start=n`, with any
-batch size and any number of processes.
+The n-th example of a run, counted over all processes, is a function of (seed, n): its epoch is
+n // len(source), each epoch has its own permutation, and n selects the random bits for its flip and, for
+latents, for its sample from the posterior. So `start=n` resumes a run exactly, with any batch size and any
+number of processes. docs/data.md says why these are not grain's `shuffle` and `random_map`.
 """
 
 import functools
@@ -21,23 +21,23 @@ from dig_jax.data.source import Example, Source
 
 Batch = dict[str, np.ndarray]
 
-# The streams of random numbers that one seed gives: each is a function of (seed, stream, counter).
+# Streams of random numbers of one seed: each is a function of (seed, stream, counter).
 _ORDER, _FLIP, _NOISE = 0, 1, 2
-# Images whose noise is drawn at once: between NumPy's calls Python's lock changes hands.
-_DRAWN = 8
+# Draw the noise of this many images at once: threads switch between NumPy's calls.
+_NOISE_IMAGES = 8
 
 
 @runtime_checkable
 class RandomSource(Protocol):
-    """A source whose training examples are drawn from a distribution; `source[index]` is its mean."""
+    """A source whose training examples are random samples; `source[index]` is their mean."""
 
     def draw(self, index: int, mirrored: bool, noise: Float32[np.ndarray, "h w c"]) -> Example:
-        """An example with a float32 image, by standard normal noise of its shape.
+        """Return a sample with a float32 image.
 
         Args:
-            index: of the example.
-            mirrored: left to right.
-            noise: of the image's shape.
+            index: index of the example.
+            mirrored: whether to mirror it left to right.
+            noise: standard normal noise of the image's shape.
         """
         ...
 
@@ -54,49 +54,49 @@ def batches(
     num_threads: int | None = None,
     prefetch: int = 8,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless training batches of this process.
+    """Return this process's shard of endless training batches.
 
-    Batch j of the run holds examples start + j·batch_size … start + (j+1)·batch_size - 1, of which process p
-    reads the p-th contiguous part. Epochs follow each other without a gap, so a batch may span two or more.
+    Batch j holds examples start + j·batch_size … start + (j+1)·batch_size - 1 of the run, and process p
+    reads the p-th contiguous shard of it. Epochs follow each other without a gap, so a batch may span them.
 
     Args:
-        source: where the examples come from.
+        source: the examples.
         batch_size: images per step over all processes.
-        seed: non-negative; order and flips depend on it.
+        seed: non-negative seed of order, flips and samples.
         start: examples consumed so far by all processes.
-        process_index: of this process, counted from 0.
-        process_count: how many processes share a batch.
-        flip: mirror half of the images left to right, drawn anew in each epoch, if `source.flip` allows it.
-        num_threads: batches made at the same time; 0 makes each one when it is asked for; None: as many as
-            there are cores, from 4 to 32, as Pillow decodes and resizes without holding Python's lock; or one
-            where examples are drawn, in steps so short that more threads would only fight for the lock.
-        prefetch: batches kept ready, if there are no more threads than that.
+        process_index: index of this shard, from 0.
+        process_count: number of shards.
+        flip: whether to mirror half of the images left to right, if `source.flip` allows it.
+        num_threads: batches computed at the same time; 0: none ahead of time. By default one thread per
+            core, from 4 to 32, since Pillow releases the GIL; one thread for a `RandomSource`, whose short
+            NumPy calls only compete for the GIL.
+        prefetch: batches computed ahead of time, or num_threads if that is more.
 
     Returns:
         An iterator of {"image": float32 [b, h, w, c], "label": int32 [b]}, b = batch_size / process_count.
-        Pixels are in [-1, 1], latents are fresh draws. Its `close()` ends the threads.
+        Pixels are in [-1, 1], latents are new samples. `close()` ends its threads.
 
     Raises:
-        ValueError: if the arguments do not fit together.
+        ValueError: invalid arguments.
     """
-    share = _share(source, batch_size, process_index, process_count)
+    shard_size = _shard_size(source, batch_size, process_index, process_count)
     if seed < 0 or start < 0:
-        raise ValueError(f"seed and start must not be negative, got seed={seed}, start={start}")
+        raise ValueError(f"invalid seed={seed} or start={start}; expected at least 0")
     mirror = flip and source.flip
 
     def load(first: int) -> Batch:
-        positions = np.arange(first, first + share)
-        indices = _shuffled(len(source), seed, positions)
-        mirrored = _coins(seed, positions) if mirror else np.zeros(share, bool)
+        positions = np.arange(first, first + shard_size)
+        indices = _shuffle(len(source), seed, positions)
+        mirrored = _flips(seed, positions) if mirror else np.zeros(shard_size, bool)
         if isinstance(source, RandomSource):
             noise = _noise(seed, first, source.image_shape)
-            drawn = zip(indices.tolist(), mirrored.tolist(), noise, strict=False)
-            return _stacked([source.draw(*one) for one in drawn])
-        batch = _stacked([source[index] for index in indices.tolist()])
+            arguments = zip(indices.tolist(), mirrored.tolist(), noise, strict=False)
+            return _stack([source.draw(*one) for one in arguments])
+        batch = _stack([source[index] for index in indices.tolist()])
         batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
         return batch
 
-    firsts = grain.MapDataset.range(start + process_index * share, sys.maxsize, batch_size)
+    firsts = grain.MapDataset.range(start + process_index * shard_size, sys.maxsize, batch_size)
     return iter(firsts.map(load).to_iter_dataset(_read_options(source, num_threads, prefetch)))
 
 
@@ -109,16 +109,16 @@ def epoch(
     num_threads: int | None = None,
     prefetch: int = 8,
 ) -> grain.DatasetIterator[Batch]:
-    """One pass over a source in its own order, in batches of one shape.
+    """Return this process's shard of one pass over a source, in order and in batches of one shape.
 
-    The last batch is filled up with the last image; `mask` says which entries count. Every process gets
-    the same number of batches, and its contiguous part of each.
+    The last batch is padded with the last image; `mask` is False for padding. All processes get the same
+    number of batches.
 
     Args:
-        source: where the examples come from.
+        source: the examples.
         batch_size: images per step over all processes.
-        process_index: of this process, counted from 0.
-        process_count: how many processes share a batch.
+        process_index: index of this shard, from 0.
+        process_count: number of shards.
         num_threads: as in `batches`.
         prefetch: as in `batches`.
 
@@ -127,27 +127,27 @@ def epoch(
         [-1, 1], latents are means.
 
     Raises:
-        ValueError: if the arguments do not fit together.
+        ValueError: invalid arguments.
     """
-    share = _share(source, batch_size, process_index, process_count)
+    shard_size = _shard_size(source, batch_size, process_index, process_count)
 
     def load(first: int) -> Batch:
-        indices = np.arange(first, first + share)
-        batch = _stacked([source[index] for index in np.minimum(indices, len(source) - 1).tolist()])
+        indices = np.arange(first, first + shard_size)
+        batch = _stack([source[index] for index in np.minimum(indices, len(source) - 1).tolist()])
         return {**batch, "mask": indices < len(source)}
 
-    offset = process_index * share
+    offset = process_index * shard_size
     firsts = grain.MapDataset.range(offset, len(source) + offset, batch_size)
     return iter(firsts.map(load).to_iter_dataset(_read_options(source, num_threads, prefetch)))
 
 
 def normalize(images: UInt8[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-    """Pixels 0 … 255 as -1 … 1."""
+    """Map pixels 0…255 to -1…1."""
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def _usable_cores() -> int:
-    """Cores that this process may run on; macOS and Windows know only how many there are."""
+    """Return the number of cores that this process may use, or on macOS and Windows of all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -158,28 +158,28 @@ def _read_options(source: Source, num_threads: int | None, prefetch: int) -> gra
 
 
 def read_options(num_threads: int | None, prefetch: int) -> grain.ReadOptions:
-    """How many items are made at the same time and kept ready; the arguments are those of `batches`."""
+    """Return grain's options for the arguments of `batches`."""
     if num_threads is None:
         num_threads = min(max(_usable_cores(), 4), 32)
     return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads))
 
 
-def _share(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
-    """This process's part of a batch, after checking that there is one."""
+def _shard_size(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
+    """Return the size of a shard of a batch, after checking the arguments."""
     if not 0 <= process_index < process_count:
         raise ValueError(
-            f"process_index must be from 0 to process_count - 1 = {process_count - 1}, got {process_index}"
+            f"invalid process_index={process_index}; expected 0 to process_count - 1 = {process_count - 1}"
         )
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
-            f"batch_size must be a positive multiple of the {process_count} processes, got {batch_size}"
+            f"invalid batch_size={batch_size}; expected a positive multiple of the {process_count} processes"
         )
     if not len(source):
-        raise ValueError(f"data source {source.name!r} has no images in its {source.split!r} split")
+        raise ValueError(f"no images in the {source.split!r} split of data source {source.name!r}")
     return batch_size // process_count
 
 
-def _stacked(examples: list[Example]) -> Batch:
+def _stack(examples: list[Example]) -> Batch:
     images = np.stack([example["image"] for example in examples])
     return {
         "image": normalize(images) if images.dtype == np.uint8 else images,
@@ -187,45 +187,44 @@ def _stacked(examples: list[Example]) -> Batch:
     }
 
 
-def _shuffled(length: int, seed: int, positions: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-    """Source indices of these consecutive positions in the endless sequence of shuffled epochs."""
+def _shuffle(length: int, seed: int, positions: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+    """Return the source indices at consecutive positions in the endless sequence of shuffled epochs."""
     epochs, offsets = np.divmod(positions, length)
-    parts = [_permutation(length, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
-    return np.concatenate(parts)
+    return np.concatenate(
+        [_permutation(length, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
+    )
 
 
 @functools.lru_cache(maxsize=4)
 def _permutation(length: int, seed: int, number: int) -> Int[np.ndarray, " n"]:
-    """The order of epoch `number`: the ranks of raw Philox output, which NumPy promises never to change.
-
-    grain's own `shuffle` computes each index by itself, at 15 µs for a small source; this costs 0.1 µs.
-    """
+    """Return the order of epoch `number`, by sorting raw Philox output, which NumPy never changes."""
     bits = np.random.Philox(np.random.SeedSequence([seed, _ORDER, number]))
     return np.argsort(bits.random_raw(length), kind="stable")
 
 
-def _coins(seed: int, positions: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
-    """A fair coin for each of these consecutive positions: position n owns block n of a counter-based stream.
+def _flips(seed: int, positions: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
+    """Return a fair coin for each of some consecutive positions.
 
-    A block of Philox is four words of 64 bits (Salmon et al. 2011), of which the first one's last bit serves.
+    Position n uses the last bit of block n of a Philox stream, four words of 64 bits (Salmon et al. 2011).
     """
     bits = np.random.Philox(np.random.SeedSequence([seed, _FLIP])).advance(int(positions[0]))
     return (bits.random_raw(4 * len(positions))[::4] & 1).astype(bool)
 
 
 def _noise(seed: int, first: int, shape: tuple[int, int, int]) -> Iterator[Float32[np.ndarray, "h w c"]]:
-    """Standard normal noise for the positions from `first` on: each owns as many blocks as its numbers need.
+    """Yield standard normal noise for the positions from `first` on.
 
-    A word of 64 bits gives two numbers (Box and Muller 1958). NumPy promises the words; of the functions of
-    them, whose last bits depend on the processor, it promises only that they are near.
+    Each position owns as many Philox blocks as its numbers need; a word of 64 bits yields two (Box and
+    Muller 1958). NumPy promises never to change the words, but the last bits of log, cos and sin depend on
+    the processor.
     """
     size = math.prod(shape)
     blocks = -(-size // 8)
     bits = np.random.Philox(np.random.SeedSequence([seed, _NOISE])).advance(first * blocks)
     while True:
-        words = bits.random_raw(_DRAWN * 4 * blocks).view(np.uint32).astype(np.float32)
-        # [images, radius and angle, numbers]; in place, as fresh memory costs as much as arithmetic.
-        radius, angle = words.reshape(_DRAWN, 2, -1).swapaxes(0, 1)
+        words = bits.random_raw(_NOISE_IMAGES * 4 * blocks).view(np.uint32).astype(np.float32)
+        # [images, radius and angle, numbers]; in place, since new memory costs as much as the arithmetic.
+        radius, angle = words.reshape(_NOISE_IMAGES, 2, -1).swapaxes(0, 1)
         radius += 1
         radius *= np.float32(2**-32)
         np.log(radius, out=radius)
@@ -234,4 +233,4 @@ def _noise(seed: int, first: int, shape: tuple[int, int, int]) -> Iterator[Float
         angle *= np.float32(2 * math.pi * 2**-32)
         numbers = np.stack([np.cos(angle), np.sin(angle)], axis=1)
         numbers *= radius[:, None]
-        yield from numbers.reshape(_DRAWN, -1)[:, :size].reshape(_DRAWN, *shape)
+        yield from numbers.reshape(_NOISE_IMAGES, -1)[:, :size].reshape(_NOISE_IMAGES, *shape)

@@ -1,46 +1,49 @@
-"""The sources by name."""
+"""The image sources by name."""
 
+import importlib
 import inspect
 from collections.abc import Callable
 
-from dig_jax.data.hub import hub
-from dig_jax.data.image_folder import image_folder
-from dig_jax.data.latents import latents
-from dig_jax.data.source import SPLITS, Source, digits, fake
-from dig_jax.data.tfds import tfds
+from dig_jax.data.source import SPLITS, Source
 from dig_jax.errors import suggest
 
-SOURCES: dict[str, Callable[..., Source]] = {
-    "digits": digits,
-    "fake": fake,
-    "image_folder": image_folder,
-    "latents": latents,
-    "tfds": tfds,
-    "hub": hub,
-}
+# A source NAME is the function NAME(split, **options) -> Source in the module dig_jax.data.NAME.
+SOURCES = ("digits", "fake", "image_folder", "latents", "tfds", "hub")
+
+
+def loader(name: str) -> Callable[..., Source]:
+    """Return the function that opens a source, importing its module.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in SOURCES:
+        raise ValueError(
+            f"unknown data source {name!r}; expected {', '.join(SOURCES)}{suggest(name, SOURCES)}"
+        )
+    return getattr(importlib.import_module(f"dig_jax.data.{name}"), name)
 
 
 def load_source(name: str, split: str, **options) -> Source:
-    """Opens a source by name.
+    """Open a source.
 
     Args:
-        name: a key of `SOURCES`.
+        name: one of `SOURCES`.
         split: "train" or "heldout"; no image is in both.
-        **options: what that source's function takes.
+        **options: keyword arguments of the source's function.
 
     Raises:
-        ValueError: for an unknown name, split or option, or a value that cannot be.
-        UserError: the images are not there.
+        ValueError: an unknown name, split or option, or an invalid value.
+        UserError: the images are missing or unreadable.
     """
-    if name not in SOURCES:
-        hint = suggest(name, SOURCES)
-        raise ValueError(f"data source {name!r} is unknown{hint} (there are: {', '.join(SOURCES)})")
+    open_source = loader(name)
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown (there are: {', '.join(SPLITS)})")
-    accepted = list(inspect.signature(SOURCES[name]).parameters)[1:]
+        raise ValueError(f"unknown split {split!r}; expected {' or '.join(SPLITS)}")
+    accepted = list(inspect.signature(open_source).parameters)[1:]
     for option in options:
         if option not in accepted:
             raise ValueError(
-                f"data source {name!r} has no option {option!r} (it takes: {', '.join(accepted) or 'none'})"
+                f"unknown option {option!r} of data source {name!r};"
+                f" expected {', '.join(accepted) or 'none'}{suggest(option, accepted)}"
             )
-    return SOURCES[name](split, **options)
+    return open_source(split, **options)

@@ -1,23 +1,23 @@
-"""Image-classification sets of TensorFlow Datasets, read without TensorFlow.
+"""Image datasets of TensorFlow Datasets, read without TensorFlow.
 
-`tfds.data_source` reads array_record files by index; the images in them stay encoded until we decode them.
+`tfds.data_source` reads array_record files by index and leaves the images encoded.
 """
 
 import dataclasses
 from typing import Any
 
-from dig_jax.data.encoded import EncodedSource, Record
+from dig_jax.data.encoded import EncodedImage, EncodedSource
 from dig_jax.data.source import default_heldout, fingerprint
-from dig_jax.errors import UserError, suggest
+from dig_jax.errors import UserError, one_line, suggest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TfdsRecords:
-    """Examples of one split, as `Records`.
+class TfdsImages:
+    """Examples of one split, as `EncodedImages`.
 
     name: dataset, version and split, for messages.
-    examples: TFDS's data source, which gives {image: bytes, label: int} by index.
-    image, label: the features' names; label "": there is none, and all are 0.
+    examples: TFDS's data source, which returns {image: bytes, label: int} by index.
+    image, label: names of the features; label "": no classes, all labels are 0.
     identity: hash of version, split and files.
     """
 
@@ -30,18 +30,19 @@ class TfdsRecords:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def read(self, index: int) -> Record:
-        """The image's file as it was when the set was prepared.
+    def read(self, index: int) -> EncodedImage:
+        """Read the image's file as it was when the dataset was prepared.
 
         Raises:
-            UserError: the files are damaged or gone.
+            UserError: the files are corrupt or missing.
         """
         name = f"record {index} of {self.name}"
         try:
             example = self.examples[index]
-        except Exception as error:  # array_record has no errors of its own
-            raise UserError(f"{name} cannot be read: {_first_line(error)}; prepare the set again") from error
-        return Record(name, example[self.image], int(example[self.label]) if self.label else 0)
+        except Exception as error:  # array_record has no error classes of its own
+            reason = one_line(error, name_type=True)
+            raise UserError(f"cannot read {name}: {reason}; prepare the dataset again") from error
+        return EncodedImage(name, example[self.image], int(example[self.label]) if self.label else 0)
 
 
 def tfds(
@@ -55,50 +56,48 @@ def tfds(
     label: str = "",
     num_classes: int = -1,
 ) -> EncodedSource:
-    """A dataset that TFDS has prepared as array_record: `tfds build DATASET --file_format=array_record`.
+    """Open a dataset that was prepared with `tfds build DATASET --file_format=array_record`.
 
-    Preparing needs TensorFlow, reading does not.
-    Images are not turned as EXIF says: published recipes do not.
+    Preparing needs TensorFlow, reading does not. The EXIF orientation is ignored, as in published recipes.
 
     Args:
         split: "train" or "heldout".
-        dataset: as TFDS names it, such as cifar10, imagenet2012 or celeb_a:2.1.0.
+        dataset: TFDS's name, such as cifar10, imagenet2012 or celeb_a:2.1.0.
         image_size: height and width in pixels.
         crop: adm | celeba.
-        data_dir: where it was prepared; "": $TFDS_DATA_DIR, or ~/tensorflow_datasets.
-        train_split: in TFDS's notation, such as train or train[:98%].
-        heldout_split: likewise; "": validation, or else test.
-        label: the feature that is the class; "": the only ClassLabel; if there is none, the model becomes
-            unconditional.
-        num_classes: to be checked, and for a plan without the data; -1: as many as there are.
+        data_dir: directory of prepared datasets; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        train_split: split in TFDS's notation, such as train or train[:98%].
+        heldout_split: held-out split in the same notation; "": validation, else test.
+        label: the feature with the class; "": the only ClassLabel; without any the model is unconditional.
+        num_classes: expected number of classes, which a plan without the data uses; -1: not checked.
 
     Raises:
-        UserError: TFDS is not installed, or the dataset is unknown, not prepared, has no such split or
-            another number of classes.
-        ValueError: a setting that cannot be.
+        UserError: TFDS is not installed, the dataset is unknown or not prepared, or its splits or classes
+            differ.
+        ValueError: an invalid option.
     """
     library = _library()
     if not dataset:
-        raise ValueError("dataset of the tfds source is missing: a name such as cifar10")
+        raise ValueError("missing dataset of the tfds source; expected a name such as cifar10")
     builder = _builder(library, dataset, data_dir)
-    known = list(builder.info.splits)
-    heldout = heldout_split or default_heldout(dataset, known)
+    splits = list(builder.info.splits)
+    heldout = heldout_split or default_heldout(dataset, splits)
     image, label = _features(library, builder, label)
     names = tuple(builder.info.features[label].names) if label else ()
     if num_classes not in (-1, len(names)):
-        raise UserError(f"{dataset} has {len(names)} classes, not num_classes={num_classes}")
+        raise UserError(f"{dataset} has {len(names)} classes; expected num_classes={num_classes}")
     chosen = train_split if split == "train" else heldout
     try:
         info = builder.info.splits[chosen]
         examples = builder.as_data_source(chosen, decoders={image: library.decode.SkipDecoding()})
     except Exception as error:
-        raise UserError(f"{dataset} has no split {chosen!r} (there are: {', '.join(known)})") from error
-    files = info.filenames, [builder.info.splits[name].shard_lengths for name in known]
+        raise UserError(f"unknown split {chosen!r} of {dataset}; expected {', '.join(splits)}") from error
+    files = info.filenames, [builder.info.splits[name].shard_lengths for name in splits]
     identity = fingerprint(builder.info.full_name, chosen, len(examples), image, label, files)
     return EncodedSource(
         name="tfds",
         split=split,
-        records=TfdsRecords(f"{builder.info.full_name} {chosen}", examples, image, label, identity),
+        images=TfdsImages(f"{builder.info.full_name} {chosen}", examples, image, label, identity),
         class_names=names,
         image_size=image_size,
         crop=crop,
@@ -118,40 +117,38 @@ def _library() -> Any:
 
 
 def _builder(library: Any, dataset: str, data_dir: str) -> Any:
-    """The builder of a dataset that is prepared as array_record."""
+    """Return the builder of a dataset that is prepared as array_record."""
     where = data_dir or str(library.core.constants.DATA_DIR)
     build = f"tfds build {dataset} --file_format=array_record --data_dir={where}"
-    command = f"once, where TensorFlow is installed: {build}"
+    command = f"run this once where TensorFlow is installed: {build}"
     try:
         builder = library.builder(dataset, data_dir=data_dir or None)
     except library.core.registered.DatasetNotFoundError as error:
         hint = suggest(dataset, library.list_builders(with_community_datasets=False))
-        raise UserError(f"TFDS has no dataset {dataset!r}, and none is prepared in {where}{hint}") from error
+        raise UserError(f"unknown TFDS dataset {dataset!r}, and not prepared in {where}{hint}") from error
     except Exception as error:
-        raise UserError(f"TFDS cannot open {dataset!r} in {where}: {_first_line(error)}") from error
+        reason = one_line(error, name_type=True)
+        raise UserError(f"TFDS cannot open {dataset!r} in {where}: {reason}") from error
     if not builder.info.splits:
         raise UserError(f"{dataset} is not prepared in {where}; {command}")
     if builder.info.file_format.value != "array_record":
         kind = builder.info.file_format.value
-        raise UserError(f"{dataset} in {where} is {kind}, which has no random access; {command}")
+        raise UserError(f"{dataset} in {where} is stored as {kind}; expected array_record; {command}")
     return builder
 
 
 def _features(library: Any, builder: Any, label: str) -> tuple[str, str]:
-    """The names of the image and of the class, "" if there is none."""
+    """Return the names of the features with the image and the class, "" without classes."""
     features = dict(builder.info.features)
     images = [name for name, feature in features.items() if isinstance(feature, library.features.Image)]
     classes = [name for name, feature in features.items() if isinstance(feature, library.features.ClassLabel)]
     if len(images) != 1:
-        raise UserError(f"{builder.info.full_name} has {len(images)} images per example; it should have one")
+        raise UserError(f"{builder.info.full_name} has {len(images)} images per example; expected one")
     if label and label not in classes:
         raise ValueError(
-            f"label={label!r} is no class of {builder.info.full_name} (its: {', '.join(classes)})"
+            f"invalid label={label!r}; expected a ClassLabel of {builder.info.full_name}:"
+            f" {', '.join(classes)}"
         )
     if not label and len(classes) > 1:
-        raise ValueError(f"label is missing: {builder.info.full_name} has {', '.join(classes)}")
+        raise ValueError(f"missing label; expected one of {', '.join(classes)} of {builder.info.full_name}")
     return images[0], label or "".join(classes)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""Writes the files of a latent cache, with all devices of this process."""
+"""Encodes images on all devices of this process and writes the files of a latent cache."""
 
 import contextlib
 import dataclasses
@@ -18,23 +18,23 @@ from dig_jax import config
 from dig_jax.autoencoder import Autoencoder
 from dig_jax.data.encoded import EncodedSource
 from dig_jax.data.images import UnreadableImage
-from dig_jax.data.latents import Shard, packed
+from dig_jax.data.latents import Shard, pack
 from dig_jax.data.pipeline import read_options
 from dig_jax.data.source import Example, Source
-from dig_jax.errors import UserError
+from dig_jax.errors import UserError, one_line
 from dig_jax.files.atomic import write_json
 from dig_jax.parallel import batch_sharding, local_mesh, replicated
 from dig_jax.progress import Progress
 
 log = logging.getLogger(__name__)
 
-# How many unreadable images are named in the log; the index names all.
-_NAMED = 10
+# Log this many unreadable images by name; the index names all.
+_LOGGED = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """The images first … last - 1 of a split, readable or not, which are one file's."""
+class Chunk:
+    """Images first … last - 1 of a split, readable or not, whose latents form one file."""
 
     split: str
     number: int
@@ -43,12 +43,12 @@ class Part:
 
     @property
     def file(self) -> str:
-        """Its path in the cache."""
+        """Path of the file in the cache."""
         return f"{self.split}/{self.number:05}.array_record"
 
     @property
     def description(self) -> str:
-        """The path of what is known of it, once it is finished."""
+        """Path of the JSON description of the finished file."""
         return f"{self.split}/{self.number:05}.json"
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class _Unreadable(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """Of some images as they are and mirrored, unscaled."""
+    """Unscaled moments of some images and of their mirror images."""
 
     labels: Int32[np.ndarray, " n"]
     plain: Float32[np.ndarray, "n h w moments"]
@@ -69,12 +69,12 @@ class _Moments(NamedTuple):
 
 
 class ShardWriter:
-    """Encodes parts of the sources into files.
+    """Writer of the files of a latent cache.
 
     Args:
-        directory: of the cache.
+        directory: directory of the cache.
         autoencoder: its parameters are copied to all devices of this process.
-        sources: of the images, by split.
+        sources: the images by split.
         settings: batch size and dtype.
     """
 
@@ -87,37 +87,37 @@ class ShardWriter:
     ):
         self._directory, self._sources, self._settings = directory, sources, settings
         mesh = local_mesh()
-        self._batch_size, self._split = settings.batch_size * mesh.size, batch_sharding(mesh)
+        self._batch_size, self._sharding = settings.batch_size * mesh.size, batch_sharding(mesh)
         self._autoencoder = autoencoder.on(replicated(mesh))
         self._unreadable = 0
 
-    def write(self, parts: Sequence[Part]) -> None:
-        """Writes the files of these parts, one after the other.
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        """Write the files of some chunks, one after the other.
 
         Raises:
-            UserError: the disk or the images fail, or the autoencoder gives what is no number.
+            UserError: an unreadable source, a full disk, or non-finite moments.
         """
-        done, total = 0, sum(map(len, parts))
+        done, total = 0, sum(map(len, chunks))
         with contextlib.closing(Progress("image", first=0, total=total, every_seconds=30.0)) as progress:
-            for part in parts:
-                shard = self._write(part, lambda n, done=done: progress.show(done + n))
-                write_json(self._directory / part.description, shard._asdict())
-                done += len(part)
-        if self._unreadable > _NAMED:
-            log.warning("%d images could not be read and have no latents", self._unreadable)
+            for chunk in chunks:
+                shard = self._write(chunk, lambda n, done=done: progress.show(done + n))
+                write_json(self._directory / chunk.description, shard._asdict())
+                done += len(chunk)
+        if self._unreadable > _LOGGED:
+            log.warning("skipped %d unreadable images", self._unreadable)
 
-    def _write(self, part: Part, show: Callable[[int], None]) -> Shard:
-        path = self._directory / part.file
+    def _write(self, chunk: Chunk, show: Callable[[int], None]) -> Shard:
+        path = self._directory / chunk.file
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         unreadable: list[str] = []
         images, sums, squares = 0, 0.0, 0.0
         try:
-            with record_file(temporary) as write:
-                for labels, *both in self._moments(self._batches(part, unreadable)):
-                    stored = self._rounded(np.stack(both, axis=1), part)  # [image, 2, h, w, moments]
+            with array_record_writer(temporary) as write:
+                for labels, *both in self._moments(self._batches(chunk, unreadable)):
+                    stored = self._cast(np.stack(both, axis=1), chunk)  # [image, 2, h, w, moments]
                     for label, (plain, mirrored) in zip(labels, stored, strict=True):
-                        write(packed(label, plain))
-                        write(packed(label, mirrored))
+                        write(pack(label, plain))
+                        write(pack(label, mirrored))
                     mean, logvar = np.split(stored.astype(np.float64), 2, axis=-1)
                     sums += mean.sum((0, 1, 2, 3))
                     squares += (mean**2 + np.exp(logvar)).sum((0, 1, 2, 3))
@@ -129,23 +129,23 @@ class ShardWriter:
             temporary.unlink(missing_ok=True)
         channels = self._autoencoder.config.latent_channels
         sums, squares = (tuple(np.broadcast_to(total, channels).tolist()) for total in (sums, squares))
-        return Shard(part.file, images, size, sha256, tuple(unreadable), sums, squares)
+        return Shard(chunk.file, images, size, sha256, tuple(unreadable), sums, squares)
 
-    def _rounded(self, moments: Float32[np.ndarray, "*shape"], part: Part) -> Float[np.ndarray, "*shape"]:
+    def _cast(self, moments: Float32[np.ndarray, "*shape"], chunk: Chunk) -> Float[np.ndarray, "*shape"]:
         with np.errstate(over="ignore"):
             stored = moments.astype(self._settings.dtype)
         if not np.isfinite(stored).all():
             raise UserError(
-                f"the autoencoder gives moments that are no finite {self._settings.dtype} numbers, for images"
-                f" {part.first} to {part.last - 1} of {part.split}: are its weights, config.autoencoder.dtype"
-                " and config.encode.dtype right?"
+                f"non-finite moments in {self._settings.dtype} for images {chunk.first} to {chunk.last - 1}"
+                f" of split {chunk.split!r}; check the autoencoder's weights, config.autoencoder.dtype and"
+                " config.encode.dtype"
             )
         return stored
 
-    def _batches(self, part: Part, unreadable: list[str]) -> Iterator[list[Example]]:
-        """The readable images of a part; the names of the others are noted."""
-        source, batch = self._sources[part.split], []
-        indices = grain.MapDataset.range(part.first, part.last)
+    def _batches(self, chunk: Chunk, unreadable: list[str]) -> Iterator[list[Example]]:
+        """Yield the readable images of a chunk; add the names of the others to `unreadable`."""
+        source, batch = self._sources[chunk.split], []
+        indices = grain.MapDataset.range(chunk.first, chunk.last)
         examples = iter(
             indices.map(lambda i: _read(source, i)).to_iter_dataset(read_options(None, self._batch_size))
         )
@@ -153,7 +153,7 @@ class ShardWriter:
             for example in examples:
                 if isinstance(example, _Unreadable):
                     unreadable.append(example.name)
-                    self._tell(example)
+                    self._log_unreadable(example)
                     continue
                 batch.append(example)
                 if len(batch) == self._batch_size:
@@ -162,64 +162,67 @@ class ShardWriter:
         if batch:
             yield batch
 
-    def _tell(self, image: _Unreadable) -> None:
+    def _log_unreadable(self, image: _Unreadable) -> None:
         self._unreadable += 1
-        if self._unreadable <= _NAMED:
-            last = "; further ones are named in the index" if self._unreadable == _NAMED else ""
-            log.warning("%s is left out: %s%s", image.name, image.reason, last)
+        if self._unreadable <= _LOGGED:
+            last = "; the index names further ones" if self._unreadable == _LOGGED else ""
+            log.warning("skipped unreadable image %s: %s%s", image.name, image.reason, last)
 
     def _moments(self, batches: Iterable[list[Example]]) -> Iterator[_Moments]:
-        """Computed while the batch before is written."""
-        waiting = None
+        """Yield moments; each batch is computed while the previous one is written."""
+        previous = None
         for examples in batches:
             labels = np.array([example["label"] for example in examples], np.int32)
             images = self._put(np.stack([example["image"] for example in examples]))
             started = labels, self._autoencoder.encode(images), self._autoencoder.encode(images[:, :, ::-1])
-            if waiting:
-                yield _fetched(*waiting)
-            waiting = started
-        if waiting:
-            yield _fetched(*waiting)
+            if previous:
+                yield _fetch(*previous)
+            previous = started
+        if previous:
+            yield _fetch(*previous)
 
     def _put(self, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[Array, "batch h w c"]:
-        """Images on the devices, filled up with the last one to a whole batch."""
+        """Pad images to a full batch with the last one, and transfer them to the devices."""
         missing = self._batch_size - len(images)
-        return jax.device_put(np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], "edge"), self._split)
+        return jax.device_put(np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], "edge"), self._sharding)
 
 
-def _fetched(labels: Int32[np.ndarray, " n"], plain: Array, mirrored: Array) -> _Moments:
+def _fetch(labels: Int32[np.ndarray, " n"], plain: Array, mirrored: Array) -> _Moments:
     return _Moments(labels, *(np.asarray(moments)[: len(labels)] for moments in (plain, mirrored)))
 
 
 def _read(source: Source, index: int) -> Example | _Unreadable:
     if not isinstance(source, EncodedSource):
         return source[index]
-    record = source.records.read(index)
+    image = source.images.read(index)
     try:
-        return source.decoded(record)
+        return source.decode(image)
     except UnreadableImage as error:
-        return _Unreadable(record.name, str(error))
+        return _Unreadable(image.name, str(error))
 
 
 @contextlib.contextmanager
-def record_file(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """A function that appends records to a new file, which is on the disk when the block ends."""
+def array_record_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Yield a function that appends entries to a new file, which is synced to disk on exit.
+
+    Raises:
+        UserError: the file could not be written.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter  # not on Windows
 
     def check(action: Callable[[], object]) -> None:
         try:
             action()
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path.parent} cannot be written to: {reason}") from error
+            raise UserError(f"cannot write to {path.parent}: {one_line(error)}") from error
 
-    # Uncompressed: numbers like these hardly shrink. Records in groups of one: they are read in any order.
+    # Uncompressed, since noise does not shrink; groups of one entry, since they are read in random order.
     writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
 
-    def write(record: bytes) -> None:
+    def write(entry: bytes) -> None:
         if writer.ok():
-            check(lambda: writer.write(record))
-        else:  # the writer, which works in the background, tells why when it is closed
+            check(lambda: writer.write(entry))
+        else:  # the writer works in the background and gives the reason when it is closed
             check(writer.close)
 
     yield write
@@ -229,6 +232,6 @@ def record_file(path: Path) -> Iterator[Callable[[bytes], None]]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

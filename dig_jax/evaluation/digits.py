@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Float64, Int, UInt8
 
 from dig_jax.config import Config
+from dig_jax.data.digits import digits
 from dig_jax.data.pipeline import normalize
-from dig_jax.data.source import digits
 from dig_jax.evaluation.moments import frechet_distance
 
 if TYPE_CHECKING:
