@@ -1,9 +1,9 @@
-"""Plans the train steps of shipped configs for every kind of chip, and writes the table in docs/plan.md.
+"""Plan the train steps of the shipped configs for every kind of chip; write the table in docs/plan.md.
 
     python benchmarks/plan_table.py [--only WORDS]
 
-Each plan is a process of its own and takes a minute or more. What stands in plan_table.json is not done
-again, so that an interrupted table can be gone on with; delete it when the model changes.
+Each plan runs in its own process and takes a minute or more. Plans in plan_table.json are not repeated, so an
+interrupted run can be continued; delete the file when the model changes.
 """
 
 import argparse
@@ -46,14 +46,13 @@ print(json.dumps(found))
 
 
 def main() -> None:
-    """Makes the plans that are missing, and the table of all."""
+    """Make the missing plans and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="names of configs, of topologies, or of both")
     only = set(parser.parse_args().only)
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     for key in _keys():
-        parts = zip(key.split(), (CONFIGS, TOPOLOGIES), strict=True)
-        if key in record or not all(part in only or not only & set(words) for part, words in parts):
+        if key in record or not _selected(key, only):
             continue
         record[key] = _plan(*key.split())
         print(_row(key, record[key]), flush=True)
@@ -62,8 +61,16 @@ def main() -> None:
     before, _, rest = PAGE.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
-    said = f"`python benchmarks/plan_table.py`, {versions}, {datetime.date.today()}; no chip was there.\n\n"
-    PAGE.write_text(before + BEGIN + said + HEADER + "\n".join(rows) + "\n" + END + after)
+    caption = (
+        f"`python benchmarks/plan_table.py`, {versions}, {datetime.date.today()}; compiled without chips.\n\n"
+    )
+    PAGE.write_text(before + BEGIN + caption + HEADER + "\n".join(rows) + "\n" + END + after)
+
+
+def _selected(key: str, only: set[str]) -> bool:
+    """Whether `only` has the key's config and topology; a kind of name that it does not have selects all."""
+    names = zip(key.split(), (CONFIGS, TOPOLOGIES), strict=True)
+    return all(name in only or not only & set(kind) for name, kind in names)
 
 
 def _keys() -> list[str]:
