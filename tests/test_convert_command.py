@@ -1,4 +1,4 @@
-"""python -m dig_jax.convert: other people's files to ours and back."""
+"""python -m dig_jax.convert converts other people's files to ours and back."""
 
 import dataclasses
 from pathlib import Path
@@ -35,7 +35,7 @@ from dig_jax.files.safetensors import StoredArray
 
 @pytest.fixture
 def released(tmp_path):
-    """Writes a file as upstream's trainer does."""
+    """Write a file as upstream's trainer does."""
 
     def write(case, name="0400000.pt", **arguments):
         arrays = state_dict(case)
@@ -59,7 +59,7 @@ def entry(array, index):
 
 
 @pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])
-def test_upstreams_file_becomes_ours_and_comes_back_bit_for_bit(released, tmp_path, case):
+def test_a_file_of_upstream_converts_to_ours_and_back_bit_for_bit(released, tmp_path, case):
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.pt"
     run(released(case), ours, *HEADS.get(case, []))
     components, step, params = read_model(ours)
@@ -72,7 +72,7 @@ def test_upstreams_file_becomes_ours_and_comes_back_bit_for_bit(released, tmp_pa
         assert_upstreams({name: file.read(x) for name, x in file.tensors().items()}, case)
 
 
-def test_our_file_under_upstreams_names_is_read_again_bit_for_bit(released, tmp_path):
+def test_our_parameters_survive_upstreams_names_bit_for_bit(released, tmp_path):
     run(released("dit"), tmp_path / "ours.safetensors", "--num_heads=1")
     for name in ("theirs.pt", "theirs.safetensors"):
         run(tmp_path / "ours.safetensors", tmp_path / name)
@@ -82,16 +82,16 @@ def test_our_file_under_upstreams_names_is_read_again_bit_for_bit(released, tmp_
 
 
 @pytest.mark.parametrize("case", sorted(CASES.keys() - {"dig_plain", "dig_skip", "dit"}))
-def test_parameters_of_other_switches_come_back_bit_for_bit(case):
+def test_parameters_with_other_options_come_back_bit_for_bit(case):
     assert_upstreams(torch_arrays(abstract(case), traverse_util.flatten_dict(expected(case))), case)
 
 
-def test_a_model_gives_its_state_dict():
+def test_a_model_returns_its_state_dict():
     model = nnx.merge(nnx.split(abstract("dit"))[0], expected("dit"))
     assert_upstreams(dig_jax.convert.to_torch_state_dict(model), "dit")
 
 
-def test_a_workdir_is_written_that_can_be_sampled_from_and_converted_back(released, tmp_path):
+def test_a_converted_workdir_can_be_sampled_from_and_converted_back(released, tmp_path):
     run(released("dig_plain"), tmp_path / "run")
     assert_same(dig_jax.load(tmp_path / "run").params, expected("dig_plain"))
     run(tmp_path / "run", tmp_path / "back.pt", "--tree=params")
@@ -105,7 +105,7 @@ def test_a_workdir_is_written_that_can_be_sampled_from_and_converted_back(releas
 
 @pytest.fixture
 def dit_xl():
-    """The names and shapes that matter of DiT-XL/2, of 28 blocks, at 256 pixels."""
+    """Names and shapes of DiT-XL/2 at 256 px, as far as they matter."""
     shapes = {
         "x_embedder.proj.weight": (1152, 4, 2, 2),
         "final_layer.linear.weight": (32, 1152),
@@ -118,7 +118,7 @@ def dit_xl():
     )
 
 
-def test_the_model_is_found_by_the_shapes(dit_xl):
+def test_the_model_is_inferred_from_the_shapes(dit_xl):
     settings = recognize(dit_xl)
     assert (settings.model.name, settings.model.depth, settings.model.num_heads) == ("DiT-XL/2", 28, 16)
     assert settings.data.options == {"image_size": 32, "channels": 4, "num_classes": 1000}
@@ -131,7 +131,7 @@ def test_the_model_is_found_by_the_shapes(dit_xl):
 
 
 @pytest.mark.parametrize("target", ["ours.safetensors", "run"])
-def test_a_converted_model_of_latents_knows_its_autoencoder_and_imagenets_classes(tmp_path, target):
+def test_a_converted_latent_model_has_its_autoencoder_and_imagenets_classes(tmp_path, target):
     table = {"y_embedder.embedding_table.weight": np.zeros((1001, 32), np.float32)}
     save_file(state_dict("dit") | table, tmp_path / "theirs.safetensors")
     run(tmp_path / "theirs.safetensors", tmp_path / target, "--num_heads=1")
@@ -142,7 +142,7 @@ def test_a_converted_model_of_latents_knows_its_autoencoder_and_imagenets_classe
     assert sampler.resolve("golden retriever", None)[0].tolist() == [207]
 
 
-def test_a_model_of_pixels_without_classes_is_converted_both_ways(tmp_path):
+def test_an_unconditional_pixel_model_converts_both_ways(tmp_path):
     save_file(state_dict("dig_unconditional_rgb"), tmp_path / "theirs.safetensors")
     run(tmp_path / "theirs.safetensors", tmp_path / "run")
     sampler = dig_jax.load(tmp_path / "run")
@@ -153,8 +153,8 @@ def test_a_model_of_pixels_without_classes_is_converted_both_ways(tmp_path):
     assert_upstreams(load_file(tmp_path / "back.safetensors"), "dig_unconditional_rgb")
 
 
-def test_the_published_dit_is_known_by_its_shapes(dit_xl):
-    """Its licence is told then; and not of the same model that somebody trained."""
+def test_the_published_dit_is_recognized_by_its_shapes(dit_xl):
+    """The warning about its license depends on it; the same model trained by somebody else has none."""
     assert looks_like_official_dit(dit_xl, recognize(dit_xl))
     assert looks_like_official_dit(dit_xl, recognize(dit_xl, model="DiT-XL/2"))
     own = dataclasses.replace(dit_xl, hints={"model": "DiT-XL/2"})
@@ -164,13 +164,13 @@ def test_the_published_dit_is_known_by_its_shapes(dit_xl):
 
 
 @pytest.mark.parametrize("shape", [(1152, 4, 0, 0), (0, 4, 2, 2), (1152, 4), ()])
-def test_shapes_that_no_model_has_are_refused(dit_xl, shape):
+def test_impossible_shapes_are_errors(dit_xl, shape):
     dit_xl.stored["x_embedder.proj.weight"] = StoredArray(shape, "float32", np.zeros)
     with pytest.raises(dig_jax.CheckpointError, match="invalid shape of x_embedder.proj.weight"):
         recognize(dit_xl)
 
 
-def test_sit_is_known_by_its_name(dit_xl):
+def test_sit_is_recognized_by_its_name(dit_xl):
     assert is_flow_matching(dit_xl, "SiT-XL-2-256x256.pt")
     assert is_flow_matching(dit_xl, "SiT-XL/2")
     assert is_flow_matching(dataclasses.replace(dit_xl, hints={"model": "SiT-XL/2"}), "0400000.pt")
@@ -178,11 +178,11 @@ def test_sit_is_known_by_its_name(dit_xl):
 
 
 @pytest.mark.parametrize("model", ["SiT-S/2", "DiT-S/2"])
-def test_it_is_told_that_sit_is_trained_by_flow_matching(released, tmp_path, capsys, model):
+def test_converting_sit_warns_about_flow_matching(released, tmp_path, capsys, model):
     run(released("dit", model=model), tmp_path / "x.safetensors", "--num_heads=1")
-    told = capsys.readouterr().err
-    assert "DiT-S/2, 88,992 parameters of tree 'ema': 8 × 8 px, 4 channels, 10 classes" in told
-    assert ("trained with flow matching" in told) == (model == "SiT-S/2")
+    log = capsys.readouterr().err
+    assert "DiT-S/2, 88,992 parameters of tree 'ema': 8 × 8 px, 4 channels, 10 classes" in log
+    assert ("trained with flow matching" in log) == (model == "SiT-S/2")
 
 
 def damaged(tmp_path, change):
@@ -237,7 +237,7 @@ def test_arrays_that_are_no_model_give_one_line_and_write_nothing(tmp_path, dama
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_float16_and_bfloat16_are_read_exactly_and_other_dtypes_refused(tmp_path):
+def test_float16_and_bfloat16_convert_exactly_and_other_dtypes_are_errors(tmp_path):
     for dtype in (np.float16, jnp.bfloat16):
         arrays = {name: array.astype(dtype) for name, array in state_dict("dit").items()}
         save_file(arrays, tmp_path / "x.safetensors")
@@ -258,7 +258,7 @@ def test_a_hostile_file_executes_and_writes_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_commands_that_cannot_be_give_one_line(released, tmp_path):
+def test_invalid_commands_give_one_line(released, tmp_path):
     source, target = released("dit"), tmp_path / "x.safetensors"
     assert "--num_heads is required" in refused(source, target, status=2)
     assert "--model=DiG-XL/2 does not match the parameters: got names of DiT" in refused(
@@ -293,7 +293,7 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing(released, tmp_path):
     assert not any((tmp_path / "new").iterdir())
 
 
-def test_a_workdir_is_written_whole_or_not_at_all(released, tmp_path, monkeypatch):
+def test_a_workdir_is_written_atomically(released, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -303,7 +303,7 @@ def test_a_workdir_is_written_whole_or_not_at_all(released, tmp_path, monkeypatc
     assert not any((tmp_path / "new").iterdir())
 
 
-def test_what_is_written_says_what_it_is(released, tmp_path):
+def test_a_converted_file_describes_itself(released, tmp_path):
     run(released("dig_plain"), tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
         about = file.metadata()

@@ -1,4 +1,4 @@
-"""diffusers' layout of DiT, to ours and back; what its own code makes of it is in test_convert_torch."""
+"""diffusers' layout of DiT to ours and back; test_convert_torch compares with diffusers' own code."""
 
 import json
 
@@ -55,7 +55,7 @@ def diffusers_folder(tmp_path):
     return write
 
 
-def test_diffusers_layout_is_that_of_dit(diffusers_folder, tmp_path):
+def test_a_diffusers_folder_converts_to_a_dit(diffusers_folder, tmp_path):
     run(diffusers_folder(), tmp_path / "ours.safetensors")
     components, _, params = read_model(tmp_path / "ours.safetensors")
     settings = components.config
@@ -63,7 +63,7 @@ def test_diffusers_layout_is_that_of_dit(diffusers_folder, tmp_path):
     assert (settings.model.num_heads, settings.data.options["image_size"]) == (1, 8)
 
 
-def test_diffusers_blocks_with_different_embedders_are_refused(diffusers_folder, tmp_path):
+def test_diffusers_blocks_with_different_embeddings_are_errors(diffusers_folder, tmp_path):
     name = "transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias"
     line = refused(diffusers_folder(**{name: np.zeros(32, np.float32)}), tmp_path / "x.safetensors", status=1)
     assert "copies of t_embedder.mlp.0.bias differ between blocks" in line
@@ -72,7 +72,7 @@ def test_diffusers_blocks_with_different_embedders_are_refused(diffusers_folder,
     assert "to_k or to_v does not match transformer_blocks.2.attn1.to_q.bias" in line
 
 
-def test_a_dit_of_ours_becomes_what_diffusers_saves_and_comes_back(diffusers_folder, tmp_path):
+def test_our_dit_converts_to_a_diffusers_folder_and_back(diffusers_folder, tmp_path):
     save_file(state_dict("dit"), tmp_path / "upstream.safetensors")
     run(tmp_path / "upstream.safetensors", tmp_path / "ours.safetensors", *HEADS["dit"])
     run(tmp_path / "ours.safetensors", tmp_path / "theirs")
@@ -94,7 +94,7 @@ def test_a_dit_of_ours_becomes_what_diffusers_saves_and_comes_back(diffusers_fol
 
 
 @pytest.mark.parametrize("case", ["dig_plain", "dig_unconditional_rgb"])
-def test_what_diffusers_has_no_model_for_is_refused(tmp_path, case):
+def test_models_that_diffusers_lacks_are_errors(tmp_path, case):
     save_file(state_dict(case), tmp_path / "upstream.safetensors")
     run(tmp_path / "upstream.safetensors", tmp_path / "ours.safetensors")
     line = refused(tmp_path / "ours.safetensors", tmp_path / "theirs", status=1)
@@ -118,7 +118,7 @@ def in_shards(diffusers_folder):
     return folder
 
 
-def test_a_model_in_shards_is_read_as_one(in_shards, tmp_path):
+def test_a_sharded_model_is_read_as_one(in_shards, tmp_path):
     run(in_shards, tmp_path / "ours.safetensors")
     assert_same(read_model(tmp_path / "ours.safetensors")[2], expected("dit"))
     run(in_shards / f"{WEIGHTS}.index.json", tmp_path / "again.safetensors")
@@ -140,12 +140,12 @@ def test_a_model_in_shards_is_read_as_one(in_shards, tmp_path):
         ('{"weight_map": {"a": "none.safetensors"}}', "none.safetensors: no such file"),
     ],
 )
-def test_an_index_that_leads_elsewhere_is_refused_in_one_line(in_shards, tmp_path, index, message):
+def test_an_invalid_index_gives_one_line(in_shards, tmp_path, index, message):
     (in_shards / f"{WEIGHTS}.index.json").write_text(index)
     assert message in refused(in_shards, tmp_path / "x.safetensors", status=1)
 
 
-def test_shards_with_the_same_array_are_refused(in_shards, tmp_path):
+def test_shards_with_a_duplicate_array_are_errors(in_shards, tmp_path):
     first, second, _ = sorted(in_shards.glob("*.safetensors"))
     second.write_bytes(first.read_bytes())
     line = refused(in_shards, tmp_path / "x.safetensors", status=1)

@@ -1,4 +1,4 @@
-"""PyTorch and diffusers beside us, where they are installed: their files, and what their models compute."""
+"""Files and outputs of PyTorch and diffusers, if they are installed, compared with ours."""
 
 import zipfile
 
@@ -13,8 +13,8 @@ from dig_jax.convert.pytorch.writer import write_torch
 
 
 @pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])
-def test_a_file_that_torch_wrote_becomes_ours(tmp_path, case):
-    """With PyTorch installed; the golden outputs are those of these parameters, in test_convert."""
+def test_a_file_written_by_torch_converts(tmp_path, case):
+    """test_convert checks the outputs of these parameters."""
     torch = pytest.importorskip("torch")
     arrays = {name: torch.from_numpy(array) for name, array in state_dict(case).items()}
     model = torch.nn.ParameterDict()
@@ -49,9 +49,9 @@ def test_golden_weights_in_a_file_give_the_golden_outputs(tmp_path, case, writer
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # those of other people's packages
-def test_a_dit_computes_the_same_in_diffusers_and_here_whoever_saved_it(tmp_path):
-    """The frequencies of its timestep are set to those of the released DiT."""
+@pytest.mark.filterwarnings("default")  # warnings of other packages
+def test_a_dit_computes_the_same_in_diffusers_and_here(tmp_path):
+    """diffusers' timestep frequencies are set to the released DiT's."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)

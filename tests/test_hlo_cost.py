@@ -34,12 +34,12 @@ def test_loops_in_loops_multiply():
     assert sum(count(compiled_text(function, jnp.ones((32, 32)))).flops.values()) == 12 * 2 * 32**3
 
 
-def test_memory_traffic_is_what_is_read_and_written():
+def test_memory_traffic_is_reads_and_writes():
     x = jnp.ones((256, 256))
     assert count(compiled_text(lambda x, y: 2 * x + y, x, x)).bytes == 3 * x.nbytes
 
 
-def test_of_a_slice_only_the_part_is_traffic():
+def test_a_slice_reads_only_its_elements():
     x = jnp.ones((1000, 256))
     text = compiled_text(lambda x, i: 2 * jax.lax.dynamic_slice_in_dim(x, i, 1), x, 3)
     assert count(text).bytes <= 4 * 256 * x.itemsize
@@ -64,7 +64,7 @@ ENTRY %main (a: bf16[4,256,384,1], b: bf16[6,64,384,1]) -> bf16[4,256,6,64] {
 """
 
 
-def test_padding_of_a_product_is_no_work_and_what_stays_on_the_chip_no_traffic():
+def test_padding_is_no_work_and_on_chip_arrays_are_no_traffic():
     counts = count(TPU_PRODUCT)
     assert counts.flops == {"bfloat16": 2 * 4 * 256 * 384 * 384}
     assert counts.bytes == 2 * 4 * 256 * 384
@@ -82,7 +82,7 @@ backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"1000",
 """
 
 
-def test_a_kernel_counts_as_it_says_less_what_it_finds_on_the_chip():
+def test_a_kernel_counts_by_its_estimate_without_on_chip_arrays():
     counts = count(KERNEL)
     assert counts.flops == {"bfloat16": 1000}
     assert counts.bytes == 2048 + (4096 - 2048)  # fetched ahead, then written
@@ -103,7 +103,7 @@ def test_a_kernel_counts_as_it_says_less_what_it_finds_on_the_chip():
         ("source_target_pairs={{0,1},{1,2}}", (0, 1)),
     ],
 )
-def test_the_devices_of_a_collective_are_read_in_every_notation(groups, first):
+def test_groups_of_devices_are_parsed_in_every_notation(groups, first):
     opcode = "collective-permute" if "pairs" in groups else "all-gather"
     line = f"  ROOT %c = f32[99]{{0}} {opcode}(%a), channel_id=1, {groups}, dimensions={{0}}"
     text = f"ENTRY %main (a: f32[10]) -> f32[99] {{\n  %a = f32[10]{{0}} parameter(0)\n{line}\n}}\n"

@@ -312,7 +312,7 @@ def outcomes(folder, encoded_pictures):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_file_that_is_hostile_or_broken_gives_one_line_and_nothing_else(outcomes, folder, case):
+def test_a_hostile_or_corrupt_file_gives_one_line_and_nothing_else(outcomes, folder, case):
     reader, _, status, told = CASES[case]
     outcome = outcomes[case]
     assert outcome["status"] == status, outcome
@@ -327,14 +327,14 @@ def test_a_file_that_is_hostile_or_broken_gives_one_line_and_nothing_else(outcom
         assert not outcome["written"]
 
 
-def test_a_huge_picture_is_left_out_of_the_latents_with_one_line(encoded_pictures):
+def test_a_huge_image_is_skipped_with_one_line(encoded_pictures):
     status, lines, _ = encoded_pictures
     assert status == 0, "\n".join(lines)
     (line,) = [line for line in lines if "huge.png" in line or "Warning" in line or "Traceback" in line]
     assert "huge.png: too many pixels: got 12,000 × 12,000; expected at most" in line
 
 
-def test_the_command_lines_tell_a_hostile_file_in_one_line(folder, encoded_pictures):
+def test_the_commands_report_a_hostile_file_in_one_line(folder, encoded_pictures):
     *_, usual = encoded_pictures
     commands = {
         2: encode(folder, "pictures_sound", "vae_array", "latents_none"),

@@ -10,7 +10,7 @@ from dig_jax.components import Components
 from dig_jax.hardware.model_flops import forward_flops, training_flops
 
 
-def test_model_flops_are_those_of_products_and_recurrences():
+def test_model_flops_count_products_in_loops():
     def forward(x, w):
         return jax.checkpoint(lambda x: jax.lax.scan(lambda x, _: (jnp.sin(x @ w), None), x, length=3)[0])(x)
 
@@ -18,7 +18,7 @@ def test_model_flops_are_those_of_products_and_recurrences():
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_model_flops_of_xl_are_those_of_its_layers_however_they_are_stored(remat):
+def test_model_flops_of_xl_equal_its_layers_with_any_remat(remat):
     c = dig_xl.get_config()
     c.data.name, c.model.remat = "fake", remat
     components = Components(config.from_dict(c.to_dict()))

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("start", [1, 4, 5, 64, 4096])
 @pytest.mark.parametrize("slope", [0.4, 3.0, 900.0])
-def test_the_largest_batch_that_fits_is_found_by_few_measurements_and_was_measured(start, slope):
+def test_the_largest_batch_that_fits_is_found_in_few_measurements(start, slope):
     measured = []
 
     def needed(size):
@@ -42,7 +42,7 @@ def test_the_largest_batch_that_fits_is_found_by_few_measurements_and_was_measur
     assert found in (0, *measured)
 
 
-def test_what_does_not_fit_without_images_fits_with_none():
+def test_no_batch_fits_if_the_state_does_not():
     assert largest_fitting(lambda size: 2000 + size, 1, fixed=2000, limit=1000.0) == 0
 
 
@@ -50,13 +50,13 @@ def test_what_does_not_fit_without_images_fits_with_none():
 
 
 @pytest.mark.parametrize("name", ["v5", "v5e", "v5e:", "v5e:16x", "v5e:0x4", "v7:2x2", "a100:8", "V5E:2x2"])
-def test_an_unknown_topology_is_answered_with_the_known_ones(name):
+def test_an_unknown_topology_lists_the_known_ones(name):
     with pytest.raises(ConfigError, match=rf"unknown --topology={name}.*this.*v5e:16x16.*h100:8x4"):
         topology.find_topology(name)
 
 
 @pytest.mark.parametrize(("name", "package"), [("v5e:2x2", "libtpu"), ("h200:8", "xla_cuda13")])
-def test_a_compiler_that_is_missing_is_named(monkeypatch, name, package):
+def test_a_missing_compiler_is_named(monkeypatch, name, package):
     monkeypatch.setattr(topology, "_installed", lambda module: False)
     with pytest.raises(UserError, match=rf"not installed \(.*{package}.*pip install -e '.\[compilers\]'"):
         topology.find_topology(name)
@@ -70,20 +70,20 @@ needs_cuda = pytest.mark.skipif(
 
 @needs_libtpu
 @pytest.mark.parametrize(("name", "devices"), [("v4:2x2x1", 4), ("v6e:2x4", 8), ("tpu7x:2x2x1", 8)])
-def test_topologies_of_tpus_have_their_chips(name, devices):
+def test_tpu_topologies_have_their_chips(name, devices):
     found = topology.find_topology(name)
     assert (found.chips, len(found.devices)) == (math.prod(map(int, name.split(":")[1].split("x"))), devices)
     assert chip_of_kind(found.devices[0].device_kind) == found.chip
 
 
 @needs_libtpu
-def test_a_size_that_there_is_not_gives_one_line():
+def test_an_unavailable_size_gives_one_line():
     with pytest.raises(ConfigError, match="--topology=v5e:3x5: .*not divisible"):
         topology.find_topology("v5e:3x5")
 
 
 @needs_cuda
-def test_gpus_are_counted_per_host_and_hosts():
+def test_gpus_are_given_per_host_and_hosts():
     found = topology.find_topology("h100:8x4")
     assert found.chips == 32
     assert [device.process_index for device in found.devices] == [host for host in range(4) for _ in range(8)]
@@ -104,7 +104,7 @@ def test_a_program_for_tpus_is_the_same_without_code_generation():
 
 
 @needs_libtpu
-def test_a_program_that_does_not_fit_is_refused_with_its_size():
+def test_a_program_that_does_not_fit_reports_its_size():
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as refusal:
         compile_without_codegen(lower_too_large)
     assert plan.bytes_of_refusal(refusal.value) == 96 * 2**30
@@ -170,12 +170,12 @@ def test_a_program_for_tpus_keeps_heads_together(tpu_plan):
     assert not re.search(r"bf16\[2,256,2,(32|64)\]\S* (copy|reshape|fusion|convolution)\(", program.text)
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused_as_in_training():
+def test_a_batch_that_the_devices_do_not_divide_is_an_error():
     with pytest.raises(ConfigError, match="config.data.batch_size=8"):
         plan.plan(tiny_settings(mesh__data=3), plan.THIS)
 
 
-def test_flags_of_the_plan_go_with_it():
+def test_the_plans_flags_require_its_mode():
     command = [sys.executable, "main.py", "--config=configs/smoke.py", "--topology=v5e:2x2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "error: --topology and --json go with --mode=plan\n")

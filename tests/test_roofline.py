@@ -26,7 +26,7 @@ def exchange(chip, devices, kind="all-reduce", group=None, size=10**9):
     return roofline(counts, CHIPS[chip], devices).interconnect
 
 
-def test_the_bound_is_the_longest_of_the_times():
+def test_the_bound_is_the_largest_time():
     counts = Counts()
     counts.flops.update({"bfloat16": 197e12, "highest": 197e12})
     counts.bytes = 2 * 819 * 10**9
@@ -48,14 +48,14 @@ def test_a_group_uses_only_the_axes_that_it_spans():
     assert exchange("v6e", devices, "all-gather", column) == pytest.approx(15 / 16 * 1e9 / 200e9)
 
 
-def test_gpus_of_several_hosts_are_held_up_by_the_network():
+def test_the_network_bounds_gpus_of_several_hosts():
     hosts = [FakeDevice((host, 0, i), host) for host in range(4) for i in range(8)]
     assert exchange("h100", hosts[:8]) == pytest.approx(2 * 7 / 8 * 1e9 / 450e9)
     assert exchange("h100", hosts) == pytest.approx(2 * 31 / 32 * 1e9 / 400e9)
     assert exchange("h100", hosts, group=(0, 8, 16, 24)) == pytest.approx(2 * 3 / 4 * 1e9 / 50e9)
 
 
-def test_a_device_is_known_by_the_longest_kind_that_it_begins_with():
+def test_a_device_is_matched_by_the_longest_prefix():
     assert chip_of_kind("TPU v5 lite").name == "v5e"
     assert chip_of_kind("TPU v5").name == "v5p"
     assert chip_of_kind("NVIDIA H100 80GB HBM3").name == "h100"

@@ -1,4 +1,4 @@
-"""Files of PyTorch, true and false ones, written byte by byte."""
+"""PyTorch files, valid and invalid, written byte by byte."""
 
 import struct
 import zipfile

@@ -1,4 +1,4 @@
-"""Upstream's parameters in files, and the command that converts them."""
+"""Upstream's golden parameters, and the command that converts files."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from dig_jax.convert.command import main
 from dig_jax.convert.names import read_params
 from dig_jax.files.safetensors import StoredArray
 
-HEADS = {"dit": ["--num_heads=1"]}  # which its parameters do not show
+HEADS = {"dit": ["--num_heads=1"]}  # its parameters do not show the heads
 
 
 def state_dict(case):
@@ -30,7 +30,7 @@ def abstract(case):
 
 @functools.cache
 def expected(case):
-    """What the golden outputs are computed with, in test_convert."""
+    """Our parameters for the golden outputs."""
     stored = {name: StoredArray(x.shape, "float32", lambda x=x: x) for name, x in state_dict(case).items()}
     return traverse_util.unflatten_dict(read_params(abstract(case), stored))
 
@@ -41,7 +41,7 @@ def assert_same(a, b):
 
 
 def run(*arguments, status=0):
-    """The command; its log goes where standard error is now."""
+    """Run the command; its log goes to the current standard error."""
     root, absl = logging.getLogger(), logging.getLogger("absl")
     level, absl_level, handlers = root.level, absl.level, list(root.handlers)
     try:
@@ -53,10 +53,10 @@ def run(*arguments, status=0):
 
 
 def refused(*arguments, status):
-    """Runs what must fail; gives its one line."""
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    """Run a command that must fail; return its error line."""
+    with contextlib.redirect_stderr(io.StringIO()) as log:
         run(*arguments, status=status)
-    lines = told.getvalue().splitlines()
+    lines = log.getvalue().splitlines()
     assert lines[-1].startswith("error: ")
     assert sum(line.startswith("error: ") for line in lines) == 1
     return lines[-1]

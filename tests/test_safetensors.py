@@ -1,4 +1,4 @@
-"""One strict reader of safetensors, and all who read such files through it."""
+"""The strict safetensors reader, and every reader of such files through it."""
 
 import json
 import os
@@ -49,7 +49,7 @@ USERS = {
 
 @pytest.fixture(scope="module", params=USERS)
 def user(request, tmp_path_factory):
-    """(the user's file, its bytes, what reads it)."""
+    """(file, its bytes, function that reads it)."""
     make, read = USERS[request.param]
     path = make(tmp_path_factory.mktemp(request.param))
     return path, path.read_bytes(), read
@@ -64,8 +64,8 @@ def with_header(header, data=b"", size=None):
     return struct.pack("<Q", len(header) if size is None else size) + header + data
 
 
-def lying(change):
-    """The file with another header: `change` gets those of two arrays that lie one behind the other."""
+def with_entries(change):
+    """Change the header: `change` gets the entries of two arrays that are adjacent in the file."""
 
     def damage(content):
         header, data = split(content)
@@ -93,12 +93,12 @@ def one_name_twice(content):
 
 
 def shift(first, second):
-    """The second begins in the first, and has its length."""
+    """Let the second array begin in the first."""
     begin, end = second["data_offsets"]
     second["data_offsets"] = [begin - 4, end - 4]
 
 
-# What is wrong, and what is told of it where that is not the library's own wording.
+# Damage and its error message; "" if the library words it.
 DAMAGES = {
     "empty": (lambda content: b"", ""),
     "text": (lambda content: b"<!DOCTYPE html><title>404</title>", "header too large: got"),
@@ -117,42 +117,58 @@ DAMAGES = {
     "a header that is no JSON": (lambda content: with_header(b"{" * 100), ""),
     "a header that is a list": (lambda content: with_header(b"[]"), ""),
     "deep nesting": (lambda content: with_header(b'{"a":' * 10**5), ""),
-    "offsets beyond the file": (lying(lambda a, b: a["data_offsets"].__setitem__(1, 2**60)), ""),
-    "offsets beyond 64 bits": (lying(lambda a, b: a["data_offsets"].__setitem__(1, 2**70)), ""),
-    "negative offsets": (lying(lambda a, b: a.update(data_offsets=[-4, 0])), ""),
-    "offsets backwards": (lying(lambda a, b: a["data_offsets"].reverse()), ""),
-    "the same bytes twice": (lying(lambda a, b: b.update(data_offsets=a["data_offsets"])), ""),
-    "overlapping": (lying(shift), ""),
+    "offsets beyond the file": (with_entries(lambda a, b: a["data_offsets"].__setitem__(1, 2**60)), ""),
+    "offsets beyond 64 bits": (with_entries(lambda a, b: a["data_offsets"].__setitem__(1, 2**70)), ""),
+    "negative offsets": (with_entries(lambda a, b: a.update(data_offsets=[-4, 0])), ""),
+    "offsets backwards": (with_entries(lambda a, b: a["data_offsets"].reverse()), ""),
+    "the same bytes twice": (with_entries(lambda a, b: b.update(data_offsets=a["data_offsets"])), ""),
+    "overlapping": (with_entries(shift), ""),
     "a hole": (without_first, ""),
-    "negative shape": (lying(lambda a, b: a.update(shape=[-1])), ""),
-    "shape beyond its data": (lying(lambda a, b: a.update(shape=[10**9])), ""),
-    "shape beyond 64 bits": (lying(lambda a, b: a.update(shape=[2**40, 2**40])), ""),
-    "an unknown dtype": (lying(lambda a, b: a.update(dtype="Q7")), ""),
-    "another dtype's size": (lying(lambda a, b: a.update(dtype="F64")), ""),
+    "negative shape": (with_entries(lambda a, b: a.update(shape=[-1])), ""),
+    "shape beyond its data": (with_entries(lambda a, b: a.update(shape=[10**9])), ""),
+    "shape beyond 64 bits": (with_entries(lambda a, b: a.update(shape=[2**40, 2**40])), ""),
+    "an unknown dtype": (with_entries(lambda a, b: a.update(dtype="Q7")), ""),
+    "another dtype's size": (with_entries(lambda a, b: a.update(dtype="F64")), ""),
     "one name twice": (one_name_twice, "duplicate name .* in the header"),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_file_that_lies_or_is_damaged_is_refused_in_one_line_by_all_who_read_such(user, damage):
-    path, content, read = user
+def assert_rejected(path, damage, read):
     change, message = DAMAGES[damage]
-    path.write_bytes(change(content))
-    expected = f"invalid safetensors file: .*{message}"
-    with pytest.raises(CheckpointError, match=expected) as caught:
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"invalid safetensors file: .*{message}") as caught:
         read(path)
     assert str(caught.value).startswith(str(path))
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < len(str(path)) + 300
 
 
-def test_the_undamaged_files_are_read(user):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_invalid_file_is_rejected_in_one_line(tmp_path, damage):
+    def read(path):
+        with open_safetensors(path):
+            pass
+
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.zeros((3, 4), np.float32), "b": np.ones(5, np.float32)}, {"c": "d"})
+    read(path)
+    assert_rejected(path, damage, read)
+
+
+@pytest.mark.parametrize("damage", ["half", "a header of an exabyte", "overlapping", "one name twice"])
+def test_every_reader_rejects_an_invalid_file(user, damage):
+    path, content, read = user
+    path.write_bytes(content)
+    assert_rejected(path, damage, read)
+
+
+def test_valid_files_are_read(user):
     path, content, read = user
     path.write_bytes(content)
     read(path)
 
 
-def test_arrays_are_known_before_they_are_read_and_come_back_as_they_were(tmp_path):
+def test_arrays_are_described_before_they_are_read_and_come_back_unchanged(tmp_path):
     arrays = {"half": np.arange(6, dtype=np.float16).reshape(2, 3), "count": np.arange(3)}
     write_safetensors(tmp_path / "x.safetensors", arrays, {"format": "pt"})
     with open_safetensors(tmp_path / "x.safetensors") as file:
@@ -165,7 +181,7 @@ def test_arrays_are_known_before_they_are_read_and_come_back_as_they_were(tmp_pa
             np.testing.assert_array_equal(array.read(), arrays[name])
 
 
-def test_what_is_not_there_or_not_to_be_read_is_told(tmp_path):
+def test_missing_or_unreadable_files_are_errors(tmp_path):
     with (
         pytest.raises(CheckpointError, match="x.safetensors: no such file"),
         open_safetensors(tmp_path / "x.safetensors"),
@@ -179,7 +195,7 @@ def test_what_is_not_there_or_not_to_be_read_is_told(tmp_path):
         pass
 
 
-def test_a_file_is_replaced_whole_and_with_the_permissions_of_others(tmp_path):
+def test_a_file_is_replaced_atomically_with_the_usual_permissions(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_text("what was there")
     before = os.umask(0o027)

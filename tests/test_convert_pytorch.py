@@ -1,4 +1,4 @@
-"""Files of PyTorch: what is in them is read, and what is hostile in them gives one line and does nothing."""
+"""PyTorch files are read as data; hostile content gives one line and does nothing."""
 
 import math
 import os
@@ -30,8 +30,8 @@ def read(path, name="", values=True):
         return {key: file.read(x) if values else x for key, x in file.tensors(name).items()}
 
 
-def refusal(path, name=""):
-    """The one line that reading gives."""
+def error_line(path, name=""):
+    """The error line of reading."""
     with pytest.raises(CheckpointError) as caught:
         read(path, name)
     message = str(caught.value)
@@ -41,7 +41,7 @@ def refusal(path, name=""):
     return message
 
 
-def test_what_is_written_is_read_bit_for_bit(path):
+def test_written_arrays_are_read_bit_for_bit(path):
     rng = np.random.default_rng(0)
     shapes = {"a": (2, 3, 4), "b.weight": (5,), "scalar": (), "one": (1, 1)}
     arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
@@ -54,7 +54,7 @@ def test_what_is_written_is_read_bit_for_bit(path):
         np.testing.assert_array_equal(result[name], array)
         assert result[name].dtype == np.float32
     with zipfile.ZipFile(path) as archive:
-        assert sum("/data/" in name for name in archive.namelist()) == 5  # the alias is no copy
+        assert sum("/data/" in name for name in archive.namelist()) == 5  # the alias is not a copy
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_offsets_strides_and_shared_storages_are_followed(path):
     views = {
         "whole": tensor(),
         "turned": tensor(shape=(3, 2), strides=(1, 3)),
-        "part": tensor(offset=1, shape=(2, 2), strides=(3, 1)),
+        "columns": tensor(offset=1, shape=(2, 2), strides=(3, 1)),
         "last": parameter(offset=5, shape=(), strides=()),
         "thin": tensor(shape=(6, 1), strides=(1, 2**60)),
     }
@@ -91,12 +91,12 @@ def test_offsets_strides_and_shared_storages_are_followed(path):
     result, whole = read(path), np.arange(6.0).reshape(2, 3)
     np.testing.assert_array_equal(result["whole"], whole)
     np.testing.assert_array_equal(result["turned"], whole.T)
-    np.testing.assert_array_equal(result["part"], whole[:, 1:])
+    np.testing.assert_array_equal(result["columns"], whole[:, 1:])
     np.testing.assert_array_equal(result["last"], 5.0)
     np.testing.assert_array_equal(result["thin"], whole.reshape(6, 1))
 
 
-def test_only_the_wanted_tree_must_be_tensors_and_whole(path):
+def test_only_the_selected_tree_must_be_valid(path):
     content = tree(
         model=tree(w=tensor()),
         ema=tree(w=tensor(key="1")),
@@ -110,10 +110,10 @@ def test_only_the_wanted_tree_must_be_tensors_and_whole(path):
     assert list(read(path, "opt.state", values=False)) == ["a"]
     with open_torch(path) as file:
         assert file.content["args"].state == {"model": "DiG-S/2"}
-    assert "corrupt member x/data/0: checksum mismatch" in refusal(path, "model")
-    assert "not a tensor: opt.param_groups is of type list" in refusal(path, "opt")
-    assert "unknown tree 'emma'; expected one of: model, ema, opt, args" in refusal(path, "emma")
-    assert "not a tree of tensors: args is of type argparse.Namespace" in refusal(path, "args")
+    assert "corrupt member x/data/0: checksum mismatch" in error_line(path, "model")
+    assert "not a tensor: opt.param_groups is of type list" in error_line(path, "opt")
+    assert "unknown tree 'emma'; expected one of: model, ema, opt, args" in error_line(path, "emma")
+    assert "not a tree of tensors: args is of type argparse.Namespace" in error_line(path, "args")
 
 
 class Call:
@@ -127,10 +127,10 @@ class Call:
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
-def test_a_pickle_with_a_call_does_nothing_and_is_named(path, tmp_path, protocol):
+def test_a_pickle_with_a_call_does_nothing_and_the_error_names_it(path, tmp_path, protocol):
     marker = tmp_path / "executed"
     write(path, pickle.dumps({"model": {"w": Call(marker)}}, protocol))
-    assert f"not a tensor: model.w is of type {os.name}.mkdir" in refusal(path, "model")
+    assert f"not a tensor: model.w is of type {os.name}.mkdir" in error_line(path, "model")
     assert not marker.exists()
     pickle.loads(pickle.dumps(Call(marker), protocol))
     assert marker.exists()  # what an unpickler that calls would have done
@@ -148,10 +148,10 @@ def test_a_pickle_with_a_call_does_nothing_and_is_named(path, tmp_path, protocol
 )
 def test_names_in_a_pickle_are_never_imported(path, gadget):
     write(path, pickled(tree(w=gadget)))
-    assert "not a tensor: w is of type" in refusal(path)
+    assert "not a tensor: w is of type" in error_line(path)
 
 
-def test_a_placeholder_takes_what_it_is_given(path):
+def test_a_placeholder_accepts_items(path):
     strange = b"csome\nList\n)R(" + number(1) + b"e(" + number(1) + number(2) + b"u"
     write(path, pickled(tree(strange=strange, w=tensor(), n=b"N")), s0=SIX)
     with open_torch(path) as file:
@@ -159,7 +159,7 @@ def test_a_placeholder_takes_what_it_is_given(path):
 
 
 NAN = b"G" + struct.pack(">d", math.nan)
-DAMAGED_TENSORS = {
+CORRUPT_TENSORS = {
     "beyond_its_storage": (
         tensor(shape=(2, 4), strides=(3, 1)),
         "exceeds its storage: got index 6 of 6 values in x/data/0",
@@ -203,15 +203,15 @@ DAMAGED_TENSORS = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGED_TENSORS)
-def test_a_tensor_that_lies_gives_one_line(path, damage):
-    entry, message = DAMAGED_TENSORS[damage]
+@pytest.mark.parametrize("damage", CORRUPT_TENSORS)
+def test_an_invalid_tensor_gives_one_line(path, damage):
+    entry, message = CORRUPT_TENSORS[damage]
     write(path, pickled(tree(w=entry)), s0=SIX)
-    assert message in refusal(path)
+    assert message in error_line(path)
 
 
 NESTED = 20_000
-DAMAGED_PICKLES = {
+CORRUPT_PICKLES = {
     "empty": (b"", "pickle exhausted before seeing STOP"),
     "no_end": (b"\x80\x02}", "pickle exhausted before seeing STOP"),
     "text": (b"hello", "corrupt pickle: "),
@@ -260,11 +260,11 @@ DAMAGED_PICKLES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGED_PICKLES)
-def test_a_damaged_or_hostile_pickle_gives_one_line(path, damage):
-    data, message = DAMAGED_PICKLES[damage]
+@pytest.mark.parametrize("damage", CORRUPT_PICKLES)
+def test_a_corrupt_or_hostile_pickle_gives_one_line(path, damage):
+    data, message = CORRUPT_PICKLES[damage]
     write(path, data)
-    assert message in refusal(path)
+    assert message in error_line(path)
 
 
 def archive(path):
@@ -278,7 +278,7 @@ def entry_edited(content, name, offset, data):
     return content[: start + offset] + data + content[start + offset + len(data) :]
 
 
-BROKEN_ARCHIVES = {
+CORRUPT_ARCHIVES = {
     "empty": (lambda content: b"", "empty file"),
     "web_page": (lambda content: b"<!DOCTYPE html><title>404</title>" * 9, "not a PyTorch file"),
     "half": (lambda content: content[: len(content) // 2], "not a PyTorch file, or a truncated one"),
@@ -323,17 +323,17 @@ BROKEN_ARCHIVES = {
 }
 
 
-@pytest.mark.parametrize("damage", BROKEN_ARCHIVES)
-def test_a_broken_archive_gives_one_line(path, damage):
-    change, message = BROKEN_ARCHIVES[damage]
+@pytest.mark.parametrize("damage", CORRUPT_ARCHIVES)
+def test_a_corrupt_archive_gives_one_line(path, damage):
+    change, message = CORRUPT_ARCHIVES[damage]
     path.write_bytes(change(archive(path)))
-    assert message in refusal(path)
+    assert message in error_line(path)
 
 
-def test_a_zip_bomb_is_refused_by_its_directory(path):
+def test_a_zip_bomb_is_rejected_by_its_directory(path):
     write(path, pickled(tree(w=tensor())), compression=zipfile.ZIP_DEFLATED, s0=bytes(10**8))
     assert path.stat().st_size < 10**6
-    assert re.search("compressed member 'x/.*'; expected", refusal(path))
+    assert re.search("compressed member 'x/.*'; expected", error_line(path))
 
 
 def test_many_views_of_one_storage_do_not_grow_beyond_the_file(path):
@@ -342,31 +342,31 @@ def test_many_views_of_one_storage_do_not_grow_beyond_the_file(path):
     assert len(read(path)) == 30
     parts = {f"w{i}": tensor(numel=60000, offset=i, shape=(30000,), strides=(1,)) for i in range(30)}
     write(path, pickled(tree(**parts)), s0=bytes(240000))
-    assert "tensors of 3,600,000 bytes in a file of 24" in refusal(path)
+    assert "tensors of 3,600,000 bytes in a file of 24" in error_line(path)
 
 
-def test_two_members_of_one_name_are_refused(path):
+def test_duplicate_members_are_errors(path):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "w") as file:
         file.writestr("x/data.pkl", b"")
         file.writestr("x/data.pkl", pickled(tree(w=tensor())))
-    assert "duplicate name 'x/data.pkl'" in refusal(path)
+    assert "duplicate name 'x/data.pkl'" in error_line(path)
 
 
 @pytest.mark.parametrize("order", [b"middle", b""])
-def test_an_unknown_byte_order_is_refused(path, order):
+def test_an_unknown_byte_order_is_an_error(path, order):
     write(path, pickled(tree()), order=order)
-    assert "invalid byte order: got" in refusal(path)
+    assert "invalid byte order: got" in error_line(path)
 
 
-def test_another_zip_archive_is_told(path):
+def test_another_zip_archive_is_an_error(path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("word/document.xml", "<w/>")
-    assert "not a PyTorch file: expected a zip archive with one data.pkl" in refusal(path)
+    assert "not a PyTorch file: expected a zip archive with one data.pkl" in error_line(path)
 
 
-def test_a_file_that_is_not_there_or_a_folder_is_told(path, tmp_path):
-    assert "No such file" in refusal(path)
-    assert "Is a directory" in refusal(tmp_path)
+def test_a_missing_file_or_a_folder_is_an_error(path, tmp_path):
+    assert "No such file" in error_line(path)
+    assert "Is a directory" in error_line(tmp_path)
 
 
 def test_torch_reads_what_is_written_and_is_read(path):
