@@ -16,38 +16,47 @@ from dig_jax import ConfigError, Sampler
 from dig_jax.autoencoder import to_uint8
 from dig_jax.data import ImageSpec
 from dig_jax.errors import UserError
-from dig_jax.sampling import sample as image_set
+from dig_jax.sampling.sample import _ImageSet, replacing, sample
 
 CATS = ImageSpec((4, 6, 4), ("n02123045", "n02099601", "siamese"))
 
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Draws a set in `.workdir` and gives what generated.npz holds; `.drawn`: the seeds drawn so far."""
+    """Draw a set in `draw.workdir` and return the arrays of generated.npz; `draw.drawn` lists the seeds."""
     (tmp_path / "run").mkdir()
 
-    def sample(labels=None, seeds=None, known=None, params=(), **changes):
+    def draw(labels=None, seeds=None, params=(), **changes):
         settings = tiny_settings(**{"sampling__batch_size": 2, "sampling__steps": 3} | changes)
-        sampler = Sampler(PlainComponents(settings, known), dict(params), step=7)
-        sample.sampler = sampler
-        monkeypatch.setattr(image_set, "load", lambda *_, **__: sampler)
+        draw.sampler = sampler = Sampler(PlainComponents(settings), dict(params), step=7)
+        monkeypatch.setattr("dig_jax.sampling.sample.load", lambda *_, **__: sampler)
         call = Sampler.__call__
 
         def noted(self, labels, *, seeds):
             images = call(self, labels, seeds=seeds)
-            sample.drawn += np.asarray(seeds).tolist()
+            draw.drawn += np.asarray(seeds).tolist()
             return images
 
-        monkeypatch.setattr(sampler.__class__, "__call__", noted)
-        try:
-            image_set.sample(settings, tmp_path / "run", lambda names: labels, seeds)
-        finally:
-            monkeypatch.setattr(sampler.__class__, "__call__", call)
-        with np.load(tmp_path / "run" / "generated.npz") as file:
+        with monkeypatch.context() as patched:
+            patched.setattr(Sampler, "__call__", noted)
+            sample(settings, draw.workdir, lambda names: labels, seeds)
+        with np.load(draw.workdir / "generated.npz") as file:
             return dict(file)
 
-    sample.drawn, sample.workdir = [], tmp_path / "run"
-    return sample
+    draw.drawn, draw.workdir = [], tmp_path / "run"
+    return draw
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def leave_chunks(draw, monkeypatch, **arguments):
+    """Draw all chunks of a set, but not generated.npz; return the directory."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("dig_jax.sampling.sample._collect", interrupt)
+        draw(**arguments)
+    return draw.workdir / "generated"
 
 
 def test_sampled_images_are_written_as_evaluators_read_them(draw):
@@ -62,7 +71,7 @@ def test_sampled_images_are_written_as_evaluators_read_them(draw):
     assert {path.name for path in draw.workdir.iterdir()} == {"generated.npz", "generated.png"}
 
 
-def test_of_latents_without_an_autoencoder_there_are_only_numbers_one_image_of_each_class(draw):
+def test_latents_without_an_autoencoder_have_no_grid(draw):
     written = draw(data__options={"image_size": 4, "channels": 4, "num_classes": 5, "length": 60})
     assert written["arr_0"].shape == (5, 4, 4, 4)
     for name in ("labels", "seeds"):
@@ -70,7 +79,7 @@ def test_of_latents_without_an_autoencoder_there_are_only_numbers_one_image_of_e
     assert [path.name for path in draw.workdir.iterdir()] == ["generated.npz"]
 
 
-def test_a_set_that_was_interrupted_is_finished_without_drawing_again_and_is_the_same(draw, monkeypatch):
+def test_an_interrupted_set_is_completed_without_redrawing(draw, monkeypatch):
     seeds = np.arange(7)
     whole = draw(seeds=seeds)
     assert draw.drawn == seeds.tolist()
@@ -81,36 +90,34 @@ def test_a_set_that_was_interrupted_is_finished_without_drawing_again_and_is_the
             raise KeyboardInterrupt
         return pictures(self, x)
 
-    pictures = Sampler._pictures
+    pictures = Sampler._decode
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Sampler, "_pictures", broken)
+        patched.setattr(Sampler, "_decode", broken)
         draw(seeds=seeds)
-    parts = draw.workdir / "generated"
-    assert sorted(path.name for path in parts.iterdir()) == ["00000000.npy", "00000002.npy", "set.json"]
-    (parts / "00000002.npy").write_bytes((parts / "00000002.npy").read_bytes()[:-1])  # a damaged one
+    chunks = draw.workdir / "generated"
+    assert sorted(path.name for path in chunks.iterdir()) == ["00000000.npy", "00000002.npy", "set.json"]
+    (chunks / "00000002.npy").write_bytes((chunks / "00000002.npy").read_bytes()[:-1])  # corrupt
     again = draw(seeds=seeds)
     assert draw.drawn == [0, 1, 2, 3, 2, 3, 4, 5, 6]
     assert whole.keys() == again.keys()
     for name, values in whole.items():
         np.testing.assert_array_equal(again[name], values)
-    assert not parts.exists()
+    assert not chunks.exists()
 
 
-def test_the_parts_of_a_set_are_shared_among_processes(draw, tmp_path):
+def test_processes_share_the_chunks_of_a_set(draw, tmp_path):
     seeds = np.arange(7)
     whole = draw(seeds=seeds)["arr_0"]
-    parts = image_set._Parts(tmp_path / "parts", draw.sampler, seeds % 5, seeds)
-    parts.claim()
+    images = _ImageSet(tmp_path / "set", draw.sampler, seeds % 5, seeds)
+    images.claim()
     for index in (2, 0, 1):
-        parts.draw(index=index, count=3)
-    np.testing.assert_array_equal(np.concatenate(list(parts.read())), whole)
-    assert draw.sampler.picture_shape == whole.shape[1:]
+        images.draw(index=index, count=3)
+    np.testing.assert_array_equal(np.concatenate(list(images.read())), whole)
+    assert draw.sampler.output_shape == whole.shape[1:]
 
 
-def test_parts_of_another_set_are_not_mixed_in_and_not_deleted(draw, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(image_set, "_collect", _interrupt)
-        draw(seeds=np.arange(4))
+def test_chunks_of_another_set_are_neither_used_nor_deleted(draw, monkeypatch):
+    leave_chunks(draw, monkeypatch, seeds=np.arange(4))
     before = {path: path.read_bytes() for path in (draw.workdir / "generated").iterdir()}
     assert len(before) == 3
     for changes, message in [
@@ -118,29 +125,25 @@ def test_parts_of_another_set_are_not_mixed_in_and_not_deleted(draw, monkeypatch
         ({"seeds": np.arange(5)}, "images: 4 → 5"),
         ({"seeds": np.arange(1, 5)}, "labels and seeds: "),
     ]:
-        with pytest.raises(ConfigError, match=f"has parts of another set .*{message}.* or delete it"):
+        with pytest.raises(
+            ConfigError, match=f"holds images of another set .*{message}.* delete the directory"
+        ):
             draw(**{"seeds": np.arange(4)} | changes)
     assert before == {path: path.read_bytes() for path in (draw.workdir / "generated").iterdir()}
     (draw.workdir / "generated" / "set.json").write_text("[")
-    with pytest.raises(UserError, match=r"set.json cannot be read: .*; delete "):
+    with pytest.raises(UserError, match=r"cannot read .*set.json: .*; delete "):
         draw(seeds=np.arange(4))
 
 
-def _interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def test_a_set_of_which_only_a_damaged_part_is_missing_is_finished(draw, monkeypatch):
+def test_a_corrupt_chunk_is_drawn_again(draw, monkeypatch):
     seeds = np.arange(4)
     whole = draw(seeds=seeds)["arr_0"]
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(image_set, "_collect", _interrupt)
-        draw(seeds=seeds)
+    leave_chunks(draw, monkeypatch, seeds=seeds)
     (draw.workdir / "generated" / "00000002.npy").write_bytes(b"")
     np.testing.assert_array_equal(draw(seeds=seeds)["arr_0"], whole)
 
 
-def test_parts_without_a_record_of_their_set_are_never_left(draw, monkeypatch):
+def test_chunks_are_never_left_without_set_json(draw, monkeypatch):
     deleted, unlink = [], Path.unlink
 
     def interrupted(path, **options):
@@ -150,30 +153,30 @@ def test_parts_without_a_record_of_their_set_are_never_left(draw, monkeypatch):
         unlink(path, **options)
 
     def rmtree(directory):
-        for path in sorted(directory.iterdir(), reverse=True):  # in whatever order the disk has them
+        for path in sorted(directory.iterdir(), reverse=True):  # in any order
             interrupted(path)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Path, "unlink", interrupted)
         patched.setattr(shutil, "rmtree", rmtree)
         draw(seeds=np.arange(4))
-    with pytest.raises(ConfigError, match="has parts of another set"):
+    with pytest.raises(ConfigError, match="holds images of another set"):
         draw(seeds=np.arange(4, 8))
     np.testing.assert_array_equal(draw(seeds=np.arange(4))["seeds"], range(4))
 
 
-def test_what_somebody_else_keeps_in_the_place_of_the_parts_is_left_alone(draw):
+def test_other_files_in_the_directory_are_left_alone(draw):
     (draw.workdir / "generated").mkdir()
     (draw.workdir / "generated" / "best.png").write_text("a picture")
-    with pytest.raises(ConfigError, match="generated has other things than a set in it: move them elsewhere"):
+    with pytest.raises(
+        ConfigError, match="generated holds files that are not images of a set; move them away"
+    ):
         draw(seeds=np.arange(2))
     assert (draw.workdir / "generated" / "best.png").read_text() == "a picture"
 
 
-def test_parts_that_other_parameters_or_another_precision_drew_are_not_mixed_in(draw, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(image_set, "_collect", _interrupt)
-        draw(seeds=np.arange(2))
+def test_chunks_of_other_parameters_or_another_precision_are_not_used(draw, monkeypatch):
+    leave_chunks(draw, monkeypatch, seeds=np.arange(2))
     with pytest.raises(ConfigError, match="another set .autoencoder.dtype: float32 → bfloat16"):
         draw(seeds=np.arange(2), autoencoder__dtype="bfloat16")
     with pytest.raises(ConfigError, match="another set .values of the parameters: "):
@@ -181,31 +184,30 @@ def test_parts_that_other_parameters_or_another_precision_drew_are_not_mixed_in(
 
 
 @pytest.mark.parametrize("name", ["00000000.npy", "generated.npz"])
-def test_a_full_disk_is_told_in_one_line_and_the_set_goes_on(draw, monkeypatch, name):
+def test_a_full_disk_is_one_line_and_the_set_can_be_completed(draw, monkeypatch, name):
     @contextlib.contextmanager
     def full(path):
         raise OSError(f"{path.name} requested and 0 written")
         yield
 
-    replacing = image_set.replacing
     message = f"cannot write to .*: {name} requested"
     with monkeypatch.context() as patched, pytest.raises(UserError, match=message):
-        patched.setattr(image_set, "replacing", lambda path: (full if path.name == name else replacing)(path))
+        patched.setattr(
+            "dig_jax.sampling.sample.replacing", lambda path: (full if path.name == name else replacing)(path)
+        )
         draw(seeds=np.arange(2))
     assert draw(seeds=np.arange(2))["arr_0"].shape[0] == 2
 
 
-def test_the_picture_of_an_earlier_set_does_not_outlive_it(draw):
+def test_the_grid_of_an_earlier_set_is_deleted(draw):
     draw(seeds=np.arange(2))
     assert (draw.workdir / "generated.png").exists()
     draw(data__options={"image_size": 4, "channels": 4, "num_classes": 5, "length": 60})
     assert not (draw.workdir / "generated.png").exists()
 
 
-def test_a_record_of_what_the_parts_depend_on_lies_beside_them(draw, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(image_set, "_collect", _interrupt)
-        draw(seeds=np.arange(4), sampling__ema="0.99")
+def test_set_json_holds_what_the_images_depend_on(draw, monkeypatch):
+    leave_chunks(draw, monkeypatch, seeds=np.arange(4), sampling__ema="0.99")
     described = json.loads((draw.workdir / "generated" / "set.json").read_text())
     expected = {"step": 7, "parameters": "0.99", "sampler": "ddim", "steps": 3, "images": 4}
     assert described | expected == described
@@ -214,15 +216,15 @@ def test_a_record_of_what_the_parts_depend_on_lies_beside_them(draw, monkeypatch
 @pytest.mark.parametrize(
     ("labels", "changes", "message"),
     [
-        ([9], {}, r"--labels.*: label 9 is out of range"),
+        ([9], {}, r"--labels.*: label out of range: got 9"),
         (None, {"sampling__steps": 1}, r"config.sampling: too few steps: got 1; expected at least 2"),
     ],
 )
-def test_samples_that_cannot_be_are_blamed_on_their_setting(labels, changes, message, tmp_path):
+def test_invalid_samples_name_the_setting(labels, changes, message, tmp_path):
     settings = tiny_settings(**changes)
     write_checkpoint(tmp_path, settings)
     with pytest.raises(ConfigError, match=message):
-        image_set.sample(settings, tmp_path, lambda names: labels)
+        sample(settings, tmp_path, lambda names: labels)
 
 
 def latent_settings(folder, **changes):
@@ -232,7 +234,7 @@ def latent_settings(folder, **changes):
 
 @pytest.fixture(scope="module")
 def latent_run(tmp_path_factory):
-    """A workdir whose latents are nowhere, and the folder of its autoencoder."""
+    """A workdir whose latents do not exist, and the folder of its autoencoder."""
     folder = write_autoencoder(tmp_path_factory.mktemp("autoencoder"))
     workdir = tmp_path_factory.mktemp("run")
     write_checkpoint(workdir, latent_settings(folder), known=CATS)
@@ -250,21 +252,21 @@ def test_latents_are_decoded_by_the_autoencoder_that_the_config_names(latent_run
     pictures = sampler([0, 1], seeds=[3, 4])
     assert latents.shape == (2, 4, 6, 4)
     factor = sampler.components.autoencoder.config.downsampling
-    assert pictures.shape == (2, 4 * factor, 6 * factor, 3) == (2, *sampler.picture_shape)
+    assert pictures.shape == (2, 4 * factor, 6 * factor, 3) == (2, *sampler.output_shape)
     expected = np.asarray(to_uint8(sampler.components.autoencoder.decode(latents)))
     assert np.abs(pictures.astype(int) - expected).max() <= 1
     trajectory = sampler.trajectory([0], steps=3)
-    assert trajectory.shape == (3, 1, *sampler.picture_shape)
+    assert trajectory.shape == (3, 1, *sampler.output_shape)
 
 
-def test_decoding_in_parts_changes_nothing(latent_run, monkeypatch):
+def test_decoding_in_batches_changes_nothing(latent_run, monkeypatch):
     sampler = loaded(latent_run[0])
     whole = sampler(seeds=range(5)).astype(int)
-    monkeypatch.setattr("dig_jax.sampling.sampler._DECODED", 1)
+    monkeypatch.setattr("dig_jax.sampling.sampler._DECODED_LATENT_PIXELS", 1)
     assert np.abs(sampler(seeds=range(5)) - whole).max() <= 1
 
 
-def test_classes_are_drawn_by_name_even_where_the_data_are_elsewhere(latent_run):
+def test_classes_are_drawn_by_name_without_the_data(latent_run):
     sampler = loaded(latent_run[0])
     labels, _ = sampler.resolve(["golden retriever", "tabby", 2, "Siamese"], None)
     np.testing.assert_array_equal(labels, [1, 0, 2, 2])
@@ -273,29 +275,29 @@ def test_classes_are_drawn_by_name_even_where_the_data_are_elsewhere(latent_run)
         sampler("golden retreiver")
 
 
-def test_the_size_of_pictures_of_latents_is_in_pixels(latent_run):
+def test_the_size_of_decoded_images_is_in_pixels(latent_run):
     sampler = loaded(latent_run[0])
     factor = sampler.components.autoencoder.config.downsampling
     assert sampler(size=(2 * factor, 4 * factor)).shape == (1, 2 * factor, 4 * factor, 3)
     patch = factor * sampler.components.abstract_model.patch_size
     assert patch > factor
     for size in (0, 3, factor, (patch, patch + factor)):
-        message = re.escape(f"size={size} must be positive and a multiple of {patch} pixels")
+        message = re.escape(f"invalid size={size}; expected positive multiples of {patch} pixels")
         with pytest.raises(ValueError, match=message):
             sampler(size=size)
 
 
-def test_another_autoencoder_may_be_given(latent_run, tmp_path):
+def test_another_autoencoder_can_be_given(latent_run, tmp_path):
     sampler = dig_jax.load(latent_run[0], autoencoder=tmp_path / "none")
     with pytest.raises(ConfigError, match=r"config.autoencoder.path: .*none: there is no such folder"):
         sampler()
     assert dig_jax.load(latent_run[0], autoencoder=latent_run[1])().shape[-1] == 3
 
 
-def test_a_set_of_decoded_pictures_is_written_with_titles(latent_run):
+def test_a_set_of_decoded_images_is_written_with_titles(latent_run):
     workdir, folder = latent_run
-    image_set.sample(latent_settings(folder), workdir, lambda names: [0, 1, 2, 1])
+    sample(latent_settings(folder), workdir, lambda names: [0, 1, 2, 1])
     with np.load(workdir / "generated.npz") as file:
         np.testing.assert_array_equal(file["arr_0"], loaded(workdir)([0, 1, 2, 1]))
     with Image.open(workdir / "generated.png") as picture:
-        assert picture.width > 4 * loaded(workdir).picture_shape[1]
+        assert picture.width > 4 * loaded(workdir).output_shape[1]

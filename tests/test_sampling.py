@@ -54,9 +54,9 @@ def test_the_noise_of_an_image_depends_on_its_seed_and_the_step_alone():
 
 @pytest.mark.parametrize("other", [{"batch_size": 2}, {"data": 2, "fsdp": 2}], ids=str)
 def test_images_do_not_depend_on_the_batch_size_or_on_devices(other):
-    """Five images: at once, in three batches of which the last is filled up, and on four devices.
+    """Five images: at once, in three batches with the last one padded, and on four devices.
 
-    Those of a random network are out of range, and so would be equal, all white and black, without a scale.
+    A random network's images are out of range and are scaled, or all pixels would be black or white.
     """
     one, two = (drawer(seeds=SEEDS, return_latents=True) for drawer in (sampler(), sampler(**other)))
     assert one.shape == two.shape == (5, 4, 4, 1)
@@ -66,13 +66,13 @@ def test_images_do_not_depend_on_the_batch_size_or_on_devices(other):
     assert np.abs(pixels - to_pixels(two / scale)).max() <= 1
 
 
-def test_parameters_that_training_keeps_in_parts_are_gathered_once_and_not_at_every_step():
+def test_sharded_parameters_are_gathered_once_and_not_at_every_step():
     components = tiny_components()
     mesh = mesh_of(data=1, fsdp=4)
     params = random_params(components)
-    parts = jax.device_put(params, state_sharding(params, mesh))
-    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(parts))
-    whole = Sampler(components, parts, step=0, mesh=mesh).params
+    sharded = jax.device_put(params, state_sharding(params, mesh))
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded))
+    whole = Sampler(components, sharded, step=0, mesh=mesh).params
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
 
 
@@ -105,7 +105,7 @@ def test_pixels_are_rounded_and_clipped():
         (np.array([2, 3]), 8, [2, 3], [8, 8]),
     ],
 )
-def test_labels_and_seeds_that_are_left_out_or_single(labels, seeds, expected_labels, expected_seeds):
+def test_labels_and_seeds_have_defaults_and_broadcast(labels, seeds, expected_labels, expected_seeds):
     result = plain_sampler().resolve(labels, seeds)
     for numbers, expected in zip(result, (expected_labels, expected_seeds), strict=True):
         assert numbers.dtype == np.int32
@@ -115,32 +115,32 @@ def test_labels_and_seeds_that_are_left_out_or_single(labels, seeds, expected_la
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"labels": 5}, "label 5 is out of range: there are 0…4"),
-        ({"labels": [0, -1]}, "label -1 is out of range"),
-        ({"seeds": -1}, "seed -1 is out of range: there are 0…2147483647"),
-        ({"seeds": 2**31}, "seed 2147483648 is out of range"),
-        ({"seeds": np.array([0.5])}, r"seeds must be one or more integers, got \[0.5\]"),
-        ({"labels": []}, r"labels must be one or more integers, got \[\]"),
-        ({"labels": np.array([[1]])}, "labels must be one or more integers"),
-        ({"labels": [0, 1], "seeds": [0, 1, 2]}, "2 labels and 3 seeds"),
+        ({"labels": 5}, "label out of range: got 5; expected 0 … 4"),
+        ({"labels": [0, -1]}, "label out of range: got -1"),
+        ({"seeds": -1}, "seed out of range: got -1; expected 0 … 2147483647"),
+        ({"seeds": 2**31}, "seed out of range: got 2147483648"),
+        ({"seeds": np.array([0.5])}, r"invalid seeds: got \[0.5\]; expected one or more integers"),
+        ({"labels": []}, r"invalid labels: got \[\]; expected one"),
+        ({"labels": np.array([[1]])}, "invalid labels: got .*expected one or more integers"),
+        ({"labels": [0, 1], "seeds": [0, 1, 2]}, "numbers of labels and seeds differ: got 2 and 3"),
         ({"sampler": "dmpp"}, "unknown sampler: got 'dmpp'; .*; did you mean 'ddpm'"),
         ({"steps": 0}, "too few steps: got 0; expected at least 2"),
         ({"steps": 1001}, "invalid steps: got 1001; expected 1 … 1000"),
-        ({"size": (4, 0)}, r"size=\(4, 0\) must be positive and a multiple of 2"),
+        ({"size": (4, 0)}, r"invalid size=\(4, 0\); expected positive multiples of 2 pixels"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(arguments, message):
+def test_invalid_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         plain_sampler()(**arguments)
 
 
-def test_a_size_that_the_patch_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"size=\(4, 5\) must be positive and a multiple of 2"):
+def test_a_size_must_be_a_multiple_of_the_patch_size():
+    with pytest.raises(ValueError, match=r"invalid size=\(4, 5\); expected positive multiples of 2"):
         sampler()(size=(4, 5))
 
 
 @pytest.mark.parametrize(("size", "shape"), [(8, (8, 8)), ((4, 10), (4, 10))])
-def test_images_have_the_size_asked_for(size, shape):
+def test_images_have_the_requested_size(size, shape):
     images = sampler()([1, 2], size=size)
     assert images.shape == (2, *shape, 1)
     assert images.std() > 0
@@ -158,7 +158,7 @@ def batches_denoised(monkeypatch):
     return seen
 
 
-def test_the_null_class_is_computed_only_where_it_guides(monkeypatch):
+def test_the_null_class_is_computed_only_with_guidance(monkeypatch):
     seen = batches_denoised(monkeypatch)
     for scale, expected in ((1.0, {3}), (1.5, {6})):
         seen.clear()
@@ -201,7 +201,7 @@ def test_guidance_moves_the_brightness_of_the_class_away_from_the_null_class():
     np.testing.assert_allclose(two - three, one - two, rtol=1e-3)
 
 
-def test_settings_of_the_config_hold_unless_the_call_says_otherwise():
+def test_the_config_gives_the_defaults_of_a_call():
     draw = functools.partial(plain_sampler(), [1, 2], return_latents=True)
     np.testing.assert_array_equal(draw(), draw(sampler="ddim", steps=STEPS, guidance_scale=1.5))
     for other in ({"sampler": "ddpm"}, {"steps": STEPS + 1}, {"guidance_scale": 2.0}):
@@ -235,7 +235,7 @@ def workdir(tmp_path_factory):
         ("0.99", tiny_settings(), "0.99"),
     ],
 )
-def test_load_takes_the_average_asked_for_else_the_settings_one(workdir, ema, settings, loaded):
+def test_load_reads_the_requested_average_or_the_default_of_the_settings(workdir, ema, settings, loaded):
     path, trees = workdir
     sampler = dig_jax.load(path, ema, settings=settings)
     assert sampler.step == 7
@@ -243,7 +243,7 @@ def test_load_takes_the_average_asked_for_else_the_settings_one(workdir, ema, se
     jax.tree.map(np.testing.assert_array_equal, sampler.params, trees[loaded])
 
 
-def test_a_loaded_sampler_draws_what_one_of_these_parameters_draws(workdir):
+def test_a_loaded_sampler_draws_what_a_sampler_of_its_parameters_draws(workdir):
     path, trees = workdir
     settings = tiny_settings(sampling__steps=STEPS, sampling__batch_size=8)
     loaded = dig_jax.load(str(path / "checkpoints" / "7"), settings=settings)
@@ -252,6 +252,6 @@ def test_a_loaded_sampler_draws_what_one_of_these_parameters_draws(workdir):
     np.testing.assert_array_equal(loaded(**draw), expected(**draw))
 
 
-def test_load_refuses_settings_of_another_model(workdir):
+def test_load_rejects_settings_of_another_model(workdir):
     with pytest.raises(ConfigError, match="was created with different settings: model.depth: 1 → 2"):
         dig_jax.load(workdir[0], settings=tiny_settings(model__depth=2))

@@ -25,7 +25,7 @@ def draw_samples(sampler: "Sampler", workdir: Path) -> None:
 
     There is no grid if the images are neither grayscale nor RGB, such as latents without an autoencoder.
     """
-    if sampler.picture_shape[2] in (1, 3):
+    if sampler.output_shape[2] in (1, 3):
         images, options = grid_of_samples(sampler)
         save_grid(workdir / "samples.png", images, **options)
         (workdir / "samples").mkdir(exist_ok=True)

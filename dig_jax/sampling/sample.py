@@ -1,7 +1,7 @@
-"""Sets of generated images, of any number: drawn by all processes, continued where a run ended, one npz.
+"""--mode=sample: any number of images in one npz file, drawn by all processes.
 
-An image depends on its seed and label alone, so a set is drawn in parts by whoever is there. They lie in
-WORKDIR/generated until all are; then WORKDIR/generated.npz takes their place.
+An image depends only on its seed and label, so any process can draw any part of a set. Finished images are
+kept in WORKDIR/generated, in chunks; once all are there, WORKDIR/generated.npz replaces the directory.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, UInt8
 
 from dig_jax.config import Config, to_dict
 from dig_jax.data.class_names import display_name
-from dig_jax.errors import ConfigError, UserError, naming_directory, naming_setting
+from dig_jax.errors import ConfigError, UserError, naming_directory, naming_setting, one_line
 from dig_jax.files.atomic import replacing, write_json
 from dig_jax.parallel import barrier, check_shared_directory, local_mesh, on_process_0
 from dig_jax.progress import Progress
@@ -29,9 +29,9 @@ from dig_jax.sampling.sampler import Labels, Sampler, load
 
 log = logging.getLogger(__name__)
 
-# Images in generated.png: more would not be looked at.
+# Number of images in generated.png.
 _SHOWN = 100
-# Settings of `sampling` that the images do not depend on.
+# Fields of `sampling` that do not affect the images.
 _IRRELEVANT = ("every_steps", "images_per_class")
 
 
@@ -41,18 +41,20 @@ def sample(
     labels: Callable[[Sequence[str]], Labels] = lambda class_names: None,
     seeds: Int[np.ndarray, " n"] | None = None,
 ) -> None:
-    """Draws images from a workdir's newest checkpoint into generated.npz and, if grey or RGB, generated.png.
+    """Draw images from a workdir's newest checkpoint into generated.npz and, if possible, generated.png.
 
-    The npz holds `arr_0`, uint8 [N, height, width, C], as evaluators of the field read it, and beside it
-    `labels` and `seeds`. What a run that ended has drawn is not drawn again.
+    The npz file holds `arr_0`, uint8 [N, height, width, C], as the common evaluators expect it, and `labels`
+    and `seeds`. generated.png exists only for grayscale and RGB images. If a run was interrupted, the same
+    call draws only the missing images.
 
     Args:
-        settings: its `sampling` and `autoencoder` decide how; the rest must be what the workdir began with.
-        labels: those of a call of `Sampler`, given the names of the classes.
-        seeds: as there. Neither: one image of each class.
+        settings: `sampling` and `autoencoder` may differ from the checkpoint's; most other fields may not.
+        labels: a function from class names to the labels of `Sampler.__call__`.
+        seeds: as in `Sampler.__call__`. Without labels and seeds, one image of each class is drawn.
 
     Raises:
-        UserError: no checkpoint, other settings, or labels or seeds that cannot be; parts of another set.
+        UserError: no checkpoint, settings that differ, invalid labels or seeds, or WORKDIR/generated holds
+            another set.
     """
     sampler = load(workdir, settings=settings, mesh=local_mesh())
     names = sampler.components.image_spec.class_names
@@ -60,19 +62,19 @@ def sample(
     if chosen is None and seeds is None:
         seeds = np.arange(max(len(names), 1))
     with naming_setting("--labels or --seeds"):
-        numbers, seeds = sampler.resolve(chosen, seeds)
-    parts = _Parts(workdir / "generated", sampler, numbers, seeds)
-    on_process_0(parts.claim)
+        indices, seeds = sampler.resolve(chosen, seeds)
+    images = _ImageSet(workdir / "generated", sampler, indices, seeds)
+    on_process_0(images.claim)
     check_shared_directory(workdir)
-    parts.draw(index=jax.process_index(), count=jax.process_count())
+    images.draw(index=jax.process_index(), count=jax.process_count())
     barrier("images are drawn")
-    on_process_0(lambda: _collect(parts, workdir, names))
+    on_process_0(lambda: _collect(images, workdir, names))
     log.info("%d images of step %d are in %s", len(seeds), sampler.step, workdir / "generated.npz")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Parts:
-    """The images of a set, `sampling.batch_size` in a file."""
+class _ImageSet:
+    """A set of images in a directory, with `sampling.batch_size` images per file."""
 
     directory: Path
     sampler: Sampler
@@ -80,11 +82,11 @@ class _Parts:
     seeds: Int[np.ndarray, " n"]
 
     @property
-    def size(self) -> int:
+    def chunk_size(self) -> int:
         return self.sampler.components.config.sampling.batch_size
 
-    def described(self) -> dict[str, Any]:
-        """What the images depend on."""
+    def identity(self) -> dict[str, Any]:
+        """Return everything that the images depend on."""
         components = self.sampler.components
         options = to_dict(components.config.sampling)
         return {
@@ -99,59 +101,65 @@ class _Parts:
         }
 
     def claim(self) -> None:
-        """Makes the directory, unless there are parts of another set or other things in it.
+        """Create the directory, or check that it holds chunks of this set.
 
         Raises:
-            UserError: there are, or it cannot be written to.
+            UserError: it holds anything else, or is not writable.
         """
-        path, ours = self.directory / "set.json", self.described()
+        path, identity = self.directory / "set.json", self.identity()
         with naming_directory(self.directory):
             if path.exists():
-                theirs = _read(path)
+                stored = _read_object(path)
                 changed = [
-                    f"{name}: {theirs.get(name)} → {value}"
-                    for name, value in ours.items()
-                    if theirs.get(name) != value
+                    f"{name}: {stored.get(name)} → {value}"
+                    for name, value in identity.items()
+                    if stored.get(name) != value
                 ]
                 if changed:
                     raise ConfigError(
-                        f"{self.directory} has parts of another set ({'; '.join(changed)}): give the settings"
-                        " that it began with, or delete it"
+                        f"{self.directory} holds images of another set ({'; '.join(changed)}); restore these"
+                        " settings, or delete the directory"
                     )
             elif any(self.directory.glob("[!.]*")):
-                raise ConfigError(f"{self.directory} has other things than a set in it: move them elsewhere")
+                raise ConfigError(
+                    f"{self.directory} holds files that are not images of a set; move them away"
+                )
             self.directory.mkdir(exist_ok=True)
-            write_json(path, ours)
+            write_json(path, identity)
 
     def draw(self, *, index: int, count: int) -> None:
-        """Draws those parts which are not there, of every `count` the one with this index."""
-        missing = [first for first in range(0, len(self.seeds), self.size) if not self._is_whole(first)]
-        done = len(self.seeds) - sum(len(self.seeds[first : first + self.size]) for first in missing)
-        # Not every count-th of what is missing: others may be drawing already.
-        own = [first for first in missing if first // self.size % count == index]
+        """Draw the missing chunks of process `index` out of `count`."""
+        missing = [
+            first for first in range(0, len(self.seeds), self.chunk_size) if not self._is_intact(first)
+        ]
+        done = len(self.seeds) - sum(len(self.seeds[first : first + self.chunk_size]) for first in missing)
+        # By position in the set and not among the missing chunks: other processes may already be drawing.
+        own = [first for first in missing if first // self.chunk_size % count == index]
         if done:
-            log.info("%d of %d images are there already", done, len(self.seeds))
+            log.info("%d of %d images exist", done, len(self.seeds))
         progress = Progress("image", first=done, total=len(self.seeds), every_seconds=10.0)
         for number, first in enumerate(own, 1):
-            chosen = slice(first, first + self.size)
+            chosen = slice(first, first + self.chunk_size)
             with naming_setting("config.sampling"):
                 images = self.sampler(self.labels[chosen], seeds=self.seeds[chosen])
             with naming_directory(self.directory), replacing(self._path(first)) as file:
                 np.save(file, images)
             if index == 0:
-                progress.show(min(done + number * count * self.size, len(self.seeds)))
+                progress.show(min(done + number * count * self.chunk_size, len(self.seeds)))
         if own:
             progress.close()
 
     def read(self) -> Iterator[UInt8[np.ndarray, "n height width channels"]]:
-        """The images, part by part."""
-        for first in range(0, len(self.seeds), self.size):
-            if not self._is_whole(first):
-                raise UserError(f"{self._path(first)} is gone or damaged: the same command draws it again")
+        """Yield the images, chunk by chunk."""
+        for first in range(0, len(self.seeds), self.chunk_size):
+            if not self._is_intact(first):
+                raise UserError(
+                    f"{self._path(first)} is missing or corrupt; run the same command to draw it again"
+                )
             yield np.load(self._path(first))
 
     def delete(self) -> None:
-        """Deletes the parts, and only then what says which set they are of."""
+        """Delete the chunks, then set.json: an interruption never leaves chunks of an unknown set."""
         for path in self.directory.glob("*.npy"):
             path.unlink()
         shutil.rmtree(self.directory)
@@ -159,56 +167,56 @@ class _Parts:
     def _path(self, first: int) -> Path:
         return self.directory / f"{first:08}.npy"
 
-    def _is_whole(self, first: int) -> bool:
-        count = min(self.size, len(self.seeds) - first)
+    def _is_intact(self, first: int) -> bool:
+        count = min(self.chunk_size, len(self.seeds) - first)
         try:
-            part = np.load(self._path(first), mmap_mode="r")
+            chunk = np.load(self._path(first), mmap_mode="r")
         except (OSError, ValueError, EOFError):
             return False
-        return part.dtype == np.uint8 and part.shape == (count, *self.sampler.picture_shape)
+        return chunk.dtype == np.uint8 and chunk.shape == (count, *self.sampler.output_shape)
 
 
-def _collect(parts: _Parts, workdir: Path, names: tuple[str, ...]) -> None:
-    """One file of all parts, and a picture of the first images."""
+def _collect(images: _ImageSet, workdir: Path, names: tuple[str, ...]) -> None:
+    """Replace the chunks by generated.npz and a grid of the first images."""
     with naming_directory(workdir):
-        shown = _write_npz(parts, workdir / "generated.npz")
-        picture = workdir / "generated.png"
-        picture.unlink(missing_ok=True)
+        shown = _write_npz(images, workdir / "generated.npz")
+        grid = workdir / "generated.png"
+        grid.unlink(missing_ok=True)
         if shown.shape[-1] in (1, 3):
-            titles = [display_name(names[label]) for label in parts.labels[:_SHOWN]] if names else ()
-            columns = min(len(shown), parts.sampler.components.config.sampling.images_per_class)
-            save_grid(picture, shown, columns=columns, titles=titles)
-        parts.delete()
+            titles = [display_name(names[label]) for label in images.labels[:_SHOWN]] if names else ()
+            columns = min(len(shown), images.sampler.components.config.sampling.images_per_class)
+            save_grid(grid, shown, columns=columns, titles=titles)
+        images.delete()
 
 
-def _write_npz(parts: _Parts, path: Path) -> UInt8[np.ndarray, "n height width channels"]:
-    """The npz of a set, of which it gives the first images."""
-    shape, shown = (len(parts.seeds), *parts.sampler.picture_shape), []
+def _write_npz(images: _ImageSet, path: Path) -> UInt8[np.ndarray, "n height width channels"]:
+    """Write the npz file and return the first images."""
+    shape, shown = (len(images.seeds), *images.sampler.output_shape), []
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        # One part at a time: np.savez would hold all of them.
+        # Chunk by chunk: np.savez would need all images in memory.
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
-            for images in parts.read():
-                member.write(images.tobytes())
+            for chunk in images.read():
+                member.write(chunk.tobytes())
                 if sum(map(len, shown)) < _SHOWN:
-                    shown.append(images)
+                    shown.append(chunk)
         for name in ("labels", "seeds"):
             with archive.open(f"{name}.npy", "w") as member:
-                np.save(member, getattr(parts, name))
+                np.save(member, getattr(images, name))
     return np.concatenate(shown)[:_SHOWN]
 
 
 def _digest(arrays: Iterable[Array | np.ndarray]) -> str:
-    """Hash of the values of arrays, in hexadecimal."""
+    """Return a hexadecimal hash of the values of arrays."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.asarray(array).tobytes())
     return digest.hexdigest()[:16]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}; delete {path.parent}") from error
+        raise UserError(f"cannot read {path}: {one_line(error)}; delete {path.parent}") from error

@@ -1,16 +1,16 @@
-"""Images from a trained model. An image is a function of its seed and label, not of the batch around it."""
+"""`Sampler` and `load`: images from a trained model, each a function of its seed and label alone."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
 from dig_jax.autoencoder import Autoencoder, to_uint8
 from dig_jax.checkpoints.reader import read_model
@@ -31,18 +31,18 @@ from dig_jax.sampling.generate import GenerationSpec, generate
 Numbers = int | Sequence[int] | np.ndarray | None
 Labels = Numbers | str | Sequence[str]
 
-# Latent pixels that each device decodes at once: 4 images of 256 pixels, or one of 512. It takes about a
-# gigabyte, beside what training keeps on the device.
-_DECODED = 64 * 64
+# Latent pixels that each device decodes at once: 4 images of 256×256 pixels or one of 512×512. They take
+# about 1 GB, in addition to what training keeps on the device.
+_DECODED_LATENT_PIXELS = 64 * 64
 
 
 class Sampler:
-    """Draws images from parameters; what a call leaves open is as the config's `sampling` says.
+    """Draws images from a model. The config's `sampling` provides defaults for the options of a call.
 
     Attributes:
-        components: model, diffusion and data.
-        params: what it draws with.
-        step: how many steps the parameters were trained for.
+        components: model, diffusion process and data.
+        params: the parameters that it draws with.
+        step: training step of the parameters.
     """
 
     def __init__(self, components: Components, params: Params, *, step: int, mesh: Mesh | None = None):
@@ -62,24 +62,25 @@ class Sampler:
         size: int | tuple[int, int] | None = None,
         return_latents: bool = False,
     ) -> UInt8[np.ndarray, "n height width c"] | Float[np.ndarray, "n height width c"]:
-        """Draws one image per seed.
+        """Draw one image per seed.
 
         Args:
-            labels: a class for each image, or one for all, by its number or its name; by default the image of
-                seed s gets s mod classes.
-            seeds: non-negative, one for each image; by default 0, 1, … for as many as there are labels.
+            labels: one class per image, or one for all, as an index or a name. By default, the image of
+                seed s has class s modulo the number of classes.
+            seeds: non-negative integers, one per image; by default 0, 1, … for each label.
             sampler: "ddim" or "ddpm".
-            steps: of the sampler.
-            guidance_scale: 1 is none; the noise is null + scale·(class - null) (Ho & Salimans 2022).
-            size: height and width in pixels, or one number for both; by default the training images'.
-            return_latents: give the model's own space as float32 instead of pixels.
+            steps: number of sampling steps.
+            guidance_scale: scale of classifier-free guidance; 1 is no guidance. The prediction is
+                null + scale·(class - null) (Ho & Salimans 2022).
+            size: (height, width) in pixels, or one number for both; by default the training images' size.
+            return_latents: return float32 images in the model's space instead of decoded pixels.
 
         Raises:
-            ValueError: labels, seeds, sampler, steps or size that cannot be.
-            UserError: the autoencoder cannot be read.
+            ValueError: invalid labels, seeds, sampler, steps or size.
+            UserError: the autoencoder is unreadable.
         """
-        x = self._draw(labels, seeds, sampler, steps, guidance_scale, size, trajectory=False)
-        return x if return_latents else self._pictures(x)
+        x = self._draw(labels, seeds, guidance_scale, size, sampler=sampler, steps=steps)
+        return x if return_latents else self._decode(x)
 
     def trajectory(
         self,
@@ -90,13 +91,13 @@ class Sampler:
         steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> UInt8[np.ndarray, "steps n height width c"]:
-        """What the model takes the finished image for, at each step; arguments as in a call."""
-        x = self._draw(labels, seeds, sampler, steps, guidance_scale, None, trajectory=True)
-        return self._pictures(x.reshape(-1, *x.shape[2:])).reshape(*x.shape[:2], *self.picture_shape)
+        """Return the model's prediction of the final images at each step; arguments as in a call."""
+        x = self._draw(labels, seeds, guidance_scale, sampler=sampler, steps=steps, trajectory=True)
+        return self._decode(x.reshape(-1, *x.shape[2:])).reshape(*x.shape[:2], *self.output_shape)
 
     @property
-    def picture_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of the pictures that are drawn by default."""
+    def output_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images that a call returns by default."""
         height, width, channels = self.components.image_spec.image_shape
         decoder = self.components.autoencoder
         if decoder is None:
@@ -104,74 +105,97 @@ class Sampler:
         factor = decoder.config.downsampling
         return factor * height, factor * width, decoder.config.out_channels
 
-    def resolve(self, labels: Labels, seeds: Numbers) -> tuple[np.ndarray, np.ndarray]:
-        """The labels and seeds, int32 [N] each, that a call with these arguments uses.
+    def resolve(
+        self, labels: Labels, seeds: Numbers
+    ) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
+        """Return the labels and seeds that a call with these arguments uses.
 
         Raises:
-            ValueError: an unknown class, a label or seed out of range, or different numbers of them.
+            ValueError: an unknown class, a label or seed out of range, or numbers that do not match.
         """
-        images = self.components.image_spec
-        classes = max(images.num_classes, 1)
+        spec = self.components.image_spec
+        classes = max(spec.num_classes, 1)
         if labels is not None:
-            labels = _numbers(labels, images.class_names)
-            labels = _checked("label", labels, classes)
+            labels = _integers("label", _indices(labels, spec.class_names), classes)
         if seeds is None:
             seeds = np.arange(1 if labels is None else len(labels))
-        seeds = _checked("seed", seeds, 2**31)
+        seeds = _integers("seed", seeds, 2**31)
         if labels is None:
             labels = seeds % classes
         if len(labels) != len(seeds) and 1 not in (len(labels), len(seeds)):
-            raise ValueError(f"{len(labels)} labels and {len(seeds)} seeds: give as many, or one for all")
+            raise ValueError(
+                f"numbers of labels and seeds differ: got {len(labels)} and {len(seeds)}; expected equal"
+                " numbers, or one for all"
+            )
         labels, seeds = np.broadcast_arrays(labels, seeds)
         return labels.astype(np.int32), seeds.astype(np.int32)
 
-    def _draw(self, labels, seeds, sampler, steps, guidance_scale, size, *, trajectory: bool) -> np.ndarray:
-        settings, images = self.components.config.sampling, self.components.image_spec
+    def _draw(
+        self,
+        labels: Labels,
+        seeds: Numbers,
+        guidance_scale: float | None,
+        size: int | tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Float[np.ndarray, "*leading n h w c"]:
+        """Draw images in the model's space, in batches; `options` are those of `GenerationSpec.of`."""
+        settings, spec = self.components.config.sampling, self.components.image_spec
         labels, seeds = self.resolve(labels, seeds)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
-        height, width, channels = images.image_shape
-        if size is not None:
-            height, width = self._size_of(size)
-        spec = GenerationSpec.of(
-            self.components,
-            shape=(height, width, channels),
-            sampler=sampler,
-            steps=steps,
-            guided=scale != 1,
-            trajectory=trajectory,
+        height, width = spec.image_shape[:2] if size is None else self._model_size(size)
+        generation = GenerationSpec.of(
+            self.components, shape=(height, width, spec.image_shape[2]), guided=scale != 1, **options
         )
-        draw = functools.partial(generate, self.params, scale=jnp.float32(scale), spec=spec)
+        draw = functools.partial(generate, self.params, scale=jnp.float32(scale), spec=generation)
         batch_size = self._batch_size(len(seeds))
-        parts = []
+        batches = []
         for first in range(0, len(seeds), batch_size):
-            numbers = np.minimum(np.arange(first, first + batch_size), len(seeds) - 1)
-            batch = {"labels": labels[numbers], "seeds": seeds[numbers]}
-            with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
-                x = draw(**(distribute(batch, self._mesh) if self._mesh else batch))
-            parts.append(np.asarray(x))
-        return np.concatenate(parts, axis=-4)[..., : len(seeds), :, :, :]
+            # The last image fills up the last batch, so that one shape is compiled.
+            indices = np.minimum(np.arange(first, first + batch_size), len(seeds) - 1)
+            batch = {"labels": labels[indices], "seeds": seeds[indices]}
+            if self._mesh is None:
+                x = draw(**batch)
+            else:
+                with jax.set_mesh(self._mesh):
+                    x = draw(**distribute(batch, self._mesh))
+            batches.append(np.asarray(x))
+        return np.concatenate(batches, axis=-4)[..., : len(seeds), :, :, :]
 
-    def _size_of(self, size: int | tuple[int, int]) -> tuple[int, int]:
-        """Height and width of what the model draws, for pictures of this size in pixels."""
+    def _model_size(self, size: int | tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width) in the model's space of images of a size in pixels."""
         factor = decoder.config.downsampling if (decoder := self.components.autoencoder) else 1
         patch = factor * self.components.abstract_model.patch_size
         height, width = (size, size) if isinstance(size, int) else size
         if min(height, width) < 1 or height % patch or width % patch:
-            raise ValueError(f"size={size} must be positive and a multiple of {patch} pixels, a token's side")
+            raise ValueError(
+                f"invalid size={size}; expected positive multiples of {patch} pixels, the patch size"
+            )
         return height // factor, width // factor
 
-    def _pictures(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:
-        return to_pixels(x) if self.components.autoencoder is None else _decoded(self._decoder, x)
+    def _decode(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:
+        """Turn images in the model's space into pixels, on all devices of this process."""
+        if self._decoder is None:
+            return to_pixels(x)
+        count, height, width, _ = x.shape
+        devices = jax.local_device_count()
+        size = devices * min(max(_DECODED_LATENT_PIXELS // (height * width), 1), -(-count // devices))
+        decoded = []
+        for first in range(0, count, size):
+            indices = np.minimum(np.arange(first, first + size), count - 1)
+            batch = jax.device_put(x[indices], batch_sharding(local_mesh()))
+            decoded.append(np.asarray(to_uint8(self._decoder.decode(batch))))
+        return np.concatenate(decoded)[:count]
 
     @functools.cached_property
-    def _decoder(self) -> Autoencoder:
-        """The autoencoder, on all devices of this process."""
-        return self.components.autoencoder.on(replicated(local_mesh()))
+    def _decoder(self) -> Autoencoder | None:
+        """The autoencoder with its parameters on all devices of this process."""
+        autoencoder = self.components.autoencoder
+        return autoencoder and autoencoder.on(replicated(local_mesh()))
 
     def _batch_size(self, count: int) -> int:
-        """The config's, or what suffices where that is less, rounded up to what the mesh divides."""
-        parts = batch_shards(self._mesh) if self._mesh else 1
-        return -(-min(count, self.components.config.sampling.batch_size) // parts) * parts
+        """The config's batch size, or less for fewer images, rounded up to a multiple of the shards."""
+        shards = batch_shards(self._mesh) if self._mesh else 1
+        return -(-min(count, self.components.config.sampling.batch_size) // shards) * shards
 
 
 def load(
@@ -182,20 +206,22 @@ def load(
     settings: Config | None = None,
     mesh: Mesh | None = None,
 ) -> Sampler:
-    """A sampler of a training run.
+    """Load a sampler from a training run.
 
     Args:
-        path: a workdir, of which the newest readable checkpoint is taken, one checkpoint in it, or what
+        path: a workdir (the newest intact checkpoint is used), a checkpoint directory in it, or a file that
             --mode=export wrote.
-        ema: the decay of the average to sample from, such as "0.9999", or "params" for none; by default what
-            the config says.
-        autoencoder: what decodes latents, a folder, a file or a name on the Hub; by default the config's.
-        settings: replaces the changeable settings of the checkpoint, such as `sampling`.
-        mesh: devices to draw on; None: one.
+        ema: decay of the average to sample from, such as "0.9999", or "params" for the parameters themselves;
+            by default the config's choice.
+        autoencoder: folder, file or Hugging Face repository of the autoencoder that decodes latents; by
+            default the config's.
+        settings: config that replaces the checkpoint's; only fields that may change, such as `sampling`, may
+            differ.
+        mesh: devices to draw on; by default one device.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it cannot be read.
-        ConfigError: settings that may not change differ.
+        CheckpointError: the checkpoint does not exist or is unreadable.
+        ConfigError: `settings` differs in fields that may not change.
     """
     if ema is None and settings is not None:
         ema = settings.sampled_ema
@@ -210,8 +236,8 @@ def load(
     return Sampler(stored.with_config(settings), params, step=step, mesh=mesh)
 
 
-def _numbers(labels: Labels, class_names: Sequence[str]) -> Numbers:
-    """Labels of which none is a name."""
+def _indices(labels: Labels, class_names: Sequence[str]) -> Numbers:
+    """Replace names of classes by their indices."""
     if isinstance(labels, str):
         return class_index(labels, class_names)
     if isinstance(labels, Sequence):
@@ -219,30 +245,17 @@ def _numbers(labels: Labels, class_names: Sequence[str]) -> Numbers:
     return labels
 
 
-def _decoded(autoencoder: Autoencoder, latents: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n H W C"]:
-    """Pictures, decoded by all devices of this process, some at a time."""
-    count, height, width, _ = latents.shape
-    devices = jax.local_device_count()
-    size = devices * min(max(_DECODED // (height * width), 1), -(-count // devices))
-    pictures = []
-    for first in range(0, count, size):
-        numbers = np.minimum(np.arange(first, first + size), count - 1)  # filled up: one shape is compiled
-        part = jax.device_put(latents[numbers], batch_sharding(local_mesh()))
-        pictures.append(np.asarray(to_uint8(autoencoder.decode(part))))
-    return np.concatenate(pictures)[:count]
-
-
-def _checked(name: str, numbers: Numbers, limit: int) -> Int[np.ndarray, " n"]:
-    """One or more integers below a limit."""
+def _integers(name: str, numbers: Numbers, limit: int) -> Int[np.ndarray, " n"]:
+    """Return an array of one or more integers from 0 to limit - 1."""
     numbers = np.atleast_1d(np.asarray(numbers))
     if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer) or not len(numbers):
-        raise ValueError(f"{name}s must be one or more integers, got {numbers.tolist()}")
+        raise ValueError(f"invalid {name}s: got {numbers.tolist()}; expected one or more integers")
     wrong = numbers[(numbers < 0) | (numbers >= limit)]
     if wrong.size:
-        raise ValueError(f"{name} {wrong[0]} is out of range: there are 0…{limit - 1}")
+        raise ValueError(f"{name} out of range: got {wrong[0]}; expected 0 … {limit - 1}")
     return numbers
 
 
 def to_pixels(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """-1…1 as 0…255, clipped."""
+    """Map -1 … 1 to 0 … 255, rounded and clipped."""
     return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)

@@ -2,14 +2,13 @@
 
 import datetime
 import functools
-import importlib
 import importlib.resources
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dig_jax.config import flattened
+from dig_jax.config import Config, flattened, to_dict
 from dig_jax.files.atomic import replacing
 from dig_jax.files.jsonl import Row, read_rows
 from dig_jax.reporting.html.charts import COLORS, Chart, Curve, chart, number, percent
@@ -56,7 +55,7 @@ def _template() -> "Template":
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["short"] = lambda value: f"{value:.5g}" if isinstance(value, float) else str(value)
-    source = importlib.resources.files(__package__).joinpath("report.html").read_text("utf-8")
+    source = importlib.resources.files(__name__.rpartition(".")[0]).joinpath("report.html").read_text("utf-8")
     return environment.from_string(source)
 
 
@@ -130,15 +129,8 @@ def _marks(rows: list[Row], starts: Iterable[Row]) -> list[tuple[int, str]]:
 
 
 def _changed(fields: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (name, value, default) of the fields that differ from configs/base.py.
-
-    Returns nothing where configs/ is not importable, as in an installed package.
-    """
-    try:
-        base = importlib.import_module("configs.base")
-    except ImportError:
-        return []
-    defaults = flattened(base.get_config().to_dict())
+    """Return (name, value, default) of the fields that differ from their defaults."""
+    defaults = flattened(to_dict(Config()))
     return [
         (name, value, defaults.get(name, "–"))
         for name, value in fields.items()
