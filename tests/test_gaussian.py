@@ -14,7 +14,7 @@ from dig_jax.diffusion.likelihood import discretized_gaussian_log_likelihood, no
 from dig_jax.diffusion.schedules import space_timesteps
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "diffusion.npz")
-IMAGES = (4, 3, 2, 2)  # B, H, W, C: no two of H, W and B alike by accident of broadcasting
+IMAGES = (4, 3, 2, 2)  # B, H, W, C; B, H and W differ, so that wrong broadcasting fails
 
 
 @pytest.fixture(params=[("float64", 1e-6), ("float32", 1e-5)], ids=lambda param: param[0])
@@ -45,6 +45,10 @@ def golden_denoiser(x, t):
     s = t[:, None, None, None].astype(x.dtype) / 1000
     epsilon = jnp.tanh(0.8 * x) * (0.5 + s) + 0.1 * jnp.sin(3 * x)
     return jnp.concatenate([epsilon, jnp.sin(2 * x + s)], axis=-1)
+
+
+def golden_channels(channels, x, t):
+    return golden_denoiser(x, t)[..., :channels]
 
 
 def loss_terms(process, denoiser, x0, noise, t):
@@ -227,11 +231,14 @@ def test_kl_equals_its_integral(x64):
     np.testing.assert_allclose(actual, expected, rtol=1e-8)
 
 
+LOG_LIKELIHOOD = jax.jit(discretized_gaussian_log_likelihood)
+
+
 @given(mean=st.floats(-1.5, 1.5), log_sigma=st.floats(-6, 1))
 @settings(max_examples=20, deadline=None)
 def test_decoder_likelihood_sums_to_one_over_all_levels(mean, log_sigma):
     levels = jnp.linspace(-1, 1, 256)
-    log_likelihood = discretized_gaussian_log_likelihood(levels, jnp.float32(mean), jnp.float32(log_sigma))
+    log_likelihood = LOG_LIKELIHOOD(levels, jnp.float32(mean), jnp.float32(log_sigma))
     np.testing.assert_allclose(jnp.exp(log_likelihood).sum(), 1, rtol=1e-5)
 
 
@@ -260,13 +267,14 @@ def test_losses_weigh_their_terms_as_documented():
         for loss_type, combine in expected.items():
             process = dataclasses.replace(process, loss_type=loss_type)
             channels = 4 if learn_sigma else 2
-            terms = loss_terms(process, lambda x, t, c=channels: golden_denoiser(x, t)[..., :c], x0, noise, t)
+            denoiser = partial(golden_channels, channels)
+            terms = jax.jit(partial(loss_terms, process, denoiser))(x0, noise, t)
             assert (terms["vb"] > 0).all()
             np.testing.assert_allclose(terms["loss"], combine(terms["mse"], terms["vb"]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", ["mse", "kl"])
-def test_the_bound_reaches_the_mean_only_where_it_is_the_whole_loss(loss_type):
+def test_the_bound_reaches_the_mean_only_where_it_is_the_only_loss(loss_type):
     diffusion = GaussianDiffusion(loss_type=loss_type)
     x0, noise, t = random_images(0), random_images(1), jnp.array([0, 1, 10, 500])
 

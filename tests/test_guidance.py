@@ -14,7 +14,7 @@ T = jnp.array([0, 500, 999])
 
 
 def labelled(x, t, y):
-    """Noise and variance that depend on image, timestep and label, each in its own way per channel."""
+    """Noise and variance that depend on image, timestep and label, differently per channel."""
     y, t = y[:, None, None, None], t[:, None, None, None] / 1000
     channel = jnp.arange(x.shape[-1])
     return jnp.concatenate([jnp.sin(x + y * (1 + channel)) + t, jnp.cos(x * (y + 1) - t)], axis=-1)
@@ -69,7 +69,7 @@ def test_each_image_can_have_its_own_scale():
         np.testing.assert_allclose(output[image], GUIDED(scale)[image], atol=1e-6)
 
 
-def test_a_denoiser_without_variance_is_guided_whole():
+def test_all_channels_of_a_denoiser_without_variance_are_guided():
     def noise_only(x, t, y):
         return labelled(x, t, y)[..., :4]
 
@@ -97,7 +97,7 @@ def test_channels_out_of_range_are_named(channels):
         classifier_free(labelled, LABELS, NULL, 2.0, channels=channels)(X, T)
 
 
-def test_a_scale_of_another_shape_is_named():
+def test_a_scale_with_an_invalid_shape_is_named():
     with pytest.raises(
         ValueError, match=r"invalid shape of scale: got \(2,\); expected \(\) or one value per label, \(3,\)"
     ):

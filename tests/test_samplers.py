@@ -35,7 +35,7 @@ def step_noise(i):
 
 
 def no_noise(i):
-    raise AssertionError("noise was asked for")
+    raise AssertionError("a deterministic sampler drew noise")
 
 
 def golden_denoiser(x, t):
@@ -65,7 +65,7 @@ def perfect_denoiser(diffusion, mean, std):
         ("ddim20_eta0.5", DDIM(steps="ddim20", eta=0.5)),
     ],
 )
-def test_whole_loops_match_golden(name, sampler, precision):
+def test_samplers_match_golden(name, sampler, precision):
     dtype, tolerance = precision
     z = jnp.asarray(np.moveaxis(GOLDEN["ddpm20/z"], 2, -1), dtype)
     sample = sampler(GaussianDiffusion(), golden_denoiser, z[0], lambda i: z[1 + i])
@@ -84,7 +84,7 @@ def test_whole_loops_match_golden(name, sampler, precision):
     ],
 )
 def test_samplers_visit_exactly_the_expected_timesteps(sampler, visited):
-    # A denoiser certain that x_0 is its timestep / 1000: the predicted x_0 tells which timestep it was given,
+    # A denoiser certain that x_0 is its timestep / 1000: the predicted x_0 shows which timestep it was given,
     # and is right only if the sampler's own tables belong to that timestep.
     diffusion = GaussianDiffusion(learn_sigma=False)
     denoiser = perfect_denoiser(diffusion, mean=lambda t: t / 1000, std=0)
@@ -144,7 +144,7 @@ def test_ddim_with_eta_one_is_ddpm_with_the_posterior_variance():
     np.testing.assert_allclose(stochastic, ancestral, atol=1e-5)
 
 
-def test_ddim_without_eta_never_asks_for_noise():
+def test_ddim_without_eta_never_draws_noise():
     sample = DDIM(steps=3)(GaussianDiffusion(), golden_denoiser, X_T, no_noise)
     assert np.isfinite(sample).all()
 
@@ -164,7 +164,7 @@ def test_every_step_but_the_last_adds_noise(sampler):
 
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_an_image_depends_on_its_batch_by_rounding_only(sampler):
-    # Not to the bit: XLA on a CPU vectorises elementwise functions differently for different sizes.
+    # Not bit for bit, because XLA on a CPU vectorizes elementwise functions differently for different sizes.
     sampler = dataclasses.replace(sampler, steps=5, clip=True)
 
     @jax.jit
@@ -180,7 +180,7 @@ def test_an_image_depends_on_its_batch_by_rounding_only(sampler):
 
 
 @pytest.mark.parametrize("sampler", EVERY)
-def test_the_program_is_one_scan_whatever_the_number_of_steps(sampler):
+def test_the_program_is_one_scan_for_any_number_of_steps(sampler):
     def program(steps):
         run = with_steps(sampler, steps)
         return jax.make_jaxpr(lambda x: run(GaussianDiffusion(), golden_denoiser, x, step_noise))(X_T)
