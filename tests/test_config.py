@@ -343,7 +343,10 @@ def test_all_settings_that_a_workdir_did_not_begin_with_are_named():
         ({"diffusion__num_steps": 3}, "config.diffusion: num_steps too small: got 3; expected at least 21"),
         ({"sampling__sampler": "ddin"}, "config.sampling: unknown sampler: .*did you mean 'ddi"),
         ({"sampling__steps": 2000}, "config.sampling: .*2000"),
-        ({"sampling__guidance_channels": 4}, "config.sampling: guidance_channels=4, but images have 3"),
+        (
+            {"sampling__guidance_channels": 4},
+            "config.sampling: invalid guidance_channels=4; expected at most 3",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused_before_there_is_a_workdir(tmp_path, fields, message):
