@@ -39,8 +39,8 @@ def compiled_once(tmp_path_factory, patch):
     def compile_once(components, mesh, state):
         fields = config.to_dict(components.config)
         fields["training"].pop("steps")  # the learning rate is constant
-        for group in ("checkpoint", "logging", "sampling"):
-            fields.pop(group)
+        for name in ("init_from", "checkpoint", "logging", "sampling"):
+            fields.pop(name)
         key = (str(fields), mesh)
         if key not in compiled:
             compiled[key] = compile_step(components, mesh, state)
