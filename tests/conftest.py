@@ -1,10 +1,10 @@
 import os
 
-# Four devices on one CPU, for what is sharded; before JAX starts. Tests compile much and compute little:
-# LLVM's optimisations take as long as all the rest.
+# Four devices on one CPU, which tests of sharding use; set before JAX starts. Tests mostly compile:
+# LLVM's optimizations would take as long as everything else.
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
-# Nothing is left in the user's caches, nor taken from them.
+# Tests neither read nor write the user's caches.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
-# With the chips' compilers installed JAX would look for chips.
+# If plugins for TPU or GPU are installed, JAX would look for chips.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

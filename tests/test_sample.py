@@ -237,7 +237,7 @@ def latent_run(tmp_path_factory):
     """A workdir whose latents do not exist, and the folder of its autoencoder."""
     folder = write_autoencoder(tmp_path_factory.mktemp("autoencoder"))
     workdir = tmp_path_factory.mktemp("run")
-    write_checkpoint(workdir, latent_settings(folder), known=CATS)
+    write_checkpoint(workdir, latent_settings(folder), image_spec=CATS)
     return workdir, folder
 
 

@@ -1,4 +1,4 @@
-"""Experiments that are real in all parts and compile within seconds."""
+"""Small components that compile within seconds."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from dig_jax.training.state import init_params
 
 
 def tiny_settings(**changes):
-    """configs/smoke.py with one block on 4×4 grey images; `model__depth=2` sets config.model.depth."""
+    """configs/smoke.py with one block on 4×4 gray images; `model__depth=2` sets config.model.depth."""
     c = smoke.get_config()
     c.model.depth, c.model.hidden_size = 1, 32
     c.data.batch_size = 8
@@ -39,7 +39,7 @@ def mesh_of(data, fsdp=1):
 
 
 def random_params(components, seed=0):
-    """Random values for all parameters, so that also what starts at zero shows in the output."""
+    """Random values for all parameters, so that parameters that start at zero affect the output too."""
     random = np.random.default_rng(seed)
     shapes = jax.eval_shape(functools.partial(init_params, components))
     return jax.tree.map(lambda leaf: np.float32(0.1 * random.standard_normal(leaf.shape)), shapes)
@@ -83,9 +83,9 @@ class PixelComponents(Components):
         return jnp.concatenate([noise, 0.5 * x], axis=-1) if self.config.model.learn_sigma else noise
 
 
-def write_checkpoint(workdir, settings, step=7, known=None):
-    """A workdir whose averages and parameters all differ: {name: parameters}."""
-    components = Components(settings, known)
+def write_checkpoint(workdir, settings, step=7, image_spec=None):
+    """Write a workdir whose averages and parameters all differ; return {name: parameters}."""
+    components = Components(settings, image_spec)
     names = ["params", *settings.training.average_names]
     trees = {name: random_params(components, seed) for seed, name in enumerate(names)}
     state = {

@@ -1,9 +1,10 @@
 """The training loop."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import numpy as np
 
 from dig_jax.parallel import to_global
 from dig_jax.training.hooks import Hook, StepEvent
@@ -40,19 +41,13 @@ def loop(
     Returns:
         The state after the last step.
     """
-    first, last, batch_size = int(state["step"]), run.settings.training.steps, run.settings.data.batch_size
+    first, last = int(state["step"]), run.settings.training.steps
     with contextlib.ExitStack() as stack:
         data = stack.enter_context(contextlib.closing(run.batches(examples)))
         is_preempted = stack.enter_context(preemption_notice())
         for hook in hooks:
             stack.callback(hook.close)
-
-        def next_batch() -> Batch:
-            with meter.waiting_for_data():
-                batch = next(data)
-            return to_global(batch, run.mesh)
-
-        batch = next_batch()
+        batch = _next_batch(run, data, meter)
         for step in range(first + 1, last + 1):
             for hook in hooks:
                 hook.before_step(step)
@@ -61,12 +56,19 @@ def loop(
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = train_step(state, batch)
                 if step < last:
-                    batch = next_batch()
+                    batch = _next_batch(run, data, meter)
             meter.add(step, metrics)
-            consumed = examples + (step - first) * batch_size
+            consumed = examples + (step - first) * run.settings.data.batch_size
             event = StepEvent(step, state, last=last, examples=consumed, preempted=is_preempted(step))
             for hook in hooks:
                 hook.after_step(event)
             if event.preempted:
                 break
     return state
+
+
+def _next_batch(run: Run, data: Iterator[dict[str, np.ndarray]], meter: StepMeter) -> Batch:
+    """Wait for the next batch and start its transfer to the devices."""
+    with meter.waiting_for_data():
+        batch = next(data)
+    return to_global(batch, run.mesh)
