@@ -1,4 +1,4 @@
-"""The objects that a config describes: model, diffusion and data."""
+"""The objects that a config describes: model, diffusion process, data and autoencoder."""
 
 import dataclasses
 import functools
@@ -21,16 +21,18 @@ from dig_jax.parallel import gather_params
 
 Params = dict[str, Any]
 
+_SIZES = ("patch_size", "depth", "hidden_size", "num_heads")  # None: as in the model's name
+
 
 class Components:
-    """The model, diffusion process, data and autoencoder that a config describes, each built on first use.
+    """The objects that a config describes, each built on first use.
 
     Parameters are a plain nested dict; the network is the pure function `denoise`.
 
     Args:
-        config: the settings.
-        image_spec: shape and classes of the model's images, as a checkpoint stores them; by default those of
-            the training data.
+        config: configuration of the run.
+        image_spec: shape and classes of the model's images, from a checkpoint; by default from the training
+            data.
     """
 
     def __init__(self, config: Config, image_spec: ImageSpec | None = None):
@@ -42,13 +44,13 @@ class Components:
 
     @functools.cached_property
     def train_source(self) -> Source:
-        """The images to train on."""
+        """Training images."""
         with naming_setting("config.data"):
             return load_source(self.config.data.name, "train", **self.config.data.options)
 
     @functools.cached_property
     def heldout_source(self) -> Source:
-        """Images of the same kind that training never sees."""
+        """Images of the same distribution that training never uses."""
         with naming_setting("config.data"):
             return load_source(self.config.data.name, "heldout", **self.config.data.options)
 
@@ -57,7 +59,7 @@ class Components:
         """Shape and classes of the images that the model sees."""
         if self._stored_spec is not None:
             return self._stored_spec
-        return ImageSpec(tuple(self.train_source.image_shape), tuple(self.train_source.class_names))
+        return ImageSpec(self.train_source.image_shape, tuple(self.train_source.class_names))
 
     @functools.cached_property
     def autoencoder(self) -> Autoencoder | None:
@@ -86,12 +88,12 @@ class Components:
             )
 
     def init_params(self, key: Array) -> Params:
-        """Random parameters, float32."""
+        """Return random parameters in float32."""
         return nnx.to_pure_dict(nnx.split(self.model_spec.create(nnx.Rngs(key)))[1])
 
     @functools.cached_property
     def model_spec(self) -> "ModelSpec":
-        """The network, for images of `image_spec`."""
+        """Static description of the network."""
         return ModelSpec(self.config.model, self.image_spec.image_shape, self.image_spec.num_classes)
 
     def denoise(
@@ -107,7 +109,7 @@ class Components:
 
     @functools.cached_property
     def abstract_model(self) -> DiffusionTransformer:
-        """The network without values."""
+        """The network with shapes and dtypes instead of values."""
         return nnx.eval_shape(lambda: self.model_spec.create(nnx.Rngs(0)))
 
 
@@ -142,30 +144,22 @@ class ModelSpec:
 
     def create(self, rngs: nnx.Rngs) -> DiffusionTransformer:
         """Return the network as a module with random parameters."""
-        m = self.config
         height, width, channels = self.image_shape
-        overrides: dict[str, Any] = {"dtype": jnp.dtype(m.dtype), "remat": m.remat}
-        for field in ("patch_size", "depth", "hidden_size", "num_heads"):
-            if getattr(m, field) is not None:
-                overrides[field] = getattr(m, field)
-        optional = {
-            "directions": m.directions,
-            "conv": m.conv,
-            "norm": m.norm,
-            "skip": m.skip,
-            "skip_alignment": m.skip_alignment,
-        }
         with naming_setting("config.model"):
-            accepted = accepted_options(m.name)
-            overrides |= {name: value for name, value in optional.items() if name in accepted}
+            accepted = accepted_options(self.config.name)
+            options: dict[str, Any] = {
+                name: value
+                for name, value in vars(self.config).items()
+                if name in accepted and not (value is None and name in _SIZES)
+            }
+            options["dtype"] = jnp.dtype(self.config.dtype)
             return create_model(
-                m.name,
+                self.config.name,
                 input_size=(height, width),
                 num_classes=self.num_classes,
                 in_channels=channels,
-                learn_sigma=m.learn_sigma,
                 rngs=rngs,
-                **overrides,
+                **options,
             )
 
 
@@ -176,5 +170,5 @@ def _graphdef(spec: ModelSpec) -> nnx.GraphDef:
 
 
 def param_count(params: Params) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -11,7 +11,7 @@ from dig_jax.components import param_count
 from dig_jax.training.state import init_params
 
 ROOT = Path(__file__).parent.parent
-cost = runpy.run_path(str(ROOT / "benchmarks" / "costs.py"))["cost"]
+cost = functools.cache(runpy.run_path(str(ROOT / "benchmarks" / "costs.py"))["cost"])
 
 # Without the fixed table of positions.
 PUBLISHED = {
