@@ -163,6 +163,7 @@ def test_euler_follows_the_exact_flow_of_gaussian_data():
 
 def test_a_sampler_is_registered_by_one_line(monkeypatch):
     monkeypatch.setitem(SAMPLERS, "euler", Euler)
+    assert make_sampler("euler") == Euler(steps=10)
     assert make_sampler("euler", steps=3) == Euler(steps=3)
     components = FlowComponents(SETTINGS)
     sampler = Sampler(components, random_params(components), step=0)

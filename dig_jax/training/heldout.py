@@ -36,6 +36,7 @@ class HeldoutLoss:
             process_count=shard.count,
         )
         for number, batch in enumerate(batches):
+            # Bound the work in flight, as training does.
             jax.block_until_ready(sums[-1:])
             sums.append(self._sums(params, to_global(batch, self._mesh), number * self._batch_size))
         total, count = map(sum, zip(*sums, strict=True))

@@ -17,7 +17,7 @@ SAMPLERS: dict[str, type[BaseSampler]] = {
 def make_sampler(
     name: str, *, steps: int | str | None = None, clip: bool = False, **options: Any
 ) -> BaseSampler:
-    """Return the sampler of that name with these options.
+    """Return the sampler of that name with these options; `steps=None` keeps the sampler's default.
 
     Raises:
         ValueError: the name is unknown, the sampler has no such option, or an option is invalid.
@@ -26,6 +26,8 @@ def make_sampler(
         raise ValueError(
             f"unknown sampler: got {name!r}; expected one of {', '.join(SAMPLERS)}{suggest(name, SAMPLERS)}"
         )
+    if steps is not None:
+        options["steps"] = steps
     accepted = [field.name for field in dataclasses.fields(SAMPLERS[name])]
     for option in options:
         if option not in accepted:
@@ -33,4 +35,4 @@ def make_sampler(
                 f"unknown option of sampler {name!r}: got {option!r}; expected one of"
                 f" {', '.join(accepted)}{suggest(option, accepted)}"
             )
-    return SAMPLERS[name](steps=steps, clip=clip, **options)
+    return SAMPLERS[name](clip=clip, **options)
