@@ -228,6 +228,7 @@ def test_invalid_samples_name_the_setting(labels, changes, message, tmp_path):
 
 
 def latent_settings(folder, **changes):
+    """Batches of 3 images: tests that draw 3 or more share one compiled program."""
     changes = {"data__name": "latents", "data__options": {}, "autoencoder__path": str(folder)} | changes
     return tiny_settings(sampling__steps=2, sampling__batch_size=3, **changes)
 
@@ -248,15 +249,14 @@ def loaded(workdir):
 
 def test_latents_are_decoded_by_the_autoencoder_that_the_config_names(latent_run):
     sampler = loaded(latent_run[0])
-    latents = sampler([0, 1], seeds=[3, 4], return_latents=True)
-    pictures = sampler([0, 1], seeds=[3, 4])
-    assert latents.shape == (2, 4, 6, 4)
+    latents = sampler([0, 1, 2], seeds=[3, 4, 5], return_latents=True)
+    images = sampler([0, 1, 2], seeds=[3, 4, 5])
+    assert latents.shape == (3, 4, 6, 4)
     factor = sampler.components.autoencoder.config.downsampling
-    assert pictures.shape == (2, 4 * factor, 6 * factor, 3) == (2, *sampler.output_shape)
+    assert images.shape == (3, 4 * factor, 6 * factor, 3) == (3, *sampler.output_shape)
     expected = np.asarray(to_uint8(sampler.components.autoencoder.decode(latents)))
-    assert np.abs(pictures.astype(int) - expected).max() <= 1
-    trajectory = sampler.trajectory([0], steps=3)
-    assert trajectory.shape == (3, 1, *sampler.output_shape)
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    assert sampler.trajectory([0]).shape == (2, 1, *sampler.output_shape)
 
 
 def test_decoding_in_batches_changes_nothing(latent_run, monkeypatch):
@@ -271,7 +271,7 @@ def test_classes_are_drawn_by_name_without_the_data(latent_run):
     labels, _ = sampler.resolve(["golden retriever", "tabby", 2, "Siamese"], None)
     np.testing.assert_array_equal(labels, [1, 0, 2, 2])
     np.testing.assert_array_equal(sampler.resolve("golden_retriever", None)[0], [1])
-    with pytest.raises(ValueError, match="no class 'golden retreiver'; did you mean 'golden retriever'"):
+    with pytest.raises(ValueError, match="unknown class 'golden retreiver'; did you mean 'golden retriever'"):
         sampler("golden retreiver")
 
 
@@ -289,15 +289,15 @@ def test_the_size_of_decoded_images_is_in_pixels(latent_run):
 
 def test_another_autoencoder_can_be_given(latent_run, tmp_path):
     sampler = dig_jax.load(latent_run[0], autoencoder=tmp_path / "none")
-    with pytest.raises(ConfigError, match=r"config.autoencoder.path: .*none: there is no such folder"):
+    with pytest.raises(ConfigError, match=r"config.autoencoder.path: invalid autoencoder .*none'"):
         sampler()
-    assert dig_jax.load(latent_run[0], autoencoder=latent_run[1])().shape[-1] == 3
+    assert dig_jax.load(latent_run[0], autoencoder=latent_run[1])(seeds=range(3)).shape[-1] == 3
 
 
 def test_a_set_of_decoded_images_is_written_with_titles(latent_run):
     workdir, folder = latent_run
-    sample(latent_settings(folder), workdir, lambda names: [0, 1, 2, 1])
+    sample(latent_settings(folder), workdir, lambda names: [0, 2, 1])
     with np.load(workdir / "generated.npz") as file:
-        np.testing.assert_array_equal(file["arr_0"], loaded(workdir)([0, 1, 2, 1]))
+        np.testing.assert_array_equal(file["arr_0"], loaded(workdir)([0, 2, 1]))
     with Image.open(workdir / "generated.png") as picture:
-        assert picture.width > 4 * loaded(workdir).output_shape[1]
+        assert picture.width > 3 * loaded(workdir).output_shape[1]

@@ -84,15 +84,17 @@ def generate(
         scale if spec.guided else 1,
         channels=spec.guidance_channels,
     )
-    result = spec.sampler(
-        spec.process,
-        denoiser,
-        noise(seeds, jnp.int32(0), spec.shape),
-        lambda step: noise(seeds, step + 1, spec.shape),
-        return_trajectory=spec.trajectory,
-    )
-    images = result[1] if isinstance(result, tuple) else result
-    return constrain(images)  # replicated, so that every process can read all images
+    start = noise(seeds, jnp.int32(0), spec.shape)
+
+    def step_noise(step: Int[Array, ""]) -> Float[Array, "b h w c"]:
+        return noise(seeds, step + 1, spec.shape)
+
+    if spec.trajectory:
+        _, images = spec.sampler(spec.process, denoiser, start, step_noise, return_trajectory=True)
+    else:
+        images = spec.sampler(spec.process, denoiser, start, step_noise)
+    # Replicated, so that every process can read all images.
+    return constrain(images)
 
 
 def noise(
