@@ -1,10 +1,10 @@
-"""What training takes, by arithmetic alone, for every shipped config: the table in docs/configs.md.
+"""Compute the cost of training every shipped config: the table in docs/configs.md.
 
     python benchmarks/costs.py
 
-Flops are the model's own: matrix products, convolutions and recurrences of the forward pass, and twice that
-for the backward pass; nothing recomputed, no elementwise work, no autoencoder. Hours are those of one TPU
-v5e chip at 40 % of its bfloat16 peak of 197 teraflop/s: an assumption, not a measurement.
+FLOPs are the model's own: matrix products, convolutions and recurrences of the forward pass, and twice as many
+for the backward pass, without recomputation, elementwise operations and the autoencoder. Hours assume one TPU
+v5e chip at 40 % of its bfloat16 peak of 197 TFLOP/s; they are not measured.
 """
 
 import functools
@@ -33,7 +33,7 @@ CONFIGS = tuple(
     for size in ("s", "b", "l", "xl")
     for resolution in (256, 512, 1024)
 ) + ("cifar10", "celeba64", "celeba64:paper", "imagefolder", "imagefolder_latents")
-# What the source would say: its images need not be there. Of own pictures, 10 classes.
+# The image spec of each source, whose images need not be present; 10 classes for image folders.
 _IMAGES = {"digits": (8, 1, 10), "imagefolder": (64, 3, 10), "imagefolder_latents": (32, 4, 10)}
 V5E = 0.4 * 197e12  # flop/s
 HEADER = (

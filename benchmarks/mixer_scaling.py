@@ -2,8 +2,8 @@
 
     python benchmarks/mixer_scaling.py
 
-Prints the minimum over repeats, and how much faster than the number of tokens the time grew from the first
-row on: 1 is linear. Run it on an otherwise idle machine.
+Prints the minimum over repeats, and the growth of the time since the first row divided by the growth of the
+number of tokens: 1 is linear. Run it on an otherwise idle machine.
 """
 
 import math
@@ -18,7 +18,7 @@ from dig_jax.runtime import prepare_cpu
 
 WIDTH, HEADS = 384, 6
 TOKENS = (1024, 2048, 4096, 8192, 16384)
-# Softmax attention at 16,384 tokens holds 6.4 GB of scores and takes a minute: it stops here.
+# Softmax attention at 16,384 tokens needs 6.4 GB for its scores and takes a minute.
 SOFTMAX_TOKENS = 8192
 
 
@@ -41,7 +41,7 @@ def seconds(mixer: nnx.Module, tokens: int, budget: float = 6.0) -> float:
 
 def main() -> None:
     """Measures and prints the table."""
-    prepare_cpu(1)  # as main.py does: else page faults, which grow with the arrays, are measured too
+    prepare_cpu(1)  # like main.py: page faults, which grow with the arrays, would be measured too
     rngs = nnx.Rngs(0)
     options = {"dtype": jnp.float32, "rngs": rngs}
     gla = {
