@@ -2,8 +2,8 @@
 
     python benchmarks/costs.py
 
-FLOPs are the model's own: matrix products, convolutions and recurrences of the forward pass, and twice as many
-for the backward pass, without recomputation, elementwise operations and the autoencoder. Hours assume one TPU
+FLOPs are the model's own: matrix products, convolutions and recurrences of the forward pass, and twice
+as many for the backward pass; no recomputation, elementwise operations or autoencoder. Hours assume one TPU
 v5e chip at 40 % of its bfloat16 peak of 197 TFLOP/s; they are not measured.
 """
 
