@@ -28,7 +28,7 @@ COLORS = {
 # Size of the drawing in points, and the edges of the axes as fractions of it.
 _WIDTH, _HEIGHT = 460, 230
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.11, 0.96, 0.11, 0.95
-# Longer curves are thinned to _POINTS points; dots are drawn for up to _DOTS points.
+# Longer curves are thinned to _POINTS points; up to _DOTS exact values are marked by dots.
 _POINTS, _DOTS = 240, 60
 
 # Steps, means, minima and maxima of the stretches of a thinned curve.
@@ -41,7 +41,6 @@ class Curve:
 
     color: a key of `COLORS`.
     noisy: draw the running mean over a faint band from the least to the greatest value.
-    dots: mark each value if there are few.
     """
 
     label: str
@@ -49,7 +48,6 @@ class Curve:
     steps: Float[np.ndarray, " n"]
     values: Float[np.ndarray, " n"]
     noisy: bool = False
-    dots: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +132,12 @@ def _draw(axes: "Axes", drawn: Sequence[tuple[Curve, *_Thinned]], logarithmic: b
     """Draw the curves; their means determine the ranges of the axes."""
     axes.set(yscale="log" if logarithmic else "linear", xmargin=0, ymargin=0.08)
     for order, (curve, steps, mean, _, _) in enumerate(drawn):
-        dots = len(steps) == 1 or (curve.dots and len(steps) <= _DOTS)
+        dots = len(steps) <= (1 if curve.noisy else _DOTS)
         axes.plot(
             steps,
             mean,
             color=COLORS[curve.color],
-            linewidth=0.9 if curve.dots else 1.8,
+            linewidth=0.9 if dots else 1.8,
             marker="o" if dots else "",
             markersize=5,
             clip_on=not dots,

@@ -88,12 +88,14 @@ def _tiles(rows: list[Row], settings: Mapping[str, Any]) -> list[tuple[str, str]
 def _charts(rows: list[Row], starts: Iterable[Row]) -> tuple[list[Chart], list[Chart]]:
     """Return the charts of losses and the other charts, without those that nothing was logged for."""
 
-    def curve(label: str, metric: str, color: str = "c0", *, positive: bool = False, **style) -> Curve:
-        return Curve(label, color, *series(rows, metric, positive=positive), **style)
+    def curve(
+        label: str, metric: str, color: str = "c0", *, positive: bool = False, noisy: bool = False
+    ) -> Curve:
+        return Curve(label, color, *series(rows, metric, positive=positive), noisy=noisy)
 
     losses = [
         curve("training", "loss", positive=True, noisy=True),
-        curve("held-out", "heldout_loss", "c1", positive=True, dots=True),
+        curve("held-out", "heldout_loss", "c1", positive=True),
     ]
     quarters = [
         curve(f"timesteps {bounds}", f"loss_q{quarter}", f"c{quarter + 1}", positive=True, noisy=True)
