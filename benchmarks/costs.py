@@ -1,17 +1,17 @@
-"""Compute the cost of training every shipped config: the table in docs/configs.md.
+"""Computed cost of training each config: writes the table in docs/configs.md.
 
     python benchmarks/costs.py
 
-FLOPs are the model's own: matrix products, convolutions and recurrences of the forward pass, and twice
-as many for the backward pass; no recomputation, elementwise operations or autoencoder. Hours assume one TPU
-v5e chip at 40 % of its bfloat16 peak of 197 TFLOP/s; they are not measured.
+FLOPs are model FLOPs: matrix products, convolutions and recurrences of the forward pass, and twice as many
+for the backward pass. Rematerialization, elementwise operations and the autoencoder do not count. Hours
+assume one TPU v5e chip at 40 % of its bfloat16 peak of 197 teraFLOP/s; nothing was measured.
 """
 
+import dataclasses
 import functools
 import pathlib
 import runpy
 import sys
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dig_jax import config  # noqa: E402
-from dig_jax.components import Components, param_count  # noqa: E402
+from dig_jax.components import Components, Params, param_count  # noqa: E402
 from dig_jax.data import ImageSpec  # noqa: E402
 from dig_jax.hardware.model_flops import training_flops  # noqa: E402
 from dig_jax.training.state import init_params  # noqa: E402
@@ -33,39 +33,50 @@ CONFIGS = tuple(
     for size in ("s", "b", "l", "xl")
     for resolution in (256, 512, 1024)
 ) + ("cifar10", "celeba64", "celeba64:paper", "imagefolder", "imagefolder_latents")
-# The image spec of each source, whose images need not be present; 10 classes for image folders.
+# Image size, channels and classes of sources whose configs do not state them; 10 classes for image folders.
 _IMAGES = {"digits": (8, 1, 10), "imagefolder": (64, 3, 10), "imagefolder_latents": (32, 4, 10)}
-V5E = 0.4 * 197e12  # flop/s
+V5E = 0.4 * 197e12  # FLOP/s
 HEADER = (
-    "| config | model | input | tokens | parameters | GFLOP per image | steps × batch | flops of the run |"
+    "| config | model | input | tokens | parameters | GFLOP per image | steps × batch | FLOPs of the run |"
     " hours of a v5e |\n|---|---|---|---|---|---|---|---|---|\n"
 )
 
 
-class Cost(NamedTuple):
-    """Of a config: its model, (height, width, channels), tokens, parameters, flops per image and in all."""
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Cost of training one config."""
 
-    model: str
-    image_shape: tuple[int, int, int]
-    tokens: int
-    parameters: int
-    flops_per_image: int
-    steps: int
-    batch_size: int
+    components: Components
+    params: Params  # shapes and dtypes
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens per image."""
+        model, (height, width, _) = self.components.config.model, self.components.image_spec.image_shape
+        patch = model.patch_size or int(model.name.partition("/")[2])
+        return height * width // patch**2
+
+    @functools.cached_property
+    def flops_per_image(self) -> int:
+        """Model FLOPs of training on one image."""
+        image = jax.ShapeDtypeStruct((1, *self.components.image_spec.image_shape), jnp.float32)
+        number = jax.ShapeDtypeStruct((1,), jnp.int32)
+        return training_flops(self.components.denoise, self.params, image, number, number)
 
     @property
     def flops(self) -> int:
-        """Of the whole run."""
-        return self.flops_per_image * self.steps * self.batch_size
+        """Model FLOPs of the run."""
+        settings = self.components.config
+        return self.flops_per_image * settings.training.steps * settings.data.batch_size
 
     @property
     def hours(self) -> float:
-        """Of one v5e chip."""
+        """Hours of the run on one v5e chip."""
         return self.flops / V5E / 3600
 
 
 def cost(name: str) -> Cost:
-    """The cost of configs/NAME.py[:ARGUMENT,…]."""
+    """Return the cost of configs/NAME.py[:ARGUMENT,…]."""
     file, _, arguments = name.partition(":")
     get_config = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"]
     settings = config.from_dict(get_config(*filter(None, arguments.split(","))).to_dict())
@@ -74,31 +85,20 @@ def cost(name: str) -> Cost:
         file, (options.get("image_size"), options.get("channels", 3), options.get("num_classes"))
     )
     components = Components(settings, ImageSpec((size, size, channels), ("",) * classes))
-    params = jax.eval_shape(functools.partial(init_params, components))
-    image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-    number = jax.ShapeDtypeStruct((1,), jnp.int32)
-    patch = settings.model.patch_size or int(settings.model.name.partition("/")[2])
-    return Cost(
-        settings.model.name,
-        components.image_spec.image_shape,
-        (size // patch) ** 2,
-        param_count(params),
-        training_flops(components.denoise, params, image, number, number),
-        settings.training.steps,
-        settings.data.batch_size,
-    )
+    return Cost(components, jax.eval_shape(functools.partial(init_params, components)))
 
 
 def _row(name: str) -> str:
     found = cost(name)
+    settings = found.components.config
     cells = (
         f"`{name}`",
-        found.model,
-        " × ".join(map(str, found.image_shape)),
+        settings.model.name,
+        " × ".join(map(str, found.components.image_spec.image_shape)),
         f"{found.tokens:,}",
-        f"{found.parameters:,}",
+        f"{param_count(found.params):,}",
         f"{found.flops_per_image / 1e9:,.1f}",
-        f"{found.steps:,} × {found.batch_size}",
+        f"{settings.training.steps:,} × {settings.data.batch_size}",
         f"{found.flops:.1e}".replace("e+", "e"),
         f"{found.hours:,.0f}",
     )
@@ -106,7 +106,7 @@ def _row(name: str) -> str:
 
 
 def main() -> None:
-    """Computes all, and writes the table."""
+    """Write the table of all configs."""
     rows = []
     for name in CONFIGS:
         rows.append(_row(name))

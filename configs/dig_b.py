@@ -1,10 +1,12 @@
-"""DiG-B/2 on ImageNet's latents: dig_b.py[:256|512|1024[,paper]]
+"""DiG-B/2 on ImageNet latents: dig_b.py[:256|512|1024[,paper]]
 
-The first argument is the resolution in pixels, the second the recipe (recipes.py); data as in imagenet.py.
+The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 
-Cost, computed (benchmarks/costs.py) and not run: 400,000 steps are 1.4e19 flops, 48 hours of one v5e chip at
-40 % of its bfloat16 peak; at 512 pixels, 1,024 tokens, 5.4e19 and 190; at 1024 pixels, 4,096 tokens, 2.2e20
-and 761.
+Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py):
+
+     256 px    1.4e19 FLOPs, 48 hours
+     512 px    5.4e19 FLOPs, 190 hours
+    1024 px    2.2e20 FLOPs, 761 hours
 """
 
 from configs import imagenet

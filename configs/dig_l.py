@@ -1,10 +1,12 @@
-"""DiG-L/2 on ImageNet's latents: dig_l.py[:256|512|1024[,paper]]
+"""DiG-L/2 on ImageNet latents: dig_l.py[:256|512|1024[,paper]]
 
-The first argument is the resolution in pixels, the second the recipe (recipes.py); data as in imagenet.py.
+The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 
-Cost, computed (benchmarks/costs.py) and not run: 400,000 steps are 4.9e19 flops, 172 hours of one v5e chip
-at 40 % of its bfloat16 peak; at 512 pixels, 1,024 tokens, 2.0e20 and 689; at 1024 pixels, 4,096 tokens,
-7.8e20 and 2,755.
+Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py):
+
+     256 px    4.9e19 FLOPs, 172 hours
+     512 px    2.0e20 FLOPs, 689 hours
+    1024 px    7.8e20 FLOPs, 2,755 hours
 """
 
 from configs import imagenet

@@ -1,10 +1,12 @@
-"""DiG-S/2 on ImageNet's latents: dig_s.py[:256|512|1024[,paper]]
+"""DiG-S/2 on ImageNet latents: dig_s.py[:256|512|1024[,paper]]
 
-The first argument is the resolution in pixels, the second the recipe (recipes.py); data as in imagenet.py.
+The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 
-Cost, computed (benchmarks/costs.py) and not run: 400,000 steps are 3.4e18 flops, 12 hours of one v5e chip at
-40 % of its bfloat16 peak; at 512 pixels, 1,024 tokens, 1.4e19 and 48; at 1024 pixels, 4,096 tokens, 5.5e19
-and 192.
+Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py):
+
+     256 px    3.4e18 FLOPs, 12 hours
+     512 px    1.4e19 FLOPs, 48 hours
+    1024 px    5.5e19 FLOPs, 192 hours
 """
 
 from configs import imagenet

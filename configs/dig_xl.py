@@ -1,10 +1,14 @@
-"""DiG-XL/2 on ImageNet's latents: dig_xl.py[:256|512|1024[,paper]]
+"""DiG-XL/2 on ImageNet latents: dig_xl.py[:256|512|1024[,paper]]
 
-The first argument is the resolution in pixels, the second the recipe (recipes.py); data as in imagenet.py.
+The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 
-Cost, computed (benchmarks/costs.py) and not run: 400,000 steps are 7.1e19 flops, 249 hours of one v5e chip
-at 40 % of its bfloat16 peak; at 512 pixels, 1,024 tokens, 2.8e20 and 996; at 1024 pixels, 4,096 tokens,
-1.1e21 and 3,982. The published FID of 2.07 with guidance is of 1,200,000 steps, three times that.
+Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py):
+
+     256 px    7.1e19 FLOPs, 249 hours
+     512 px    2.8e20 FLOPs, 996 hours
+    1024 px    1.1e21 FLOPs, 3,982 hours
+
+The published FID of 2.07, with guidance, is after 1,200,000 steps.
 """
 
 from configs import imagenet

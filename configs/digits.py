@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: a class-conditional DiG in minutes on a CPU."""
+"""Scikit-learn's handwritten digits: a class-conditional DiG that trains in minutes on a CPU."""
 
 from configs import base
 
@@ -10,7 +10,7 @@ def get_config():
     c.model.num_heads = 2
     c.data.name = "digits"
     c.data.batch_size = 64
-    c.diffusion.schedule = "cosine"  # linear betas spend most steps on noise that hides images so small
+    c.diffusion.schedule = "cosine"  # with linear betas, noise hides such small images at most steps
     c.training.steps = 2400
     c.training.ema_decays = (0.99,)
     c.optimizer.learning_rate = 3e-3

@@ -1,10 +1,12 @@
-"""DiT-B/2, the baseline of DiG's paper, on ImageNet's latents: dit_b.py[:256|512|1024[,paper]]
+"""DiT-B/2, the baseline of DiG's paper, on ImageNet latents: dit_b.py[:256|512|1024[,paper]]
 
-The first argument is the resolution in pixels, the second the recipe (recipes.py); data as in imagenet.py.
+The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 
-Cost, computed (benchmarks/costs.py) and not run: 400,000 steps are 1.4e19 flops, 50 hours of one v5e chip at
-40 % of its bfloat16 peak; at 512 pixels, 1,024 tokens, 6.5e19 and 230; at 1024 pixels, 4,096 tokens, 4.0e20
-and 1,424.
+Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py):
+
+     256 px    1.4e19 FLOPs, 50 hours
+     512 px    6.5e19 FLOPs, 230 hours
+    1024 px    4.0e20 FLOPs, 1,424 hours
 """
 
 from configs import imagenet

@@ -1,10 +1,12 @@
-"""DiT-L/2, the baseline of DiG's paper, on ImageNet's latents: dit_l.py[:256|512|1024[,paper]]
+"""DiT-L/2, the baseline of DiG's paper, on ImageNet latents: dit_l.py[:256|512|1024[,paper]]
 
-The first argument is the resolution in pixels, the second the recipe (recipes.py); data as in imagenet.py.
+The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 
-Cost, computed (benchmarks/costs.py) and not run: 400,000 steps are 5.0e19 flops, 175 hours of one v5e chip
-at 40 % of its bfloat16 peak; at 512 pixels, 1,024 tokens, 2.2e20 and 782; at 1024 pixels, 4,096 tokens,
-1.3e21 and 4,466.
+Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py):
+
+     256 px    5.0e19 FLOPs, 175 hours
+     512 px    2.2e20 FLOPs, 782 hours
+    1024 px    1.3e21 FLOPs, 4,466 hours
 """
 
 from configs import imagenet

@@ -1,10 +1,12 @@
-"""DiT-S/2, the baseline of DiG's paper, on ImageNet's latents: dit_s.py[:256|512|1024[,paper]]
+"""DiT-S/2, the baseline of DiG's paper, on ImageNet latents: dit_s.py[:256|512|1024[,paper]]
 
-The first argument is the resolution in pixels, the second the recipe (recipes.py); data as in imagenet.py.
+The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 
-Cost, computed (benchmarks/costs.py) and not run: 400,000 steps are 3.7e18 flops, 13 hours of one v5e chip at
-40 % of its bfloat16 peak; at 512 pixels, 1,024 tokens, 1.9e19 and 68; at 1024 pixels, 4,096 tokens, 1.5e20
-and 523.
+Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py):
+
+     256 px    3.7e18 FLOPs, 13 hours
+     512 px    1.9e19 FLOPs, 68 hours
+    1024 px    1.5e20 FLOPs, 523 hours
 """
 
 from configs import imagenet

@@ -1,10 +1,12 @@
-"""DiT-XL/2, the baseline of DiG's paper, on ImageNet's latents: dit_xl.py[:256|512|1024[,paper]]
+"""DiT-XL/2, the baseline of DiG's paper, on ImageNet latents: dit_xl.py[:256|512|1024[,paper]]
 
-The first argument is the resolution in pixels, the second the recipe (recipes.py); data as in imagenet.py.
+The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 
-Cost, computed (benchmarks/costs.py) and not run: 400,000 steps are 7.3e19 flops, 257 hours of one v5e chip
-at 40 % of its bfloat16 peak; at 512 pixels, 1,024 tokens, 3.2e20 and 1,136; at 1024 pixels, 4,096 tokens,
-1.8e21 and 6,301.
+Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py):
+
+     256 px    7.3e19 FLOPs, 257 hours
+     512 px    3.2e20 FLOPs, 1,136 hours
+    1024 px    1.8e21 FLOPs, 6,301 hours
 """
 
 from configs import imagenet

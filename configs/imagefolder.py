@@ -1,8 +1,10 @@
-"""Somebody's own pictures, in a directory per class: --config=configs/imagefolder.py:/path/to/pictures
+"""Your own images in pixels, one folder per class: --config=configs/imagefolder.py:/path/to/images
 
-The argument is the directory. In pixels, 64 × 64, a token per 4 × 4 of them (docs/data.md).
+The argument is the folder that holds the class folders. Images are 64 × 64, with one token per 4 × 4 pixels
+(docs/data.md).
 
-Cost, computed and not run: 8.5e17 flops, 3 hours of one v5e chip at 40 % of its bfloat16 peak.
+Cost on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py): 8.5e17 FLOPs, 3
+hours.
 """
 
 from configs import base
@@ -14,10 +16,10 @@ def get_config(path: str = ""):
     c.data.name = "image_folder"
     c.data.options.path = path
     c.data.options.image_size = 64
-    c.data.options.crop = "adm"  # the centre: adm | celeba (aligned CelebA only)
-    c.data.options.heldout_path = ""  # held-out images of the same classes; "": a part of path
-    c.data.options.heldout_fraction = 0.02  # that part
-    c.data.options.upright = True  # turn pictures as their EXIF orientation says
+    c.data.options.crop = "adm"  # center crop: adm | celeba (aligned CelebA only)
+    c.data.options.heldout_path = ""  # folder of held-out images of the same classes; "": a fraction of path
+    c.data.options.heldout_fraction = 0.02  # this fraction
+    c.data.options.upright = True  # apply the EXIF orientation
     c.training.steps = 100_000
     c.training.ema_decays = (0.999,)
     c.sampling.clip = True

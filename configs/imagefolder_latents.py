@@ -1,13 +1,13 @@
-"""Somebody's own pictures as latents: --config=configs/imagefolder_latents.py:/path/to/pictures
+"""Your own images as latents: --config=configs/imagefolder_latents.py:/path/to/images
 
-    python main.py --config=configs/imagefolder_latents.py:/path/to/pictures --mode=encode
-    python main.py --config=configs/imagefolder_latents.py:/path/to/pictures
+    python main.py --config=configs/imagefolder_latents.py:/path/to/images --mode=encode
+    python main.py --config=configs/imagefolder_latents.py:/path/to/images
 
-The argument is the directory, with one per class in it; the first command writes latents/NAME_256, the second
-trains on them. 256 × 256 pixels, a token per 2 × 2 latents (docs/latents.md).
+The argument is the folder that holds one folder per class. The first command writes latents/NAME_256, the
+second trains on them. Images are 256 × 256 pixels, with one token per 2 × 2 latents (docs/latents.md).
 
-Cost, computed (benchmarks/costs.py) and not run: 3.4e18 flops, 12 hours of one v5e chip at 40 % of its
-bfloat16 peak.
+Cost on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py): 3.4e18 FLOPs, 12
+hours.
 """
 
 from pathlib import Path
@@ -25,9 +25,11 @@ def get_config(path: str = ""):
     c.encode.options.path = path
     c.encode.options.image_size = 256
     c.encode.options.crop = "adm"
-    c.encode.options.heldout_path = ""  # held-out images of the same classes; "": a part of path
-    c.encode.options.heldout_fraction = 0.02  # that part
-    c.encode.options.upright = True  # turn pictures as their EXIF orientation says
+    c.encode.options.heldout_path = (
+        ""  # folder of held-out images of the same classes; "": a fraction of path
+    )
+    c.encode.options.heldout_fraction = 0.02  # this fraction
+    c.encode.options.upright = True  # apply the EXIF orientation
     c.training.steps = 100_000
     c.training.ema_decays = (0.999,)
     return recipes.follow(c, "ours")

@@ -1,34 +1,36 @@
-"""The two recipes of the published experiments: theirs to the letter, and ours.
+"""The two recipes of the published experiments: "paper", exactly as released, and "ours".
 
-Both optimise the same thing in the same way, as base.py says: AdamW 1e-4 constant, no weight decay, no
-clipping, batch 256, EMA 0.9999, linear betas, 1,000 steps, 10 % of the labels dropped, mirrored images.
+Both optimize the same objective in the same way, with the defaults of dig_jax.config: AdamW, 1e-4 constant,
+no weight decay, no clipping, batch 256, EMA 0.9999, linear betas, 1,000 noise levels, 10 % label dropout,
+horizontal flips.
 """
 
 from ml_collections import ConfigDict
+
+from dig_jax.errors import alternatives
 
 RECIPES = ("ours", "paper")
 
 
 def follow(c: ConfigDict, recipe: str) -> ConfigDict:
-    """Sets what the recipes differ in; `c` is changed, and given back.
+    """Set the fields in which the recipes differ, in place, and return the config.
 
-    "paper" is the released training script and its sampler, as the published tables have them; "ours":
-      model.dtype bfloat16      half the memory traffic of activations, and products faster than in TF32
-                                (parameters, norms, loss, the scan's states, moments and averages are float32
-                                in both)
-      model.remat full          the same function; it leaves room for larger batches, and where memory traffic
-                                is the limit it is the fastest (docs/plan.md)
-      guidance of all channels  the first three of four are an oversight in DiT that DiG took over; on latents
-                                a scale of 1.375 does what 1.5 does with three (FID 2.23 and 2.27 of DiT-XL/2,
-                                says its author in pull request 12 of DiT's repository). "paper" draws without
-                                guidance, as the published tables at 400,000 steps.
-      long skips                joined in raster order (only for those who turn them on with model.skip)
+    "paper" is the released training script and the sampler of the published tables. "ours" changes:
+      model.dtype bfloat16      half the memory traffic of activations, and faster products than in TF32;
+                                parameters, norms, loss, scan states, moments and averages are float32 in both
+      model.remat full          the same function; less memory, and faster where memory traffic is the limit
+                                (docs/plan.md)
+      guidance on all channels  guiding three of four is an oversight in DiT that DiG took over. On latents a
+                                scale of 1.375 on all channels does what 1.5 does on three: FID 2.23 and 2.27
+                                for DiT-XL/2, says its author in pull request 12 of DiT's repository. "paper"
+                                samples without guidance, like the published tables at 400,000 steps.
+      long skips                joined in raster order; this matters only if model.skip enables them
 
     Raises:
-        ValueError: an unknown recipe.
+        ValueError: unknown recipe.
     """
     if recipe not in RECIPES:
-        raise ValueError(f"the recipe {recipe!r} is none of {', '.join(RECIPES)}")
+        raise ValueError(f"invalid recipe {recipe!r}; expected {alternatives(RECIPES)}")
     c.sampling.sampler = "ddpm"
     c.sampling.steps = 250
     if recipe == "paper":

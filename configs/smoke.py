@@ -1,11 +1,11 @@
-"""Everything once in under a minute on a CPU: synthetic images, train, save, sample, draw."""
+"""A test of everything in less than a minute on a CPU: train on synthetic images, save, sample, draw."""
 
 from configs import base
 
 
 def get_config():
     c = base.get_config()
-    c.model.depth = 5  # one group of four, and one block over
+    c.model.depth = 5  # one group of four blocks, and one more
     c.model.hidden_size = 64
     c.model.num_heads = 1
     c.data.name = "fake"

@@ -79,7 +79,7 @@ def broken_config(tmp_path):
         (["--config=configs"], "there is no config file 'configs'"),
         (["--config=configs/smoke.py:512"], "configs/smoke.py takes no argument"),
         (["--config=tests/golden/config.json:512"], "tests/golden/config.json takes no argument"),
-        (["--config=configs/dig_xl.py:big"], "the resolution 'big' is none of 256, 512, 1024"),
+        (["--config=configs/dig_xl.py:big"], "invalid resolution 'big'; expected 256, 512 or 1024"),
         ([SMOKE, "--config.traning.steps=3"], "config has no field 'traning'; did you mean 'training'?"),
         ([SMOKE, "--config.training.step=3"], "config.training has no field 'step'; did you mean 'steps'?"),
         ([SMOKE, "--config.seed.x=1"], "config.seed has no field 'x'"),

@@ -29,29 +29,30 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_models_have_their_size(name):
     found = cost(name)
-    assert (found.parameters, found.image_shape, found.tokens) == (PUBLISHED[name], (32, 32, 4), 256)
+    assert (param_count(found.params), found.tokens) == (PUBLISHED[name], 256)
+    assert found.components.image_spec.image_shape == (32, 32, 4)
 
 
 @pytest.mark.parametrize("name", ["dig_s", "dit_s"])
 def test_the_resolution_changes_the_tokens_and_not_the_parameters(name):
     found = cost(f"{name}:1024,paper")
-    assert (found.parameters, found.image_shape, found.tokens) == (PUBLISHED[name], (128, 128, 4), 4096)
+    assert (param_count(found.params), found.tokens) == (PUBLISHED[name], 4096)
+    assert found.components.image_spec.image_shape == (128, 128, 4)
 
 
 @pytest.mark.parametrize(
     "name", ["cifar10", "celeba64:paper", "digits", "imagefolder", "imagefolder_latents", "smoke"]
 )
 def test_the_other_shipped_configs_build(name):
-    assert cost(name).parameters > 0
+    assert param_count(cost(name).params) > 0
 
 
 @pytest.mark.parametrize("name", ["dig_s", "dit_s", "cifar10", "imagefolder"])
 def test_a_config_states_the_cost_that_its_flops_make(name):
     said = (ROOT / "configs" / f"{name}.py").read_text().partition('"""')[2].partition('"""')[0]
     found = cost(name)
-    assert f"{found.flops:.1e} flops, {found.hours:,.0f} hours of one v5e chip".replace(
-        "e+", "e"
-    ) in " ".join(said.split())
+    stated = f"{found.flops:.1e} FLOPs, {found.hours:,.0f} hours".replace("e+", "e")
+    assert stated in " ".join(said.split())
 
 
 @pytest.mark.parametrize(

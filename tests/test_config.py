@@ -186,10 +186,10 @@ def test_the_options_of_shipped_configs_are_those_of_their_sources(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dig_s.py:128", "ValueError: the resolution '128' is none of 256, 512, 1024"),
-        ("dig_s.py:256,papr", "ValueError: the recipe 'papr' is none of ours, paper"),
-        ("dig_s.py:256,paper,3", "ValueError: the recipe 'paper,3' is none of ours, paper"),
-        ("celeba64.py:64", "ValueError: the recipe '64' is none of ours, paper"),
+        ("dig_s.py:128", "ValueError: invalid resolution '128'; expected 256, 512 or 1024"),
+        ("dig_s.py:256,papr", "ValueError: invalid recipe 'papr'; expected ours or paper"),
+        ("dig_s.py:256,paper,3", "ValueError: invalid recipe 'paper,3'; expected ours or paper"),
+        ("celeba64.py:64", "ValueError: invalid recipe '64'; expected ours or paper"),
     ],
 )
 def test_an_argument_that_cannot_be_is_told(text, message):
