@@ -128,8 +128,23 @@ def test_damaged_files_are_skipped(tmp_path, name, content):
     page_of(tmp_path)
 
 
+def test_a_failed_write_keeps_the_old_report(tmp_path, monkeypatch):
+    write_report(tmp_path)
+    old = (tmp_path / "report.html").read_bytes()
+
+    def fail(source, target):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    (tmp_path / "scores.json").write_text('{"accuracy": 0.98}')
+    with pytest.raises(OSError, match="No space left"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == old
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "scores.json"}
+
+
 def test_text_from_files_is_escaped(tmp_path):
-    evil = "</script><script>alert(1)</script>&<b>"
+    evil = """</script><script>alert(1)</script>&<b>" onload="alert(1)"'"""
     config = config_and_versions(tiny_settings())
     config["config"]["init_from"] = evil
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -138,6 +153,7 @@ def test_text_from_files_is_escaped(tmp_path):
     page = page_of(tmp_path)
     assert "".join(page.texts).count("alert(1)") >= 5
     assert "<script>alert" not in (tmp_path / "report.html").read_text()
+    assert not any("onload" in attributes for _, attributes in page.tags)
 
 
 def write_run_of_two_starts(workdir, **fields) -> None:
