@@ -121,9 +121,10 @@ def test_labels_that_cannot_be_are_told_in_one_line(text, told):
         labels(text, imagenet_ids())
 
 
-def test_what_is_read_beside_the_code_is_installed_with_it():
+def test_data_files_are_installed_with_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    listed = project["tool"]["setuptools"]["package-data"]["dig_jax"]
+    patterns = project["tool"]["setuptools"]["package-data"]["dig_jax"]
     package = ROOT / "dig_jax"
-    found = [str(path.relative_to(package)) for path in package.rglob("*.txt")]
-    assert sorted(listed) == sorted(found) != []
+    installed = {path for pattern in patterns for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert installed == files != set()
