@@ -1,6 +1,6 @@
-"""Hostile and broken files where they arrive: one line, a status, nothing run or written, memory bounded.
+"""Hostile and corrupt files give one line and a status; nothing is run or written, and memory is bounded.
 
-Started as a script, it reads the files that its tests have made: see `read_all`.
+As a script, this file reads the files that its tests have made: see `read_all`.
 """
 
 import contextlib
@@ -28,21 +28,24 @@ from tiny_autoencoder import write_autoencoder
 from torch_files import pickled, tensor, text, tree, write
 
 import dig_jax
-from dig_jax import autoencoder
+from configs import smoke
+from dig_jax import autoencoder, config
+from dig_jax.cli.logging_setup import start_logging
 from dig_jax.convert.command import main as convert
 from dig_jax.convert.pytorch.writer import write_torch
 from dig_jax.data import batches, load_source
+from dig_jax.encoding.encode import encode
 from dig_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "dig_plain.npz"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 MIB = 2**20
-# Of the memory that the system tells, in bytes.
+# Bytes per unit of ru_maxrss.
 _UNIT = 1 if sys.platform == "darwin" else 1024
 
-# What reads it, the file, the status, and what its line says, if there is one. Sound files are read first, so
-# that what others take is known.
+# Reader, file, status, and a part of its line, if there is one. Intact files come first: their memory is not
+# growth of the others.
 CASES = {
     "sound .pt": ("convert", "sound.pt", 0, None),
     "truncated .pt": ("convert", "truncated.pt", 1, "not a PyTorch file, or a truncated one"),
@@ -97,7 +100,7 @@ CASES = {
 
 
 def damaged_safetensors(content):
-    """Files like this one by what is wrong with them."""
+    """Return damaged versions of a file by the kind of damage."""
     size = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + size].decode(), content[8 + size :]
     entries, arrays = json.loads(header), load(content)
@@ -156,7 +159,7 @@ def write_autoencoders(folder):
 
 
 def jpeg_header(width, height):
-    """A JPEG that says how large it is, and has only its first pixels."""
+    """Return a JPEG with this size in its header and few pixels."""
     small = encoded(Image.fromarray(noise(8, 8)), "JPEG")
     size = small.index(b"\xff\xc0") + 5
     return small[:size] + struct.pack(">HH", height, width) + small[size + 4 :]
@@ -183,7 +186,7 @@ def write_pictures(folder):
 
 
 def write_latents(folder):
-    """Damages what --mode=encode has written."""
+    """Damage copies of a latent cache."""
     for damage in ("flipped", "truncated", "index"):
         shutil.copytree(folder / "latents_sound", folder / f"latents_{damage}")
     records = "train/00000.array_record"
@@ -197,13 +200,13 @@ def write_latents(folder):
 
 
 def flipped(content):
-    """With another byte in its middle."""
+    """Flip a bit in the middle."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 def start(*arguments):
-    """A process of Python: its status, the lines of its log, and the most memory it had, in bytes."""
+    """Run a Python process; return its status, its output's lines and its peak memory in bytes."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as log:
@@ -217,25 +220,38 @@ def start(*arguments):
         return process.returncode, log.read().splitlines(), usage.ru_maxrss * _UNIT
 
 
-def encode(folder, source, vae, target):
-    return start(
-        "main.py",
-        "--config=configs/smoke.py",
-        "--mode=encode",
-        f"--config.autoencoder.path={folder / vae}",
+def encode_flags(folder, images, autoencoder, target):
+    return [
+        f"--config.autoencoder.path={folder / autoencoder}",
         "--config.encode.name=image_folder",
-        f"--config.encode.options={{'path': '{folder / source}', 'image_size': 16}}",
+        f"--config.encode.options={{'path': '{folder / images}', 'image_size': 16}}",
         "--config.data.name=latents",
         f"--config.data.options={{'path': '{folder / target}'}}",
-    )
+    ]
+
+
+def encode_large(folder):
+    """Encode images of which one is too large; return the lines of the log."""
+    c = smoke.get_config()
+    c.autoencoder.path = str(folder / "vae")
+    c.encode.name = "image_folder"
+    c.encode.options = {"path": str(folder / "pictures_large"), "image_size": 16}
+    c.data.name, c.data.options = "latents", {"path": str(folder / "latents_sound")}
+    with contextlib.redirect_stderr(io.StringIO()) as log:
+        start_logging()
+        encode(config.from_dict(c.to_dict()))
+    logging.getLogger("dig_jax").setLevel(logging.NOTSET)
+    return log.getvalue().splitlines()
 
 
 def read_all(folder):
-    """Reads the files of `CASES` one after the other; gives for each of them what became of it, as JSON.
+    """Read the files of `CASES` one after the other; return the outcomes as JSON.
 
-    status, lines of the log, the bytes by which the most memory of this process has grown, files written.
+    An outcome has the status, the lines of the log, the growth of the peak memory in bytes, and the
+    names of the files written.
     """
-    outcomes = {}
+    outcomes = {"encode": encode_large(folder)}
+    write_latents(folder)
     target = folder / "written" / "x.safetensors"
     read = {
         "convert": lambda path: convert([str(path), str(target)]),
@@ -246,7 +262,7 @@ def read_all(folder):
     }
     for name, (reader, file, *_) in CASES.items():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with contextlib.redirect_stderr(io.StringIO()) as told:
+        with contextlib.redirect_stderr(io.StringIO()) as log:
             logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
             try:
                 result = read[reader](folder / file)
@@ -255,11 +271,11 @@ def read_all(folder):
                 result = 1
         outcomes[name] = {
             "status": result if isinstance(result, int) else 0,
-            "lines": told.getvalue().splitlines(),
+            "lines": log.getvalue().splitlines(),
             "growth": _UNIT * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
             "written": [path.name for path in target.parent.iterdir()],
         }
-        if name == "sound .pt":  # now it is ours
+        if name == "sound .pt":  # the target is a file of ours
             for damage, content in damaged_safetensors(target.read_bytes()).items():
                 (folder / f"ours_{damage}.safetensors").write_bytes(content)
         target.unlink(missing_ok=True)
@@ -298,46 +314,40 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoded_pictures(folder):
-    """What --mode=encode does with pictures of which one is too large."""
-    return encode(folder, "pictures_large", "vae", "latents_sound")
-
-
-@pytest.fixture(scope="module")
-def outcomes(folder, encoded_pictures):
-    write_latents(folder)
-    status, lines, _ = start(__file__, folder)
+def finished(folder):
+    """(outcomes of `read_all`, peak memory of its process)."""
+    status, lines, memory = start(__file__, folder)
     assert status == 0, "\n".join(lines)
-    return json.loads(lines[-1])
+    return json.loads(lines[-1]), memory
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_hostile_or_corrupt_file_gives_one_line_and_nothing_else(outcomes, folder, case):
-    reader, _, status, told = CASES[case]
-    outcome = outcomes[case]
+def test_a_hostile_or_corrupt_file_gives_one_line_and_nothing_else(finished, folder, case):
+    reader, _, status, message = CASES[case]
+    outcome = finished[0][case]
     assert outcome["status"] == status, outcome
     assert not (folder / "executed").exists()
-    if status or told:
+    if status or message:
         assert outcome["growth"] < 256 * MIB
         (line,) = outcome["lines"]
-        assert told in line
+        assert message in line
         assert len(line) < 1000
         assert line.startswith("error: ") == (status != 0)
     if reader != "convert" or status:
         assert not outcome["written"]
 
 
-def test_a_huge_image_is_skipped_with_one_line(encoded_pictures):
-    status, lines, _ = encoded_pictures
-    assert status == 0, "\n".join(lines)
+def test_a_huge_image_is_skipped_with_one_line(finished):
+    lines = finished[0]["encode"]
     (line,) = [line for line in lines if "huge.png" in line or "Warning" in line or "Traceback" in line]
     assert "huge.png: too many pixels: got 12,000 × 12,000; expected at most" in line
 
 
-def test_the_commands_report_a_hostile_file_in_one_line(folder, encoded_pictures):
-    *_, usual = encoded_pictures
+def test_the_commands_report_a_hostile_file_in_one_line(folder, finished):
+    _, usual = finished
+    flags = encode_flags(folder, "pictures_sound", "vae_array", "latents_none")
     commands = {
-        2: encode(folder, "pictures_sound", "vae_array", "latents_none"),
+        2: start("main.py", "--config=configs/smoke.py", "--mode=encode", *flags),
         1: start("-m", "dig_jax.convert", folder / "call.pt", folder / "written" / "x.safetensors"),
     }
     for expected, (status, lines, memory) in commands.items():
