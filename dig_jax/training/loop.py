@@ -52,11 +52,10 @@ def loop(
             for hook in hooks:
                 hook.before_step(step)
             # An implicit transfer would wait for the step that runs, or copy an array anew at every step.
-            with jax.transfer_guard("disallow"):
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = train_step(state, batch)
-                if step < last:
-                    batch = _next_batch(run, data, meter)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, batch)
+            if step < last:
+                batch = _next_batch(run, data, meter)
             meter.add(step, metrics)
             consumed = examples + (step - first) * run.settings.data.batch_size
             event = StepEvent(step, state, last=last, examples=consumed, preempted=is_preempted(step))
