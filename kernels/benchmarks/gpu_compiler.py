@@ -98,7 +98,8 @@ def versions() -> dict[str, str]:
 
 
 @functools.cache
-def _sharding(gpu: str) -> NamedSharding:
+def sharding(gpu: str) -> NamedSharding:
+    """A sharding on one GPU of this kind."""
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target(gpu))
     return NamedSharding(Mesh(np.array(topology.devices).reshape(1), ("gpu",)), P())
 
@@ -107,7 +108,7 @@ def compile_for(gpu: str, function: Callable[..., Any], *arguments: Any) -> Comp
     """Compiles `function(*arguments)`, of which shapes and dtypes count."""
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(gpu))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(gpu))
 
     lowered = jax.jit(function).lower(*jax.tree.map(placed, arguments))
     with tempfile.TemporaryDirectory() as directory:

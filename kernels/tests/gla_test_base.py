@@ -1,4 +1,4 @@
-"""What every implementation must do; a test file per implementation subclasses `GLATestBase`."""
+"""Tests that every implementation must pass. Each implementation's test file subclasses `GLATestBase`."""
 
 import functools
 import pathlib
@@ -18,23 +18,40 @@ FLOAT32 = 2e-5
 SEGMENTS = np.array(
     [[3, 3, 3, 3, 3, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 0, 4, 4], [5] * 17 + [6] * 3], np.int32
 )
+GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("gla_*.npz"))
+# T, K, V and options. Each size is one compilation, which runs with every kind of decay.
+SIZES = [
+    (16, 60, 60, {"chunk_size": None, "scale": 0.3}),
+    (64, 64, 128, {"chunk_size": None}),
+    (65, 32, 64, {"chunk_size": 32, "reverse": True}),
+]
 examples = hypothesis.settings(
     max_examples=6,
     deadline=None,
     derandomize=True,
-    # The laws are the same methods in every subclass, which matters only for a database of failures.
+    # Subclasses share the test methods, which confuses only the database of failures.
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.differing_executors],
 )
 seeds = st.tuples(st.integers(0, 2**16), st.sampled_from(oracle.GATES))
 
 
-def golden_files():
-    """Slow are those whose decays others have: each is a size, and so a compilation, of its own."""
-    files = sorted((pathlib.Path(__file__).parent / "golden").glob("gla_*.npz"))
-    others = ("gla_0_", "gla_1_", "gla_5_")
-    marks = [pytest.mark.slow if path.stem.startswith(others) else () for path in files]
-    return [pytest.param(path, id=path.stem, marks=mark) for path, mark in zip(files, marks, strict=True)]
+def golden_arrays(path):
+    """Return (arrays, cotangents, expected) of a golden file, tokens before heads."""
+    file = {name: jnp.asarray(x, jnp.float32) for name, x in np.load(path).items()}
+    names = ("q", "k", "v", "g", "do", "o", "dq", "dk", "dv", "dg")
+    q, k, v, g, d_o, o, *gradients = (file[name].swapaxes(1, 2) for name in names)
+    arrays = (q, k, v, g, file.get("h0", jnp.zeros_like(file["ht"])))
+    expected = (o, file["ht"], *gradients, *([file["dh0"]] if "dh0" in file else []))
+    return arrays, (d_o, file["dht"]), expected
+
+
+def on_golden_files(*fast):
+    """Parametrize a test over the golden files; all but the named ones are slow."""
+    marks = {True: (), False: pytest.mark.slow}
+    return pytest.mark.parametrize(
+        "path", [pytest.param(path, id=path.stem, marks=marks[path.stem[:5] in fast]) for path in GOLDEN]
+    )
 
 
 class GLATestBase:
@@ -49,58 +66,48 @@ class GLATestBase:
         options = {"chunk_size": 16} | self.backend | options
         return gla(q, k, v, g, initial_state=initial_state, return_final_state=True, **options)
 
-    def compiled(self, **options):
-        """The function of (arrays, cotangents) with (o, final_state, dq, dk, dv, dg, dinitial_state)."""
+    def results(self, arrays, cotangents, segment_ids=None, **options):
+        """Return (o, final_state, dq, dk, dv, dg, dinitial_state)."""
+        return self.compiled(**options)(arrays, cotangents, segment_ids)
+
+    @classmethod
+    @functools.cache
+    def compiled(cls, **options):
+        """Return the jitted function behind `results`, shared by the tests of a class."""
 
         @jax.jit
-        def run(arrays, cotangents):
-            out, vjp = jax.vjp(functools.partial(self.scan, **options), *arrays)
+        def run(arrays, cotangents, segment_ids):
+            scan = functools.partial(cls().scan, segment_ids=segment_ids, **options)
+            out, vjp = jax.vjp(scan, *arrays)
             return (*out, *vjp(cotangents))
 
         return run
 
-    def results(self, arrays, cotangents, **options):
-        """What `compiled` returns."""
-        return self.compiled(**options)(arrays, cotangents)
+    @on_golden_files("gla_3", "gla_4")
+    def test_matches_the_public_torch_implementation(self, path):
+        arrays, cotangents, expected = golden_arrays(path)
+        actual = self.results(arrays, cotangents, chunk_size=None)[: len(expected)]
+        oracle.assert_close(actual, expected, FLOAT32, oracle.NAMES[: len(expected)])
 
-    @pytest.mark.parametrize("path", golden_files())
-    def test_reproduces_the_public_torch_implementation(self, path):
-        file = {name: jnp.asarray(x, jnp.float32) for name, x in np.load(path).items()}
-        q, k, v, g, o, do, dq, dk, dv, dg = (
-            file[name].swapaxes(1, 2) for name in ("q", "k", "v", "g", "o", "do", "dq", "dk", "dv", "dg")
-        )
-        state = file.get("h0", jnp.zeros_like(file["ht"]))
-        actual = self.results((q, k, v, g, state), (do, file["dht"]), chunk_size=None)
-        expected = (o, file["ht"], dq, dk, dv, dg, file.get("dh0", actual[-1]))
-        oracle.assert_close(actual, expected, FLOAT32)
-
-    @pytest.mark.parametrize(
-        ("t", "k", "v", "gate", "options"),
-        [
-            (1, 32, 64, "dig", {}),
-            (15, 16, 32, "strong", {"reverse": True}),
-            (16, 60, 60, "none", {"scale": 0.3}),
-            (63, 64, 64, "reset_60", {"chunk_size": 16}),
-            (64, 64, 128, "reset_1e4", {}),
-            (65, 32, 64, "strong", {"chunk_size": 32, "reverse": True}),
-        ],
-    )
-    def test_values_and_gradients_equal_the_recurrence(self, t, k, v, gate, options):
-        arrays, cotangents = oracle.inputs(t, t=t, h=2, k=k, v=v, gate=gate)
-        actual = self.results(arrays, cotangents, **({"chunk_size": None} | options))
-        options.pop("chunk_size", None)
-        expected = oracle.recurrence(arrays, cotangents, **options)
-        oracle.assert_close(actual, expected.values(), FLOAT32)
+    @pytest.mark.parametrize("size", SIZES, ids=str)
+    def test_values_and_gradients_match_the_oracle(self, size):
+        t, k, v, options = size
+        expected_options = {name: x for name, x in options.items() if name != "chunk_size"}
+        for gate in oracle.GATES:
+            arrays, cotangents = oracle.inputs(t, t=t, h=2, k=k, v=v, gate=gate)
+            expected = oracle.recurrence(arrays, cotangents, **expected_options)
+            actual = self.results(arrays, cotangents, **options)
+            oracle.assert_close(actual, expected.values(), FLOAT32, [f"{x}, {gate}" for x in oracle.NAMES])
 
     @pytest.mark.parametrize(("dtype", "gate_dtype"), [("bfloat16", "float32"), ("float16", "float16")])
-    def test_low_precision_stays_close_and_keeps_the_dtypes(self, dtype, gate_dtype):
-        arrays, cotangents = oracle.inputs(0, t=40, h=2, k=32, v=64, dtype=dtype, gate_dtype=gate_dtype)
+    def test_16_bit_results_are_accurate_and_keep_their_dtypes(self, dtype, gate_dtype):
+        arrays, cotangents = oracle.inputs(0, dtype=dtype, gate_dtype=gate_dtype)
         actual = self.results(arrays, cotangents)
         oracle.assert_close(actual, oracle.recurrence(arrays, cotangents).values(), 5e-3)
         dtypes = [str(x.dtype) for x in actual]
         assert dtypes == [dtype, "float32", dtype, dtype, dtype, gate_dtype, "float32"]
 
-    def test_without_states_it_starts_from_zero(self):
+    def test_the_default_initial_state_is_zero(self):
         (q, k, v, g, state), _ = oracle.inputs(1)
         o = gla(q, k, v, g, **self.backend)
         expected = oracle.recurrence((q, k, v, g, jnp.zeros_like(state)))
@@ -109,86 +116,79 @@ class GLATestBase:
     @pytest.mark.parametrize("reverse", [False, True])
     def test_segments_start_from_zero_and_states_enter_and_leave_at_the_ends(self, reverse):
         arrays, cotangents = oracle.inputs(2, gate="strong")
-        options = {"segment_ids": jnp.asarray(SEGMENTS), "reverse": reverse}
-        actual = self.results(arrays, cotangents, **options)
-        oracle.assert_close(actual, oracle.recurrence(arrays, cotangents, **options).values(), FLOAT32)
+        actual = self.results(arrays, cotangents, jnp.asarray(SEGMENTS), reverse=reverse)
+        expected = oracle.recurrence(arrays, cotangents, segment_ids=SEGMENTS, reverse=reverse)
+        oracle.assert_close(actual, expected.values(), FLOAT32)
         scanned = SEGMENTS[:, ::-1] if reverse else SEGMENTS
         starts = np.diff(scanned, axis=1, prepend=scanned[:, :1]) != 0
         assert not np.asarray(actual[5])[starts[:, ::-1] if reverse else starts].any()
 
     def test_resets_of_any_size_are_exact_and_have_no_gradient(self):
-        (q, k, v, decays, state), cotangents = oracle.inputs(15, t=40)
-        # First tokens of chunks, and inside a chunk some of the channels.
+        (q, k, v, decays, state), cotangents = oracle.inputs(15)
+        # The first tokens of both chunks, and some channels inside a chunk.
         resets = np.zeros(decays.shape, bool)
-        resets[:, (0, 16)], resets[:, 39, :, ::3] = True, True
-        run = self.compiled()
+        resets[:, (0, 16)], resets[:, 19, :, ::3] = True, True
         for reset in (-1e4, -1e30, jnp.finfo(jnp.float32).min):
-            g = jnp.where(resets, reset, 1e-3 * decays)
-            actual = run((q, k, v, g, state), cotangents)
-            oracle.assert_close(actual, oracle.recurrence((q, k, v, g, state), cotangents).values(), 1e-5)
+            arrays = (q, k, v, jnp.where(resets, reset, 1e-3 * decays), state)
+            actual = self.results(arrays, cotangents)
+            oracle.assert_close(actual, oracle.recurrence(arrays, cotangents).values(), 1e-5)
             assert not np.asarray(actual[5])[resets].any()
 
     @pytest.mark.parametrize("direction", ["row", "row_reversed", "column", "column_reversed"])
-    def test_directions_equal_a_scan_of_reordered_tokens(self, direction):
-        rows, columns = 4, 5
-        arrays, _ = oracle.inputs(3)
-        *tokens, state = arrays
-        index = np.arange(rows * columns).reshape(rows, columns)
-        index = (index.T if direction.startswith("column") else index).ravel()
-        index = index[::-1] if direction.endswith("reversed") else index
-        expected = oracle.recurrence((*(x[:, index] for x in tokens), state), segment_ids=SEGMENTS[:, index])
-        options = {"grid": (rows, columns), "direction": direction, "segment_ids": jnp.asarray(SEGMENTS)}
-        options |= self.backend | {"return_final_state": True}
-        o, final_state = gla_2d(*tokens, initial_state=state, **options)
-        oracle.assert_close([o[:, index], final_state], expected.values(), FLOAT32, names=oracle.NAMES[:2])
+    def test_directions_match_the_oracle(self, direction):
+        (*tokens, state), _ = arrays = oracle.inputs(3)
+        options = {"grid": (4, 5), "direction": direction}
+        expected = oracle.recurrence_2d(arrays[0], segment_ids=SEGMENTS, **options)
+        options |= self.backend | {"segment_ids": jnp.asarray(SEGMENTS), "return_final_state": True}
+        actual = gla_2d(*tokens, initial_state=state, **options)
+        oracle.assert_close(actual, expected.values(), FLOAT32, names=oracle.NAMES[:2])
 
-    @pytest.mark.parametrize(("grid", "direction"), [((5, 4), "column_reversed"), ((5, 13), "row")])
-    def test_gated_scan_equals_its_formula_in_values_and_gradients(self, grid, direction):
-        (q, k, v, logits, state), (d_out, d_state) = oracle.inputs(14, t=grid[0] * grid[1], h=2, k=16, v=32)
-        weight, gate = jnp.linspace(0.5, 2, 32), jnp.roll(d_out, 1, axis=1)
-        options = {"grid": grid, "direction": direction, "return_final_state": True, "gate_normalizer": 4}
+    @pytest.mark.parametrize(
+        ("grid", "direction"),
+        [((5, 4), "column_reversed"), pytest.param((5, 13), "row", marks=pytest.mark.slow)],
+    )
+    def test_gated_scan_matches_the_oracle_in_values_and_gradients(self, grid, direction):
+        arrays, cotangents = oracle.inputs(14, t=grid[0] * grid[1], h=2, k=16, v=32)
+        q, k, v, logits, state = arrays = (*arrays[:3], 8 * arrays[3], arrays[4])
+        gates = (jnp.roll(cotangents[0], 1, axis=1), jnp.linspace(0.5, 2, 32))
+        options = {"grid": grid, "direction": direction}
 
-        def fused(q, k, v, logits, gate, weight, state):
-            options_here = options | self.backend | {"initial_state": state, "eps": 1e-3}
-            return gated_gla_2d(q, k, v, 8 * logits, gate, weight, **options_here)
+        def scan(q, k, v, logits, state, out_gate, weight):
+            gating = {"gate_normalizer": 4, "eps": 1e-3, "chunk_size": 16, "initial_state": state}
+            gating |= options | self.backend | {"return_final_state": True}
+            return gated_gla_2d(q, k, v, logits, out_gate, weight, **gating)
 
-        def formula(q, k, v, logits, gate, weight, state):
-            g = jax.nn.log_sigmoid(8 * logits) / 4
-            options_here = {"initial_state": state, "implementation": "reference", "return_final_state": True}
-            o, final_state = gla_2d(q, k, v, g, grid=grid, direction=direction, **options_here)
-            o = o * jax.lax.rsqrt(jnp.mean(o**2, axis=-1, keepdims=True) + 1e-3)
-            return o * weight * gate * jax.nn.sigmoid(gate), final_state
+        @jax.jit
+        def results(arrays, gates, cotangents):
+            out, vjp = jax.vjp(scan, *arrays, *gates)
+            return (*out, *vjp(cotangents))
 
-        def results(scan):
-            out, vjp = jax.vjp(scan, q, k, v, logits, gate, weight, state)
-            return (*out, *vjp((d_out, d_state)))
-
-        names = ["out", "final_state", "dq", "dk", "dv", "dlogits", "dgate", "dweight", "dstate"]
-        actual, expected = (jax.jit(results, static_argnums=0)(scan) for scan in (fused, formula))
-        oracle.assert_close(actual, expected, FLOAT32, names)
+        expected = oracle.gated_recurrence(arrays, gates, cotangents, normalizer=4, eps=1e-3, **options)
+        actual = results(arrays, gates, cotangents)
+        oracle.assert_close(actual, expected.values(), FLOAT32, oracle.GATED_NAMES)
 
     @examples
     @hypothesis.given(seeds)
-    def test_reverse_is_a_flip(self, seed):
+    def test_reverse_equals_flipping_the_tokens(self, seed):
         (*tokens, state), _ = oracle.inputs(seed[0], gate=seed[1])
         o, final_state = self.scan(*tokens, state, reverse=True)
         flipped, expected = self.scan(*(jnp.flip(x, 1) for x in tokens), state)
-        # Not to the bit: kernels turn their masks and not the tokens, and so add up in another order.
+        # Kernels turn their masks instead of the tokens, and so add in another order.
         oracle.assert_close([o, final_state], [jnp.flip(flipped, 1), expected], 4e-6, oracle.NAMES[:2])
 
     @examples
     @hypothesis.given(seeds)
-    def test_two_calls_chained_by_their_state_are_one(self, seed):
+    def test_two_calls_chained_by_their_state_equal_one(self, seed):
         (*tokens, state), _ = oracle.inputs(seed[0], gate=seed[1])
         o, final_state = self.scan(*tokens, state)
-        first, middle = self.scan(*(x[:, :7] for x in tokens), state)
-        second, last = self.scan(*(x[:, 7:] for x in tokens), middle)
+        first, middle = self.scan(*(x[:, :10] for x in tokens), state)
+        second, last = self.scan(*(x[:, 10:] for x in tokens), middle)
         chained = [jnp.concatenate([first, second], 1), last]
         oracle.assert_close(chained, [o, final_state], FLOAT32, oracle.NAMES[:2])
 
     @examples
     @hypothesis.given(seeds, st.floats(-2, 2, width=32))
-    def test_output_and_state_are_linear_in_values_and_initial_state(self, seed, factor):
+    def test_results_are_linear_in_values_and_initial_state(self, seed, factor):
         (q, k, v, g, state), (v2, state2) = oracle.inputs(seed[0], gate=seed[1])
         mixed = self.scan(q, k, v + factor * v2, g, state + factor * state2)
         one, two = self.scan(q, k, v, g, state), self.scan(q, k, v2, g, state2)
@@ -213,41 +213,56 @@ class GLATestBase:
         gradients = list(oracle.recurrence(arrays, cotangents).values())[2:]
         assert inner(out_tangents, cotangents) == pytest.approx(inner(tangents, gradients), rel=1e-4)
 
-    def test_reverse_over_forward_equals_forward_over_reverse(self):
-        arrays, cotangents = oracle.inputs(9)
+    @pytest.mark.parametrize("order", ["reverse over forward", "forward over reverse"])
+    def test_second_derivatives_match_the_oracle(self, order):
+        arrays, (weight, _) = oracle.inputs(9)
         tangents, _ = oracle.inputs(10)
 
         def loss(arrays):
             o, final_state = self.scan(*arrays)
-            return jnp.sum(jnp.square(o) * cotangents[0]) + jnp.sum(jnp.sin(final_state))
+            return jnp.sum(jnp.square(o) * weight) + jnp.sum(jnp.sin(final_state))
 
-        def derivative(arrays):
-            return jax.jvp(loss, (arrays,), (tangents,))[1]
+        def expected_gradient(step):
+            shifted = [np.float64(x) + step * np.float64(t) for x, t in zip(arrays, tangents, strict=True)]
+            out = oracle.recurrence(shifted)
+            cotangents = (2 * out["o"] * np.float64(weight), np.cos(out["final_state"]))
+            return list(oracle.recurrence(shifted, cotangents).values())[2:]
 
-        reverse_over_forward = jax.jit(jax.grad(derivative))(arrays)
-        forward_over_reverse = jax.jit(lambda x, t: jax.jvp(jax.grad(loss), (x,), (t,))[1])(arrays, tangents)
-        oracle.assert_close(reverse_over_forward, forward_over_reverse, 1e-4, oracle.NAMES[2:])
+        def product(arrays, tangents):
+            if order == "forward over reverse":
+                return jax.jvp(jax.grad(loss), (arrays,), (tangents,))[1]
+            return jax.grad(lambda x: jax.jvp(loss, (x,), (tangents,))[1])(arrays)
 
-    def test_works_in_a_checkpointed_scan_over_layers(self):
-        (q, k, v, g, state), (do, _) = oracle.inputs(11)
+        step = 1e-5
+        ends = zip(expected_gradient(step), expected_gradient(-step), strict=True)
+        expected = [(after - before) / (2 * step) for after, before in ends]
+        oracle.assert_close(jax.jit(product)(arrays, tangents), expected, 1e-4, oracle.NAMES[2:])
+
+    def test_gradients_through_a_checkpointed_scan_over_layers(self):
+        (q, k, v, g, state), (d_out, _) = oracle.inputs(11)
         decays = jnp.stack([g, 2 * g])
 
-        def layer(x, g):
-            return x + self.scan(q, k, x, g, state)[0], None
+        @jax.jit
+        def gradients(v, decays):
+            def layer(x, g):
+                return x + self.scan(q, k, x, g, state)[0], None
 
-        def scanned(v, decays):
-            return jnp.vdot(jax.lax.scan(jax.checkpoint(layer), v, decays)[0], do)
+            def loss(v, decays):
+                return jnp.vdot(jax.lax.scan(jax.checkpoint(layer), v, decays)[0], d_out)
 
-        def unrolled(v, decays):
-            for g in decays:
-                v = layer(v, g)[0]
-            return jnp.vdot(v, do)
+            return jax.grad(loss, (0, 1))(v, decays)
 
-        actual, expected = (jax.jit(jax.grad(f, (0, 1)))(v, decays) for f in (scanned, unrolled))
-        oracle.assert_close(actual, expected, FLOAT32, ["v", "decays"])
+        first, second = np.float64(decays)
+        middle = np.float64(v) + oracle.recurrence((q, k, v, first, state))["o"]
+        no_state = np.zeros_like(state)
+        after = oracle.recurrence((q, k, middle, second, state), (d_out, no_state))
+        d_middle = np.float64(d_out) + after["dv"]
+        before = oracle.recurrence((q, k, v, first, state), (d_middle, no_state))
+        expected = [d_middle + before["dv"], np.stack([before["dg"], after["dg"]])]
+        oracle.assert_close(gradients(v, decays), expected, FLOAT32, ["v", "decays"])
 
     @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-    def test_batch_can_be_sharded(self, axis_type):
+    def test_the_batch_can_be_sharded(self, axis_type):
         mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
         arrays, cotangents = batch = oracle.inputs(12, b=4)
         expected = oracle.recurrence(arrays, cotangents).values()
@@ -261,7 +276,7 @@ class GLATestBase:
                 assert all(x.sharding.spec[0] == "data" for x in actual)
                 oracle.assert_close(actual, expected, FLOAT32)
 
-    def test_no_float64_appears_when_x64_is_on(self):
+    def test_no_float64_appears_with_x64_enabled(self):
         with jax.enable_x64(True):
             arrays, cotangents = oracle.inputs(13, dtype="bfloat16")
             run = functools.partial(self.results, segment_ids=jnp.asarray(SEGMENTS))

@@ -1,14 +1,15 @@
-"""The recurrence and its gradients in NumPy and float64, written by hand, and inputs to try them on."""
+"""GLA and its gradients in NumPy and float64, written out by hand, and random inputs."""
 
 import jax.numpy as jnp
 import numpy as np
 
 GATES = ("dig", "strong", "reset_60", "reset_1e4", "none")
 NAMES = ("o", "final_state", "dq", "dk", "dv", "dg", "dinitial_state")
+GATED_NAMES = (*NAMES, "dout_gate", "dnorm_weight")
 
 
 def gates(kind, rng, shape):
-    """Log decays: as in DiG, strong ones, resets between almost none, none."""
+    """Random log decays: weak ones as in DiG, strong ones, occasional resets, or none."""
     noise, is_reset = rng.standard_normal(shape), rng.random(shape) < 0.1
     return {
         "dig": -np.logaddexp(0, -noise) / 16,
@@ -20,7 +21,7 @@ def gates(kind, rng, shape):
 
 
 def inputs(seed, b=2, t=20, h=1, k=16, v=16, gate="dig", dtype=jnp.float32, gate_dtype=jnp.float32):
-    """Random (q, k, v, g, initial_state) and cotangents (of o, of the final state)."""
+    """Return random (q, k, v, g, initial_state) and the cotangents of (o, final_state)."""
     rng = np.random.default_rng(seed)
     queries, keys, values, do = (jnp.asarray(rng.standard_normal((b, t, h, n)), dtype) for n in (k, k, v, v))
     g = jnp.asarray(gates(gate, rng, (b, t, h, k)), gate_dtype)
@@ -29,9 +30,10 @@ def inputs(seed, b=2, t=20, h=1, k=16, v=16, gate="dig", dtype=jnp.float32, gate
 
 
 def recurrence(arrays, cotangents=None, *, scale=None, segment_ids=None, reverse=False):
-    """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t.
+    """Run S_t = diag(exp g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t.
 
-    Returns a dict of o and final_state, with cotangents also of the gradients of q, k, v, g, initial_state.
+    Returns:
+        o, final_state and, given cotangents, the gradients of q, k, v, g and initial_state, by name.
     """
     q, k, v, g, state = (np.asarray(x, np.float64) for x in arrays)
     tokens = q.shape[1]
@@ -64,8 +66,61 @@ def recurrence(arrays, cotangents=None, *, scale=None, segment_ids=None, reverse
     return results | {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "dinitial_state": d_state}
 
 
+def scan_order(grid, direction):
+    """Raster indices of the tokens of a grid, in the order in which a direction visits them."""
+    index = np.arange(grid[0] * grid[1]).reshape(grid)
+    index = (index.T if direction.startswith("column") else index).ravel()
+    return index[::-1] if direction.endswith("reversed") else index
+
+
+def recurrence_2d(arrays, cotangents=None, *, grid, direction, segment_ids=None, scale=None):
+    """`recurrence` over the tokens of a grid, which stay in raster order."""
+    order = scan_order(grid, direction)
+    back = np.argsort(order)
+    *tokens, state = (np.asarray(x, np.float64) for x in arrays)
+    if cotangents is not None:
+        d_o, d_state = cotangents
+        cotangents = np.asarray(d_o, np.float64)[:, order], d_state
+    if segment_ids is not None:
+        segment_ids = np.asarray(segment_ids)[:, order]
+    tokens = (x[:, order] for x in tokens)
+    results = recurrence((*tokens, state), cotangents, segment_ids=segment_ids, scale=scale)
+    return {name: x if name.endswith("state") else x[:, back] for name, x in results.items()}
+
+
+def gated_recurrence(arrays, gates, cotangents=None, *, normalizer, eps, **options):
+    """Results of `gated_gla_2d` and, given cotangents, its gradients, by name (`GATED_NAMES`).
+
+    Args:
+        arrays: (q, k, v, gate_logits, initial_state).
+        gates: (out_gate, norm_weight); norm_weight is [V] or [B, V].
+        cotangents: of the output and of the final state.
+        normalizer, eps: `gate_normalizer` and `eps` of `gated_gla_2d`.
+        options: `grid`, `direction`, `segment_ids` and `scale` of `recurrence_2d`.
+    """
+    q, k, v, logits, state = (np.asarray(x, np.float64) for x in arrays)
+    out_gate, weight = (np.asarray(x, np.float64) for x in gates)
+    sum_axes = tuple(range(weight.ndim - 1, 3))
+    weight = np.expand_dims(weight, (-3, -2))
+    arrays = (q, k, v, -np.logaddexp(0, -logits) / normalizer, state)
+    results = recurrence_2d(arrays, **options)
+    inverse_rms = (np.mean(results["o"] ** 2, axis=-1, keepdims=True) + eps) ** -0.5
+    normed, sigmoid = results["o"] * inverse_rms, 1 / (1 + np.exp(-out_gate))
+    results["o"] = normed * weight * out_gate * sigmoid
+    if cotangents is None:
+        return results
+    d_out, d_state = (np.asarray(x, np.float64) for x in cotangents)
+    d_normed = d_out * weight * out_gate * sigmoid
+    d_o = inverse_rms * (d_normed - normed * np.mean(d_normed * normed, axis=-1, keepdims=True))
+    gradients = recurrence_2d(arrays, (d_o, d_state), **options) | results
+    gradients["dg"] = gradients["dg"] / (1 + np.exp(logits)) / normalizer
+    gradients["dout_gate"] = d_out * normed * weight * sigmoid * (1 + out_gate * (1 - sigmoid))
+    gradients["dnorm_weight"] = np.sum(d_out * normed * out_gate * sigmoid, sum_axes)
+    return gradients
+
+
 def assert_close(actual, expected, tolerance, names=NAMES):
-    """Relative error in root mean square of every array, all zeros if that is expected."""
+    """Check the relative RMS error of every array; an array that should be zero must be exactly zero."""
     for name, a, e in zip(names, actual, expected, strict=True):
         a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
         assert a.shape == e.shape, name

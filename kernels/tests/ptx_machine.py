@@ -124,8 +124,9 @@ class Machine:
         # Floats that are no numbers, as long as nothing is written.
         self.shared = np.full(programs * self.shared_size, 0xFF, np.uint8)
         groups = [(0, np.arange(programs), {})]
-        while groups:
-            groups += self._run_group(*groups.pop())
+        with np.errstate(all="ignore"):
+            while groups:
+                groups += self._run_group(*groups.pop())
         for start, x in zip(starts, arrays, strict=True):
             x.reshape(-1).view(np.uint8)[:] = self.memory[start : start + x.nbytes]
 
@@ -142,8 +143,7 @@ class Machine:
                 return []
             if not instruction.opcode.startswith("bra"):
                 try:
-                    with np.errstate(all="ignore"):
-                        self.step(instruction, active)
+                    self.step(instruction, active)
                 except Exception as error:
                     error.add_note(f"at {instruction}")
                     raise

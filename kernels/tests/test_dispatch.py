@@ -1,4 +1,4 @@
-"""Which backend runs, for the platform that a program is compiled for; chips' compilers need no chip."""
+"""Which implementation runs on the platform that a program is compiled for; compilers need no chip."""
 
 import importlib.util
 import json
@@ -29,17 +29,17 @@ options = {"topology_name": topology}
 if target_config:
     options = {"topology": topology, "target_config": target_config}
 devices = topologies.get_topology_desc(platform=platform, **options).devices
-# An axis of size 1 splits nothing, but a kernel cannot be lowered where it is left to the partitioner.
+# An axis of size 1 splits nothing, but a kernel cannot be lowered while the partitioner owns the axis.
 axes = ("data", "fsdp", "tensor")
 mesh = Mesh(np.array(devices[:4]).reshape(2, 1, 2), axes, axis_types=(AxisType.Auto,) * 3)
 
 def loss(q, k, v, logits, gate, weight):
-    out = gated_gla_2d(q, k, v, logits, gate, weight, grid=(8, 16), direction="column")
+    out = gated_gla_2d(q, k, v, logits, gate, weight, grid=(8, 8), direction="column", chunk_size=16)
     return jnp.sum(jnp.square(out.astype(jnp.float32)))
 
 def array(width):
     sharding = NamedSharding(mesh, P("data", None, "tensor"))
-    return jax.ShapeDtypeStruct((4, 128, 8, width), jnp.bfloat16, sharding=sharding)
+    return jax.ShapeDtypeStruct((4, 64, 8, width), jnp.bfloat16, sharding=sharding)
 
 weight = jax.ShapeDtypeStruct((64,), jnp.float32, sharding=NamedSharding(mesh, P()))
 arrays = [*map(array, (32, 32, 64, 32, 64)), weight]
@@ -55,7 +55,7 @@ print(json.dumps(found))
 """
 
 
-def test_a_named_kernel_is_refused_where_it_cannot_run():
+def test_a_named_kernel_raises_on_other_platforms():
     for implementation, platform in (("triton", "cuda"), ("mosaic", "tpu")):
         with pytest.raises(
             NotImplementedError, match=f"{implementation!r} is a kernel for .*{platform}.* cpu;"
@@ -64,13 +64,13 @@ def test_a_named_kernel_is_refused_where_it_cannot_run():
 
 
 @pytest.mark.parametrize("implementation", ["triton", "mosaic"])
-def test_a_named_kernel_says_what_it_accepts(implementation):
+def test_a_named_kernel_raises_with_the_reason(implementation):
     (q, k, v, g, _), _ = oracle.inputs(0, k=8, v=64)
     with pytest.raises(NotImplementedError, match=f"{implementation!r} cannot run this: K must be .* got 8"):
         gla(q, k, v, g, implementation=implementation, interpret=True)
 
 
-def test_the_default_takes_the_kernel_of_the_platform_and_otherwise_what_always_runs(caplog):
+def test_the_default_is_the_kernel_of_the_platform_or_xla(caplog):
     def chosen(platform, partitioned=False, width=32):
         operands = Operands(Q[..., :width], K[..., :width], V, G[..., :width])
         return dispatch.choose(None, operands, SCAN, platform, partitioned).__name__

@@ -1,13 +1,14 @@
-"""The Hopper kernel: its values in interpret mode, its code by the chip's compiler."""
+"""The Hopper kernel: results in interpret mode, and the code that Mosaic and ptxas generate."""
 
 import functools
-import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
 
+import gpu_compiler
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,48 +17,43 @@ import pytest
 from pallas_gla.mosaic_gpu import backend
 from pallas_gla.scan import Gating, Operands, Scan
 
+# One process compiles all cases; libraries read their environment at the start.
 COMPILE = """
-import json, os, sys
-dump, case = sys.argv[1], json.loads(sys.argv[2])
-os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": dump}
-import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import json, os, pathlib, sys
+root = pathlib.Path(sys.argv[1])
+os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+import gpu_compiler, jax, jax.numpy as jnp
 from pallas_gla.mosaic_gpu import backend
 from pallas_gla.scan import Operands, Scan
 
-H200 = '''gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 151397597184 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 }
-device_description_str: "NVIDIA H200"'''
-topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
-sharding = NamedSharding(Mesh(np.array(topology.devices), ("gpu",)), P())
+def compile_case(number, grid, k, gate_dtype, direction, states):
+    def array(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=gpu_compiler.sharding("sm_90a"))
 
-def array(*shape, dtype="bfloat16"):
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+    (root / str(number)).mkdir()
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(root / str(number))
+    tokens = grid[0] * grid[1]
+    keys, values = array(4, tokens, 18, k), array(4, tokens, 18, 64)
+    state = array(4, 18, k, 64, dtype="float32") if states else None
+    operands = Operands(keys, keys, values, array(*keys.shape, dtype=gate_dtype), initial_state=state)
+    scan = Scan(k**-0.5, tuple(grid), direction)
+    assert backend.unsupported(operands, scan) is None
+    forward = lambda operands: backend.forward(operands, scan, save=states)
+    (root / f"{number}.hlo").write_text(jax.jit(forward).lower(operands).compile().as_text())
 
-rows, columns = case["grid"]
-tokens, k = rows * columns, case["k"]
-keys, values = array(4, tokens, 18, k), array(4, tokens, 18, 64)
-state = array(4, 18, k, 64, dtype="float32") if case["states"] else None
-g = array(*keys.shape, dtype=case["gate_dtype"])
-operands = Operands(keys, keys, values, g, initial_state=state)
-scan = Scan(k**-0.5, (rows, columns), case["direction"])
-assert backend.unsupported(operands, scan) is None
-forward = lambda operands: backend.forward(operands, scan, save=case["states"])
-print(jax.jit(forward).lower(operands).compile().as_text())
+for number, case in enumerate(json.loads(sys.argv[2])):
+    compile_case(number, *case[:-1])
 """
+# Grid, K, dtype of g, direction, whether states are saved, and the most registers.
+COMPILED = [
+    ((16, 16), 32, "bfloat16", "row", False, 168),
+    ((16, 16), 32, "bfloat16", "column_reversed", True, 168),
+    ((64, 64), 64, "bfloat16", "row_reversed", True, 255),
+]
 
 
 def run(grid, k, gate, gate_dtype, direction, initial=True):
-    """Results and the oracle's, tokens in scan order: o, final state, and the states that enter chunks."""
+    """Return (o, final_state, states) and the oracle's, with tokens in scan order."""
     tokens = grid[0] * grid[1]
     arrays, _ = oracle.inputs(
         1, b=2, t=tokens, h=2, k=k, v=64, gate=gate, dtype="bfloat16", gate_dtype=gate_dtype
@@ -68,9 +64,7 @@ def run(grid, k, gate, gate_dtype, direction, initial=True):
     assert backend.unsupported(operands, scan) is None
     out, final_state, states = jax.jit(functools.partial(backend.forward, scan=scan, save=True))(operands)
     assert (out.dtype, final_state.dtype, states.dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
-    index = np.arange(tokens).reshape(grid)
-    index = (index.T if scan.by_columns else index).ravel()
-    index = index[::-1] if scan.reverse else index
+    index = oracle.scan_order(grid, direction)
     arrays = [np.asarray(x)[:, index] for x in arrays]
     state = np.asarray(state) if initial else np.zeros_like(state)
     entering = [state]
@@ -93,7 +87,7 @@ def run(grid, k, gate, gate_dtype, direction, initial=True):
         ((64, 2), 32, "reset_1e4", "float32", "column_reversed", True),
     ],
 )
-def test_values_equal_the_recurrence(grid, k, gate, gate_dtype, direction, initial):
+def test_values_match_the_oracle(grid, k, gate, gate_dtype, direction, initial):
     actual, expected = run(grid, k, gate, gate_dtype, direction, initial)
     oracle.assert_close(actual, expected, 5e-3, ["o", "final_state", "states"])
 
@@ -128,7 +122,7 @@ def test_the_backward_pass_reads_the_saved_states():
         ({"segment_ids": jnp.zeros((1, 128), jnp.int32)}, "segment_ids must be None, got an array"),
     ],
 )
-def test_it_says_what_it_does_not_support(change, reason):
+def test_unsupported_gives_the_reason(change, reason):
     case = {"k": 32, "v": 64, "dtype": "bfloat16", "gate_dtype": "bfloat16", "grid": (1, 128)} | change
     tokens = case["grid"][0] * case["grid"][1]
     keys, values, g = (
@@ -141,30 +135,28 @@ def test_it_says_what_it_does_not_support(change, reason):
     assert re.match(reason, backend.unsupported(operands, scan))
 
 
-@pytest.mark.skipif(
-    not importlib.util.find_spec("jax_cuda13_plugin"),
-    reason="jax-cuda13-plugin is not installed",
-)
-@pytest.mark.parametrize(
-    ("grid", "k", "gate_dtype", "direction", "states", "registers"),
-    [
-        ((16, 16), 32, "bfloat16", "row", False, 168),
-        ((16, 16), 32, "bfloat16", "column_reversed", True, 168),
-        ((64, 64), 64, "bfloat16", "row_reversed", True, 255),
-    ],
-)
-def test_it_compiles_for_hopper_without_spills(tmp_path, grid, k, gate_dtype, direction, states, registers):
-    case = {"grid": grid, "k": k, "gate_dtype": gate_dtype, "direction": direction, "states": states}
-    command = [sys.executable, "-c", COMPILE, str(tmp_path), json.dumps(case)]
-    path = pathlib.Path(__file__).parents[1]
-    compiled = subprocess.run(command, cwd=path, capture_output=True, text=True)
-    assert compiled.returncode == 0, compiled.stderr
-    assert compiled.stdout.count("custom-call(") == 1
-    assert not re.search(r" (fusion|transpose|copy)\(", compiled.stdout)
-    [report] = (file.read_text() for file in tmp_path.glob("*.ptxas"))
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compile `COMPILED`; return the folder with what XLA and Mosaic made of each case."""
+    if reason := gpu_compiler.missing():
+        pytest.skip(reason)
+    folder, root = tmp_path_factory.mktemp("mosaic"), pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "-c", COMPILE, str(folder), json.dumps(COMPILED)]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'benchmarks'}"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(COMPILED)), ids=lambda number: str(COMPILED[number]))
+def test_it_compiles_for_hopper_without_spills(compiled, number):
+    hlo = (compiled / f"{number}.hlo").read_text()
+    assert hlo.count("custom-call(") == 1
+    assert not re.search(r" (fusion|transpose|copy)\(", hlo)
+    [report] = (file.read_text() for file in (compiled / str(number)).glob("*.ptxas"))
     assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}
-    assert int(re.search(r"Used (\d+) registers", report)[1]) <= registers
+    assert int(re.search(r"Used (\d+) registers", report)[1]) <= COMPILED[number][-1]
     assert "serialized" not in report
-    [code] = (file.read_text() for file in tmp_path.glob("*.ptx"))
+    [code] = (file.read_text() for file in (compiled / str(number)).glob("*.ptx"))
     assert "wgmma.mma_async" in code
     assert "cp.async.bulk.tensor" in code

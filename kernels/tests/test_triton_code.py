@@ -1,4 +1,4 @@
-"""The GPU kernels as Triton compiles them: their values, which take no GPU, and their static cost."""
+"""The Triton kernels as compiled code: results of their PTX, run in NumPy, and their static cost."""
 
 import gpu_compiler
 import pytest
@@ -12,44 +12,39 @@ GPUS = ("sm_90a", "sm_80")
 
 
 def gates(case):
-    """Long scans take the path for bounded decays alone, short ones also the other, which runs by tokens."""
+    """Weak decays, and for short scans also resets, which take the slow path token by token."""
     (rows, columns), *_ = case
     return ("dig",) if rows * columns > 100 else ("dig", "reset_1e4")
 
 
-def on_gpus(cases):
-    """Each case on each GPU; not slow are those of 16 bits on one of them. float32 takes long to compile."""
+def on_gpus(cases, fast):
+    """Parametrize over cases and GPUs; `fast` gives the GPU on which a case, by its number, is not slow."""
     return [
-        pytest.param(
-            gpu,
-            case,
-            id=f"{gpu}-{case}",
-            marks=() if number % 2 == which and case[3] != "float32" else pytest.mark.slow,
-        )
+        pytest.param(gpu, case, id=f"{gpu}-{case}", marks=() if fast.get(number) == gpu else pytest.mark.slow)
         for number, case in enumerate(cases)
-        for which, gpu in enumerate(GPUS)
+        for gpu in GPUS
     ]
 
 
-@pytest.mark.parametrize(("gpu", "case"), on_gpus(COVERING))
-def test_values_and_gradients_equal_the_recurrence(gpu, case):
+@pytest.mark.parametrize(("gpu", "case"), on_gpus(COVERING, {1: "sm_90a", 3: "sm_80", 5: "sm_80"}))
+def test_values_and_gradients_match_the_oracle(gpu, case):
     check(compiled(gpu), *case, gates=gates(case), batch=1)
 
 
-def test_float32_equals_the_recurrence():
+def test_float32_matches_the_oracle():
     check(compiled("sm_90a"), (3, 7), 32, 32, *["float32"] * 2, "row_reversed", True, gates=("dig",), batch=1)
 
 
-@pytest.mark.parametrize(("gpu", "case"), on_gpus(GATED_COVERING))
-def test_gated_scan_equals_its_formula(gpu, case):
-    # The norm cancels what gradients are made of, the more so the fewer tokens a decay lets o remember.
+@pytest.mark.parametrize(("gpu", "case"), on_gpus(GATED_COVERING, {2: "sm_80"}))
+def test_gated_scan_matches_the_oracle(gpu, case):
+    # The norm cancels most of the gradients' terms, the more so the fewer tokens the state remembers.
     tolerance = 1e-5 if case[3] == "float32" else 1e-2
     check_gated(compiled(gpu), *case, strengths=(0.5, 30.0), batch=1, tolerance=tolerance)
 
 
 @pytest.fixture
 def parts(monkeypatch):
-    """Makes a scan of few heads fall into parts of two chunks."""
+    """Split scans of few heads along T, two chunks a part."""
     monkeypatch.setattr(tuning, "gpu", lambda kind: tuning.GpuTuning(cores=1000, least_chunks=2))
 
 
@@ -62,19 +57,19 @@ def parts(monkeypatch):
         pytest.param("sm_80", "float32", True, marks=pytest.mark.slow),
     ],
 )
-def test_a_scan_split_along_t_equals_the_recurrence(parts, gpu, dtype, segmented):
+def test_a_scan_split_along_t_matches_the_oracle(parts, gpu, dtype, segmented):
     case = ((19, 23), 32, 64, dtype, dtype, "column_reversed", segmented)
     check(compiled(gpu), *case, gates=("dig",), batch=1)
 
 
 @pytest.mark.slow
-def test_a_gated_scan_split_along_t_equals_its_formula(parts):
+def test_a_gated_scan_split_along_t_matches_the_oracle(parts):
     case = ((19, 23), 32, 64, "bfloat16", "row_reversed", False)
     check_gated(compiled("sm_80"), *case, strengths=(1.0,), batch=1, tolerance=1e-2)
 
 
 def test_gradient_of_the_decay_does_not_drift_along_t():
-    case = ((1, 2048), 32, 64, "bfloat16", "bfloat16", "row", False)
+    case = ((1, 1024), 32, 64, "bfloat16", "bfloat16", "row", False)
     check(compiled("sm_90a"), *case, gates=("dig",), batch=1)
 
 
@@ -91,7 +86,7 @@ def test_shared_memory_has_no_bank_conflicts_and_global_memory_is_read_and_writt
     assert len(machines) == 3
     for machine in machines:
         assert machine.wavefronts == machine.least_wavefronts > 0
-        # But for the states at the ends, which are stored across.
+        # Only the initial and final states are stored across rows.
         assert machine.bytes > 0.98 * 32 * machine.sectors > 0
 
 
@@ -101,8 +96,8 @@ def test_product_of_sizes_dtypes_and_gates_in_changing_directions(number, case):
     check_product(compiled(GPUS[number % 2]), number, case)
 
 
-def test_llvm_looks_up_names_for_remarks_unless_it_is_told_not_to(monkeypatch, tmp_path):
-    """Which is what a kernel's compilation would take most of its time for."""
+def test_llvm_runs_its_symbolizer_only_without_the_environment_variable(monkeypatch, tmp_path):
+    """The symbolizer would take most of a kernel's compilation time."""
     symbolizer, log = tmp_path / "llvm-symbolizer", tmp_path / "log"
     symbolizer.write_text(f"#!/bin/sh\necho called >> {log}\n")
     symbolizer.chmod(0o755)
@@ -129,8 +124,8 @@ COMPILED = [
     ("gpu", "cases"),
     [
         ("sm_90a", COMPILED),
-        ("sm_80", COMPILED[:3]),
-        pytest.param("sm_80", COMPILED[3:], marks=pytest.mark.slow),
+        ("sm_80", COMPILED[:3:2]),
+        pytest.param("sm_80", [COMPILED[1], *COMPILED[3:]], marks=pytest.mark.slow),
     ],
     ids=["sm_90a", "sm_80", "sm_80, the rest"],
 )
@@ -146,5 +141,5 @@ def test_compiles_for_the_gpu_at_the_recorded_cost(gpu, cases):
                 if kernel == "gla_forward" and " gla " in name:
                     assert figures["registers"] <= 168, name
     if changed := static_gpu.compiler_changed():
-        pytest.skip(f"no figures to compare with: {changed}")
+        pytest.skip(f"no recorded figures for these compilers: {changed}")
     assert static_gpu.regressions(measured) == []
