@@ -1,7 +1,6 @@
 """The public functions: `gla`, `gla_2d` and `gated_gla_2d`.
 
-Their annotations are exempt from run-time type checking (`no_type_check`), because bad arguments get an error
-that says what is accepted (`validation.py`).
+`no_type_check` exempts them from runtime type checking: `validation.py` gives clearer errors.
 """
 
 from typing import no_type_check
@@ -30,38 +29,45 @@ def gla(
     implementation: str | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "b t h v"] | tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """Gated linear attention: a linear recurrence over tokens with a decay per channel.
+    """Gated linear attention over a sequence.
 
-    For every batch element and head, with a state S of K x V in float32,
+    Computes, for every batch element and head, with a float32 state S of shape [K, V]::
 
         S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T
         o_t = scale * q_t S_t
 
-    (Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training", 2024, equation 3.)
+    See Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2024), eq. 3.
 
     Args:
-        q, k: queries and keys, [B, T, H, K] in bfloat16, float16 or float32.
-        v: values, [B, T, H, V] in the dtype of q.
-        g: natural logarithm of the decay, <= 0 and finite (-1e4 is a reset), in the dtype of q or float32.
-        scale: factor of o, K**-0.5 by default.
-        initial_state: S before the first token, [B, H, K, V] in the dtype of q or float32; default zero.
-        return_final_state: also return S after the last token visited.
-        reverse: scan from the last token to the first; equals flipping q, k, v, g along T and o back.
-        segment_ids: [B, T]; S is set to zero where the id differs from that of the token visited before.
-            The initial state enters the first segment visited, the final state leaves the last one.
-        axis_name: mesh axis over which T is split, inside `jax.shard_map`: the arrays are this shard's part
-            in the order of the axis index; initial and final state are those of the whole sequence.
-        chunk_size: tokens processed at once, a power of two >= 16; chosen by shape and device by default.
-        implementation: "xla" (chunked), "reference" (token by token), or None for the best one.
-        interpret: runs a Pallas kernel in interpret mode.
+        q, k: queries and keys, [B, T, H, K], in bfloat16, float16 or float32.
+        v: values, [B, T, H, V], in the dtype of ``q``.
+        g: natural logarithm of the decay, [B, T, H, K], finite and <= 0, in the dtype of ``q`` or float32.
+            A value of -1e4 resets the state.
+        scale: factor applied to the output. Default: K**-0.5.
+        initial_state: S before the first token, [B, H, K, V], in the dtype of ``q`` or float32. Default:
+            zeros.
+        return_final_state: whether to also return S after the last token.
+        reverse: whether to scan from the last token to the first. Equals flipping ``q``, ``k``, ``v`` and
+            ``g`` along T and flipping the output back; the final state is then S after token 0.
+        segment_ids: integers, [B, T]. The state is reset to zero wherever the id changes along the scan.
+            ``initial_state`` enters the first segment visited; the final state leaves the last one.
+        axis_name: name of a mesh axis that shards T, for calls inside :func:`jax.shard_map`. The arrays are
+            this shard's tokens, ordered by axis index; the initial and final states are those of the whole
+            sequence.
+        chunk_size: number of tokens per chunk, a power of two and at least 16. Default: chosen from shape
+            and device.
+        implementation: ``"reference"`` (token by token), ``"xla"`` (chunked), ``"triton"`` or ``"mosaic"``.
+            Default: the best implementation for the platform that the program is compiled for.
+        interpret: whether to run a Pallas kernel in interpret mode, which works on every platform.
 
     Returns:
-        o, [B, T, H, V] in the dtype of v; with `return_final_state` also S in float32.
+        The output, [B, T, H, V] in the dtype of ``v``. If ``return_final_state`` is true, a pair of the
+        output and the final state, [B, H, K, V] in float32.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value. With PALLAS_GLA_DEBUG=1 in the environment
-            also for non-finite input and for g > 0.
-        NotImplementedError: the named implementation cannot run this.
+        ValueError: if an argument has an invalid shape, dtype or value. If the environment variable
+            PALLAS_GLA_DEBUG is 1, also for non-finite inputs and for g > 0.
+        NotImplementedError: if the requested implementation does not support the call.
     """
     validation.check_qkvg(q, k, v, g)
     return gla_2d(
@@ -100,23 +106,28 @@ def gla_2d(
     implementation: str | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "b t h v"] | tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """`gla` over the tokens of an image, which stay in raster order (row by row) whatever the direction.
+    """Gated linear attention over an image, in one of four scan directions.
+
+    Equals :func:`gla` with the tokens visited in the order of ``direction``. All arrays stay in raster order
+    (row by row), whatever the direction.
 
     Args:
-        q, k, v, g: as in `gla`, with T = rows * columns.
-        grid: (rows, columns).
-        direction: "row" visits (0, 0), (0, 1), ...; "column" visits (0, 0), (1, 0), ...; "row_reversed" and
-            "column_reversed" visit the same tokens from the last to the first.
-        segment_ids: as in `gla`, in raster order too.
-        axis_name: as in `gla`: this shard's rows. Only for the row directions.
-        scale, initial_state, return_final_state, chunk_size, implementation, interpret: as in `gla`.
+        q, k, v, g: as in :func:`gla`, with T = rows * columns.
+        grid: number of rows and of columns, (rows, columns).
+        direction: ``"row"`` visits (0, 0), (0, 1), ...; ``"column"`` visits (0, 0), (1, 0), ...;
+            ``"row_reversed"`` and ``"column_reversed"`` visit the same tokens from last to first.
+        scale, initial_state, return_final_state, segment_ids, chunk_size, implementation, interpret: as in
+            :func:`gla`.
+        axis_name: as in :func:`gla`. The mesh axis shards the rows of the image, and ``grid`` describes this
+            shard. In the column directions the axis size must divide the number of columns.
 
     Returns:
-        o in raster order, [B, T, H, V] in the dtype of v; with `return_final_state` also the state after the
-        last token visited.
+        The output, [B, T, H, V] in the dtype of ``v``. If ``return_final_state`` is true, a pair of the
+        output and the state after the last token visited, [B, H, K, V] in float32.
 
     Raises:
-        ValueError, NotImplementedError: as `gla`.
+        ValueError: if an argument has an invalid shape, dtype or value, as in :func:`gla`.
+        NotImplementedError: if the requested implementation does not support the call.
     """
     validation.check_qkvg(q, k, v, g)
     operands = Operands(q, k, v, g, initial_state=initial_state, segment_ids=segment_ids)
@@ -148,36 +159,42 @@ def gated_gla_2d(
     implementation: str | None = None,
     interpret: bool | None = None,
 ) -> Float[Array, "b t h v"] | tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """The whole core of a GLA mixer: decay from logits, `gla_2d`, normalisation per head and output gate.
+    """Gated linear attention over an image, with decay logits, per-head RMSNorm and an output gate.
+
+    Computes, in float32::
 
         g = logsigmoid(gate_logits) / gate_normalizer
         out = RMSNorm(gla_2d(q, k, v, g)) * norm_weight * SiLU(out_gate)
 
-    in float32 (Yang et al. 2024, section 4.4). At logits of 0 the state halves in `gate_normalizer` tokens.
+    where RMSNorm normalizes every head over V. See Yang et al. (2024), section 4.4.
 
     Args:
-        q, k, v, grid, direction, return_final_state: as in `gla_2d`.
-        gate_logits: [B, T, H, K], in the dtype of q or float32.
-        out_gate: [B, T, H, V], in the dtype of q or float32.
-        norm_weight: [V], in the dtype of q or float32; shared by all heads.
-        gate_normalizer: > 0.
-        eps: > 0, added to the mean square over V.
-        scale, initial_state, segment_ids, axis_name, chunk_size, implementation, interpret: as in `gla_2d`.
+        q, k, v, grid, direction: as in :func:`gla_2d`.
+        gate_logits: logits of the decay, [B, T, H, K], in the dtype of ``q`` or float32. At logits of 0 the
+            state halves every ``gate_normalizer`` tokens.
+        out_gate: logits of the output gate, [B, T, H, V], in the dtype of ``q`` or float32.
+        norm_weight: weight of the RMSNorm, [V], shared by all heads, in the dtype of ``q`` or float32.
+        gate_normalizer: divisor of the log decay, > 0.
+        eps: added to the mean square in the RMSNorm, > 0.
+        scale, initial_state, return_final_state, segment_ids, axis_name, chunk_size, implementation,
+            interpret: as in :func:`gla_2d`.
 
     Returns:
-        out, [B, T, H, V] in the dtype of v; with `return_final_state` also the state, as `gla_2d`.
+        The output, [B, T, H, V] in the dtype of ``v``. If ``return_final_state`` is true, a pair of the
+        output and the state after the last token visited, [B, H, K, V] in float32.
 
     Raises:
-        ValueError, NotImplementedError: as `gla`.
+        ValueError: if an argument has an invalid shape, dtype or value, as in :func:`gla`.
+        NotImplementedError: if the requested implementation does not support the call.
     """
     validation.check_qkvg(q, k, v, gate_logits, gate_name="gate_logits")
     accepted = (str(q.dtype), "float32")
-    validation.check_array("out_gate", out_gate, "[B, T, H, V] of v", v.shape, accepted)
+    validation.check_array("out_gate", out_gate, "[B, T, H, V]", v.shape, accepted)
     validation.check_array("norm_weight", norm_weight, "[V]", v.shape[3:], accepted)
     validation.check_positive("gate_normalizer", gate_normalizer)
     validation.check_positive("eps", eps)
-    # One row of the weight per batch element: every operand is split, and mapped over, by its first axis.
-    # In float32, because its gradient is a sum over all tokens.
+    # One row per batch element, because every operand is sharded and mapped over by its first axis. In
+    # float32, because its gradient sums over all tokens.
     norm_weight = jnp.broadcast_to(jnp.asarray(norm_weight, jnp.float32), (v.shape[0], v.shape[3]))
     operands = Operands(q, k, v, gate_logits, out_gate, norm_weight, initial_state, segment_ids)
     gating = Gating(float(gate_normalizer), float(eps))
@@ -199,7 +216,7 @@ def _run(
     implementation: str | None,
     interpret: bool | None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """Output and final state; what `gla_2d` and `gated_gla_2d` have in common."""
+    """Return the output and the final state of `gla_2d` (`gating` is None) or `gated_gla_2d`."""
     q, _, v, *_ = operands
     grid = validation.check_grid(grid, direction, q.shape[1])
     validation.check_options(q, v, scale, operands.initial_state, operands.segment_ids, chunk_size)
@@ -219,7 +236,7 @@ def _run(
     else:
 
         def run(operands: Operands, scan: Scan) -> tuple:
-            return sharding.per_shard(lambda part: primitive.run(part, scan, implementation), operands)
+            return sharding.per_shard(lambda shard: primitive.run(shard, scan, implementation), operands)
 
     if axis_name is None:
         return run(operands, scan)

@@ -1,22 +1,23 @@
-"""GLA in chunks, in plain JAX: matrix products on every platform, exact for every decay <= 0.
+"""Chunked GLA in plain JAX: matrix products on every platform, accurate for every decay <= 0.
 
 Inside a chunk, token i sees token j <= i through the decay exp(g_{j+1} + ... + g_i). The textbook form
-exp(G_i - G_j) of cumulative sums G overflows or cancels when decays are strong, so the pairs are met by
-doubling instead. Take two neighbouring blocks of b tokens, i in the second and j in the first:
+exp(G_i - G_j) of cumulative sums G overflows or cancels when decays are strong. Doubling avoids this. Take
+two neighboring blocks of b tokens, with i in the second and j in the first:
 
     g_{j+1} + ... + g_i = (from j + 1 to the end of the first block) + (from the start of the second one to i)
 
-Both parts are sums of numbers <= 0 and nothing is ever subtracted, so both factors exp(...) are accurate and
+Both terms are sums of numbers <= 0 and nothing is ever subtracted, so both factors exp(...) are accurate and
 at most 1, and the scores of all b x b pairs are one matrix product of decayed queries and keys. Blocks of 1,
-2, 4, ... tokens cover every pair of the chunk once. In the end the sums reach to the chunk's own ends, which
-is what the recurrence from chunk to chunk needs. (Yang et al. 2024: chunkwise form, section 4.1; products
-between blocks inside a chunk, section 4.3.)
+2, 4, ... tokens cover every pair of the chunk once. The last sums extend to the ends of the chunk, as the
+recurrence from chunk to chunk requires. (Yang et al. 2024: chunkwise form, section 4.1; products between
+blocks inside a chunk, section 4.3.)
 
-Reverse mode recomputes a chunk from its inputs and the state that entered it: with `jax.checkpoint` in
-`forward`, which has forward mode too, by hand in `backward`.
+Reverse mode recomputes a chunk from its inputs and its incoming state: `forward` through `jax.checkpoint`,
+which also allows forward mode, and `backward` explicitly.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,22 @@ from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
 #   chunk                  16     32     64
 #   B=128 T=64  H=2      22.3   29.7   15.6
 #   B=32  T=256 H=6      84.2   89.6    102
-# Longer chunks also store fewer states and take fewer sequential steps.
+# Longer chunks also save fewer states and take fewer sequential steps.
 CHUNK_SIZE = 64
 
 
+class Tokens(NamedTuple):
+    """The arrays of tokens of a scan, split into chunks: [N, B, C, H, width] or one chunk of them."""
+
+    q: Float[Array, "*n b c h k"]
+    k: Float[Array, "*n b c h k"]
+    v: Float[Array, "*n b c h v"]
+    g: Float[Array, "*n b c h k"]
+    out_gate: Float[Array, "*n b c h v"] | None
+
+
 def unsupported(operands: Operands, scan: Scan) -> str | None:
-    """Plain JAX runs everything."""
+    """Return None: plain JAX supports every scan."""
     del operands, scan
     return None
 
@@ -44,21 +55,22 @@ def unsupported(operands: Operands, scan: Scan) -> str | None:
 def forward(
     operands: Operands, scan: Scan, *, save: bool = False
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
-    """The contract of `pallas_gla.dispatch`; differentiable in every mode."""
-    state, weight, arrays, starts = _prepare(operands, scan)
-    one_chunk = len(arrays[0]) == 1
-    # A loop keeps the recomputation apart from the forward pass, without barriers against CSE.
+    """Run a scan (see `pallas_gla.dispatch`); differentiable in every mode."""
+    state, weight, tokens, starts = _prepare(operands, scan)
+    one_chunk = len(tokens.q) == 1
+    # In a loop CSE cannot merge the recomputation with the forward pass, so no barriers are needed.
     chunk = jax.checkpoint(functools.partial(_chunk, scan=scan), prevent_cse=one_chunk)
     if one_chunk:
-        final_state, out = chunk(state, weight, *jax.tree.map(lambda x: x[0], (arrays, starts)))
+        final_state, out = chunk(state, weight, *jax.tree.map(lambda x: x[0], (tokens, starts)))
         out, states = out[None], None if state is None else state[None]
     else:
+        assert state is not None
 
         def body(state, arrays):
             new_state, out = chunk(state, weight, *arrays)
             return new_state, (out, state if save else None)
 
-        final_state, (out, states) = jax.lax.scan(body, state, (arrays, starts))
+        final_state, (out, states) = jax.lax.scan(body, state, (tokens, starts))
     saved = _pack(states, operands, scan) if save else None
     return _join(out, operands, scan), final_state, saved
 
@@ -70,44 +82,44 @@ def backward(
     d_final_state: Float[Array, "b h k v"],
     scan: Scan,
 ) -> Operands:
-    """The contract of `pallas_gla.dispatch`."""
-    state, weight, arrays, starts = _prepare(operands, scan)
+    """Return the gradients of a scan (see `pallas_gla.dispatch`)."""
+    state, weight, tokens, starts = _prepare(operands, scan)
     d_out = _split(d_out, operands, scan)
     d_weight = None if weight is None else jnp.zeros_like(weight, jnp.float32)
 
     def chunk_gradient(carry, chunk):
         d_state, d_weight = carry
-        state, arrays, starts, d_out = chunk
+        state, tokens, starts, d_out = chunk
         chunk = functools.partial(_chunk, starts=starts, scan=scan)
-        d_state, d_weight_here, d_arrays = jax.vjp(chunk, state, weight, arrays)[1]((d_state, d_out))
-        return (d_state, None if weight is None else d_weight + d_weight_here), d_arrays
+        d_state, d_weight_here, d_tokens = jax.vjp(chunk, state, weight, tokens)[1]((d_state, d_out))
+        return (d_state, None if weight is None else d_weight + d_weight_here), d_tokens
 
-    if len(arrays[0]) == 1:
-        only = jax.tree.map(lambda x: x[0], (arrays, starts, d_out))
-        (d_state, d_weight), d_arrays = chunk_gradient((d_final_state, d_weight), (state, *only))
-        d_arrays = jax.tree.map(lambda x: x[None], d_arrays)
+    if len(tokens.q) == 1:
+        only = jax.tree.map(lambda x: x[0], (tokens, starts, d_out))
+        (d_state, d_weight), d_tokens = chunk_gradient((d_final_state, d_weight), (state, *only))
+        d_tokens = jax.tree.map(lambda x: x[None], d_tokens)
     else:
-        chunks = (_unpack(states, operands, scan), arrays, starts, d_out)
+        chunks = (_unpack(states, operands, scan), tokens, starts, d_out)
         start = (d_final_state, d_weight)
-        (d_state, d_weight), d_arrays = jax.lax.scan(chunk_gradient, start, chunks, reverse=True)
-    joined = [None if x is None else _join(x, operands, scan) for x in d_arrays]
+        (d_state, d_weight), d_tokens = jax.lax.scan(chunk_gradient, start, chunks, reverse=True)
+    gradients = {name: _join(x, operands, scan) for name, x in d_tokens._asdict().items() if x is not None}
     d_state = None if operands.initial_state is None else d_state
-    return Operands(*joined, norm_weight=d_weight, initial_state=d_state)
+    return Operands(**gradients, norm_weight=d_weight, initial_state=d_state)
 
 
 def _chunk(
     state: Float[Array, "b h k v"] | None,
     norm_weight: Float[Array, "b v"] | None,
-    arrays: tuple[Float[Array, "b c h _"] | None, ...],
+    tokens: Tokens,
     starts: Bool[Array, "b c"] | None,
     *,
     scan: Scan,
 ) -> tuple[Float[Array, "b h k v"], Float[Array, "b c h v"]]:
-    """Runs one chunk of (q, k, v, g, out_gate), with starts of segments; returns its last state and output.
+    """Run one chunk; return the outgoing state and the output.
 
-    A state of None is zero and costs nothing.
+    `starts` marks the starts of segments. A state of None is zero and costs nothing.
     """
-    q, k, v, g, out_gate = (None if x is None else x.swapaxes(1, 2) for x in arrays)
+    q, k, v, g = (x.swapaxes(1, 2) for x in tokens[:4])
     dtype = v.dtype
     if scan.gating:
         g = log_decay(g, scan.gating)
@@ -130,14 +142,15 @@ def _chunk(
         o += _dot("bhik,bhkv->bhiv", q, state, dtype)
         new_state += decay[..., None] * state
     if scan.gating:
-        o = gated_output(o, out_gate, norm_weight[:, None, None], scan.gating)
+        assert tokens.out_gate is not None and norm_weight is not None
+        o = gated_output(o, tokens.out_gate.swapaxes(1, 2), norm_weight[:, None, None], scan.gating)
     return new_state, o.astype(dtype).swapaxes(1, 2)
 
 
 def _scores(
     q: Float[Array, "b h c k"], k: Float[Array, "b h c k"], g: Float[Array, "b h c k"], dtype: jnp.dtype
 ) -> tuple[Float[Array, "b h c c"], Float[Array, "b h c k"], Float[Array, "b h c k"]]:
-    """Decayed scores of all pairs j <= i, sums of g from the start to i, sums from j + 1 to the end."""
+    """Return decayed scores of all pairs j <= i, sums of g from the start to i, and from j + 1 to the end."""
     batch, heads, tokens, width = q.shape
     scores = jnp.sum(q * k, axis=-1)[..., None, None]
     from_start = g[:, :, :, None]
@@ -159,14 +172,14 @@ def _scores(
 
 
 def _pairs(x: Float[Array, "b h n c w"]) -> tuple[Float[Array, "b h m c w"], Float[Array, "b h m c w"]]:
-    """The first and the second of every two neighbouring blocks."""
+    """Return the first and the second of every two neighboring blocks."""
     return x[:, :, ::2], x[:, :, 1::2]
 
 
 def _dot(
     equation: str, x: Float[Array, "..."], y: Float[Array, "..."], dtype: jnp.dtype
 ) -> Float[Array, "..."]:
-    """A matrix product of operands in `dtype`, added up in float32."""
+    """Multiply operands in `dtype`, accumulating in float32."""
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     return jnp.einsum(
         equation, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32
@@ -178,25 +191,28 @@ def _prepare(
 ) -> tuple[
     Float[Array, "b h k v"] | None,
     Float[Array, "b v"] | None,
-    tuple[Float[Array, "n b c h _"] | None, ...],
+    Tokens,
     Bool[Array, "n b c"] | None,
 ]:
-    """First state, norm_weight, (q, k, v, g, out_gate) and starts of segments, in chunks as scanned."""
+    """Return first state, norm_weight, tokens and segment starts, in chunks in scan order."""
     q, k, v, g, out_gate, norm_weight, state, segment_ids = operands
-    # A decay of 1, so that added tokens leave the state as it is: sigmoid(1e4) is exactly 1.
+    # Padding tokens have a decay of 1, which keeps the state: sigmoid(1e4) is exactly 1.
     no_decay = 1e4 if scan.gating else 0
-    arrays = tuple(
-        None if x is None else _split(x, operands, scan, padding)
-        for x, padding in ((q, 0), (k, 0), (v, 0), (g, no_decay), (out_gate, 0))
+    tokens = Tokens(
+        q=_split(q, operands, scan),
+        k=_split(k, operands, scan),
+        v=_split(v, operands, scan),
+        g=_split(g, operands, scan, padding=no_decay),
+        out_gate=None if out_gate is None else _split(out_gate, operands, scan),
     )
     starts = None
     if segment_ids is not None:
         starts = segment_starts(to_scan_order(segment_ids, scan.grid, scan.direction))
         starts = _split_scanned(starts, _chunk_size(operands, scan), False)
-    if len(arrays[0]) > 1:
+    if len(tokens.q) > 1:
         zeros = zero_state(k, v, g)
         state = zeros if state is None else zeros + state
-    return state, norm_weight, arrays, starts
+    return state, norm_weight, tokens, starts
 
 
 def _chunk_size(operands: Operands, scan: Scan) -> int:
@@ -206,7 +222,7 @@ def _chunk_size(operands: Operands, scan: Scan) -> int:
 def _split(
     x: Shaped[Array, "b t *rest"], operands: Operands, scan: Scan, padding: float | int = 0
 ) -> Shaped[Array, "n b c *rest"]:
-    """Tokens in raster order as chunks in scan order."""
+    """Split tokens in raster order into chunks in scan order."""
     return _split_scanned(to_scan_order(x, scan.grid, scan.direction), _chunk_size(operands, scan), padding)
 
 
@@ -221,7 +237,7 @@ def _split_scanned(
 
 
 def _join(chunks: Shaped[Array, "n b c *rest"], operands: Operands, scan: Scan) -> Shaped[Array, "b t *rest"]:
-    """Inverse of `_split`."""
+    """Join chunks; the inverse of `_split`."""
     x = chunks.swapaxes(0, 1)
     x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, : operands.q.shape[1]]
     return to_raster_order(x, scan.grid, scan.direction)
@@ -230,7 +246,7 @@ def _join(chunks: Shaped[Array, "n b c *rest"], operands: Operands, scan: Scan) 
 def _pack(
     states: Float[Array, "n b h k v"] | None, operands: Operands, scan: Scan
 ) -> Float[Array, "b m v hk"]:
-    """States as they are saved (`saved_shape`)."""
+    """Convert states to the layout of `saved_shape`."""
     shape, dtype = saved_shape(operands, scan)
     if states is None:
         return jnp.zeros(shape, dtype)
@@ -239,7 +255,7 @@ def _pack(
 
 
 def _unpack(states: Float[Array, "b m v hk"], operands: Operands, scan: Scan) -> Float[Array, "n b h k v"]:
-    """Inverse of `_pack`."""
+    """Convert saved states back; the inverse of `_pack`."""
     _, tokens, heads, width = operands.k.shape
     chunks = -(-tokens // _chunk_size(operands, scan))
     states = states[:, :chunks].astype(jnp.float32)

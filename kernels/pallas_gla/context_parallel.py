@@ -1,16 +1,16 @@
-"""One scan over a sequence whose tokens are split over the devices of a mesh axis.
+"""Context parallelism: one scan over a sequence whose tokens are sharded over a mesh axis.
 
-A shard turns the state that enters it into S_out = diag(exp(sum of g)) S_in + S_local. Each one runs the
-scan for its S_local; all gather these and the factors (K * V + K numbers per head, whatever the length), fold
-those of the shards before them, and run the scan again from the state that they then know. Two runs of a
-kernel move fewer bytes than one, and a sum of decayed k v^T in XLA, which writes the decayed keys in float32.
-(The all-gather of states is that of LASP-2, Sun et al. 2025; here with a decay.)
+A shard maps its incoming state to S_out = diag(exp(sum of g)) S_in + S_local. Every shard first runs the
+scan to get S_local. All shards then gather these states and decay factors (K * V + K numbers per head,
+whatever the length), fold those of the preceding shards, and run the scan again from the resulting state.
+Running a kernel twice moves fewer bytes than running it once and summing decayed k v^T in XLA, which writes
+the decayed keys in float32. (LASP-2, Sun et al. 2025, gathers states in the same way, without a decay.)
 
-A column of a grid whose rows are split passes through every shard. One all-to-all gives each shard whole
-columns in place of whole rows, and another one gives the output back; in between, a column scan is split like
-a row scan. That moves every token once, (2K + 2V + K) numbers per head with the output. The alternative, a
-summary for each column of each shard, would move K * V + K numbers per column and head to every shard: as
-much from about 10 rows a shard on, for more code.
+If the rows of a grid are sharded, every column passes through all shards. One all-to-all gives each shard
+whole columns instead of whole rows, and another one returns the output; in between, a column scan is sharded
+like a row scan. This moves every token once: 2K + 2V + K numbers per head, output included. The alternative,
+one summary per column and shard, moves K * V + K numbers per column and head to every shard: as much from
+about 10 rows per shard on, and it needs more code.
 """
 
 import dataclasses
@@ -31,39 +31,44 @@ def forward(
     scan: Scan,
     axis_name: str,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """Runs a scan over this shard's tokens as a part of the whole sequence.
+    """Run one scan over the tokens of all shards.
 
     Args:
-        run: the scan over the tokens of one shard.
-        operands: this shard's part, in the order of the axis index; the initial state is that of the whole
-            sequence, the same on every shard.
-        scan: `grid` is this shard's part: whole rows, or in a grid of one row a part of it. A row scan over
-            parts of a row is meant for sequences, with one row in all.
+        run: runs a scan over the tokens of one shard.
+        operands: this shard's tokens, ordered by axis index, and the initial state of the whole sequence,
+            which must be the same on every shard.
+        scan: its `grid` describes this shard: some whole rows or, if the whole grid has one row, some of its
+            tokens.
         axis_name: mesh axis of the enclosing `jax.shard_map`.
 
     Returns:
-        This shard's o and the final state of the whole sequence, the same on every shard.
+        This shard's output, and the final state of the whole sequence, the same on every shard.
     """
     if not scan.by_columns:
         return _along_shards(run, operands, scan, axis_name)
     shards, (rows, columns) = jax.lax.axis_size(axis_name), scan.grid
-    q, k, v, g, out_gate, norm_weight, initial_state, segment_ids = operands
+    q, k, v, g, out_gate, _, _, segment_ids = operands
 
-    def to_columns(x: Shaped[Array, "b t *rest"] | None) -> Shaped[Array, "b t *rest"] | None:
-        return None if x is None else _exchange(x, scan.grid, axis_name, split=2, join=1)
+    def to_columns(x: Shaped[Array, "b t *rest"]) -> Shaped[Array, "b t *rest"]:
+        return _exchange(x, scan.grid, axis_name, split=2, join=1)
 
-    turned = Operands(
-        *map(to_columns, (q, k, v, g, out_gate)), norm_weight, initial_state, to_columns(segment_ids)
+    by_columns = operands._replace(
+        q=to_columns(q),
+        k=to_columns(k),
+        v=to_columns(v),
+        g=to_columns(g),
+        out_gate=None if out_gate is None else to_columns(out_gate),
+        segment_ids=None if segment_ids is None else to_columns(segment_ids),
     )
     grid = (rows * shards, columns // shards)
-    out, final_state = _along_shards(run, turned, dataclasses.replace(scan, grid=grid), axis_name)
+    out, final_state = _along_shards(run, by_columns, dataclasses.replace(scan, grid=grid), axis_name)
     return _exchange(out, grid, axis_name, split=1, join=2), final_state
 
 
 def _exchange(
     x: Shaped[Array, "b t *rest"], grid: tuple[int, int], axis_name: str, *, split: int, join: int
 ) -> Shaped[Array, "b t *rest"]:
-    """Splits one axis of the grid over the shards, joins the other one, which was split."""
+    """Shard grid axis `split` and gather grid axis `join`, which was sharded before."""
     x = x.reshape(x.shape[0], *grid, *x.shape[2:])
     x = jax.lax.all_to_all(x, axis_name, split_axis=split, concat_axis=join, tiled=True)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
@@ -72,7 +77,7 @@ def _exchange(
 def _along_shards(
     run: Callable, operands: Operands, scan: Scan, axis_name: str
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """The scan where each shard's tokens follow those of the shard before, or in reverse."""
+    """Run a scan in which each shard continues the previous one or, in reverse, the next one."""
     index, last = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name) - 1
     position = last - index if scan.reverse else index
     _, k, v, g, *_ = operands
@@ -105,9 +110,9 @@ def _along_shards(
 def _differs_from_previous(
     ids: Int[Array, "b t"], position: Int[Array, ""], axis_name: str, reverse: bool
 ) -> Bool[Array, " b"]:
-    """Whether this shard's first id, in scan order, differs from the last one of the shard before it."""
+    """Return whether this shard's first id, in scan order, differs from the preceding shard's last id."""
     size = jax.lax.axis_size(axis_name)
     step = -1 if reverse else 1
-    neighbours = [(i, i + step) for i in range(size) if 0 <= i + step < size]
-    previous = jax.lax.ppermute(ids[:, -1], axis_name, neighbours)
+    neighbors = [(i, i + step) for i in range(size) if 0 <= i + step < size]
+    previous = jax.lax.ppermute(ids[:, -1], axis_name, neighbors)
     return (position > 0) & (ids[:, 0] != previous)

@@ -1,16 +1,17 @@
-"""Chooses the kernel that runs a scan.
+"""Choice of the implementation that runs a scan.
 
-A backend is a module with three functions, called under jit for one platform and on one shard:
+A backend is a module with three functions. They run under jit, for one platform and on one shard:
 
     unsupported(operands, scan) -> str | None
-        why it cannot run this, naming the argument, what it got and what is accepted
+        why the backend cannot run this scan: the argument, what it got and what is expected
     forward(operands, scan, *, save) -> (out, final_state, states)
-        out in the dtype of v, final_state in float32, and if `save` what `backward` needs (`saved_shape`)
+        out in the dtype of v, final_state in float32, and, if `save`, the states for `backward`
+        (`saved_shape`)
     backward(operands, states, d_out, d_final_state, scan) -> Operands
-        the gradient of each operand in its dtype
+        the gradient of each operand, in the operand's dtype
 
-Tokens come and go in raster order: ordering them by `scan.direction` is the backend's own business, so that a
-kernel can do it while it loads a tile. A one-dimensional scan is a grid of one row.
+Tokens are in raster order. Each backend handles `scan.direction` itself, so that a kernel can reorder tokens
+while it loads a tile. A one-dimensional scan is a grid with one row.
 """
 
 import functools
@@ -19,70 +20,72 @@ import logging
 from types import ModuleType
 
 from pallas_gla.scan import Operands, Scan
+from pallas_gla.validation import one_of
 
 log = logging.getLogger("pallas_gla")
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-# Plain JAX, which is differentiated and partitioned like any other.
+# Plain JAX functions, which JAX differentiates and partitions.
 PLAIN = {"reference": "pallas_gla.reference", "xla": "pallas_gla.chunked_xla"}
-# By name and platform; the first name of a platform is its default.
+# By name and platform. The first entry of a platform is its default.
 KERNELS = {
     ("triton", "cuda"): "pallas_gla.triton.backend",
     ("mosaic", "tpu"): "pallas_gla.mosaic_tpu.backend",
-    ("mosaic", "cuda"): "pallas_gla.mosaic_gpu.backend",  # an experiment, only by name
+    ("mosaic", "cuda"): "pallas_gla.mosaic_gpu.backend",  # experimental, so never the default
 }
-NAMES = (*PLAIN, *dict.fromkeys(name for name, _ in KERNELS))
+KERNEL_NAMES = tuple(dict.fromkeys(name for name, _ in KERNELS))
 
 
 def check(implementation: str | None, interpret: bool | None) -> None:
-    """Raises unless the name is known and fits `interpret`."""
-    if implementation not in (None, *NAMES):
-        known = ", ".join(map(repr, NAMES))
-        raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
+    """Raise unless the implementation exists and supports `interpret`."""
+    names = (*PLAIN, *KERNEL_NAMES)
+    if implementation not in (None, *names):
+        expected = one_of((None, *map(repr, names)))
+        raise ValueError(f"invalid implementation: got {implementation!r}; expected {expected}")
     if interpret and implementation in PLAIN:
         raise NotImplementedError(
-            f"interpret=True needs a Pallas kernel, and implementation={implementation!r} is none;"
-            f" accepted are {', '.join(repr(name) for name in NAMES if name not in PLAIN)}"
+            f"interpret=True requires a Pallas kernel: got implementation={implementation!r}; expected"
+            f" {one_of((*map(repr, KERNEL_NAMES), None))}"
         )
 
 
 def plain(implementation: str) -> ModuleType:
-    """The module of a plain JAX implementation."""
+    """Return the module of a plain JAX implementation."""
     return importlib.import_module(PLAIN[implementation])
 
 
 def choose(
     implementation: str | None, operands: Operands, scan: Scan, platform: str, partitioned: bool
 ) -> ModuleType:
-    """The backend for a program that is lowered for `platform`.
+    """Return the backend for a program that is lowered for `platform`.
 
     Args:
-        implementation: a kernel's name, or None for the best backend that can run this.
-        operands: of which only shapes and dtypes matter.
-        scan: the rest of the question.
-        platform: as JAX names it in lowering rules.
-        partitioned: whether XLA will split the program over several devices, which it cannot do to a kernel.
+        implementation: name of a kernel, or None for the best backend that supports the scan.
+        operands: only their shapes and dtypes are used.
+        scan: the static description of the scan.
+        platform: JAX's name for the platform, as in lowering rules.
+        partitioned: whether XLA will partition the program over several devices, which kernels do not allow.
 
     Raises:
-        NotImplementedError: the named kernel cannot run this, or not there.
+        NotImplementedError: the named kernel does not support this scan or this platform.
     """
     if implementation is None and not scan.interpret:
         name, reason = _automatic(operands, scan, platform, partitioned)
         log_once(name, platform, reason)
         return _module(name, platform)
-    kernel = named(implementation, scan, platform)
+    kernel = _kernel(implementation, scan, platform)
     if reason := kernel.unsupported(operands, scan):
-        raise NotImplementedError(f"implementation={implementation!r} cannot run this: {reason}")
+        raise NotImplementedError(f"implementation={implementation!r} does not support this call: {reason}")
     return kernel
 
 
 def _automatic(operands: Operands, scan: Scan, platform: str, partitioned: bool) -> tuple[str, str | None]:
-    """Return the best implementation's name, and why it is not the platform's kernel."""
+    """Return the name of the best implementation and, if it is not a kernel, the reason."""
     name = next((name for name, target in KERNELS if target == platform), None)
     if name is None:
         return "xla", f"no kernel for {platform}"
     if partitioned:
-        return "xla", "several devices, and no mesh set by jax.set_mesh to run the kernel per shard"
+        return "xla", "several devices without a mesh; jax.set_mesh lets the kernel run per shard"
     reason = _module(name, platform).unsupported(operands, scan)
     return ("xla", reason) if reason else (name, None)
 
@@ -91,24 +94,20 @@ def _module(name: str, platform: str) -> ModuleType:
     return importlib.import_module(PLAIN.get(name) or KERNELS[name, platform])
 
 
-def named(implementation: str | None, scan: Scan, platform: str) -> ModuleType:
-    """The kernel of this name for a platform; in interpret mode every kernel runs everywhere.
-
-    Raises:
-        NotImplementedError: the kernel is for other platforms.
-    """
+def _kernel(implementation: str | None, scan: Scan, platform: str) -> ModuleType:
+    """Return the kernel of this name for a platform. In interpret mode any kernel runs on any platform."""
     choices = [key for key in KERNELS if implementation in (None, key[0])]
-    here = [key for key in choices if key[1] == platform]
-    if not here and not scan.interpret:
-        meant = " and ".join(key[1] for key in choices)
+    matching = [key for key in choices if key[1] == platform]
+    if not matching and not scan.interpret:
         raise NotImplementedError(
-            f"implementation={implementation!r} is a kernel for {meant}, and this program is compiled for"
-            f" {platform}; interpret=True runs it anywhere, implementation=None takes what fits"
+            f"implementation={implementation!r} does not run on this platform: got {platform}; expected"
+            f" {one_of(tuple(key[1] for key in choices))}. Use interpret=True to run it anywhere, or"
+            " implementation=None to select an implementation automatically"
         )
-    return importlib.import_module(KERNELS[(here or choices)[0]])
+    return importlib.import_module(KERNELS[(matching or choices)[0]])
 
 
 @functools.cache
 def log_once(name: str, platform: str, reason: str | None) -> None:
-    """Log which implementation runs on a platform, and why not its kernel, the first time that it is so."""
+    """Log, once per combination, the implementation that a platform runs and why it is not a kernel."""
     log.info("GLA on %s runs %r%s", platform, name, f": {reason}" if reason else "")

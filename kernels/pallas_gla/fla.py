@@ -1,17 +1,18 @@
-"""`pallas_gla.gla` under the names of flash-linear-attention (fla), for code that comes from PyTorch.
+"""`pallas_gla.gla` with the interface of flash-linear-attention (fla), for code ported from PyTorch.
 
     from fla.ops.gla import chunk_gla, fused_recurrent_gla       # before
     from pallas_gla.fla import chunk_gla, fused_recurrent_gla    # after
 
-Arguments, layouts and results are those of fla 0.6 (https://github.com/fla-org/flash-linear-attention, file
-fla/ops/gla/chunk.py), on JAX arrays. Both functions run the same kernels; `implementation` is an addition.
+Arguments, layouts and results follow fla 0.6 (https://github.com/fla-org/flash-linear-attention, file
+fla/ops/gla/chunk.py), with JAX arrays. Both functions run the same kernels. fla has no argument
+`implementation`.
 """
 
 from typing import Any, no_type_check
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pallas_gla import validation
@@ -33,26 +34,28 @@ def chunk_gla(
     *,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "n h _ _"] | None]:
-    """fla's `chunk_gla`.
+    """Gated linear attention with the interface of fla's ``chunk_gla``.
 
     Args:
-        q, k, v, g, scale, implementation: as in `pallas_gla.gla`.
-        initial_state: [N, H, K, V] in the dtype of q or float32, one state for each of the N sequences; N is
-            B where there are no `cu_seqlens`.
-        output_final_state: also return the states after the last token of each sequence.
-        state_v_first: states come and go as [N, H, V, K].
-        cu_seqlens: N sequences lie one after another along T, and B is 1; sequence n holds the tokens from
-            cu_seqlens[n] up to cu_seqlens[n + 1], which rise from 0 to T. Without states the sequences are
-            segments of one scan, and the offsets may be traced. With states they run as a batch, padded to
-            the longest, and the offsets must be known when the call is traced.
-        cu_seqlens_cpu: the same offsets as a NumPy array, where `cu_seqlens` is traced.
+        q, k, v, g, scale, implementation: as in :func:`pallas_gla.gla`.
+        initial_state: one state per sequence, [N, H, K, V], in the dtype of ``q`` or float32. N is B without
+            ``cu_seqlens``.
+        output_final_state: whether to return the state after the last token of each sequence.
+        state_v_first: whether states have the layout [N, H, V, K].
+        cu_seqlens: offsets of N sequences that are concatenated along T, [N + 1], increasing from 0 to T; B
+            must be 1. Sequence n is the tokens from cu_seqlens[n] up to cu_seqlens[n + 1]. Without states the
+            sequences are segments of one scan, and the offsets may be traced. With states they run as a batch
+            padded to the longest sequence, and the offsets must be concrete.
+        cu_seqlens_cpu: the same offsets as a NumPy array, for calls in which ``cu_seqlens`` is traced.
 
     Returns:
-        o, [B, T, H, V] in the dtype of v, and the final states in float32, or None if not asked for.
+        The output, [B, T, H, V] in the dtype of ``v``, and the final states in float32, or None if
+        ``output_final_state`` is false.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value.
-        NotImplementedError: traced offsets with states; or the named implementation cannot run this.
+        ValueError: if an argument has an invalid shape, dtype or value.
+        NotImplementedError: if offsets are traced and states are used, or if the requested implementation
+            does not support the call.
     """
     validation.check_qkvg(q, k, v, g)
     offsets = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
@@ -76,23 +79,28 @@ def fused_recurrent_gla(
     *,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "n h _ _"] | None]:
-    """fla's `fused_recurrent_gla`: `chunk_gla` with another order of arguments and a reverse scan.
+    """Gated linear attention with the interface of fla's ``fused_recurrent_gla``.
+
+    Equals :func:`chunk_gla`, with a different order of arguments and an option to scan in reverse.
 
     Args:
-        gk: the log decay `g` of `chunk_gla`; None is no decay.
-        gv: decay of the values, which must be None.
-        reverse: scan each sequence from its last token to its first.
+        gk: log decay, ``g`` of :func:`chunk_gla`. None means no decay.
+        gv: decay of the values, unsupported; must be None.
+        reverse: whether to scan each sequence from its last token to its first.
         q, k, v, scale, initial_state, output_final_state, state_v_first, cu_seqlens, implementation: as in
-            `chunk_gla`.
+            :func:`chunk_gla`.
 
     Returns:
-        As `chunk_gla`.
+        The output and the final states or None, as in :func:`chunk_gla`.
 
     Raises:
-        ValueError, NotImplementedError: as `chunk_gla`; `gv` is not None.
+        ValueError: if an argument has an invalid shape, dtype or value.
+        NotImplementedError: if ``gv`` is not None, and as in :func:`chunk_gla`.
     """
     if gv is not None:
-        raise NotImplementedError(f"gv must be None (only K decays, by gk), got {type(gv).__name__}")
+        raise NotImplementedError(
+            f"unsupported gv: got {type(gv).__name__}; expected None, because only keys decay (gk)"
+        )
     if gk is None:
         validation.check_qkvg(q, k, v, q)
         gk = jnp.zeros_like(q)
@@ -114,11 +122,11 @@ def _scan(
         _check_offsets(offsets, q.shape)
     if initial_state is not None:
         sequences = q.shape[0] if offsets is None else len(offsets) - 1
-        widths, meaning = (q.shape[3], v.shape[3]), "[N, H, K, V]"
+        widths, layout = (q.shape[3], v.shape[3]), "[N, H, K, V]"
         if state_v_first:
-            widths, meaning = widths[::-1], "[N, H, V, K]"
+            widths, layout = widths[::-1], "[N, H, V, K]"
         shape, dtypes = (sequences, q.shape[2], *widths), (str(q.dtype), "float32")
-        validation.check_array("initial_state", initial_state, meaning, shape, dtypes)
+        validation.check_array("initial_state", initial_state, layout, shape, dtypes)
         initial_state = initial_state.swapaxes(2, 3) if state_v_first else initial_state
     options = options | {"initial_state": initial_state, "return_final_state": True}
     if offsets is None:
@@ -134,11 +142,11 @@ def _scan(
 
 
 def _padded(arrays: tuple, offsets: Any, options: dict) -> tuple:
-    """Runs the sequences as a batch; tokens of zeros behind the shorter ones leave their states alone."""
-    if isinstance(offsets, jax.core.Tracer):
+    """Run the sequences as a batch. Zero tokens pad shorter sequences and keep their states."""
+    if isinstance(offsets, Tracer):
         raise NotImplementedError(
-            "cu_seqlens is traced, and initial_state or output_final_state is given: pass the offsets as a"
-            " NumPy array (in chunk_gla as cu_seqlens_cpu beside the traced one), or call without states"
+            "unsupported cu_seqlens: got a traced array with initial_state or output_final_state; expected a"
+            " NumPy array (chunk_gla also takes it as cu_seqlens_cpu), or a call without states"
         )
     offsets = np.asarray(offsets)
     lengths = np.diff(offsets)[:, None]
@@ -151,13 +159,15 @@ def _padded(arrays: tuple, offsets: Any, options: dict) -> tuple:
 
 
 def _check_offsets(offsets: Any, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless they divide T into sequences; traced ones are checked for shape and dtype."""
+    """Raise ValueError unless the offsets divide T into sequences. Traced values are not checked."""
     if shape[0] != 1:
-        raise ValueError(f"q has B = {shape[0]}, accepted with cu_seqlens is B = 1: sequences joined along T")
+        raise ValueError(f"invalid shape of q: got B = {shape[0]}; expected B = 1 with cu_seqlens")
     length = max(getattr(offsets, "size", 2), 2)
     validation.check_array("cu_seqlens", offsets, "[N + 1]", (length,), validation.INTEGERS)
-    if isinstance(offsets, jax.core.Tracer):
+    if isinstance(offsets, Tracer):
         return
     offsets = np.asarray(offsets)
     if offsets[0] != 0 or offsets[-1] != shape[1] or (offsets[1:] < offsets[:-1]).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {shape[1]}, got {offsets.tolist()}")
+        raise ValueError(
+            f"invalid cu_seqlens: got {offsets.tolist()}; expected increasing offsets from 0 to {shape[1]}"
+        )

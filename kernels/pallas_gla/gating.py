@@ -1,4 +1,4 @@
-"""The gates around a scan, in plain JAX and float32: what the kernels compute while a tile is at hand."""
+"""The gates of `gated_gla_2d` in plain JAX and float32. Kernels compute them while a tile is in registers."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from pallas_gla.scan import Gating
 
 
 def log_decay(logits: Float[Array, "..."], gating: Gating) -> Float[Array, "..."]:
-    """Logarithm of the decay: logsigmoid(logits) / normalizer (Yang et al. 2024, section 4.4)."""
+    """Return the log decay, logsigmoid(logits) / normalizer (Yang et al. 2024, section 4.4)."""
     return jax.nn.log_sigmoid(logits.astype(jnp.float32)) / gating.normalizer
 
 
@@ -18,7 +18,7 @@ def gated_output(
     norm_weight: Float[Array, "*#shape v"],
     gating: Gating,
 ) -> Float[Array, "*shape v"]:
-    """RMSNorm(o) * norm_weight * SiLU(out_gate), normalised over the last axis."""
+    """Return RMSNorm(o) * norm_weight * SiLU(out_gate), normalized over the last axis."""
     o = o.astype(jnp.float32)
     o = o * jax.lax.rsqrt(jnp.mean(jnp.square(o), axis=-1, keepdims=True) + gating.eps)
     return o * norm_weight.astype(jnp.float32) * jax.nn.silu(out_gate.astype(jnp.float32))

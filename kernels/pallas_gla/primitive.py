@@ -1,16 +1,16 @@
-"""A scan as a JAX primitive: the kernel is chosen on lowering, and derivatives of every order exist.
+"""The scan as a JAX primitive, which selects a kernel on lowering and has derivatives of every order.
 
-Which kernel is right is only known when a program is lowered for a platform, which may be another machine's.
-A primitive defers the choice until then, and traces nothing but what it chose. It also lets a kernel with a
-backward pass of its own be differentiated forwards and twice, which a `custom_vjp` cannot:
+The right kernel is known only when a program is lowered for a platform, possibly another machine's. A
+primitive defers the choice until then and traces only the chosen kernel. It also makes a kernel with its own
+backward pass differentiable in forward mode and more than once, which `custom_vjp` does not:
 
     scan                     out, final_state, states            a kernel's forward
     scan_tangent             d(out, final_state), linear         derived from the XLA implementation
       └ its transpose: scan_gradient                             a kernel's backward
                          └ its derivatives                       derived from the XLA implementation
 
-`states` is what a kernel keeps for its own backward. It is a function of the operands, so that no derivative
-needs to go through it.
+`states` is what a kernel saves for its backward pass. It is a function of the operands, so no derivative
+needs to flow through it.
 """
 
 import functools
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float
 from pallas_gla import chunked_xla, dispatch
 from pallas_gla.scan import Operands, Scan, saved_shape
 
-# Fields of Operands through which nothing is differentiated.
+# Fields of Operands without derivatives.
 _DISCRETE = ("segment_ids",)
 
 scan_p = Primitive("gla_scan")
@@ -41,10 +42,10 @@ for _primitive in (scan_p, scan_tangent_p, scan_gradient_p):
 def run(
     operands: Operands, scan: Scan, implementation: str | None
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """Output and final state of a scan by the named kernel, by the best one of the platform for None.
+    """Return the output and final state of a scan; `implementation` names a kernel or is None for the best.
 
     Raises:
-        NotImplementedError: the program is lowered for a platform that the named kernel is not for.
+        NotImplementedError: the named kernel does not run on the platform that the program is lowered for.
     """
     names, arrays = _flatten(operands)
     arrays = _varying_alike(arrays)
@@ -65,7 +66,7 @@ def _differentiable(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _varying_alike(arrays: list[jax.Array]) -> list[jax.Array]:
-    """Inside `jax.shard_map`: arrays that vary over the same mesh axes, as its checks demand."""
+    """Inside `jax.shard_map`, make all arrays vary over the same mesh axes, as its checks require."""
     varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     axes = frozenset().union(*varying)
     return [
@@ -99,7 +100,7 @@ def _tangent(*arrays, names, scan, implementation):
 
 
 def _portable(*arrays, names, scan):
-    """The plain JAX function that defines what has no kernel."""
+    """The plain JAX function from which rules without a kernel are derived."""
     return list(chunked_xla.forward(_operands(names, arrays), scan, save=False)[:2])
 
 
@@ -123,8 +124,8 @@ def _portable_gradient(*arrays, names, scan):
 
 
 def _lowering(function: Callable, platform: str, ctx, *args, **params):
-    """Traces `function` for a platform, on types without a mesh: the program is per shard by now."""
-    plain = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    """Trace `function` for a platform, with types that have no mesh: the program is per shard by now."""
+    plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
     axes = ctx.module_context.axis_context
     if isinstance(axes, mlir.SPMDAxisContext):
         partitioned = any(axes.mesh.shape[name] > 1 for name in set(axes.mesh.axis_names) - axes.manual_axes)
@@ -135,7 +136,7 @@ def _lowering(function: Callable, platform: str, ctx, *args, **params):
 
 
 def _eager(function: Callable, *args, **params):
-    """Without jit each operation runs by itself, and so does XLA's implementation."""
+    """Run without jit, where only the XLA implementation applies."""
     return function(*args, **params, platform="cpu", partitioned=False)
 
 
@@ -148,11 +149,11 @@ scan_tangent_p.def_impl(_tangent)
 mlir.register_lowering(scan_tangent_p, mlir.lower_fun(_tangent, multiple_results=True))
 
 
-# Types of the results.
+# Result types.
 
 
 def _aval(like, shape, dtype):
-    """An array type that varies over a mesh as `like` does."""
+    """Return an array type that varies over the same mesh axes as `like`."""
     sharding = like.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
     return like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
 
@@ -209,7 +210,7 @@ def _tangent_transpose(cotangents, *arrays, names, **params):
 
 
 def _derived_jvp(primitive: Primitive, function: Callable):
-    """The rule of a primitive that equals `function` of all its operands but the saved states."""
+    """Return the JVP rule of a primitive that equals `function` of its operands without the saved states."""
 
     def rule(primals, tangents, *, names, scan, **params):
         results = primitive.bind(*primals, names=names, scan=scan, **params)
@@ -233,8 +234,8 @@ ad.primitive_transposes[scan_tangent_p] = _tangent_transpose
 
 
 def _drop_unused_states(used_outputs, *arguments):
-    """Under `jax.checkpoint` the first forward pass need not write the states."""
-    eqn = arguments[-1]  # JAX 0.12 puts another argument before it
+    """Drop the saved states if nothing reads them, as in the first forward pass under `jax.checkpoint`."""
+    eqn = arguments[-1]  # JAX 0.12 passes another argument before it
     if not any(used_outputs):
         return [False] * len(eqn.invars), None
     if eqn.params["save"] and not used_outputs[2]:
@@ -245,7 +246,7 @@ def _drop_unused_states(used_outputs, *arguments):
 pe.dce_rules[scan_p] = _drop_unused_states
 
 
-# Batching: a mapped axis becomes a part of B, which every operand and every result has in front.
+# Batching: merge the mapped axis into B, the leading axis of every operand and result.
 
 
 def _batching(primitive: Primitive):

@@ -1,4 +1,4 @@
-"""The GLA recurrence, one token after another in float32: the oracle of every other implementation."""
+"""The GLA recurrence, token by token in float32."""
 
 import functools
 
@@ -13,7 +13,7 @@ from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
 
 @functools.partial(jax.jit, static_argnames="scan")
 def forward(operands: Operands, scan: Scan) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """The recurrence of `pallas_gla.gla` exactly as it is written; `chunk_size` has no meaning here."""
+    """Run the recurrence as the docstring of `pallas_gla.gla` states it. Ignores `chunk_size`."""
     q, k, v, g, out_gate, norm_weight, initial_state, segment_ids = operands
     if scan.gating:
         g = log_decay(g, scan.gating)
@@ -33,5 +33,6 @@ def forward(operands: Operands, scan: Scan) -> tuple[Float[Array, "b t h v"], Fl
     final_state, o = jax.lax.scan(step, state, [x.swapaxes(0, 1) for x in (*tokens, starts)])
     o = to_raster_order(o.swapaxes(0, 1), scan.grid, scan.direction)
     if scan.gating:
+        assert out_gate is not None and norm_weight is not None
         o = gated_output(o, out_gate, norm_weight[:, None, None], scan.gating)
     return o.astype(v.dtype), final_state

@@ -1,4 +1,4 @@
-"""What a kernel is asked to compute: the arrays of a scan, and everything about it that is static."""
+"""The description of a scan that every backend takes: its arrays and its static options."""
 
 import dataclasses
 from typing import NamedTuple
@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Int
 
 
 class Operands(NamedTuple):
-    """The arrays of a scan, with tokens in raster order; None where there is none.
+    """The arrays of a scan, with tokens in raster order. Optional arrays are None if absent.
 
-    A gated scan (`Scan.gating`) has the decay's logits in place of `g`, and `out_gate` and `norm_weight`.
+    In a gated scan (`Scan.gating`) `g` holds decay logits, and `out_gate` and `norm_weight` are set.
     """
 
     q: Float[Array, "b t h k"]
@@ -32,7 +32,7 @@ class Gating:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """The static part; `chunk_size` None leaves it to the kernel."""
+    """The static options of a scan. If `chunk_size` is None the backend chooses it."""
 
     scale: float
     grid: tuple[int, int]
@@ -43,25 +43,25 @@ class Scan:
 
     @property
     def reverse(self) -> bool:
-        """Whether the last token is visited first."""
+        """Whether the scan visits the last token first."""
         return self.direction.endswith("reversed")
 
     @property
     def by_columns(self) -> bool:
-        """Whether neighbours along the scan are neighbours in a column of the grid."""
+        """Whether the scan runs down the columns of the grid."""
         return self.direction.startswith("column")
 
 
-# Tokens between two saved states, at most.
+# The most tokens between two saved states.
 STATE_INTERVAL = 64
 
 
 def saved_shape(operands: Operands, scan: Scan) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of the states that a forward pass saves for the backward pass.
+    """Return the shape and dtype of the states that a forward pass saves for the backward pass.
 
-    [B, N, V, H * K]: for every `chunk_size` tokens, or 64, room for the state that enters them, transposed,
-    the heads side by side. One shape for all kernels, because a program may be traced before its platform is
-    known; a kernel with longer chunks leaves the last places empty.
+    The shape is [B, N, V, H * K]: one transposed state, heads side by side, for every `chunk_size` tokens but
+    at least every 64. All kernels use this shape, because a program may be traced before its platform is
+    known. A kernel with longer chunks leaves the last entries unused.
     """
     batch, tokens, heads, width = operands.k.shape
     chunks = -(-tokens // min(scan.chunk_size or STATE_INTERVAL, STATE_INTERVAL))

@@ -1,12 +1,12 @@
-"""Runs a scan per shard: XLA cannot split a kernel, and would gather its operands on every device.
+"""Runs a scan per shard, because XLA cannot partition a kernel and would gather its operands on every device.
 
 Under a mesh set by `jax.set_mesh` the scan is wrapped in `jax.shard_map`. Batch elements and heads are
-independent, so that nothing is exchanged. Which mesh axes split which:
+independent, so no communication is needed. Mesh axes shard the arrays as follows:
 
-- an axis in explicit mode: as the type of q says;
-- an axis in automatic mode: heads if it bears one of the names of `HEAD_AXES`, the batch otherwise, as long
-  as the number of heads or batch elements is divisible;
-- an axis that is manual already, inside a `jax.shard_map`: nothing, the arrays are a shard's part.
+- Explicit axes: as the type of q says.
+- Auto axes: an axis named in `HEAD_AXES` shards the heads, any other axis the batch, provided that its size
+  divides the number of heads or batch elements.
+- Manual axes (inside a `jax.shard_map`): not at all, because the arrays are already local.
 """
 
 import math
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from pallas_gla.scan import Operands
 
@@ -25,34 +25,36 @@ HEAD_AXES = ("tensor", "model", "heads", "tp")
 def per_shard(
     run: Callable[[Operands], tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]], operands: Operands
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """Calls `run` on each device's part of the operands, and joins its output and final state.
+    """Call `run` on each device's shard of the operands; return the global output and final state.
 
-    Without a mesh, or within one whose axes are all manual or of size 1, it is a plain call.
+    Without a mesh, or if all axes are manual or of size 1, this is a plain call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    # Axes of size 1 too: a kernel can be lowered only where all are manual.
+    # Include axes of size 1: a kernel can be lowered only if all axes are manual.
     free = {name: kind for name, kind in types.items() if kind != AxisType.Manual}
     if all(mesh.shape[name] == 1 for name in free):
         return run(operands)
     batch, heads = _axes(operands.q, free, mesh.shape)
-    specs = Operands(
-        *[P(batch, None, heads, None)] * 5,
-        norm_weight=P(batch, None),
-        initial_state=P(batch, heads, None, None),
-        segment_ids=P(batch, None),
-    )
-    specs = Operands(*(None if x is None else spec for x, spec in zip(operands, specs, strict=True)))
+    tokens, state, rows = P(batch, None, heads, None), P(batch, heads, None, None), P(batch, None)
+    specs = {"norm_weight": rows, "initial_state": state, "segment_ids": rows}
+    arrays = {name: x for name, x in operands._asdict().items() if x is not None}
+    specs = {name: specs.get(name, tokens) for name in arrays}
     if AxisType.Explicit in free.values():
-        operands = jax.tree.map(jax.sharding.reshard, operands, specs)
-    out_specs = (specs.v, P(batch, heads, None, None))
-    return jax.shard_map(run, in_specs=(specs,), out_specs=out_specs, axis_names=set(free))(operands)
+        arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
+
+    def run_shard(arrays: dict[str, Shaped[Array, "..."]]) -> tuple:
+        return run(Operands(**arrays))
+
+    return jax.shard_map(run_shard, in_specs=(specs,), out_specs=(tokens, state), axis_names=set(free))(
+        arrays
+    )
 
 
 def _axes(
     q: Float[Array, "b t h k"], free: Mapping[str, AxisType], sizes: Mapping[str, int]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes that split the batch, and those that split the heads."""
+    """Return the mesh axes that shard the batch and the mesh axes that shard the heads."""
     spec = jax.typeof(q).sharding.spec
 
     def explicit(axis: int) -> list[str]:

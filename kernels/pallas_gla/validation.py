@@ -1,13 +1,13 @@
-"""Checks of arguments; each error names the argument, what it got and what it accepts."""
+"""Argument checks. Every error names the argument, the value it got and the values it accepts."""
 
 import math
-import numbers
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from pallas_gla.scan import Operands
 from pallas_gla.scan_order import DIRECTIONS
@@ -17,102 +17,120 @@ INTEGERS = ("int32", "int8", "int16", "int64", "uint8", "uint16", "uint32", "uin
 MIN_CHUNK_SIZE = 16
 
 
-def check_array(name: str, x: Any, meaning: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-    """Raises ValueError unless `x` is an array of this shape (`meaning` in words) and one of these dtypes."""
+def one_of(choices: tuple[Any, ...]) -> str:
+    """Return the choices as text: "a, b or c"."""
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def check_array(name: str, x: Any, layout: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+    """Raise ValueError unless `x` is an array of this shape (`layout` in words) and one of these dtypes."""
     if not isinstance(x, jax.Array | np.ndarray):
-        raise ValueError(f"{name} must be an array {meaning}, got {type(x).__name__}")
+        raise ValueError(f"invalid {name}: got {type(x).__name__}; expected an array {layout}")
     if x.shape != shape:
-        raise ValueError(f"{name} has shape {x.shape}, accepted is {meaning} = {shape}")
+        raise ValueError(f"invalid shape of {name}: got {x.shape}; expected {layout} = {shape}")
     if str(x.dtype) not in dtypes:
-        raise ValueError(f"{name} has dtype {x.dtype}, accepted are {', '.join(dict.fromkeys(dtypes))}")
+        accepted = one_of(tuple(dict.fromkeys(dtypes)))
+        raise ValueError(f"invalid dtype of {name}: got {x.dtype}; expected {accepted}")
 
 
 def check_qkvg(q: Any, k: Any, v: Any, g: Any, *, gate_name: str = "g") -> None:
-    """Raises ValueError unless the four arrays fit together as `pallas_gla.gla` says."""
-    for name, x, meaning in (("q", q, "[B, T, H, K]"), ("v", v, "[B, T, H, V]")):
+    """Raise ValueError unless shapes and dtypes of the four arrays fit together (see `pallas_gla.gla`)."""
+    for name, x, layout in (("q", q, "[B, T, H, K]"), ("v", v, "[B, T, H, V]")):
         shape = getattr(x, "shape", None)
         if not shape or len(shape) != 4 or 0 in shape:
             got = type(x).__name__ if shape is None else f"shape {shape}"
-            raise ValueError(f"{name} must be an array {meaning} without an empty axis, got {got}")
+            raise ValueError(f"invalid {name}: got {got}; expected a nonempty array {layout}")
     dtype = str(q.dtype)
     check_array("q", q, "[B, T, H, K]", q.shape, FLOATS)
-    check_array("k", k, "[B, T, H, K] of q", q.shape, (dtype,))
-    check_array("v", v, "[B, T, H, V], B, T, H of q", (*q.shape[:3], v.shape[3]), (dtype,))
-    check_array(gate_name, g, "[B, T, H, K] of q", q.shape, (dtype, "float32"))
+    check_array("k", k, "[B, T, H, K]", q.shape, (dtype,))
+    check_array("v", v, "[B, T, H, V]", (*q.shape[:3], v.shape[3]), (dtype,))
+    check_array(gate_name, g, "[B, T, H, K]", q.shape, (dtype, "float32"))
 
 
 def check_options(q: Any, v: Any, scale: Any, initial_state: Any, segment_ids: Any, chunk_size: Any) -> None:
-    """Raises ValueError for an option that `pallas_gla.gla` does not accept."""
+    """Raise ValueError for an option that `pallas_gla.gla` does not accept."""
     batch, tokens, heads, width = q.shape
-    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite Python number or None, got {scale!r}")
+    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
+        raise ValueError(f"invalid scale: got {scale!r}; expected a finite Python number or None")
     if initial_state is not None:
         shape = (batch, heads, width, v.shape[3])
         check_array("initial_state", initial_state, "[B, H, K, V]", shape, (str(q.dtype), "float32"))
     if segment_ids is not None:
         check_array("segment_ids", segment_ids, "[B, T]", (batch, tokens), INTEGERS)
-    if chunk_size is not None and not _is_power_of_two(chunk_size, at_least=MIN_CHUNK_SIZE):
-        raise ValueError(f"chunk_size must be a power of two >= {MIN_CHUNK_SIZE} or None, got {chunk_size!r}")
+    if chunk_size is not None:
+        is_power = (
+            _is_integer(chunk_size) and chunk_size >= MIN_CHUNK_SIZE and chunk_size & (chunk_size - 1) == 0
+        )
+        if not is_power:
+            expected = f"a power of two >= {MIN_CHUNK_SIZE}, or None"
+            raise ValueError(f"invalid chunk_size: got {chunk_size!r}; expected {expected}")
 
 
 def check_grid(grid: Any, direction: Any, tokens: int) -> tuple[int, int]:
-    """Returns (rows, columns); raises ValueError unless it holds all tokens and the direction is known."""
+    """Return (rows, columns). Raise ValueError for an invalid grid or direction."""
     is_pair = isinstance(grid, tuple | list) and len(grid) == 2
-    if not is_pair or not all(isinstance(n, numbers.Integral) and n > 0 for n in grid):
-        raise ValueError(f"grid must be (rows, columns), two positive integers, got {grid!r}")
+    if not is_pair or not all(_is_integer(n) and n > 0 for n in grid):
+        raise ValueError(f"invalid grid: got {grid!r}; expected (rows, columns), two positive integers")
     if grid[0] * grid[1] != tokens:
-        raise ValueError(f"grid {tuple(grid)} holds {grid[0] * grid[1]} tokens, but q has T = {tokens}")
+        raise ValueError(
+            f"invalid grid: got {tuple(grid)}, {grid[0] * grid[1]} tokens; expected T = {tokens} tokens"
+        )
     if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+        raise ValueError(f"invalid direction: got {direction!r}; expected {one_of(DIRECTIONS)}")
     return int(grid[0]), int(grid[1])
 
 
 def check_axis(axis_name: Any, grid: tuple[int, int], direction: str) -> None:
-    """Raises ValueError unless a scan in this direction can be split over the mesh axis."""
+    """Raise ValueError unless the mesh axis can shard a scan in this direction."""
     try:
         shards = jax.lax.axis_size(axis_name)
     except NameError:
         raise ValueError(
-            f"axis_name must be a mesh axis of the jax.shard_map around this call, got {axis_name!r}"
+            f"invalid axis_name: got {axis_name!r}; expected a mesh axis of the enclosing jax.shard_map"
         ) from None
     if direction.startswith("column") and grid[1] % shards:
         raise ValueError(
-            f"grid has {grid[1]} columns, which the {shards} devices of axis_name={axis_name!r} do not"
-            f" divide; direction={direction!r} gives each of them whole columns"
+            f"invalid grid for direction={direction!r} with axis_name={axis_name!r}: got {grid[1]} columns;"
+            f" expected a multiple of the axis size, {shards}"
         )
 
 
 def check_positive(name: str, x: Any) -> None:
-    """Raises ValueError unless `x` is a finite Python number above zero."""
-    if not (isinstance(x, numbers.Real) and 0 < x < math.inf):
-        raise ValueError(f"{name} must be a finite Python number > 0, got {x!r}")
+    """Raise ValueError unless `x` is a finite Python number above zero."""
+    if not (_is_number(x) and 0 < x < math.inf):
+        raise ValueError(f"invalid {name}: got {x!r}; expected a finite Python number > 0")
 
 
-def _is_power_of_two(n: Any, *, at_least: int) -> bool:
-    return isinstance(n, numbers.Integral) and n >= at_least and n & (n - 1) == 0
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, int | np.integer)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float | np.integer | np.floating)
 
 
 def debug_checks_enabled() -> bool:
-    """Whether PALLAS_GLA_DEBUG=1 is set; read at trace time under `jax.jit`."""
+    """Whether PALLAS_GLA_DEBUG=1 is set. Under `jax.jit` this is read at trace time."""
     return os.environ.get("PALLAS_GLA_DEBUG", "0") == "1"
 
 
 def check_values(operands: Operands, *, gated: bool) -> None:
-    """Raises ValueError if an array is not finite or the decay `g` is positive.
+    """Raise ValueError if an array is not finite or the decay `g` is positive.
 
-    Concrete arrays are checked at once. Traced ones are checked when the compiled function runs: a host
-    callback raises, and JAX reports it as a runtime error that carries the message.
+    Concrete arrays are checked immediately. Traced arrays are checked when the compiled function runs: a host
+    callback raises, and JAX reports a runtime error with the same message.
     """
     for name, x in operands._asdict().items():
         if x is None:
             continue
         name = "gate_logits" if gated and name == "g" else name
-        bad = {"has non-finite values": ~jnp.isfinite(x).all()}
+        bad: dict[str, Any] = {"has non-finite values": ~jnp.isfinite(x).all()}
         if name == "g":
-            bad["has positive values; a log decay is <= 0"] = (x > 0).any()
+            bad["has positive values; expected a log decay <= 0"] = (x > 0).any()
         for problem, found in bad.items():
             message = f"{name} {problem} (checked because PALLAS_GLA_DEBUG=1)"
-            if isinstance(found, jax.core.Tracer):
+            if isinstance(found, Tracer):
                 jax.debug.callback(_raise_if, found, message=message)
             else:
                 _raise_if(found, message=message)

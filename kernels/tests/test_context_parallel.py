@@ -18,7 +18,7 @@ def mesh():
 
 
 def sharded(mesh, scan, **options):
-    """(o, final_state) of `scan` with T split in four; every shard has the whole states."""
+    """Return `scan` with T sharded four ways; every shard has the global states."""
     specs = {"in_specs": (TOKENS,) * 5 + (P(),), "out_specs": (TOKENS, P())}
 
     @functools.partial(jax.shard_map, mesh=mesh, **specs)
@@ -30,13 +30,13 @@ def sharded(mesh, scan, **options):
     return local
 
 
-# The first sequence changes inside shards, the second one exactly between two of them.
+# The first sequence's segments end inside shards, the second one's exactly between two shards.
 SEGMENT_IDS = np.stack([np.repeat([1, 2, 1, 3], [3, 14, 7, 8]), np.repeat([1, 2], [8, 24])]).astype(np.int32)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("segments", [False, True])
-def test_split_sequence_equals_the_whole_in_values_and_gradients(mesh, reverse, segments):
+def test_a_sharded_sequence_matches_the_oracle_in_values_and_gradients(mesh, reverse, segments):
     arrays, cotangents = oracle.inputs(0, t=32, h=2, gate="reset_60" if reverse else "strong")
 
     @jax.jit
@@ -51,7 +51,7 @@ def test_split_sequence_equals_the_whole_in_values_and_gradients(mesh, reverse, 
 
 
 @pytest.mark.parametrize("direction", ["row", "row_reversed", "column", "column_reversed"])
-def test_split_rows_of_a_grid_equal_the_whole_grid_in_every_direction(mesh, direction):
+def test_a_grid_with_sharded_rows_matches_the_reference_in_every_direction(mesh, direction):
     # Eight rows of eight columns; each of the four shards has two rows.
     arrays, cotangents = oracle.inputs(1, t=64, h=2, k=8, v=8)
     segment_ids = np.repeat([[1, 2, 3]], [17, 30, 17], axis=1).repeat(2, axis=0).astype(np.int32)
@@ -70,7 +70,7 @@ def test_split_rows_of_a_grid_equal_the_whole_grid_in_every_direction(mesh, dire
     oracle.assert_close(run(split, arrays, cotangents), run(whole, arrays, cotangents), 2e-5)
 
 
-def test_split_gated_scan_equals_the_whole(mesh):
+def test_a_sharded_gated_scan_equals_an_unsharded_one(mesh):
     (q, k, v, logits, _), (gate, _) = oracle.inputs(2, t=64, h=2, k=8, v=8)
     weight = jnp.linspace(0.5, 2, 8)
 
@@ -84,7 +84,7 @@ def test_split_gated_scan_equals_the_whole(mesh):
 
 
 @pytest.mark.parametrize("direction", ["row", "row_reversed"])
-def test_row_scans_exchange_the_same_however_many_tokens_there_are(mesh, direction):
+def test_row_scans_communicate_the_same_for_any_number_of_tokens(mesh, direction):
     def exchanged(rows):
         arrays, cotangents = oracle.inputs(4, t=4 * rows * 8, h=2, k=8, v=8)
         segment_ids = jnp.zeros((2, 4 * rows * 8), jnp.int32)
@@ -100,14 +100,16 @@ def test_row_scans_exchange_the_same_however_many_tokens_there_are(mesh, directi
     assert exchanged(2) == exchanged(8) != []
 
 
-def test_columns_that_the_devices_do_not_divide_are_refused(mesh):
+def test_columns_that_the_axis_size_does_not_divide_raise(mesh):
     (*tokens, state), _ = oracle.inputs(3, t=24)
     arrays = (*tokens, jnp.zeros((2, 24), jnp.int32), state)
-    with pytest.raises(ValueError, match="grid has 3 columns, which the 4 devices of axis_name='context'"):
+    with pytest.raises(
+        ValueError, match="axis_name='context': got 3 columns; expected a multiple of the axis size, 4"
+    ):
         sharded(mesh, gla_2d, grid=(2, 3), direction="column")(*arrays)
 
 
-def test_axis_outside_shard_map_is_refused():
+def test_an_axis_outside_shard_map_raises():
     (q, k, v, g, _), _ = oracle.inputs(2)
-    with pytest.raises(ValueError, match="axis_name must be a mesh axis .* got 'context'"):
+    with pytest.raises(ValueError, match="invalid axis_name: got 'context'; expected a mesh axis of"):
         gla(q, k, v, g, axis_name="context")

@@ -17,7 +17,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "gla_2_strong_T130_K16_V32_h
 
 
 def one_by_one(tokens, states, reverse=False):
-    """Output and final states of each sequence scanned alone."""
+    """Return the output and the final states, scanning one sequence at a time."""
     outputs, finals = [], []
     for start, end, state in zip(OFFSETS[:-1], OFFSETS[1:], states, strict=True):
         if start < end:
@@ -29,14 +29,14 @@ def one_by_one(tokens, states, reverse=False):
     return jnp.concatenate(outputs, axis=1), jnp.stack(finals)
 
 
-def test_reproduces_fla_on_its_own_arguments():
+def test_matches_fla_called_with_the_same_arguments():
     file = {name: jnp.asarray(x, jnp.float32) for name, x in np.load(GOLDEN).items()}
     q, k, v, g, o = (file[name].swapaxes(1, 2) for name in "qkvgo")
     actual = chunk_gla(q, k, v, g, None, file["h0"], True)
     oracle.assert_close(actual, (o, file["ht"]), 2e-5, oracle.NAMES[:2])
 
 
-def test_equals_gla_and_returns_none_for_a_state_that_was_not_asked_for():
+def test_equals_gla_and_returns_none_for_a_state_that_was_not_requested():
     o, state = chunk_gla(*TOKENS, scale=0.5)
     assert state is None
     np.testing.assert_array_equal(o, gla(*TOKENS, scale=0.5))
@@ -77,11 +77,11 @@ def test_sequences_with_states_equal_separate_calls_in_values_and_gradients(reve
     oracle.assert_close(results(together, *arrays), expected, 2e-5)
 
 
-def test_traced_offsets_take_their_values_from_the_host_copy():
+def test_traced_offsets_use_the_concrete_copy():
     run = functools.partial(chunk_gla, *TOKENS, output_final_state=True)
     actual = jax.jit(lambda offsets: run(cu_seqlens=offsets, cu_seqlens_cpu=OFFSETS))(OFFSETS)
     oracle.assert_close(actual, run(cu_seqlens=OFFSETS), 1e-6, oracle.NAMES[:2])
-    with pytest.raises(NotImplementedError, match="cu_seqlens is traced.* pass the offsets as a NumPy array"):
+    with pytest.raises(NotImplementedError, match="cu_seqlens: got a traced array .* expected a NumPy array"):
         jax.jit(lambda offsets: run(cu_seqlens=offsets))(OFFSETS)
 
 
@@ -93,25 +93,28 @@ def test_recurrent_form_without_decay_is_linear_attention():
 
 
 BAD = [
-    ({"cu_seqlens": OFFSETS[:-1]}, r"cu_seqlens must rise from 0 to T = 20, got \[0, 7, 7, 8\]"),
-    ({"cu_seqlens": OFFSETS[::-1]}, "cu_seqlens must rise from 0 to T = 20"),
-    ({"cu_seqlens": np.array(20)}, r"cu_seqlens has shape \(\), accepted is \[N \+ 1\]"),
-    ({"cu_seqlens": [0, 20]}, r"cu_seqlens must be an array \[N \+ 1\], got list"),
-    ({"cu_seqlens": OFFSETS.astype(np.float32)}, "cu_seqlens has dtype float32, accepted are int32"),
+    (
+        {"cu_seqlens": OFFSETS[:-1]},
+        r"cu_seqlens: got \[0, 7, 7, 8\]; expected increasing offsets from 0 to 20",
+    ),
+    ({"cu_seqlens": OFFSETS[::-1]}, "expected increasing offsets from 0 to 20"),
+    ({"cu_seqlens": np.array(20)}, r"shape of cu_seqlens: got \(\); expected \[N \+ 1\]"),
+    ({"cu_seqlens": [0, 20]}, r"invalid cu_seqlens: got list; expected an array \[N \+ 1\]"),
+    ({"cu_seqlens": OFFSETS.astype(np.float32)}, "dtype of cu_seqlens: got float32; expected int32"),
     (
         {"initial_state": STATES, "cu_seqlens": OFFSETS[[0, 4]]},
-        r"shape \(4, 2, 16, 32\), accepted is \[N, H, K,",
+        r"got \(4, 2, 16, 32\); expected \[N, H, K,",
     ),
-    ({"initial_state": STATES[:1], "state_v_first": True}, r"accepted is \[N, H, V, K\] = \(1, 2, 32, 16\)"),
+    ({"initial_state": STATES[:1], "state_v_first": True}, r"expected \[N, H, V, K\] = \(1, 2, 32, 16\)"),
     (
         {name: jnp.concatenate([x, x]) for name, x in zip("qkvg", TOKENS, strict=True)},
-        "q has B = 2, accepted",
+        "shape of q: got B = 2; expected B = 1",
     ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
-def test_bad_argument_is_named_with_what_it_got_and_what_is_accepted(changes, message):
+def test_an_invalid_argument_is_named_with_its_value_and_what_is_expected(changes, message):
     arguments = dict(zip("qkvg", TOKENS, strict=True)) | {"cu_seqlens": OFFSETS}
     if "initial_state" in changes:
         del arguments["cu_seqlens"]
@@ -119,6 +122,6 @@ def test_bad_argument_is_named_with_what_it_got_and_what_is_accepted(changes, me
         chunk_gla(**(arguments | changes))
 
 
-def test_decay_of_the_values_is_refused():
-    with pytest.raises(NotImplementedError, match="gv must be None"):
+def test_decay_of_the_values_is_unsupported():
+    with pytest.raises(NotImplementedError, match="unsupported gv: got .*; expected None"):
         fused_recurrent_gla(*TOKENS[:3], gv=TOKENS[2])

@@ -111,15 +111,21 @@ def test_the_backward_pass_reads_the_saved_states():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"k": 16}, "K must be 32 or 64, got 16"),
-        ({"v": 128}, "V must be 64, got 128"),
-        ({"dtype": "float16"}, "v must be bfloat16, got float16"),
-        ({"gate_dtype": "float16"}, "g must be bfloat16 or float32, got float16"),
-        ({"grid": (1, 65)}, "T must be a multiple of 64, got 65"),
-        ({"grid": (4, 32), "direction": "column"}, r"grid must have .* rows in a .* columns, got \(4, 32\)"),
-        ({"chunk_size": 32}, "chunk_size must be None or 64, got 32"),
-        ({"gating": Gating(16.0, 1e-6)}, "gating must be None .* got that of gated_gla_2d"),
-        ({"segment_ids": jnp.zeros((1, 128), jnp.int32)}, "segment_ids must be None, got an array"),
+        ({"k": 16}, "unsupported K: got 16; expected 32 or 64"),
+        ({"v": 128}, "unsupported V: got 128; expected 64"),
+        ({"dtype": "float16"}, "unsupported dtype of v: got float16; expected bfloat16"),
+        ({"gate_dtype": "float16"}, "unsupported dtype of g: got float16; expected bfloat16 or float32"),
+        ({"grid": (1, 65)}, "unsupported T: got 65; expected a multiple of 64"),
+        (
+            {"grid": (4, 32), "direction": "column"},
+            r"unsupported rows in a column scan: got grid \(4, 32\); expected",
+        ),
+        ({"chunk_size": 32}, "unsupported chunk_size: got 32; expected None or 64"),
+        ({"gating": Gating(16.0, 1e-6)}, "unsupported function: got gated_gla_2d; expected gla or gla_2d"),
+        (
+            {"segment_ids": jnp.zeros((1, 128), jnp.int32)},
+            "unsupported segment_ids: got an array; expected None",
+        ),
     ],
 )
 def test_unsupported_gives_the_reason(change, reason):

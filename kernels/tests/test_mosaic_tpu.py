@@ -205,9 +205,9 @@ def test_scale_may_be_negative():
 @pytest.mark.parametrize(
     ("k", "v", "chunk_size", "message"),
     [
-        (8, 64, None, "K must be from 16 to 128, got 8"),
-        (32, 256, None, "V must be from 16 to 128, got 256"),
-        (32, 64, 256, "chunk_size must be None or one of 16, 32, 64, 128, got 256"),
+        (8, 64, None, "unsupported K: got 8; expected 16 to 128"),
+        (32, 256, None, "unsupported V: got 256; expected 16 to 128"),
+        (32, 64, 256, "unsupported chunk_size: got 256; expected None, 16, 32, 64 or 128"),
         (32, 64, None, None),
     ],
 )

@@ -16,7 +16,7 @@ GRID = {"grid": (4, 5), "direction": "column"}
 
 
 def arrays_and_gradient():
-    """The arrays of a gated scan, 4 batch elements and 2 heads, and a function that gives their gradients."""
+    """Return the arrays of a gated scan (B = 4, H = 2) and the function that computes their gradients."""
     (q, k, v, logits, _), (gate, _) = oracle.inputs(0, b=4, h=2)
 
     def loss(q, k, v, logits, gate, weight):
@@ -27,7 +27,7 @@ def arrays_and_gradient():
 
 @pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 @pytest.mark.parametrize("axes", [("data", "tensor"), ("fsdp", "model")])
-def test_split_over_batch_and_heads_equals_one_device_and_gathers_nothing(types, axes):
+def test_sharding_batch_and_heads_equals_one_device_and_gathers_nothing(types, axes):
     mesh = jax.make_mesh((2, 2), axes, axis_types=types)
     arrays, gradient = arrays_and_gradient()
     expected = jax.jit(gradient)(*arrays)
@@ -35,13 +35,13 @@ def test_split_over_batch_and_heads_equals_one_device_and_gathers_nothing(types,
         split = [jax.device_put(x, NamedSharding(mesh, P(axes[0], None, axes[1]))) for x in arrays[:5]]
         compiled = jax.jit(gradient).lower(*split, arrays[5]).compile()
         oracle.assert_close(compiled(*split, arrays[5]), expected, 1e-5, NAMES)
-    # The weight's gradient is added up over the devices; no other array crosses between them.
+    # Only the weight's gradient, a sum over the devices, is communicated.
     collective = r"= (\S+) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
     exchanged = {shape.partition("{")[0] for shape in re.findall(collective, compiled.as_text())}
     assert exchanged <= {"f32[16]", "f32[2,16]", "f32[4,16]"}
 
 
-def test_what_a_mesh_does_not_divide_runs_whole():
+def test_sizes_that_a_mesh_does_not_divide_run_unsharded():
     arrays, _ = oracle.inputs(1, b=3, h=3)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=AUTO)
     expected = gla(*arrays[:4])
@@ -49,7 +49,7 @@ def test_what_a_mesh_does_not_divide_runs_whole():
         oracle.assert_close([jax.jit(gla)(*arrays[:4])], [expected], 1e-6, ["o"])
 
 
-def test_axes_left_automatic_by_an_enclosing_shard_map_still_split_the_batch():
+def test_auto_axes_inside_a_shard_map_still_shard_the_batch():
     (q, k, v, g, _), _ = oracle.inputs(2, b=4, t=32)
     mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=AUTO)
     expected = gla(q, k, v, g)
@@ -60,7 +60,7 @@ def test_axes_left_automatic_by_an_enclosing_shard_map_still_split_the_batch():
         oracle.assert_close([jax.jit(split)(q, k, v, g)], [expected], 1e-5, ["o"])
 
 
-def test_vmap_and_sharding_go_together():
+def test_vmap_and_sharding_combine():
     arrays, _ = oracle.inputs(3, b=4)
     q, k, v, g = (jnp.stack([x, 2 * x]) for x in arrays[:4])
     expected = jnp.stack([gla(q[i], k[i], v[i], g[i]) for i in range(2)])

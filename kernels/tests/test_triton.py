@@ -79,10 +79,13 @@ def test_chunks_may_be_shorter():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"k": 8}, "K must be from 16 to 128, got 8"),
-        ({"v": 256}, "V must be from 16 to 128, got 256"),
-        ({"dtype": "float8_e4m3fn"}, "v must be bfloat16, float16 or float32, got float8_e4m3fn"),
-        ({"chunk_size": 8}, "chunk_size must be None or a power of two from 16, got 8"),
+        ({"k": 8}, "unsupported K: got 8; expected 16 to 128"),
+        ({"v": 256}, "unsupported V: got 256; expected 16 to 128"),
+        (
+            {"dtype": "float8_e4m3fn"},
+            "unsupported dtype of v: got float8_e4m3fn; expected bfloat16, float16 or float32",
+        ),
+        ({"chunk_size": 8}, "unsupported chunk_size: got 8; expected None or a power of two >= 16"),
         ({}, None),
     ],
 )

@@ -1,17 +1,17 @@
 """The TPU kernel's backward pass over the chunks of one grid step, last chunk first.
 
-In the terms of `mosaic_forward`, with D the gradient of the state that leaves, D~ = exp(L - M) D and
+In the notation of `forward`, with D the gradient of the outgoing state, D~ = exp(L - M) D and
 dA = mask(dO v^T):
 
     dv  = A^T dO + k~ D~^T,   dq~ = dA k~ + dO S~,   dk~ = dA^T q~ + v D~
     D  <- exp(M) (D~ + dO^T q~)
 
-The decay of token t takes part in all that t and later tokens read of what was before t. At the chunk's start
-that is sum_v S~ (D~ + dO^T q~); every token then adds the key it brings and takes away what only its query
-read: dg_t = that sum - sum_{s < t} (q~ dq~ - k~ dk~)_s. All of it is formed of the same rounded numbers, so
-that no error grows along the sequence.
+The decay of token t affects everything that t and later tokens read from the state before t. At the chunk's
+start this is sum_v S~ (D~ + dO^T q~); every token then adds its own key and removes what only its query read:
+dg_t = that sum - sum_{s < t} (q~ dq~ - k~ dk~)_s. All terms use the same rounded numbers, so that errors do
+not grow along the sequence.
 
-The bisection for any decay differentiates the sums of each level instead, and subtracts nothing.
+The bisection for strong decays instead differentiates the sums of each level and subtracts nothing.
 """
 
 from collections.abc import Iterator
@@ -29,9 +29,10 @@ from pallas_gla.scan import Gating
 
 
 def backward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gating: Gating | None) -> None:
-    """Runs one grid step, (batch, heads, chunks); `refs` are named as in `mosaic_launch`."""
+    """Run one grid step, (batch, heads, chunks). The names of `refs` are listed in `launch.FORMS`."""
     step = pl.program_id(2)
-    state_ref, weight_ref = refs["state"], refs.get("d_norm_weight")
+    state_ref: Any = refs["state"]
+    weight_ref: Any = refs.get("d_norm_weight")
     before, after = step & 1, (step + 1) & 1
 
     @pl.when(step == 0)
@@ -42,7 +43,7 @@ def backward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gatin
 
     d_states = {group: state_ref[before, :, group.keys] for group in tiling.groups}
     spans = []
-    d_weights = dict.fromkeys(tiling.groups, 0.0)
+    d_weights: dict[HeadGroup, Any] = dict.fromkeys(tiling.groups, 0.0)
     i, j = tiling.positions()
     sum_to, sum_before = fwd.to_token(tiling), j < i
     causal, anticausal = {}, {}
@@ -54,7 +55,7 @@ def backward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gatin
         heads = group.heads
         first, total = fwd.decay_sums(refs, tiling, chunk, group, sum_to, gating)
         yield
-        q, k, leave, enter, span = fwd.factorised(refs, tiling, chunk, group, first, total, scale)
+        q, k, leave, enter, span = fwd.factorized(refs, tiling, chunk, group, first, total, scale)
         spans.append(span)
         v, d_o = (refs[name].load(chunk, group.values) for name in ("v", "d_o"))
         entered = (refs["states"][chunk, :, group.keys].astype(jnp.float32) * enter).astype(tiling.dtype)
@@ -120,7 +121,7 @@ def _bisect_step(
     before: Int[Array, ""],
     after: Int[Array, ""],
 ) -> None:
-    """The step for any decay; overwrites what the factorised form has written."""
+    """Run the step for any decay, overwriting the results of the factorized form."""
     state_ref = refs["state"]
     state_ref[after] = state_ref[before]
 
@@ -157,7 +158,7 @@ def _bisect_chunk(
     d_v = _gather(tiling, group, scores, d_o) + fwd.read_state(tiling, group, keys, d_state)
     refs["d_v"].store(chunk, group.values, d_v)
 
-    # What crosses the chunk's ends, then pairs inside it, by their distance.
+    # First what crosses the chunk's ends, then the pairs inside it, by distance.
     d_queries = _write_state(tiling, group, d_o, state)
     d_keys = _write_state(tiling, group, v, d_state)
     d_g = _sum_gradients(tiling, tiles.levels(tiling.chunk), queries * d_queries, keys * d_keys)
@@ -189,7 +190,7 @@ def _bisect_chunk(
 def _pair_products(
     tiling: TpuTiling, group: HeadGroup, x: Float[Array, "c w"], y: Float[Array, "c w"]
 ) -> Float[Array, "c n"]:
-    """x y^T of every head, side by side, for tiles of values."""
+    """Return x y^T of every head, side by side, for tiles of values."""
     together = fwd.heads_together(tiling, group)
     parts = []
     for start in range(0, group.heads, together):
@@ -203,15 +204,15 @@ def _pair_products(
 def _write_state(
     tiling: TpuTiling, group: HeadGroup, x: Float[Array, "c vw"], state: Float[Array, "v w"]
 ) -> Float[Array, "c w"]:
-    """Every head's values times its (transposed) state."""
+    """Multiply every head's values by its transposed state."""
     return tiling.dot(x, tiles.stack_heads(state.astype(tiling.dtype), group.heads))
 
 
 def _gather(
     tiling: TpuTiling, group: HeadGroup, scores: Float[Array, "c n"], x: Float[Array, "c vw"]
 ) -> Float[Array, "c vw"]:
-    """Every head's transposed scores times its values."""
-    # Blocks [heads * C, heads * V], of which those on the diagonal are wanted.
+    """Multiply every head's transposed scores by its values."""
+    # The product has blocks for all pairs of heads; keep the diagonal ones.
     return tiles.fold_heads(tiling.dot(scores, x, "tn"), group.heads)
 
 
@@ -221,7 +222,7 @@ def _sum_gradients(
     from_start: Float[Array, "c w"],
     to_end: Float[Array, "c w"],
 ) -> Float[Array, "c w"]:
-    """The transpose of `block_sums`."""
+    """Apply the transpose of `block_sums`."""
     i, j = tiling.positions()
     to, after = tiles.sum_masks(j, i, level)
     return tiling.sums(to, from_start) + tiling.sums(after, to_end)
@@ -234,7 +235,7 @@ def _store_decay(
     d_g: Float[Array, "c w"],
     gating: Gating | None,
 ) -> None:
-    """Writes the gradient of the decay, or of its logits."""
+    """Store the gradient of the decay or, in a gated scan, of its logits."""
     if gating is not None:
         logits = refs["g"].load(chunk, group.keys, jnp.float32)
         d_g *= tiles.sigmoid(-logits) * (1.0 / gating.normalizer)
@@ -250,7 +251,7 @@ def _through_norm(
     d_out: Float[Array, "c w"],
     gating: Gating,
 ) -> tuple[Float[Array, "c w"], Float[Array, "1 w"]]:
-    """The gradients of o, in the dtype of products, and of the norm's weight; writes that of the gate."""
+    """Store the gradient of the gate; return those of o, in the products' dtype, and of the norm's weight."""
     z = refs["out_gate"].load(chunk, group.values, jnp.float32)
     weight = refs["norm_weight"][:, group.values]
     d_out = d_out.astype(jnp.float32)

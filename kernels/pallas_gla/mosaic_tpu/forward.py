@@ -1,16 +1,16 @@
 """The TPU kernel's forward pass over the chunks of one grid step.
 
-With G the sum of decays after the chunk's first token, M its value in the middle and L at the end, S the
-(transposed) state that enters, g_0 the decay of the first token, and tokens i >= j along the scan:
+Let G be the sum of decays after the chunk's first token, M its value in the middle and L its value at the
+end, S the transposed incoming state, g_0 the decay of the first token, and i >= j tokens along the scan:
 
     q~ = scale q exp(G - M),   k~ = k exp(M - G),   S~ = S exp(g_0 + M)
     o = mask(q~ k~^T) v + q~ S~^T,   S <- exp(L - M) (S~ + v^T k~)
 
-so that a token needs two exponentials and the rest is matrix products (Yang et al. 2024, section 4.2, with
-the reference in the middle, which halves the range of the exponents, and without g_0, which no pair of tokens
-of the chunk meets and which may be a reset). A step whose decays span more than `MAX_SPAN` is run again by
-bisection: pairs (i, j) are met in neighbouring blocks of 1, 2, 4, ... tokens, whose decay is a sum from j to
-the end of its block and one from the start of i's, both <= 0.
+A token takes two exponentials, and the rest is matrix products (Yang et al. 2024, section 4.2). Taking the
+reference in the middle halves the range of the exponents; leaving out g_0, which affects no pair inside the
+chunk, allows it to be a reset. If decays in a step span more than `MAX_SPAN`, the step runs again by
+bisection: pairs (i, j) in neighboring blocks of 1, 2, 4, ... tokens decay by a sum from j to the end of its
+block and a sum from the start of i's block, both <= 0.
 """
 
 import math
@@ -27,12 +27,12 @@ from pallas_gla.mosaic_tpu.tiles import HeadGroup, TpuTiling
 from pallas_gla.mosaic_tpu.tokens import LANES
 from pallas_gla.scan import Gating
 
-# A decay of so many bits is zero in float32.
+# A decay of this many bits is zero in float32.
 NO_STATE = -512.0
 
 
 def forward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gating: Gating | None) -> None:
-    """Runs one grid step, (batch, heads, chunks); `refs` are named as in `mosaic_launch`."""
+    """Run one grid step, (batch, heads, chunks). The names of `refs` are listed in `launch.FORMS`."""
     step = pl.program_id(2)
     state_ref = refs["state"]
     before, after = step & 1, (step + 1) & 1
@@ -50,7 +50,7 @@ def forward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gating
     def stages(chunk: int, group: HeadGroup) -> Iterator[None]:
         first, total = decay_sums(refs, tiling, chunk, group, sum_to, gating)
         yield
-        q, k, leave, enter, span = factorised(refs, tiling, chunk, group, first, total, scale)
+        q, k, leave, enter, span = factorized(refs, tiling, chunk, group, first, total, scale)
         spans.append(span)
         yield
         v = refs["v"].load(chunk, group.values)
@@ -88,7 +88,7 @@ def _bisect_step(
     before: Int[Array, ""],
     after: Int[Array, ""],
 ) -> None:
-    """The step for any decay; overwrites what the factorised form has written."""
+    """Run the step for any decay, overwriting the results of the factorized form."""
     state_ref = refs["state"]
     state_ref[after] = state_ref[before]
 
@@ -120,23 +120,23 @@ def decay(
     group: HeadGroup,
     gating: Gating | None,
 ) -> Float[Array, "c w"]:
-    """The chunk's decays in units of `unit`."""
+    """Return the chunk's decays in multiples of `unit`."""
     if gating is None:
         return refs["g"].load(chunk, group.keys)
-    # One rounding to bfloat16 changes exp(-x) by at most 0.1 %, and halves the products of its sums.
+    # Rounding once to bfloat16 changes exp(-x) by at most 0.1 % and halves the products in its sums.
     return tiles.softplus_bits(-refs["g"].load(chunk, group.keys, jnp.float32)).astype(tiling.dtype)
 
 
 def any_decay(
     refs: dict[str, Any], tiling: TpuTiling, chunk: Int[Array, ""], group: HeadGroup, gating: Gating | None
 ) -> Float[Array, "c w"]:
-    """The chunk's decays in bits, `NO_STATE` at least, so that their sums are finite."""
+    """Return the chunk's decays in bits, clipped at `NO_STATE` so that sums are finite."""
     g = decay(refs, tiling, chunk, group, gating).astype(jnp.float32) * unit(gating)
     return jnp.maximum(g, NO_STATE)
 
 
 def unit(gating: Gating | None) -> float:
-    """What turns `decay` into bits."""
+    """Return the factor that converts `decay` to bits."""
     return tiles.BITS if gating is None else -1.0 / gating.normalizer
 
 
@@ -148,19 +148,19 @@ def decay_sums(
     sum_to: Bool[Array, "c c"],
     gating: Gating | None,
 ) -> tuple[Float[Array, "1 w"], Float[Array, "c w"]]:
-    """Bits of decay of the chunk's first token, and from there to every token."""
+    """Return the decay of the chunk's first token, and from there to every token, in bits."""
     g = decay(refs, tiling, chunk, group, gating)
     first = row(g, tiling.scan_rows[0]).astype(jnp.float32) * unit(gating)
     return first, tiling.sums(sum_to, g, unit(gating))
 
 
 def to_token(tiling: TpuTiling) -> Bool[Array, "c c"]:
-    """Of the tokens after a chunk's first, those up to that of the row."""
+    """Return, for every row's token, the mask of tokens up to it, without the chunk's first."""
     i, j = tiling.positions()
     return (j <= i) & (j > 0)
 
 
-def factorised(
+def factorized(
     refs: dict[str, Any],
     tiling: TpuTiling,
     chunk: int,
@@ -171,7 +171,7 @@ def factorised(
 ) -> tuple[
     Float[Array, "c w"], Float[Array, "c w"], Float[Array, "1 w"], Float[Array, "1 w"], Float[Array, "1 w"]
 ]:
-    """q~ and k~ in the dtype of products, exp(L - M), exp(g_0 + M), and the decay from M to an end."""
+    """Return q~ and k~ in the products' dtype, exp(L - M), exp(g_0 + M), and the decay from M to an end."""
     middle, last = (row(total, r) for r in tiling.scan_rows[1:])
     q = refs["q"].load(chunk, group.keys, jnp.float32) * query_factor(total, middle, scale)
     k = refs["k"].load(chunk, group.keys, jnp.float32) * jnp.exp2(middle - total)
@@ -183,24 +183,24 @@ def factorised(
 def query_factor(
     total: Float[Array, "c w"], middle: Float[Array, "1 w"], scale: float
 ) -> Float[Array, "c w"]:
-    """scale exp(G - M); a positive scale costs nothing in the exponent."""
+    """Return scale * exp(G - M). A positive scale is part of the exponent and costs nothing."""
     if scale > 0:
         return jnp.exp2(total - (middle - math.log2(scale)))
     return jnp.exp2(total - middle) * scale
 
 
 def row(x: Float[Array, "c w"], index: int) -> Float[Array, "1 w"]:
-    """One row of x."""
+    """Return one row of x."""
     return x[index : index + 1]
 
 
 def largest(spans: list[Float[Array, "1 _"]]) -> Float[Array, ""]:
-    """The largest of all numbers; NaN if one is."""
-    widest = {}
+    """Return the largest number, or NaN if any is NaN."""
+    widest: dict[int, Any] = {}
     for span in spans:
         width = span.shape[1]
         widest[width] = jnp.maximum(widest[width], span) if width in widest else span
-    result = None
+    result: Any = None
     for span in widest.values():
         result = jnp.max(span) if result is None else jnp.maximum(result, jnp.max(span))
     return result
@@ -209,7 +209,7 @@ def largest(spans: list[Float[Array, "1 _"]]) -> Float[Array, ""]:
 def attend(
     tiling: TpuTiling, group: HeadGroup, scores: Float[Array, "c n"], v: Float[Array, "c w"]
 ) -> Float[Array, "c w"]:
-    """Every head's scores times its values. Heads that fill the lanes together are kept to themselves."""
+    """Multiply every head's scores by its values, for as many heads at a time as fill the lanes."""
     together = heads_together(tiling, group)
     parts = []
     for start in range(0, group.heads, together):
@@ -221,7 +221,7 @@ def attend(
 
 
 def heads_together(tiling: TpuTiling, group: HeadGroup) -> int:
-    """Heads whose values fill 128 lanes, if their scores begin at a multiple of 128 lanes too."""
+    """Return the number of heads whose values fill 128 lanes, if their scores are aligned too."""
     heads = max(LANES // tiling.value_width, 1)
     return heads if heads * tiling.chunk % LANES == 0 else group.heads
 
@@ -229,14 +229,17 @@ def heads_together(tiling: TpuTiling, group: HeadGroup) -> int:
 def read_state(
     tiling: TpuTiling, group: HeadGroup, q: Float[Array, "c w"], state: Float[Array, "v w"]
 ) -> Float[Array, "c vw"]:
-    """Every head's queries times its state."""
+    """Multiply every head's queries by its state."""
     return tiling.dot(q, tiles.stack_heads(state.astype(tiling.dtype), group.heads), "nt")
 
 
 def block_sums(
     tiling: TpuTiling, g: Float[Array, "c w"], level: Int[Array, ""] | int
 ) -> tuple[Float[Array, "c w"], Float[Array, "c w"]]:
-    """Bits of decay in blocks of 2**level tokens: from the start to every token, and after it to the end."""
+    """Return the decay from a block's start to every token and from there to its end, in bits.
+
+    Blocks have 2**level tokens.
+    """
     to, after = tiles.sum_masks(*tiling.positions(), level)
     return tiling.sums(to, g), tiling.sums(after, g)
 
@@ -248,7 +251,7 @@ def bisected_scores(
     k: Float[Array, "c w"],
     g: Float[Array, "c w"],
 ) -> Float[Array, "c n"]:
-    """Decayed scores of all pairs, 0 for j > i, without an exponent above 0."""
+    """Return decayed scores of all pairs, 0 for j > i, without exponents above 0."""
     i, j = tiling.positions(group.heads)
     diagonal = tiling.dot(q, tiles.stack_heads(k, group.heads), "nt")
 
@@ -269,7 +272,7 @@ def finish(
     o: Float[Array, "c w"],
     gating: Gating | None,
 ) -> None:
-    """Normalises and gates o where that is asked for, and writes it."""
+    """Normalize and gate o if the scan is gated, and store it."""
     if gating is not None:
         z = refs["out_gate"].load(chunk, group.values, jnp.float32)
         weight = refs["norm_weight"][:, group.values]
@@ -280,16 +283,16 @@ def finish(
 def inverse_norm(
     tiling: TpuTiling, group: HeadGroup, o: Float[Array, "c w"], gating: Gating
 ) -> Float[Array, "c w"]:
-    """1 / sqrt(mean of squares + eps) of every head, on all its lanes."""
+    """Return 1 / sqrt(mean(o**2) + eps) of every head, on all its lanes."""
     return jax.lax.rsqrt(head_means(tiling, group, o * o) + gating.eps)
 
 
 def head_means(tiling: TpuTiling, group: HeadGroup, x: Float[Array, "c w"]) -> Float[Array, "c w"]:
-    """The mean of every head's lanes, on all of them, as a product with blocks of ones."""
+    """Return every head's mean, on all its lanes, by a product with blocks of ones."""
     width = max(min(LANES, x.shape[1]), tiling.value_width)
     shift = tiling.value_width.bit_length() - 1
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (width, width), axis) for axis in (0, 1))
-    # 1 / width is exact in bfloat16, 1 / values need not be.
+    # 1 / width is exact in bfloat16; 1 / values may not be.
     same = ((i >> shift) == (j >> shift)).astype(jnp.float32) * (1.0 / tiling.value_width)
     parts = [
         tiling.dot(x[:, start : start + width], same[: x.shape[1] - start, : x.shape[1] - start])

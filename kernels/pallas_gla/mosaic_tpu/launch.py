@@ -1,4 +1,4 @@
-"""How a scan lies on the TPU: padding, blocks, the grid, and the call of a kernel."""
+"""Layout of a scan on a TPU: padding, blocks, the grid, and the kernel call."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_gla.mosaic_tpu import tuning
 from pallas_gla.mosaic_tpu.tiles import TpuTiling
@@ -17,9 +17,9 @@ from pallas_gla.mosaic_tpu.tokens import LANES, SUBLANES, Columns, Tokens, by_ro
 from pallas_gla.scan import STATE_INTERVAL, Operands, Scan
 from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
 
-# A reset of the state, in nats, and a logit without decay.
+# The log decay of a reset, and a logit without decay.
 RESET, NO_DECAY_LOGIT = -1e4, 1e4
-# What a kernel reads and writes, by the form of its array.
+# The arrays that a kernel reads and writes, by layout.
 FORMS = {
     "keys": ("q", "k", "g", "d_q", "d_k", "d_g"),
     "values": ("v", "out_gate", "o", "d_v", "d_out_gate", "d_o"),
@@ -32,22 +32,22 @@ FORM = {name: form for form, names in FORMS.items() for name in names}
 
 
 def chip_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype in which the chip takes an operand."""
+    """Return the dtype in which the chip takes an operand."""
     return jnp.dtype(jnp.float32 if dtype == jnp.float16 else dtype)
 
 
-def starts_of_segments(operands: Operands, scan: Scan) -> Bool[Array, "b t"]:
-    """Tokens, in raster order, before which the state is zeroed."""
-    ids = to_scan_order(operands.segment_ids, scan.grid, scan.direction)
+def starts_of_segments(segment_ids: Int[Array, "b t"], scan: Scan) -> Bool[Array, "b t"]:
+    """Return the tokens, in raster order, at which the state is reset."""
+    ids = to_scan_order(segment_ids, scan.grid, scan.direction)
     return to_raster_order(segment_starts(ids), scan.grid, scan.direction)
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A kernel's call: `shape` is the scan's (B, T, H, K, V), the grid is (B, head_blocks, steps).
+    """A kernel call: `shape` is the scan's (B, T, H, K, V), the grid is (B, head_blocks, steps).
 
-    A step takes `columns` whole columns of the image. That is 0 for a scan along rows, and for one along
-    columns that do not fit the tiles: those tokens are copied into the order of the scan.
+    `columns` is the number of whole image columns in a step. It is 0 for a scan along rows, and for a scan
+    along columns that do not fit the tiles, whose tokens are copied into scan order.
     """
 
     scan: Scan
@@ -60,7 +60,7 @@ class Launch:
 
     @classmethod
     def of(cls, operands: Operands, scan: Scan, chunks: int) -> "Launch":
-        """Chooses padded widths, the chunk, and how many chunks (`chunks` at most) and heads a step takes."""
+        """Choose padded widths, the chunk size, and the heads and the chunks (at most `chunks`) of a step."""
         batch, tokens, heads, keys = operands.q.shape
         values = operands.v.shape[-1]
         blocks = tuning.blocks()
@@ -74,7 +74,7 @@ class Launch:
             steps = -(-tokens // (chunk * chunks))
         head_blocks = -(-heads * key_width // blocks.lanes)
         if head_blocks > 1:
-            # Blocks of less than the whole width are multiples of 128 lanes.
+            # Blocks narrower than the array must be multiples of 128 lanes.
             aligned = max(LANES // key_width, 1)
             heads = -(-heads // (head_blocks * aligned)) * aligned
         tiling = TpuTiling(
@@ -87,42 +87,42 @@ class Launch:
             reverse=scan.reverse,
             dtype=chip_dtype(operands.v.dtype),
         )
-        shape = (*operands.q.shape, values)
+        shape = (batch, tokens, operands.q.shape[2], keys, values)
         return cls(scan, shape, tiling.dtype, tiling, steps, head_blocks, columns)
 
     @property
     def heads(self) -> int:
-        """Heads, with padding."""
+        """Number of heads, with padding."""
         return self.tiling.heads * self.head_blocks
 
     @property
     def rows(self) -> int:
-        """Tokens of a grid step."""
+        """Number of tokens in a grid step."""
         return self.tiling.chunk * self.tiling.chunks
 
     @property
     def reordered(self) -> bool:
-        """Whether tokens are copied to lie column by column."""
+        """Whether tokens are copied into column order."""
         return self.scan.by_columns and min(self.scan.grid) > 1 and not self.columns
 
     @property
     def _order(self) -> tuple[int, ...]:
-        """Axes of tokens in an operand: all in one, or the grid."""
+        """Token axes of an operand: one, or the two of the grid."""
         return self.scan.grid if self.columns else (self.steps * self.rows,)
 
     def inputs(self, operands: Operands) -> dict[str, Shaped[Array, "..."]]:
-        """The operands as the kernel takes them, by name."""
+        """Return the operands in the kernel's layout, by name."""
         gating, g = self.scan.gating, operands.g
         if operands.segment_ids is not None:
-            # A state that decays by exp(-1e4) is exactly zero.
+            # exp(-1e4) is exactly zero.
             reset = RESET * (1 if gating is None else gating.normalizer)
-            starts = starts_of_segments(operands, self.scan)[:, :, None, None]
+            starts = starts_of_segments(operands.segment_ids, self.scan)[:, :, None, None]
             g = g.astype(chip_dtype(g.dtype))
             g = jnp.where(starts, jnp.asarray(reset, g.dtype), g)
         arrays = {"q": operands.q, "k": operands.k, "v": operands.v, "out_gate": operands.out_gate}
         inputs = {name: self.pack(name, x) for name, x in arrays.items() if x is not None}
         inputs["g"] = self.pack("g", g, fill=0.0 if gating is None else NO_DECAY_LOGIT)
-        if gating is not None:
+        if operands.norm_weight is not None:
             weight = operands.norm_weight.astype(jnp.float32)
             weight = _pad(weight[:, None], (1, self.tiling.value_width))
             inputs["norm_weight"] = jnp.tile(weight, (1, 1, self.heads))
@@ -131,15 +131,19 @@ class Launch:
         return inputs
 
     def pack(self, name: str, x: Float[Array, "b t h w"], fill: float = 0.0) -> Float[Array, "b *s lanes"]:
-        """Heads side by side, tokens in the order in which the kernel counts them, with padding."""
+        """Pad an array and put its heads side by side and its tokens in the kernel's order."""
         if self.reordered:
             x = to_scan_order(x, self.scan.grid, "column")
-        width = self.tiling.key_width if FORM[name] == "keys" else self.tiling.value_width
-        x = _pad(x.astype(chip_dtype(x.dtype)), (self.steps * self.rows, self.heads, width), fill)
+        shape = (self.steps * self.rows, self.heads, self._width(name))
+        x = _pad(x.astype(chip_dtype(x.dtype)), shape, fill)
         return x.reshape(x.shape[0], *self._order, -1)
 
+    def _width(self, name: str) -> int:
+        """Return the padded width of one head in an array of tokens."""
+        return self.tiling.key_width if FORM[name] == "keys" else self.tiling.value_width
+
     def unpack(self, x: Float[Array, "b *s lanes"], like: Float[Array, "b t h w"]) -> Float[Array, "b t h w"]:
-        """The inverse of `pack`, in the shape and the dtype of `like`."""
+        """Invert `pack`, into the shape and dtype of `like`."""
         _, tokens, heads, width = like.shape
         x = x.reshape(x.shape[0], self.steps * self.rows, self.heads, -1)[:, :tokens, :heads, :width]
         if self.reordered:
@@ -147,24 +151,24 @@ class Launch:
         return x.astype(like.dtype)
 
     def pack_state(self, x: Float[Array, "b h k v"]) -> Float[Array, "b height lanes"]:
-        """A state, transposed, heads side by side, with padding."""
+        """Pad and transpose a state and put its heads side by side."""
         x = _pad(x, (self.heads, self.tiling.key_width, self.tiling.value_width))
         return x.transpose(0, 3, 1, 2).reshape(x.shape[0], x.shape[3], -1)
 
     def unpack_state(self, x: Float[Array, "b height lanes"]) -> Float[Array, "b h k v"]:
-        """The inverse of `pack_state`."""
+        """Invert `pack_state`."""
         _, _, heads, keys, values = self.shape
         x = x.reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 3, 1)
         return x[:, :heads, :keys, :values]
 
     def trim_states(self, x: Float[Array, "b n height lanes"], slots: int) -> Float[Array, "b m v hk"]:
-        """Saved states without padding, [B, slots, V, H * K]."""
+        """Remove the padding of saved states: [B, slots, V, H * K]."""
         _, _, heads, keys, values = self.shape
         x = x.reshape(*x.shape[:3], self.heads, -1)[:, :slots, :values, :heads, :keys]
         return x.reshape(*x.shape[:3], -1)
 
     def pad_states(self, x: Float[Array, "b m v hk"]) -> Float[Array, "b n height lanes"]:
-        """The inverse of `trim_states`; chunks of padding, which were not saved, get zeros."""
+        """Invert `trim_states`. Chunks of padding, which were not saved, become zeros."""
         x = x.reshape(*x.shape[:3], self.shape[2], -1)
         slots = max(x.shape[1], self.steps * self.tiling.chunks)
         x = _pad(x, (slots, self.tiling.value_width, self.heads, self.tiling.key_width))
@@ -179,19 +183,19 @@ class Launch:
         slots: int,
         backward: bool = False,
     ) -> dict[str, Shaped[Array, "..."]]:
-        """Calls the kernel; `results` gives the dtype of each result, `slots` the number of saved states."""
+        """Call the kernel. `results` gives the dtype of each result, `slots` the number of saved states."""
         grid = (self.shape[0], self.head_blocks, self.steps)
-        results = {key: self._result(key, dtype, slots) for key, dtype in results.items()}
+        outputs = {key: self._result(key, dtype, slots) for key, dtype in results.items()}
         last_first = self.scan.reverse != backward
-        specs = {key: self._spec(FORM[key], last_first) for key in (*inputs, *results)}
+        specs = {key: self._spec(FORM[key], last_first) for key in (*inputs, *outputs)}
         state = (2, self.tiling.value_width, self.tiling.heads * self.tiling.key_width)
 
         tokens = [key for key in specs if FORM[key] in TOKENS]
         moved = tokens if self.columns else []
-        dtypes = {key: x.dtype for key, x in (*inputs.items(), *results.items())}
+        dtypes = {key: x.dtype for key, x in (*inputs.items(), *outputs.items())}
         scratch = [pltpu.VMEM(state, jnp.float32)]
         for key in moved:
-            width = specs[key].block_shape[-1]
+            width = self.tiling.heads * self._width(key)
             shape, dtype = (self.rows, width), dtypes[key]
             if key in inputs:
                 shape, dtype = Columns.words_of(self.scan.grid[0], self.columns, width, dtype)
@@ -200,33 +204,35 @@ class Launch:
         def kernel(*refs: Any) -> None:
             blocks = dict(zip((*specs, "state"), refs[: len(specs) + 1], strict=True))
             in_order = dict(zip(moved, refs[len(specs) + 1 :], strict=True))
-            views = {key: Tokens((blocks | in_order)[key], self.tiling.chunk) for key in tokens}
+            views: dict[str, Tokens | Columns] = {
+                key: Tokens((blocks | in_order)[key], self.tiling.chunk) for key in tokens
+            }
             for key in moved:
                 if key in inputs:
                     shape = (self.tiling.chunk, self.scan.grid[0], self.columns, dtypes[key])
-                    views[key] = Columns(in_order[key], *shape)
-                    views[key].fill(blocks[key])
+                    views[key] = columns = Columns(in_order[key], *shape)
+                    columns.fill(blocks[key])
             body(blocks | views, self.tiling)
             for key in moved:
-                if key in results:
+                if key in outputs:
                     by_rows(in_order[key], blocks[key])
 
         call = pl.pallas_call(
             kernel,
             grid=grid,
             in_specs=[specs[key] for key in inputs],
-            out_specs=[specs[key] for key in results],
-            out_shape=list(results.values()),
+            out_specs=[specs[key] for key in outputs],
+            out_shape=list(outputs.values()),
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
                 vmem_limit_bytes=tuning.blocks().vmem_limit_bytes,
             ),
-            cost_estimate=self._cost((*inputs.values(), *results.values()), backward),
+            cost_estimate=self._cost((*inputs.values(), *outputs.values()), backward),
             interpret=self.scan.interpret,
             name=name,
         )
-        return dict(zip(results, call(*inputs.values()), strict=True))
+        return dict(zip(outputs, call(*inputs.values()), strict=True))
 
     def _result(self, name: str, dtype: jnp.dtype, slots: int) -> jax.ShapeDtypeStruct:
         batch, values = self.shape[0], self.tiling.value_width
@@ -238,9 +244,9 @@ class Launch:
             "states": (batch, max(slots, self.steps * self.tiling.chunks), values, key_lanes),
             "weight": (batch, 1, value_lanes),
         }[FORM[name]]
-        # Types say nothing of meshes: the program is per shard by now.
-        whole = jax.sharding.ManualAxisType(varying=frozenset())
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=whole)
+        # The program is per shard by now, so types have no mesh.
+        local = jax.sharding.ManualAxisType(varying=frozenset())
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=local)
 
     def _spec(self, form: str, last_first: bool) -> pl.BlockSpec:
         keys, values = (self.tiling.heads * w for w in (self.tiling.key_width, self.tiling.value_width))
@@ -280,10 +286,10 @@ class Launch:
 
 
 def _columns(scan: Scan, preferred: int, chunks: int, tokens: int) -> tuple[int, int]:
-    """Columns of a grid step of `tokens` at most, and the chunk; 0 where tokens are taken along rows."""
+    """Return the columns of a grid step of at most `tokens`, or 0 to go along rows, and the chunk size."""
     if not scan.by_columns or min(scan.grid) == 1 or scan.grid[0] * SUBLANES > tokens:
         return 0, preferred
-    # Saved states have no more slots than chunks of 64 need.
+    # There are only as many slots for saved states as chunks of 64 need.
     chunk = column_chunk(scan.grid, preferred, min(scan.chunk_size or STATE_INTERVAL, STATE_INTERVAL))
     if chunk is None:
         return 0, preferred

@@ -1,14 +1,15 @@
 """Arithmetic on one tile of the TPU kernels: a chunk of tokens of a group of heads.
 
-A group is as many heads as fill 128 lanes with keys. Their queries, keys and decays lie side by side in
-[C, heads * K] tiles, their values in [C, heads * V], and their states, transposed, in [V, heads * K], so that
-no lane is idle in elementwise work and a decay per channel is a row. `stack_heads` turns a tile into the
-operand that keeps heads apart in a matrix product.
+A group has as many heads as fill 128 lanes with keys. Their queries, keys and decays lie side by side in
+[C, heads * K] tiles, their values in [C, heads * V], and their transposed states in [V, heads * K].
+Elementwise operations then use all lanes, and a decay per channel is a row. `stack_heads` converts a tile to
+an operand that keeps heads apart in a matrix product.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_gla.mosaic_tpu.tokens import LANES
 
-# Decays are summed in bits, which saves a multiplication at every exponential.
+# Decays are summed in bits, which saves a multiplication per exponential.
 BITS = 1.4426950408889634
-# Above this decay, in bits from the middle of a chunk to either end, the factorised form is left.
+# Largest decay, in bits from the middle of a chunk to either end, for the factorized form.
 MAX_SPAN = 58.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadGroup:
-    """Heads that are worked on together, and where they lie along the lanes."""
+    """Heads that are processed together, and their lanes."""
 
     heads: int
     keys: slice
@@ -36,8 +37,8 @@ class HeadGroup:
 class TpuTiling:
     """The static shape of a grid step: `heads` of `key_width` and `value_width`, `chunks` of `chunk` tokens.
 
-    Of `value_width` lanes per head only `values` are not padding. `dtype` is that of the operands of matrix
-    products, bfloat16 or float32.
+    `values` is `value_width` without padding. `dtype` is the dtype of the operands of matrix products,
+    bfloat16 or float32.
     """
 
     heads: int
@@ -51,7 +52,7 @@ class TpuTiling:
 
     @functools.cached_property
     def groups(self) -> list[HeadGroup]:
-        """Groups of heads; the last one may have fewer."""
+        """Groups of heads; the last one may have fewer heads."""
         together = max(LANES // self.key_width, 1)
         starts = range(0, self.heads, together)
         return [self._group(start, min(together, self.heads - start)) for start in starts]
@@ -62,17 +63,17 @@ class TpuTiling:
 
     @property
     def visits(self) -> list[int]:
-        """Chunks of a step in the order of the scan."""
+        """Chunks of a step in scan order."""
         return list(range(self.chunks))[:: -1 if self.reverse else 1]
 
     @property
     def scan_rows(self) -> tuple[int, int, int]:
-        """Rows of a chunk's first token along the scan, of the last before its middle, and of its last."""
-        rows = (0, self.chunk // 2 - 1, self.chunk - 1)
-        return tuple(self.chunk - 1 - row for row in rows) if self.reverse else rows
+        """Rows of a chunk's first token along the scan, of the last before the middle, and of the last."""
+        last = self.chunk - 1
+        return (last, last - self.chunk // 2 + 1, 0) if self.reverse else (0, self.chunk // 2 - 1, last)
 
     def positions(self, heads: int = 1) -> tuple[Int[Array, "c n"], Int[Array, "c n"]]:
-        """Positions along the scan of a row's token, and of a lane's, in `heads` tiles side by side."""
+        """Return the scan positions of every row's and every lane's token in `heads` tiles side by side."""
         shape = (self.chunk, heads * self.chunk)
         i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         for _ in range(1, heads):
@@ -82,17 +83,17 @@ class TpuTiling:
     def dot(
         self, x: Float[Array, "..."], y: Float[Array, "..."], contract: str = "nn"
     ) -> Float[Array, "..."]:
-        """Matrix product x y; "nt" transposes y, "tn" transposes x."""
+        """Return the matrix product x y; "nt" transposes y, "tn" transposes x."""
         axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[contract]
         return _dot(x.astype(self.dtype), y.astype(self.dtype), axes)
 
     def sums(
         self, which: Bool[Array, "c c"], x: Float[Array, "c w"], unit: float = 1.0
     ) -> Float[Array, "c w"]:
-        """For every row of `which` the sum of the tokens that it marks, times `unit`.
+        """Return, for every row of `which`, the sum of the tokens that it marks, times `unit`.
 
-        The marks are exact in bfloat16, and so are the parts into which x is cut: 16 bits of it beside
-        bfloat16 operands, all beside float32.
+        Marks are exact in bfloat16, and so are the terms into which x is split. With bfloat16 operands this
+        uses 16 bits of x, with float32 operands all of them.
         """
         mark = unit if float(jnp.finfo(jnp.bfloat16).dtype.type(unit)) == unit else 1.0
         marks = (which.astype(jnp.float32) * mark).astype(self.dtype)
@@ -100,7 +101,8 @@ class TpuTiling:
             total = _dot(marks, x.astype(self.dtype), (1, 0))
         else:
             high = _truncate_to_bfloat16(x)
-            total = sum(_dot(marks, part.astype(jnp.bfloat16), (1, 0)) for part in (high, x - high))
+            parts = (part.astype(jnp.bfloat16) for part in (high, x - high))
+            total: Any = sum(_dot(marks, part, (1, 0)) for part in parts)
         return total if mark == unit else total * unit
 
 
@@ -111,24 +113,24 @@ def _dot(x: Float[Array, "..."], y: Float[Array, "..."], axes: tuple[int, int]) 
 
 
 def _truncate_to_bfloat16(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    # By its bits: a cast to bfloat16 and back may be simplified away.
+    # Truncate by bits, because the compiler may remove a cast to bfloat16 and back.
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _head_of_lane(shape: tuple[int, int], heads: int) -> Int[Array, "r w"]:
+def _head_of_lane(shape: tuple[int, ...], heads: int) -> Int[Array, "r w"]:
     width = shape[1] // heads
     return jax.lax.broadcasted_iota(jnp.int32, shape, 1) >> (width.bit_length() - 1)
 
 
 def keep(where: Bool[Array, "r w"], x: Float[Array, "r w"]) -> Float[Array, "r w"]:
-    """x there and 0 elsewhere."""
-    # Of its own dtype, for a plain 0 is 64 bits wide under jax_enable_x64.
+    """Return x where the mask is true and 0 elsewhere."""
+    # A zero of x's dtype, because a plain 0 has 64 bits with jax_enable_x64.
     return jnp.where(where, x, jnp.zeros((), x.dtype))
 
 
 def stack_heads(x: Float[Array, "r w"], heads: int) -> Float[Array, "rows w"]:
-    """One copy of x per head, below each other, each with the other heads' lanes zeroed."""
+    """Stack one copy of x per head, each with the other heads' lanes set to zero."""
     if heads == 1:
         return x
     head = _head_of_lane(x.shape, heads)
@@ -136,7 +138,7 @@ def stack_heads(x: Float[Array, "r w"], heads: int) -> Float[Array, "rows w"]:
 
 
 def fold_heads(x: Float[Array, "rows w"], heads: int) -> Float[Array, "r w"]:
-    """Of `heads` tiles below each other, takes from each its own head's lanes."""
+    """Merge `heads` stacked tiles, taking each head's lanes from its own tile."""
     rows = x.shape[0] // heads
     head = _head_of_lane((rows, x.shape[1]), heads)
     folded = x[:rows]
@@ -146,27 +148,27 @@ def fold_heads(x: Float[Array, "rows w"], heads: int) -> Float[Array, "r w"]:
 
 
 def softplus_bits(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log2(1 + exp(x)), which is never below x in bits."""
+    """Return log2(1 + exp(x)), at least x in bits."""
     x = x * BITS
     return jnp.maximum(jnp.log2(1.0 + jnp.exp2(jnp.minimum(x, 126.0))), x)
 
 
 def sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The logistic function, of which the chip has the hyperbolic tangent."""
+    """Return the logistic function, by the chip's hyperbolic tangent."""
     return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x * sigmoid(x)."""
+    """Return x * sigmoid(x)."""
     half = 0.5 * x
     return half * jnp.tanh(half) + half
 
 
 def emit_in_stages(items: Iterable[Iterator[None]]) -> None:
-    """Runs generators one stage apart, the youngest first.
+    """Run generators one stage apart, the youngest first.
 
-    The compiler keeps much of the order of the program, so that the products of one tile come to stand beside
-    the elementwise work of others.
+    The compiler keeps much of the program's order, so this places the products of one tile beside the
+    elementwise work of others.
     """
     waiting, active = iter(items), []
     done = object()
@@ -180,12 +182,12 @@ def emit_in_stages(items: Iterable[Iterator[None]]) -> None:
 
 
 def levels(chunk: int) -> int:
-    """Number of doublings from 1 token to the chunk."""
+    """Return the number of doublings from 1 token to the chunk."""
     return (chunk - 1).bit_length()
 
 
 def pair_masks(i: Int[Array, "c n"], j: Int[Array, "c n"], level: Int[Array, ""]) -> Bool[Array, "c n"]:
-    """Pairs (i, j) of neighbouring blocks of 2**level tokens, i in the second and j in the first."""
+    """Mask the pairs (i, j) in neighboring blocks of 2**level tokens, i in the second and j in the first."""
     block = i >> level
     return (block == (j >> level) + 1) & ((block & 1) == 1)
 
@@ -193,13 +195,13 @@ def pair_masks(i: Int[Array, "c n"], j: Int[Array, "c n"], level: Int[Array, ""]
 def sum_masks(
     i: Int[Array, "c c"], j: Int[Array, "c c"], level: Int[Array, ""] | int
 ) -> tuple[Bool[Array, "c c"], Bool[Array, "c c"]]:
-    """Of the block of 2**level tokens of i: tokens j from its start to i, and those after i to its end."""
+    """Mask the tokens j from the start of i's block of 2**level tokens to i, and those after i to its end."""
     same = (i >> level) == (j >> level)
     return same & (j <= i), same & (j > i)
 
 
 def for_chunks(tiling: TpuTiling, body: Callable[[Int[Array, ""]], None], last_first: bool = False) -> None:
-    """Runs `body(chunk)` over the chunks of a step along the scan, or against it, in a loop."""
+    """Loop `body(chunk)` over the chunks of a step, along the scan or, with `last_first`, against it."""
 
     @pl.loop(0, tiling.chunks)
     def _(n: Int[Array, ""]) -> None:

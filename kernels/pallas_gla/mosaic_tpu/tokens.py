@@ -1,11 +1,10 @@
-"""A grid step's block of tokens, chunk by chunk in the order of the scan.
+"""Access to the tokens of a grid step, chunk by chunk in scan order.
 
-No order moves a token in HBM. Along rows a chunk is some neighbouring rows of a [tokens, lanes] block, and a
-reversed scan takes blocks and chunks from the last to the first. Along columns the block is some whole
-columns of the image, [1, rows, columns, lanes]. What is read of it is copied into tiles of 128 lanes,
-[rows * columns, 128], in VMEM, where a column is every n-th row. 16-bit numbers lie there in pairs of columns
-as 32-bit words, of which a column is one half. What is written is turned as a whole, from
-[columns * rows, lanes].
+No direction moves tokens in HBM. Along rows, a chunk is a range of rows of a [tokens, lanes] block, and a
+reversed scan takes blocks and chunks last to first. Along columns, a block is some whole columns of the
+image, [1, rows, columns, lanes]. Inputs are copied into VMEM as tiles of 128 lanes, [rows * columns, 128],
+where a column is every n-th row; two neighboring columns of 16-bit numbers share 32-bit words. Outputs are
+collected as [columns * rows, lanes] and transposed at the end.
 """
 
 import dataclasses
@@ -16,35 +15,36 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-# Rows of a tile in HBM: blocks of columns are a multiple of it.
+# Rows of a tile in HBM. Blocks of columns are multiples of it.
 SUBLANES = 8
 LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Chunks of [tokens, lanes] in the order of the scan."""
+    """Chunks of a [tokens, lanes] block."""
 
     ref: Any
     chunk: int
 
     def load(self, chunk: int | Int[Array, ""], lanes: slice, dtype: Any = None) -> Float[Array, "c w"]:
-        """The tokens of a chunk, in `dtype` or their own."""
+        """Load the tokens of a chunk, by default in their own dtype."""
         x = self.ref[self._rows(chunk), lanes]
         return x if dtype is None else x.astype(dtype)
 
     def store(self, chunk: int | Int[Array, ""], lanes: slice, x: Float[Array, "c w"]) -> None:
-        """Writes the tokens of a chunk."""
+        """Store the tokens of a chunk."""
         self.ref[self._rows(chunk), lanes] = x.astype(self.ref.dtype)
 
-    def _rows(self, chunk: int | Int[Array, ""]) -> pl.Slice:
-        start = chunk * self.chunk
-        return pl.ds(start if isinstance(chunk, int) else pl.multiple_of(start, self.chunk), self.chunk)
+    def _rows(self, chunk: int | Int[Array, ""]) -> slice | pl.Slice:
+        if isinstance(chunk, int):
+            return pl.ds(chunk * self.chunk, self.chunk)
+        return pl.ds(pl.multiple_of(chunk * self.chunk, self.chunk), self.chunk)
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Chunks of whole columns; `words` holds tiles of 128 lanes below each other."""
+    """Chunks of whole columns; `words` holds stacked tiles of 128 lanes."""
 
     words: Any
     chunk: int
@@ -54,13 +54,13 @@ class Columns:
 
     @staticmethod
     def words_of(rows: int, columns: int, lanes: int, dtype: Any) -> tuple[tuple[int, int], Any]:
-        """Shape and dtype of `words`."""
+        """Return the shape and dtype of `words`."""
         packed = 4 // dtype.itemsize
         shape = (-(-lanes // LANES) * rows * columns // packed, LANES)
         return shape, jnp.float32 if packed == 1 else jnp.int32
 
     def fill(self, block: Any) -> None:
-        """Copies a block, [1, rows, columns, lanes], into `words`."""
+        """Copy a block, [1, rows, columns, lanes], into `words`."""
         lanes = block.shape[-1]
         view = block.reshape(self.rows * self.columns, lanes)
         view = view.bitcast(jnp.int32) if self._packed else view
@@ -70,7 +70,7 @@ class Columns:
             self.words[pl.ds(tile * height, height), :width] = view[:, tile * LANES : tile * LANES + width]
 
     def load(self, chunk: int | Int[Array, ""], lanes: slice, dtype: Any = None) -> Float[Array, "c w"]:
-        """The tokens of a chunk, in `dtype` or their own."""
+        """Load the tokens of a chunk, by default in their own dtype."""
         together, first = self.chunk // self.rows, lanes.start // LANES
         tiles = [
             jnp.concatenate([self._column(tile, chunk * together + n) for n in range(together)])
@@ -99,7 +99,7 @@ class Columns:
 
 
 def by_rows(tokens: Any, block: Any) -> None:
-    """Fills `block`, [1, rows, columns, lanes], from `tokens`, [columns * rows, lanes]."""
+    """Fill `block`, [1, rows, columns, lanes], from `tokens`, [columns * rows, lanes]."""
     _, rows, columns, width = block.shape
     for start in range(0, width, LANES):
         lanes = slice(start, min(start + LANES, width))
@@ -107,9 +107,9 @@ def by_rows(tokens: Any, block: Any) -> None:
 
 
 def column_chunk(grid: tuple[int, int], preferred: int, smallest: int) -> int | None:
-    """The chunk of whole columns, of `smallest` to 128 tokens, nearest to `preferred`; None if there is none.
+    """Return the chunk size nearest to `preferred`, from `smallest` to 128, that holds whole columns.
 
-    Columns are a multiple of 16 tokens high, and there are a multiple of 8 of them.
+    Returns None if there is none, or unless rows are a multiple of 16 and columns a multiple of 8.
     """
     rows, columns = grid
     if rows % (2 * SUBLANES) or columns % SUBLANES:

@@ -1,4 +1,4 @@
-"""How many tokens the TPU kernels take at once, by generation of the chip."""
+"""Block sizes of the TPU kernels, by device kind."""
 
 import dataclasses
 
@@ -7,12 +7,14 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Sizes of a kernel's blocks.
+    """Block sizes for one kind of TPU.
 
-    `chunk` tokens meet in one matrix product. One grid step runs several chunks, so that the products of
-    one fill the gaps that the dependent arithmetic of another leaves. `lanes` is the most key lanes
-    (heads * K) of a block: more heads than that are split over the grid. `column_tokens` is the most 16-bit
-    tokens of a block of columns: longer columns are copied into rows before.
+    chunk: tokens in one matrix product.
+    forward_chunks, backward_chunks: chunks in a grid step. The products of one chunk fill the gaps that the
+        dependent arithmetic of another leaves.
+    lanes: the most key lanes (heads * K) in a block; more heads are split over the grid.
+    column_tokens: the most 16-bit tokens in a block of columns; longer columns are first copied into rows.
+    vmem_limit_bytes: the compiler's limit on VMEM, or None for its default.
     """
 
     chunk: int
@@ -23,8 +25,8 @@ class Blocks:
     vmem_limit_bytes: int | None = None
 
 
-# By `device_kind`. Chunks of 64 fill 128-wide matrix units; 256-wide ones (v6e, TPU7x) are bound by loading
-# weights unless a chunk has 128 rows. v4 has 16 MiB of VMEM. Measured: kernels/benchmarks/static_tpu.py.
+# By `device_kind`. Chunks of 64 fill 128-wide matrix units; 256-wide units (v6e, TPU7x) are bound by loading
+# weights unless chunks have 128 rows. v4 has 16 MiB of VMEM. See kernels/benchmarks/static_tpu.py.
 BLOCKS = {
     "TPU v4": Blocks(64, 4, 2, column_tokens=256),
     "TPU v5 lite": Blocks(64, 8, 8, vmem_limit_bytes=64 * 2**20),
@@ -36,9 +38,9 @@ ANY_TPU = Blocks(64, 2, 1, column_tokens=256)
 
 
 def device_kind() -> str | None:
-    """The kind of TPU that is compiled for; None where that cannot be known.
+    """Return the kind of TPU that is compiled for, or None if unknown.
 
-    Ahead of time it is the abstract device of the context mesh (`jax.sharding.use_abstract_mesh`).
+    Ahead of time this is the abstract device of the context mesh (`jax.sharding.use_abstract_mesh`).
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
@@ -48,5 +50,5 @@ def device_kind() -> str | None:
 
 
 def blocks() -> Blocks:
-    """Sizes for the TPU that is compiled for, or some that every TPU can run."""
-    return BLOCKS.get(device_kind(), ANY_TPU)
+    """Return the sizes for the TPU that is compiled for, or sizes that run on every TPU."""
+    return BLOCKS.get(device_kind() or "", ANY_TPU)

@@ -1,11 +1,8 @@
-"""GLA for NVIDIA GPUs from sm_80 up, as Pallas (Triton) kernels.
+"""GLA for NVIDIA GPUs from sm_80, as Pallas (Triton) kernels.
 
-Operands go in as they are, [B, T, H, K] and [B, T, H, V], in whatever direction: a program computes where
-its tokens are. One launch runs forward and one backward (a gated scan: two); where batch and heads give too
-few programs for the chip, a long scan is split along T and takes one more of each.
-
-`pallas_triton_forward` and `pallas_triton_backward` are the kernels, `pallas_triton_tiles` and
-`pallas_triton_chunk` what they share, `tuning` the block sizes, `triton_call` the way to Triton.
+Operands keep their layout, [B, T, H, K] and [B, T, H, V], in every direction: each program computes the
+addresses of its tokens. Forward and backward take one launch each, two for the backward of a gated scan. If
+batch and heads give too few programs for the GPU, a long scan is split along T, which adds a launch to each.
 """
 
 import dataclasses
@@ -24,40 +21,41 @@ from pallas_gla.triton import call, tuning
 from pallas_gla.triton.backward import backward_kernel, backward_parts_kernel, ungate_kernel
 from pallas_gla.triton.forward import forward_kernel, parts_kernel
 from pallas_gla.triton.tiling import TritonTiling
+from pallas_gla.validation import one_of
 
 WIDTHS = (16, 128)
 DTYPES = ("bfloat16", "float16", "float32")
-# The least that tensor cores take.
+# The smallest tile of a tensor core.
 SHORTEST_CHUNK = 16
-# Shape and dtype of what a launch writes.
+# Shape and dtype of a result.
 Result = tuple[tuple[int, ...], Any]
 
 
 def unsupported(operands: Operands, scan: Scan) -> str | None:
-    """Says why these kernels cannot run a scan, in one line; None if they can."""
+    """Return why these kernels do not support a scan, or None if they do."""
     if not call.available:
-        return f"jax {jax.__version__} has no Pallas Triton, accepted is a jax that has"
+        return f"unsupported jax: got {jax.__version__}; expected a version with Pallas's Triton backend"
     for name, x in (("K", operands.q), ("V", operands.v)):
         if not WIDTHS[0] <= x.shape[-1] <= WIDTHS[1]:
-            return f"{name} must be from {WIDTHS[0]} to {WIDTHS[1]}, got {x.shape[-1]}"
+            return f"unsupported {name}: got {x.shape[-1]}; expected {WIDTHS[0]} to {WIDTHS[1]}"
     if str(operands.v.dtype) not in DTYPES:
-        return f"v must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {operands.v.dtype}"
+        return f"unsupported dtype of v: got {operands.v.dtype}; expected {one_of(DTYPES)}"
     size = scan.chunk_size
     if size is not None and (size < SHORTEST_CHUNK or size & (size - 1)):
-        return f"chunk_size must be None or a power of two from {SHORTEST_CHUNK}, got {size}"
+        return f"unsupported chunk_size: got {size}; expected None or a power of two >= {SHORTEST_CHUNK}"
     rows = math.prod(operands.v.shape[:3]) * operands.v.shape[3]
     if rows >= 2**31:
-        return f"B * T * H * V must be below 2**31, got {rows}"
+        return f"unsupported size: got B * T * H * V = {rows}; expected less than 2**31"
     return None
 
 
 def forward(
     operands: Operands, scan: Scan, *, save: bool
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
-    """The contract of `pallas_gla.dispatch`."""
+    """Run a scan (see `pallas_gla.dispatch`)."""
     tiling, arrays = _prepare(operands, scan)
     if tiling.parts > 1:
-        inputs = {name: arrays[name] for name in ("k", "v", "g", "runs") if name in arrays}
+        inputs = {name: arrays[name] for name in ("k", "v", "g", "segments") if name in arrays}
         arrays |= _launch(parts_kernel, tiling, inputs, _part_results(tiling))
     results = {"o": _like(arrays["v"]), "final_state": _end_state(tiling)}
     states, dtype = saved_shape(operands, scan)
@@ -79,7 +77,7 @@ def backward(
     d_final_state: Float[Array, "b h k v"],
     scan: Scan,
 ) -> Operands:
-    """The contract of `pallas_gla.dispatch`."""
+    """Return the gradients of a scan (see `pallas_gla.dispatch`)."""
     tiling, arrays = _prepare(operands, scan)
     arrays.pop("initial_state", None)
     arrays["states"] = states.reshape(-1, states.shape[3])
@@ -87,7 +85,8 @@ def backward(
     if scan.gating is None:
         arrays["d_o"] = _flat(d_out)
     else:
-        # Not in float16, which a gradient may overflow.
+        assert operands.norm_weight is not None
+        # Not float16, which a gradient may overflow.
         d_o = (arrays["v"].shape, states.dtype)
         results = {"d_o": d_o, "d_out_gate": _like(arrays["out_gate"])}
         by_chunk = dataclasses.replace(tiling, parts=tiling.chunks)
@@ -109,7 +108,7 @@ def backward(
 
 
 def _prepare(operands: Operands, scan: Scan) -> tuple[TritonTiling, dict[str, Shaped[Array, "..."]]]:
-    """How programs share the scan, and the arrays that they read, by name."""
+    """Return the tiling of a scan over programs, and the arrays that they read, by name."""
     batch, tokens, heads, keys = operands.q.shape
     chunk = min(scan.chunk_size or STATE_INTERVAL, STATE_INTERVAL)
     chunk = min(chunk, max(SHORTEST_CHUNK, 1 << (tokens - 1).bit_length()))
@@ -126,13 +125,15 @@ def _prepare(operands: Operands, scan: Scan) -> tuple[TritonTiling, dict[str, Sh
         dtype=operands.v.dtype,
         segmented=operands.segment_ids is not None,
     )
-    whole = ("norm_weight", "segment_ids")
-    arrays = {name: _flat(x) for name, x in operands._asdict().items() if x is not None and name not in whole}
+    special = ("norm_weight", "segment_ids")
+    arrays = {
+        name: _flat(x) for name, x in operands._asdict().items() if x is not None and name not in special
+    }
     if operands.norm_weight is not None:
         arrays["norm_weight"] = operands.norm_weight
     if operands.segment_ids is not None:
         starts = segment_starts(to_scan_order(operands.segment_ids, scan.grid, scan.direction))
-        arrays["runs"] = jnp.cumsum(starts, axis=1, dtype=jnp.int32).reshape(-1)
+        arrays["segments"] = jnp.cumsum(starts, axis=1, dtype=jnp.int32).reshape(-1)
     return tiling, arrays
 
 
@@ -161,9 +162,9 @@ def _launch(
     arrays: dict[str, Shaped[Array, "..."]],
     results: dict[str, Result],
 ) -> dict[str, Shaped[Array, "..."]]:
-    """Runs a kernel; returns its results by name."""
+    """Launch a kernel; return its results by name."""
     device = tuning.gpu(None if tiling.scan.interpret else call.device_kind())
-    # Products of a token with a state, and with half the tokens of its chunk.
+    # Per token: products with a state, and products with half the tokens of its chunk.
     states, pairs = (5, 6) if "states" in arrays else (2, 2)
     flops = (
         2 * states * tiling.keys * tiling.values + pairs * tiling.chunk * (tiling.keys + tiling.values) // 2

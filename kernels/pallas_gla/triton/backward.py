@@ -1,16 +1,16 @@
-"""The backward kernels on GPUs.
+"""The backward kernels for GPUs.
 
-A program follows one head from its last chunk to its first, with the gradient D of the transposed state in
-registers and the states that entered the chunks read from memory. With q~, k~, S~ and the middle m of
-`pallas_triton_forward`, A = tril(q~ k~^T), P = tril(dO v^T) and D~ = D exp(G_last - m):
+A program follows one head from its last chunk to its first. It keeps the gradient D of the transposed state
+in registers and reads the states that entered the chunks. With q~, k~, S~ and the middle m of `forward`,
+A = tril(q~ k~^T), P = tril(dO v^T) and D~ = D exp(G_last - m):
 
     dv = A^T dO + k~ D~      dq = (P k~ + dO S~) scale exp(G - m)      dk = (P^T q~ + v D~) exp(m - G)
     dS~ = D~ + dO^T q~       dS = dS~ exp(m)
     dg_t = sum_v S~ dS~ - sum_{s < t} (q~ dq~ - k~ dk~)_s
 
-The decay of a token takes part in what it and later ones read of the state before it: at the chunk's start
-that is the first sum, and every token adds the key that it brings and takes away what only its query read.
-Taken per chunk, and of numbers as rounded for the products, the terms cancel as they should.
+The decay of a token affects what this token and later ones read from the state before it. At the chunk's
+start this is the first sum; every token then adds its own key and removes what only its query read. The sums
+stay within a chunk and use the numbers as rounded for the products, so that terms that should cancel do.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_gla.triton.chunk import (
+    ChunkSegments,
     Decay,
-    Runs,
     causal,
     next_state,
     only,
@@ -37,7 +37,7 @@ State = Float[Array, "v k"]
 
 
 def backward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
-    """The kernel of these operands and results; in a split scan it starts from what the first pass left."""
+    """Return the kernel for the named arrays. In a split scan it starts from the first pass's results."""
 
     def gla_backward(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
@@ -50,7 +50,7 @@ def backward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..
 
 
 def backward_parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
-    """The first pass over a split scan: the gradient of the state that enters a part, made of zero."""
+    """Return the first pass over a split scan: the gradient of each part's incoming state, from zero."""
 
     def gla_backward_parts(*refs: Any) -> None:
         run_part(TritonProgram.current(tiling, dict(zip(names, refs, strict=True))), _chunk, backward=True)
@@ -59,9 +59,9 @@ def backward_parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Calla
 
 
 def ungate_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
-    """The first launch of a gated scan, with a program for every chunk: the gradient of o, from "d_out".
+    """Return the first launch of a gated scan: the gradient of o from "d_out", one program per chunk.
 
-    Inside `backward_kernel` the tiles of o, of the gate and of their gradients would not fit the registers.
+    Inside `backward_kernel`, the tiles of o, the gate and their gradients would not fit in registers.
     """
 
     def gla_ungate(*refs: Any) -> None:
@@ -75,7 +75,7 @@ def ungate_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[...,
 
 
 def _last_gradient(program: TritonProgram) -> State:
-    """The gradient of the state that leaves a program's part."""
+    """Return the gradient of the state that leaves a program's part."""
     d_state = program.load_state("d_final_state", program.end_state())
     last = program.tiling.parts - 1
     if last == 0:
@@ -86,7 +86,7 @@ def _last_gradient(program: TritonProgram) -> State:
 
 
 def _chunk(program: TritonProgram, chunk: Int[Array, ""], d_state: State) -> State:
-    """Takes a chunk, stores its gradients if the launch has them, and returns the carry before it."""
+    """Run a chunk, store its gradients if the launch has them, and return the gradient of its state."""
     positions = program.positions(chunk)
     decay = Decay.of(program, positions)
     here = _Chunk(program, chunk, positions, decay)
@@ -95,7 +95,7 @@ def _chunk(program: TritonProgram, chunk: Int[Array, ""], d_state: State) -> Sta
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """A chunk; its tiles are loaded where they are used, because waiting ones would take registers."""
+    """One chunk. Tiles are loaded where they are used, because loading early would occupy registers."""
 
     program: TritonProgram
     chunk: Int[Array, ""]
@@ -104,16 +104,16 @@ class _Chunk:
 
     @property
     def with_gradients(self) -> bool:
-        """Whether the launch wants more than the gradient of the state."""
+        """Whether the launch stores more than the gradient of the state."""
         return "d_q" in self.program.refs
 
     def state(self) -> State:
-        """The state that enters the chunk."""
+        """Load the state that enters the chunk."""
         state = self.program.load_state("states", self.program.chunk_state(self.chunk))
         return state.astype(jnp.float32)
 
     def decayed(self) -> tuple[Float[Array, "c k"], Float[Array, "c k"], State]:
-        """q~, k~ and S~, as rounded for the products."""
+        """Return q~, k~ and S~, rounded for the products."""
         tiling, decay = self.program.tiling, self.decay
         q, k = self.program.load("q", self.positions), self.program.load("k", self.positions)
         q_tilde = tiling.times_exp2(q.astype(jnp.float32) * tiling.scan.scale, decay.relative)
@@ -122,22 +122,22 @@ class _Chunk:
         return tiling.operand(q_tilde), tiling.operand(k_tilde), tiling.operand(state)
 
     def ungate(self) -> None:
-        """Computes o again; stores the gradients of o, of the gate and of norm_weight."""
+        """Recompute o; store the gradients of o, the gate and norm_weight."""
         program, tiling = self.program, self.program.tiling
-        runs = Runs.of(program, self.chunk)
+        segments = ChunkSegments.of(program, self.chunk)
         q_tilde, k_tilde, state = self.decayed()
-        scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), runs)
+        scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments)
         v = program.load("v", self.positions)
-        o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, runs and runs.first), state, (1, 1))
+        o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, segments and segments.first), state, (1, 1))
         gate, d_out = program.load("out_gate", self.positions), program.load("d_out", self.positions)
         d_o, d_gate, d_weight = gated_gradients(program, o, gate, d_out)
-        # In this order the launch takes 168 registers, the most that leave room for a third program per core.
+        # In this order the launch takes 168 registers, the most that allow three programs per core.
         program.store("d_out_gate", self.positions, d_gate)
         program.store("d_o", self.positions, d_o)
-        program.store_line("d_norm_weight", program.number(program.part), d_weight)
+        program.store_line("d_norm_weight", program.program_index(program.part), d_weight)
 
     def ungate_safe(self) -> None:
-        """`ungate` token by token."""
+        """Run `ungate` token by token."""
         program, tiling = self.program, self.program.tiling
         start = self.chunk * tiling.chunk
 
@@ -153,42 +153,42 @@ class _Chunk:
 
         carry = (self.state(), jnp.zeros((tiling.value_width,), jnp.float32))
         _, d_weight = lax.fori_loop(jnp.int32(0), token_count(program, self.chunk), token, carry)
-        program.store_line("d_norm_weight", program.number(program.part), d_weight)
+        program.store_line("d_norm_weight", program.program_index(program.part), d_weight)
 
     def fast(self, d_state: State) -> State:
-        """The gradients where the decay is bounded."""
+        """Store the gradients of a chunk with bounded decay; return the gradient of its state."""
         program, positions, decay = self.program, self.positions, self.decay
         tiling = program.tiling
-        runs = Runs.of(program, self.chunk)
-        first, last = (None, None) if runs is None else (runs.first, runs.last)
+        segments = ChunkSegments.of(program, self.chunk)
+        first, last = (None, None) if segments is None else (segments.first, segments.last)
         q_tilde, k_tilde, state = self.decayed()
         d_o = program.load("d_o", positions)
         d_state = tiling.times_exp2(d_state, decay.after)
         if self.with_gradients:
-            scores = causal(tiling.dot(k_tilde, q_tilde, (1, 1)), runs, query_axis=1)
+            scores = causal(tiling.dot(k_tilde, q_tilde, (1, 1)), segments, query_axis=1)
             d_v = tiling.dot(scores, d_o) + tiling.dot(only(k_tilde, last), d_state, (1, 1))
             program.store("d_v", positions, d_v)
             v = program.load("v", positions)
-            d_scores = causal(tiling.dot(d_o, v, (1, 1)), runs)
+            d_scores = causal(tiling.dot(d_o, v, (1, 1)), segments)
             d_q = tiling.dot(d_scores, k_tilde) + only(tiling.dot(d_o, state), first)
             program.store("d_q", positions, tiling.times_exp2(d_q * tiling.scan.scale, decay.relative))
             terms = tiling.widen(q_tilde) * d_q
             d_k = tiling.dot(d_scores, q_tilde, (0, 0)) + only(tiling.dot(v, d_state), last)
             program.store("d_k", positions, tiling.times_exp2(d_k, -decay.relative))
             terms -= tiling.widen(k_tilde) * d_k
-        if runs is not None:
-            d_state = jnp.where(runs.passes, d_state, 0.0)
+        if segments is not None:
+            d_state = jnp.where(segments.passes, d_state, 0.0)
         d_state += tiling.dot(d_o, only(q_tilde, first), (0, 0))
         if self.with_gradients:
             through = tiling.widen(state) * d_state
             d_g = -tiling.sum_before(terms) + tiling.sum_values(through)
-            # A decay without an effect has a gradient of zero, of which sums would leave a rest.
-            d_g = only(d_g, runs and runs.goes_on)
+            # Decays at segment starts have no effect; set their gradient to exactly zero.
+            d_g = only(d_g, segments and segments.continues)
             program.store("d_g", positions, logit_gradients(program, d_g, program.load("g", positions)))
         return tiling.times_exp2(d_state, decay.before)
 
     def safe(self, d_state: State) -> State:
-        """The gradients token by token: forwards that of q, backwards the others."""
+        """Run `fast` token by token: the gradient of q forwards, the others backwards."""
         program, scale = self.program, self.program.tiling.scan.scale
         start, count = self.chunk * program.tiling.chunk, token_count(program, self.chunk)
 
@@ -225,14 +225,14 @@ class _Chunk:
 
 
 def set_row(tile: Float[Array, "c n"], i: Int[Array, ""], row: Float[Array, " n"]) -> Float[Array, "c n"]:
-    """The tile with another row i."""
+    """Return the tile with row i replaced."""
     return jnp.where(iota(tile.shape, 0) == i, row[None, :], tile)
 
 
 def logit_gradients(
     program: TritonProgram, d_g: Float[Array, "*c k"], logits: Float[Array, "*c k"]
 ) -> Float[Array, "*c k"]:
-    """The gradients of what the decay is given by: itself or, in a gated scan, its logits."""
+    """Return the gradient of the decay or, in a gated scan, of its logits."""
     tiling = program.tiling
     if tiling.scan.gating is None:
         return d_g
@@ -242,11 +242,12 @@ def logit_gradients(
 def gated_gradients(
     program: TritonProgram, o: Float[Array, "c v"], gate: Float[Array, "c v"], d_out: Float[Array, "c v"]
 ) -> tuple[Float[Array, "c v"], Float[Array, "c v"], Float[Array, " v"]]:
-    """The gradients of o, of the gate and of norm_weight, of `pallas_triton_forward.gated`."""
-    tiling = program.tiling
+    """Return the gradients of `forward.gated` for o, the gate and norm_weight."""
+    tiling, gating = program.tiling, program.tiling.scan.gating
+    assert gating is not None
     weight = program.load_line("norm_weight", program.element)[None, :]
     mean = 1 / tiling.values
-    factor = lax.rsqrt(jnp.sum(o * o, axis=1, keepdims=True) * mean + tiling.scan.gating.eps)
+    factor = lax.rsqrt(jnp.sum(o * o, axis=1, keepdims=True) * mean + gating.eps)
     normed = o * factor
     gate, d_out = gate.astype(jnp.float32), d_out.astype(jnp.float32)
     sigmoid = tiling.sigmoid(gate)

@@ -1,28 +1,29 @@
-"""The one place that knows how a kernel reaches Triton.
+"""The only interface to Pallas's Triton backend.
 
-Pallas lowers to Triton by itself; JAX 0.11 deprecates that, with a warning on lowering that is of no use to
-a caller and is silenced here. When a JAX comes without it, `available` says so, the backend refuses and XLA
-runs instead. The way to get kernels back then is `jax_triton.triton_call`, with the bodies as Triton
-functions: what the bodies use of Pallas, refs and `program_id`, they get from this module.
+JAX 0.11 deprecates this backend and warns on lowering; this module silences the warning, because callers
+cannot act on it. In a JAX without the backend `available` is False and XLA runs instead of the kernels. They
+could then run through `jax_triton.triton_call`, with their bodies rewritten as Triton functions; the bodies
+get refs and `program_id` from this module only.
 """
 
 import contextlib
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jaxtyping import Array, BFloat16, Bool, Float, Int, Shaped
 
-try:
-    from jax.experimental.pallas import triton
-except ImportError:
-    triton = None
+triton: Any = None
+with contextlib.suppress(ImportError):
+    triton = importlib.import_module("jax.experimental.pallas.triton")
 
 available = triton is not None
 program_id = pl.program_id
@@ -31,33 +32,33 @@ program_id = pl.program_id
 def load(
     ref: Any, index: tuple[Int[Array, "..."], ...], mask: Bool[Array, "..."] | None
 ) -> Shaped[Array, "..."]:
-    """Elements of a ref at index arrays; zero where the mask is False."""
+    """Load the elements of a ref at index arrays; zero where the mask is False."""
     return triton.load(ref.at[index], mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
 
 
 def store(
     ref: Any, index: tuple[Int[Array, "..."], ...], x: Shaped[Array, "..."], mask: Bool[Array, "..."] | None
 ) -> None:
-    """Writes elements of a ref in its dtype, where the mask is True."""
+    """Store x into a ref at index arrays, in the dtype of the ref, where the mask is True."""
     triton.store(ref.at[index], x.astype(ref.dtype), mask=mask)
 
 
 def approximate(instruction: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """PTX's approximate "rcp", "lg2" or "ex2" of a float32; numbers below 2**-126 are zero."""
+    """Apply PTX's approximate "rcp", "lg2" or "ex2" to a float32; numbers below 2**-126 count as zero."""
     return _inline(f"{instruction}.approx.ftz.f32 $0, $1;", "=f,f", x)
 
 
 def times_exp2(x: Float[Array, "..."], exponent: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x * 2**exponent in float32; powers below 2**-126 are zero.
+    """Return x * 2**exponent in float32; powers below 2**-126 are zero.
 
-    In one piece, so that a power that is wanted twice is computed twice and does not wait in a register.
+    One inline function, so that a power used twice is computed twice instead of occupying a register.
     """
     code = "{ .reg .f32 power; ex2.approx.ftz.f32 power, $2; mul.f32 $0, $1, power; }"
     return _inline(code, "=f,f,f", x, jnp.broadcast_to(exponent, x.shape))
 
 
 def widen(x: BFloat16[Array, "..."]) -> Float[Array, "..."]:
-    """To float32 where it stands: a cast would take place as soon as x is known, and take its registers."""
+    """Convert to float32 at the point of use; a cast would be scheduled early and occupy registers."""
     code = "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }"
     return _inline(code, "=r,=r,r", x, pack=2)
 
@@ -71,7 +72,7 @@ def _inline(code: str, constraints: str, *arrays: Float[Array, "..."], pack: int
 
 
 def device_kind() -> str | None:
-    """The GPU that programs are made for, None where there is none."""
+    """Return the kind of GPU that is compiled for, or None if unknown."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         return device.device_kind
@@ -96,16 +97,16 @@ def call(
     cost: pl.CostEstimate,
     interpret: bool,
 ) -> list[Shaped[Array, "..."]]:
-    """Runs `kernel(*refs of arrays, *refs of results)` in as many programs.
+    """Launch `kernel(*array_refs, *result_refs)` and return the results.
 
     Args:
-        kernel: whose `__name__` the compiled kernel bears.
+        kernel: the kernel's body; its `__name__` names the compiled kernel.
         arrays: the operands.
         results: shape and dtype of each result.
-        programs: how often the kernel runs, numbered by `program_id(0)`.
-        warps, stages: as Triton counts them.
-        cost: of all programs together.
-        interpret: runs the kernel on any platform, with JAX.
+        programs: number of programs, distinguished by `program_id(0)`.
+        warps, stages: Triton's `num_warps` and `num_stages`.
+        cost: estimated cost of all programs together.
+        interpret: whether to run in interpret mode, on any platform.
     """
     run = functools.partial(
         pl.pallas_call,
@@ -123,13 +124,13 @@ def call(
 @triton_call_p.def_abstract_eval
 def _(*avals, run, results):
     del avals, run
-    return [jax.core.ShapedArray(shape, dtype) for shape, dtype in results]
+    return [ShapedArray(shape, dtype) for shape, dtype in results]
 
 
 def _lowering(ctx, *args, run, results):
-    # Types say nothing of meshes: the program is per shard by now.
-    whole = jax.sharding.ManualAxisType(varying=frozenset())
-    shapes = [jax.ShapeDtypeStruct(*result, manual_axis_type=whole) for result in results]
+    # The program is per shard by now, so types have no mesh.
+    local = jax.sharding.ManualAxisType(varying=frozenset())
+    shapes = [jax.ShapeDtypeStruct(*result, manual_axis_type=local) for result in results]
 
     def function(*arrays):
         return run(out_shape=shapes)(*arrays)
@@ -144,7 +145,7 @@ mlir.register_lowering(triton_call_p, _lowering)
 
 @contextlib.contextmanager
 def _device_to_lower_for() -> Iterator[None]:
-    """Names a GPU to JAX 0.11 and later, which ask for one where there is none (ahead of time)."""
+    """Name a GPU for ahead-of-time compilation without one, as JAX 0.11 and later require."""
     abstract_device = getattr(jax.sharding, "AbstractDevice", None)
     if abstract_device is None or device_kind() is not None:
         yield

@@ -1,13 +1,13 @@
-"""The forward kernels on GPUs.
+"""The forward kernels for GPUs.
 
-A program follows one head through its chunks with the transposed state [V, K] in registers. Inside a chunk
-with cumulative log decays G, tokens see each other through exp(G_i - G_j), which is factorised relative to
-the chunk's middle m (Yang et al. 2024, section 4.3):
+A program follows one head through its chunks and keeps the transposed state [V, K] in registers. Inside a
+chunk with cumulative log decays G, token i sees token j through exp(G_i - G_j), which is factorized relative
+to the chunk's middle m (Yang et al. 2024, section 4.3):
 
     q~ = scale q exp(G - m)           k~ = k exp(m - G)         S~ = S exp(m)
     o  = tril(q~ k~^T) v + q~ S~      S' = (S~ + k~^T v) exp(G_last - m)
 
-A chunk whose decay is too strong for that, which the program finds out, is taken token by token.
+If a chunk's decay is too strong for this form, which is checked per chunk, the chunk runs token by token.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_gla.triton.chunk import (
+    ChunkSegments,
     Decay,
-    Runs,
     causal,
     next_state,
     only,
@@ -30,7 +30,7 @@ from pallas_gla.triton.tiling import TritonProgram, TritonTiling
 
 
 def forward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
-    """The kernel of these operands and results; in a split scan it starts from what `parts_kernel` left."""
+    """Return the kernel for the named arrays. In a split scan it continues from `parts_kernel`."""
 
     def gla_forward(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
@@ -41,7 +41,7 @@ def forward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[...
 
 
 def parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
-    """The first pass over a split scan: the state a part makes of zero, and how an earlier one decays."""
+    """Return the first pass over a split scan: each part's state from zero, and its total decay."""
 
     def gla_forward_parts(*refs: Any) -> None:
         run_part(TritonProgram.current(tiling, dict(zip(names, refs, strict=True))), _chunk)
@@ -50,7 +50,7 @@ def parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., 
 
 
 def _first_state(program: TritonProgram) -> Float[Array, "v k"]:
-    """The state that enters a program's part."""
+    """Return the state that enters a program's part."""
     state = program.zero_state()
     if "initial_state" in program.refs:
         state = program.load_state("initial_state", program.end_state())
@@ -60,32 +60,32 @@ def _first_state(program: TritonProgram) -> Float[Array, "v k"]:
 
 
 def _chunk(program: TritonProgram, chunk: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
-    """Runs a chunk, stores o if the launch has it, and returns the next state."""
+    """Run a chunk, store o if the launch has it, and return the next state."""
     tiling = program.tiling
     positions = program.positions(chunk)
     decay = Decay.of(program, positions)
     with_output = "o" in program.refs
-    q = program.load("q", positions) if with_output else None
+    q: Any = program.load("q", positions) if with_output else None
     k, v = program.load("k", positions), program.load("v", positions)
     if "states" in program.refs:
         program.store_state("states", program.chunk_state(chunk), state)
 
     def fast(state: Float[Array, "v k"]) -> Float[Array, "v k"]:
-        runs = Runs.of(program, chunk)
+        segments = ChunkSegments.of(program, chunk)
         k_tilde = k.astype(jnp.float32) * tiling.exp2(-decay.relative)
         state = state * tiling.exp2(decay.before)
         if with_output:
             q_tilde = q.astype(jnp.float32) * (tiling.exp2(decay.relative) * tiling.scan.scale)
-            scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), runs)
-            o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, runs and runs.first), state, (1, 1))
+            scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments)
+            o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, segments and segments.first), state, (1, 1))
             if tiling.scan.gating is None:
                 program.store("o", positions, o)
-        if runs is not None:
-            state = jnp.where(runs.passes, state, 0.0)
-        state += tiling.dot(v, only(k_tilde, runs and runs.last), (0, 0))
+        if segments is not None:
+            state = jnp.where(segments.passes, state, 0.0)
+        state += tiling.dot(v, only(k_tilde, segments and segments.last), (0, 0))
         state *= tiling.exp2(decay.after)
         if with_output and tiling.scan.gating is not None:
-            # After the state, whose operands would wait in registers that the gate needs.
+            # After the state update, whose operands would occupy registers that the gate needs.
             gate = program.load("out_gate", positions).astype(jnp.float32)
             program.store("o", positions, gated(program, o, gate))
         return state
@@ -109,8 +109,9 @@ def _chunk(program: TritonProgram, chunk: Int[Array, ""], state: Float[Array, "v
 
 
 def gated(program: TritonProgram, o: Float[Array, "c v"], gate: Float[Array, "c v"]) -> Float[Array, "c v"]:
-    """RMSNorm(o) * norm_weight * SiLU(gate) for some tokens."""
-    tiling = program.tiling
+    """Return RMSNorm(o) * norm_weight * SiLU(gate)."""
+    tiling, gating = program.tiling, program.tiling.scan.gating
+    assert gating is not None
     weight = program.load_line("norm_weight", program.element)
     square = jnp.sum(o * o, axis=1, keepdims=True) * (1 / tiling.values)
-    return o * lax.rsqrt(square + tiling.scan.gating.eps) * weight[None, :] * (gate * tiling.sigmoid(gate))
+    return o * lax.rsqrt(square + gating.eps) * weight[None, :] * (gate * tiling.sigmoid(gate))

@@ -1,17 +1,17 @@
-"""Block sizes of the GPU kernels: data by device kind and by the size of a head's state."""
+"""Tuning parameters of the Triton kernels, by device kind."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuTuning:
-    """How the kernels fill a GPU.
+    """Tuning parameters for one kind of GPU.
 
-    warps, stages: of a program, as Triton counts them.
-    large_warps: warps where a padded state has more than `large_state` entries.
-    cores: streaming multiprocessors. With fewer programs (batch * heads) than those, a long scan is split
-        along T until there are two programs for each.
-    least_chunks: chunks that a part of a split scan has at least, because every part costs a second pass.
+    cores: number of streaming multiprocessors. If there are fewer programs (batch * heads) than cores, a long
+        scan is split along T into up to two programs per core.
+    warps, stages: Triton's `num_warps` and `num_stages`.
+    large_warps: replaces `warps` if a padded state has more than `large_state` entries.
+    least_chunks: the fewest chunks in a part of a split scan, because splitting costs a second pass.
     """
 
     cores: int
@@ -22,19 +22,19 @@ class GpuTuning:
     least_chunks: int = 8
 
     def parts(self, programs: int, chunks: int) -> int:
-        """Into how many parts a scan of `chunks` chunks is split along T."""
+        """Return the number of parts into which a scan of `chunks` chunks is split along T."""
         parts = min(2 * self.cores // programs, chunks // self.least_chunks)
-        # Two parts would win about as much as the additional pass costs.
+        # Two parts would save about as much time as the additional pass costs.
         if programs >= self.cores or parts <= 2:
             return 1
         return -(-chunks // -(-chunks // parts))
 
     def num_warps(self, state_size: int) -> int:
-        """Warps of a program with a state of so many entries."""
+        """Return `num_warps` for a padded state of `state_size` entries."""
         return self.large_warps if state_size > self.large_state else self.warps
 
 
-# By the beginning of `jax.Device.device_kind`.
+# By prefix of `jax.Device.device_kind`.
 GPUS = {
     "NVIDIA A100": GpuTuning(cores=108),
     "NVIDIA H100": GpuTuning(cores=132),
@@ -45,5 +45,5 @@ DEFAULT_GPU = GPUS["NVIDIA H200"]
 
 
 def gpu(device_kind: str | None) -> GpuTuning:
-    """The tuning of a device, that of the H200 for an unknown one."""
+    """Return the parameters for a device kind, or the H200's for an unknown one."""
     return next((x for name, x in GPUS.items() if (device_kind or "").startswith(name)), DEFAULT_GPU)
