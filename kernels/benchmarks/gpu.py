@@ -1,10 +1,10 @@
-"""Checks and times the GPU kernels and their peers on one NVIDIA GPU: one command, one table, one JSON file.
+"""Checks and times the GPU kernels and their peers on one NVIDIA GPU.
 
     python kernels/benchmarks/gpu.py --out=DIR [--parts=check,time,jla,fla,jax_triton] [--quick] [--tune]
 
-Every part runs in a process of its own, and every row is in DIR/gpu.json as soon as it is measured. A peer
-that cannot be imported and a kernel that takes its process down leave a row with the reason, and the next job
-goes on. How values are checked and times taken stands in `gpu_jobs.py` and `gpu_peers.py`.
+Every part runs in its own process, and every row is written to DIR/gpu.json immediately. A peer that cannot
+be imported, or a kernel that crashes its process, becomes a row with the reason, and the next job runs.
+`gpu_jobs.py` and `gpu_peers.py` explain how results are checked and times measured.
 """
 
 import argparse
@@ -23,20 +23,20 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# How the time is shared; a part that ends early leaves the rest to those after it. fla tunes itself for long.
+# Shares of the time limit. A part that ends early leaves its time to the next ones. fla autotunes slowly.
 PARTS = {"check": 3.0, "time": 4.0, "jla": 1.5, "fla": 4.0, "jax_triton": 0.8}
 PEERS = ("jla", "fla", "jax_triton")
 PACKAGES = ("jax", "jaxlib", "torch", "triton", "fla-core", "jax-linear-attention", "jax-triton", "numpy")
-# After so long without a word a job is given up.
+# A job without output for this long is killed.
 JOB_SECONDS = 300
-# A child's way to ask for a new process, and so for a new CUDA context.
+# Exit code with which a child requests a new process, and so a new CUDA context.
 RESTART = 75
 
 Jobs = tuple[int, Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]]
 
 
 def main() -> None:
-    """Runs all parts and prints their table, or one part if a parent asks for it."""
+    """Run all parts and print their table, or run one part as a child process."""
     options = arguments()
     if options.part:
         run_jobs(options)
@@ -52,25 +52,25 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default="gpu_benchmark", help="folder of gpu.json")
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to run, in this order")
+    parser.add_argument("--out", type=pathlib.Path, default="gpu_benchmark", help="directory for gpu.json")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, in this order")
     parser.add_argument("--quick", action="store_true", help="fewer checks, two shapes")
-    parser.add_argument("--tune", action="store_true", help="only times the candidates for tuning.py")
+    parser.add_argument("--tune", action="store_true", help="time the candidates for tuning.py only")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU in interpret mode")
-    parser.add_argument("--seconds", type=float, default=540, help="after which jobs are skipped")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit; later jobs are skipped")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--end", type=float, default=math.inf, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.parts.split(",")) - set(PARTS):
-        parser.error(f"--parts has {', '.join(sorted(unknown))}, accepted are {', '.join(PARTS)}")
+        parser.error(f"invalid --parts: got {', '.join(sorted(unknown))}; expected {', '.join(PARTS)}")
     return options
 
 
 class Record:
-    """The rows, in memory and on disk."""
+    """All rows, in memory and on disk."""
 
     def __init__(self, path: pathlib.Path):
         self.path, self.rows = path, []
@@ -84,7 +84,7 @@ class Record:
         print(json.dumps(self.about, indent=1), flush=True)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keeps a row whatever happens next."""
+        """Add a row and write the file."""
         self.rows.append(row)
         text = json.dumps(self.about | {"rows": self.rows}, indent=1)
         temporary = self.path.with_suffix(".tmp")
@@ -93,7 +93,7 @@ class Record:
 
 
 def device() -> str:
-    """Name, driver and memory of the GPUs."""
+    """Return name, driver and memory of the GPUs."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -102,18 +102,18 @@ def device() -> str:
 
 
 def version(name: str) -> str | None:
-    """Of an installed package."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-# The parent: one process per part, started again behind a job that took it down.
+# The parent: one process per part, restarted after a job that crashed it.
 
 
 def supervise(part: str, record: Record, end: float) -> None:
-    """Runs a part to its end, or to the time `end`."""
+    """Run a part until it finishes or until the time `end`."""
     job, total, began = -1, None, time.time()
     while total is None or job + 1 < total:
         command = [sys.executable, __file__, *sys.argv[1:]]
@@ -121,7 +121,7 @@ def supervise(part: str, record: Record, end: float) -> None:
         environment = os.environ | {
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "PYTHONUNBUFFERED": "1",
-            # Names for the stacks of Triton's remarks take most of a kernel's compilation.
+            # Symbolizing the stack traces of Triton's remarks takes most of a compilation.
             "LLVM_DISABLE_SYMBOLIZATION": "1",
         }
         child = subprocess.Popen(
@@ -157,7 +157,7 @@ def supervise(part: str, record: Record, end: float) -> None:
 
 
 def watchdog(child: subprocess.Popen, end: float) -> threading.Timer:
-    """Ends a child that says nothing for too long, or goes on long after its part's end."""
+    """Kill a child that is silent for too long or runs long after its part's end."""
     timer = threading.Timer(min(JOB_SECONDS, max(10, end + 20 - time.time())), child.kill)
     timer.daemon = True
     timer.start()
@@ -165,7 +165,7 @@ def watchdog(child: subprocess.Popen, end: float) -> threading.Timer:
 
 
 def report(row: dict[str, Any], done: int, total: int, began: float) -> None:
-    """One line of progress."""
+    """Print one line of progress."""
     passed = time.time() - began
     left = passed / max(done, 1) * (total - done)
     head = f"[{row['part']} {done}/{total}, {passed:.0f} s, about {left:.0f} s left]"
@@ -176,14 +176,14 @@ def report(row: dict[str, Any], done: int, total: int, began: float) -> None:
 
 
 def run_jobs(options: argparse.Namespace) -> None:
-    """Runs the jobs of one part and prints what `supervise` reads."""
+    """Run the jobs of one part and print what `supervise` reads."""
     total, jobs = jobs_of(options)
     print("JOBS", total, flush=True)
     for identity, job in jobs:
         print("BEGIN", json.dumps(identity), flush=True)
         out_of_time = time.time() > options.end
         try:
-            row = {"error": "out of time, with all jobs after it"} if out_of_time else job()
+            row = {"error": "out of time; this and all later jobs skipped"} if out_of_time else job()
         except Exception as error:
             row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
         print("ROW", json.dumps(row), flush=True)
@@ -194,7 +194,7 @@ def run_jobs(options: argparse.Namespace) -> None:
 
 
 def jobs_of(options: argparse.Namespace) -> Jobs:
-    """How many jobs a part has, and from number `options.start` on each one's identity and function."""
+    """Return the number of jobs in a part, and identity and function of those from `options.start` on."""
     if options.dry_run:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if options.part in PEERS:
@@ -217,7 +217,7 @@ def jobs_of(options: argparse.Namespace) -> Jobs:
 
 
 def compiled_jobs(jobs: list, lower: Callable) -> Iterator[tuple[dict, Callable]]:
-    """Jobs that are JAX programs: 16 are compiled side by side before one of them runs."""
+    """Yield jobs that are JAX programs; 16 compile in parallel before any of them runs."""
     import gpu_jobs
 
     for job, run, compiled in gpu_jobs.compiled_in_groups(jobs, 16, lower):
@@ -225,29 +225,29 @@ def compiled_jobs(jobs: list, lower: Callable) -> Iterator[tuple[dict, Callable]
 
 
 def identity(job: Any) -> dict[str, Any]:
-    """What a row says of its job even if the job fails."""
+    """Return the fields of a row that are set even if the job fails."""
     fields = ("batch", "tokens", "heads", "backward")
     return {"name": job.name} | {name: getattr(job, name) for name in fields if hasattr(job, "backward")}
 
 
 def finish(run: Any, compiled: Any) -> dict[str, Any]:
-    """The row of a compiled job."""
+    """Run a compiled job and return its row."""
     if isinstance(compiled, Exception):
         raise compiled
     return run.row(compiled)
 
 
 def peer_jobs(options: argparse.Namespace) -> Jobs:
-    """The jobs of a peer."""
+    """Return the jobs of a peer."""
     import gpu_peers
 
     if options.dry_run:
-        raise SystemExit("a peer needs a GPU, and this is a dry run")
+        raise SystemExit("--dry-run: peers need a GPU")
     timings = gpu_peers.peer_timings(options.quick)
     if options.part == "jax_triton":
         name = {"name": "fla output kernel by jax-triton"}
         return 1, iter([(name, lambda: gpu_peers.jax_triton_output_kernel(timings[0]))])
-    # Values come last: fla tunes its kernels for the first shape that it meets.
+    # Values come last, because fla tunes its kernels for the first shape it runs.
     values = {"fla": gpu_peers.fla_values, "jla": gpu_peers.jla_values}[options.part]
     name = {"fla": "fla chunk_gla", "jla": "jla gla, K padded to 64"}[options.part]
     rest = timings[options.start :]
@@ -262,7 +262,7 @@ def peer_jobs(options: argparse.Namespace) -> Jobs:
     return len(timings) + 1, jobs()
 
 
-# What is printed.
+# Output.
 
 STANDARD = {
     "part",
@@ -281,7 +281,7 @@ STANDARD = {
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A row in one line."""
+    """Return a row as one line."""
     shape = ""
     if "tokens" in row:
         shape = f" {'forward+backward' if row['backward'] else 'forward'}"
@@ -301,12 +301,12 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def nan_last(x: float) -> float:
-    """NaN as the largest number."""
+    """Return x, or infinity for NaN."""
     return math.inf if math.isnan(x) else x
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """All rows: checks first, then a block for every shape and pass."""
+    """Return all rows as text: checks first, then a block per shape and pass."""
     lines = ["", "CHECKS", *(describe(row) for row in rows if "errors" in row)]
     times = [row for row in rows if "ps" in row]
     header = f"{'':42}{'us':>10}{'median':>10}{'ps':>8}{'of copy':>9}{'fla/this':>9}"
@@ -327,7 +327,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def block(row: dict[str, Any]) -> tuple:
-    """The rows that belong side by side."""
+    """Return the key of a row's block."""
     return row["batch"], row["tokens"], row["heads"], row["backward"]
 
 

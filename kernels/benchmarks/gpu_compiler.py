@@ -1,6 +1,6 @@
-"""Compiles for NVIDIA GPUs that are not there.
+"""Compiles for NVIDIA GPUs ahead of time, without a GPU.
 
-jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-nvdisasm must be installed.
+Requires jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-nvdisasm.
 """
 
 import dataclasses
@@ -41,17 +41,17 @@ dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 runtime_version {{ major: 12 minor: 8 patch: 0 }}
 device_description_str: "{name}"
 """
-# As a GPU program is compiled whatever XLA_FLAGS say; from JAX 0.11 on XLA dumps PTX only of emitters that
-# are asked for.
+# The default optimization level for GPU programs, whatever XLA_FLAGS say. From JAX 0.11 on XLA dumps PTX only
+# for the requested emitters.
 OPTIONS = {"xla_backend_optimization_level": 3, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": ".*"}
-# The plugin looks for libraries that only a GPU needs; and LLVM looks up names for the stacks of Triton's
-# remarks, which nobody sees and which take twice the time of all the rest.
+# Skip the plugin's search for libraries that only a GPU needs. Skip LLVM's symbolization of stack traces in
+# Triton's remarks, which takes two thirds of a compilation.
 os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "LLVM_DISABLE_SYMBOLIZATION": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledKernel:
-    """A compiled kernel: its PTX, its threads and its bytes of shared memory."""
+    """A compiled kernel: PTX, number of threads, and bytes of shared memory."""
 
     ptx: str
     threads: int
@@ -60,20 +60,20 @@ class CompiledKernel:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """A compiled program: its optimised HLO, and our kernels in it by name."""
+    """A compiled program: its optimized HLO, and our kernels by name."""
 
     hlo: str
     kernels: dict[str, CompiledKernel]
 
 
 def target(gpu: str) -> str:
-    """What XLA is told of a GPU that is not there."""
+    """Return the description of a GPU for XLA's ahead-of-time compiler."""
     fields = ("name", "major", "minor", "cores", "shared_core", "shared_block", "bandwidth", "memory")
     return TARGET.format(**dict(zip(fields, GPUS[gpu], strict=True)))
 
 
 def missing() -> str | None:
-    """Which package is not installed that compiling for a GPU takes; None if all are there."""
+    """Return which required package is not installed, or None if all are."""
     for module in ("jax_plugins", "jax_plugins.xla_cuda13", "nvidia"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
@@ -82,7 +82,7 @@ def missing() -> str | None:
 
 
 def tool(name: str) -> str:
-    """The path of one of the CUDA toolkit's programs."""
+    """Return the path of a program of the CUDA toolkit."""
     return _paths(name)[0]
 
 
@@ -92,20 +92,20 @@ def _paths(name: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions on which a kernel's code depends."""
+    """Return the compiler versions that affect a kernel's code."""
     report = subprocess.run([tool("ptxas"), "--version"], check=True, capture_output=True, text=True).stdout
     return {"jaxlib": importlib.metadata.version("jaxlib"), "ptxas": re.search(r"V([\d.]+)", report).group(1)}
 
 
 @functools.cache
 def sharding(gpu: str) -> NamedSharding:
-    """A sharding on one GPU of this kind."""
+    """Return a sharding on one GPU of this kind."""
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target(gpu))
     return NamedSharding(Mesh(np.array(topology.devices).reshape(1), ("gpu",)), P())
 
 
 def compile_for(gpu: str, function: Callable[..., Any], *arguments: Any) -> CompiledProgram:
-    """Compiles `function(*arguments)`, of which shapes and dtypes count."""
+    """Compile `function(*arguments)`; only shapes and dtypes of the arguments matter."""
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(gpu))

@@ -1,9 +1,9 @@
-"""The jobs of `gpu.py` that run this package's kernels: values against the oracle, and device times.
+"""The jobs of `gpu.py` that run this package's kernels: checks against the oracle, and device times.
 
-A time is that of one program which calls the function many times in a loop, divided by the number of calls.
-Every call waits for the one before through an element of the first operand, to which zero times a result is
-added; the row "loop" is what that alone costs. Each call takes the next of several sets of operands, together
-larger than the L2 cache, and writes all its results to memory.
+A time is the time of one program that calls the function many times in a loop, divided by the number of
+calls. Every call depends on the previous one: zero times a result is added to an element of its first
+operand. The row "loop" gives the cost of this alone. Calls cycle through several sets of operands, together
+larger than the L2 cache, and write all results to memory.
 """
 
 import concurrent.futures
@@ -32,16 +32,16 @@ from pallas_gla.triton import tuning  # noqa: E402
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 TOLERANCE = {"bfloat16": 5e-3, "float16": 5e-3, "float32": 1e-4}
 NORMALIZER, EPS = 4.0, 1e-3
-# (batch, tokens) by weight: the first are measured with every variant.
+# (batch, tokens), the most important first. The first two are measured with every variant.
 SHAPES = ((8, 4096), (32, 256), (8, 1024), (1, 16384), (2, 4096))
 L2_BYTES = 60e6
-# Bytes per second that a copy reaches; only chooses how many calls to time.
+# Bytes per second of a copy, to choose how many calls to time.
 BANDWIDTH = 4e12
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Values and gradients of one call against a float64 recurrence on the CPU."""
+    """A comparison of one call's results and gradients with a float64 recurrence on the CPU."""
 
     grid: tuple[int, int] = (1, 257)
     k: int = 32
@@ -60,7 +60,7 @@ class Check:
 
     @property
     def name(self) -> str:
-        """What differs from the standard case."""
+        """The fields that differ from the default, and the grid."""
         changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed = {name: x for name, x in changed.items() if x != getattr(Check, name) or name == "grid"}
         return " ".join(
@@ -69,7 +69,7 @@ class Check:
 
 
 def checks(quick: bool) -> list[Check]:
-    """A covering set of what the kernels promise."""
+    """Return checks that cover the kernels' features."""
     cases = [
         Check(),
         Check((1, 2048), gate="strong"),
@@ -93,13 +93,13 @@ def checks(quick: bool) -> list[Check]:
     ]
     cases += [Check((13, 5), dtype="float32", gated=True, direction="column_reversed", gate_dtype="float32")]
     cases += [Check((1, 200), x64=True, segments=True), Check((1, 200), gate="strong", chunk_size=16)]
-    # With few programs a long scan is split along T.
+    # A long scan with few programs is split along T.
     cases += [Check((64, 64), batch=1, direction=d, gate="strong") for d in ("row", "column_reversed")]
     return [*cases, Check((64, 64), batch=1, gated=True, segments=True), Check(implementation=None)]
 
 
 class CheckRun:
-    """A check, compiled."""
+    """A lowered check."""
 
     def __init__(self, check: Check, *, interpret: bool, seed: int = 0):
         self.check = check
@@ -140,12 +140,11 @@ class CheckRun:
             self.lowered = jax.jit(results).lower(*self.arguments)
 
     def row(self, compiled: Any) -> dict[str, Any]:
-        """Relative errors in root mean square, and whether a second run gives the same bits."""
+        """Return relative RMS errors, and whether a second run gives identical bits."""
         with jax.enable_x64(self.check.x64):
             first, second = (jax.tree.map(np.asarray, compiled(*self.arguments)) for _ in range(2))
-        names = [*oracle.NAMES, "dout_gate", "dnorm_weight"]
         errors = {}
-        for name, actual, wanted in zip(names, first, self.expected(), strict=False):
+        for name, actual, wanted in zip(oracle.GATED_NAMES, first, self.expected(), strict=False):
             actual = np.asarray(actual, np.float64)
             size = np.sqrt(np.mean(wanted**2)) or 1.0
             errors[name] = float(np.sqrt(np.mean((actual - wanted) ** 2)) / size)
@@ -158,40 +157,19 @@ class CheckRun:
         }
 
     def expected(self) -> list[np.ndarray]:
-        """The oracle's results, its tokens taken in scan order and put back."""
+        """Return the oracle's results, in the order of `oracle.GATED_NAMES`."""
         check = self.check
-        order = np.arange(math.prod(check.grid)).reshape(check.grid)
-        order = (order.T if check.direction.startswith("column") else order).ravel()
-        order = order[::-1] if check.direction.endswith("reversed") else order
-        back = np.argsort(order)
-        *tokens, state = (np.asarray(x, np.float64) for x in self.arrays)
-        d_out, d_state = (np.asarray(x, np.float64) for x in self.cotangents)
-        *tokens, d_out = (x[:, order] for x in (*tokens, d_out))
-        ids = self.ids[:, order] if check.segments else None
+        ids = self.ids if check.segments else None
+        options = {"grid": check.grid, "direction": check.direction, "segment_ids": ids}
         if not check.gated:
-            results = oracle.recurrence((*tokens, state), (d_out, d_state), segment_ids=ids)
-            return [x[:, back] if name in ("o", "dq", "dk", "dv", "dg") else x for name, x in results.items()]
-        q, k, v, logits = tokens
-        z, weight = (np.asarray(x, np.float64) for x in self.gates)
-        z = z[:, order]
-        tokens = (q, k, v, -np.logaddexp(0, -logits) / NORMALIZER, state)
-        o = oracle.recurrence(tokens, segment_ids=ids)["o"]
-        inverse_rms = 1 / np.sqrt(np.mean(o**2, axis=-1, keepdims=True) + EPS)
-        normal, sigmoid = o * inverse_rms, 1 / (1 + np.exp(-z))
-        d_normal = d_out * weight * z * sigmoid
-        d_o = inverse_rms * (d_normal - normal * np.mean(d_normal * normal, axis=-1, keepdims=True))
-        results = oracle.recurrence(tokens, (d_o, d_state), segment_ids=ids)
-        results["o"] = normal * weight * z * sigmoid
-        results["dg"] = results["dg"] / (1 + np.exp(logits)) / NORMALIZER
-        results["dz"] = d_out * normal * weight * sigmoid * (1 + z * (1 - sigmoid))
-        by_token = ("o", "dq", "dk", "dv", "dg", "dz")
-        results = [x[:, back] if name in by_token else x for name, x in results.items()]
-        return [*results, np.sum(d_out * normal * z * sigmoid, axis=(0, 1, 2))]
+            return list(oracle.recurrence_2d(self.arrays, self.cotangents, **options).values())
+        options |= {"normalizer": NORMALIZER, "eps": EPS}
+        return list(oracle.gated_recurrence(self.arrays, self.gates, self.cotangents, **options).values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One function to time, in bfloat16 with K = 32 and V = 64; `backward` is forward and backward."""
+    """One function to time, in bfloat16 with K = 32 and V = 64; `backward` includes the forward pass."""
 
     op: str = "gla"
     batch: int = 8
@@ -205,7 +183,7 @@ class Timing:
 
     @property
     def name(self) -> str:
-        """The variant, without shape and pass."""
+        """The variant, without its shape and pass."""
         words = [self.op, *([self.implementation or "default"] if "gla" in self.op else [])]
         words += [self.direction] if self.direction != "row" else []
         words += [f"C={self.chunk_size}"] if self.chunk_size else []
@@ -213,12 +191,12 @@ class Timing:
 
     @property
     def token_heads(self) -> int:
-        """How many tokens of one head."""
+        """Number of tokens times heads times batch elements."""
         return self.batch * self.tokens * self.heads
 
     @property
     def bytes(self) -> int:
-        """What must cross HBM per token-head: 448 forward and 768 backward, 576 and 1024 with the gates."""
+        """Bytes that must cross HBM per token-head: 448 forward, 768 backward; 576 and 1024 with gates."""
         gated = self.op == "gated_gla_2d"
         if self.op == "copy" and self.backward:
             return 1280
@@ -226,7 +204,7 @@ class Timing:
 
 
 def timings(quick: bool, tune: bool) -> list[Timing]:
-    """By shape, the most important first."""
+    """Return the timings, the most important shapes first."""
     jobs = []
     shapes = SHAPES[: 4 if tune else 2 if quick else None]
     for heads in (18,) if quick or tune else (18, 6):
@@ -247,7 +225,7 @@ def timings(quick: bool, tune: bool) -> list[Timing]:
 
 
 def candidates(batch: int) -> list[tuple[tuple[str, int], ...]]:
-    """Values that `tuning.GpuTuning` could have instead: those that split a scan where programs are few."""
+    """Return alternative values for `tuning.GpuTuning`, as pairs of field and value."""
     blocks = [(("warps", warps), ("stages", stages)) for warps in (2, 4, 8) for stages in (1, 2, 3)]
     splits = [(("cores", n), ("least_chunks", chunks)) for n in (132, 264, 528) for chunks in (4, 8, 16)]
     return (blocks if batch > 1 else []) + (splits if batch < 32 else [])
@@ -255,7 +233,7 @@ def candidates(batch: int) -> list[tuple[tuple[str, int], ...]]:
 
 @contextlib.contextmanager
 def tuned(changes: tuple[tuple[str, int], ...]) -> Iterator[None]:
-    """Lowers with other block sizes than the device's."""
+    """Change fields of the device's `GpuTuning` while lowering."""
     own = tuning.gpu
     tuning.gpu = lambda kind: dataclasses.replace(own(kind), **dict(changes))
     try:
@@ -265,7 +243,7 @@ def tuned(changes: tuple[tuple[str, int], ...]) -> Iterator[None]:
 
 
 def operands(timing: Timing, seed: int) -> tuple[jax.Array, ...]:
-    """(q, k, v, g or logits), out_gate and norm_weight if gated, the gradient of the output if backward."""
+    """Return q, k, v, g or logits, then out_gate and norm_weight if gated, then the cotangent if backward."""
     shape = (timing.batch, timing.tokens, timing.heads)
     keys = iter(jax.random.split(jax.random.key(seed), 8))
     q, k, v, g, d_o, z = (
@@ -278,7 +256,7 @@ def operands(timing: Timing, seed: int) -> tuple[jax.Array, ...]:
 
 
 def function(timing: Timing, *, interpret: bool = False) -> Callable[..., tuple[jax.Array, ...]]:
-    """What is timed, as a function of `operands`."""
+    """Return the function to time; it takes `operands`."""
     side = math.isqrt(timing.tokens)
     options = {"grid": (side, timing.tokens // side), "direction": timing.direction}
     options |= {"implementation": timing.implementation, "chunk_size": timing.chunk_size}
@@ -293,7 +271,7 @@ def function(timing: Timing, *, interpret: bool = False) -> Callable[..., tuple[
 
 
 def differentiated(forward: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
-    """Output and gradients as a function of the operands and the gradient of the output."""
+    """Return a function from operands and cotangent to output and gradients."""
 
     def run(*arrays):
         *arrays, d_out = arrays
@@ -304,13 +282,13 @@ def differentiated(forward: Callable[..., jax.Array]) -> Callable[..., tuple[jax
 
 
 def _copy(q, k, v, g, d_o=None):
-    """Reads and writes what a scan must, and computes next to nothing."""
+    """Read and write the bytes of a scan, with almost no computation."""
     o = (v.reshape(*q.shape[:3], 2, -1) + (q + k + g)[:, :, :, None]).reshape(v.shape)
     return (o,) if d_o is None else (o, q + g, k - q, g - k, v + d_o)
 
 
 def loop(function: Callable, sets: Sequence[tuple], calls: int) -> Callable:
-    """A program that calls `function` on every set, `calls` times each; see the module's docstring."""
+    """Return a program that calls `function` `calls` times on every set (see the module docstring)."""
 
     def program(sets):
         firsts, rest = [first for first, *_ in sets], [rest for _, *rest in sets]
@@ -327,7 +305,7 @@ def loop(function: Callable, sets: Sequence[tuple], calls: int) -> Callable:
 
 
 def _after(first: jax.Array, results: tuple[jax.Array, ...]) -> jax.Array:
-    """`first`, once the results are in memory."""
+    """Return `first`, made to depend on the results being in memory."""
     results = jax.lax.optimization_barrier(results)
     nothing = sum(0 * x[(0,) * x.ndim].astype(jnp.float32) for x in results)
     origin = (0,) * first.ndim
@@ -336,7 +314,7 @@ def _after(first: jax.Array, results: tuple[jax.Array, ...]) -> jax.Array:
 
 
 class TimingRun:
-    """A timing, lowered; `build` and `make` give the function and its operands, ours by default."""
+    """A lowered timing. `build` and `make` create the function and its operands."""
 
     def __init__(
         self,
@@ -349,7 +327,7 @@ class TimingRun:
     ):
         self.timing, self.make = timing, make
         least = timing.token_heads * timing.bytes / BANDWIDTH
-        # Sets that the cache cannot hold, and enough calls to outweigh the dispatch of the program.
+        # More sets than the cache can hold, and enough calls to hide the dispatch.
         self.sets = min(8, math.ceil(3 * L2_BYTES / (timing.token_heads * timing.bytes)))
         self.calls = max(2, min(1000, round(seconds / (2.5 * least * self.sets))))
         shapes = [jax.eval_shape(functools.partial(make, timing, 0))] * self.sets
@@ -358,7 +336,7 @@ class TimingRun:
             self.lowered = loop(run, shapes, self.calls).lower(shapes)
 
     def row(self, compiled: Any, repeats: int = 7) -> dict[str, Any]:
-        """Microseconds per call: least and median of the repeats."""
+        """Return microseconds per call: minimum and median over the repeats."""
         sets = [self.make(self.timing, seed) for seed in range(self.sets)]
         jax.block_until_ready(compiled(sets))
         times = []
@@ -370,7 +348,7 @@ class TimingRun:
 
 
 def time_row(timing: Timing, microseconds: Sequence[float]) -> dict[str, Any]:
-    """The figures of a timing."""
+    """Return the row of a timing."""
     least = min(microseconds)
     return {
         **{name: getattr(timing, name) for name in ("batch", "tokens", "heads", "backward", "bytes")},
@@ -383,7 +361,7 @@ def time_row(timing: Timing, microseconds: Sequence[float]) -> dict[str, Any]:
 def compiled_in_groups(
     jobs: Sequence[Any], size: int, lower: Callable[[Any], Any]
 ) -> Iterator[tuple[Any, Any, Any]]:
-    """Yields (job, run, compiled or the error), `size` jobs compiled side by side before any of them runs."""
+    """Yield (job, run, compiled program or error); compile `size` jobs in parallel before running any."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for start in range(0, len(jobs), size):
             pending = []

@@ -1,7 +1,7 @@
-"""The jobs of `gpu.py` that run other people's GLA kernels on the same GPU, shapes and bytes.
+"""The jobs of `gpu.py` that run other GLA kernels with the same GPU, shapes and bytes.
 
-flash-linear-attention (PyTorch and Triton), jax-linear-attention (Mosaic GPU), and one of the former's Triton
-kernels called from JAX through jax-triton. Their packages are imported by the job that needs them.
+These are flash-linear-attention (PyTorch and Triton), jax-linear-attention (Mosaic GPU), and one of fla's
+Triton kernels called from JAX through jax-triton. Each job imports the packages that it needs.
 """
 
 import os
@@ -15,18 +15,18 @@ import numpy as np
 import oracle
 from gpu_jobs import Timing, TimingRun
 
-# With the heads of the timings, because fla tunes its kernels anew for every other number.
+# The same number of heads as in the timings, because fla tunes its kernels per number.
 VALUES = {"b": 1, "t": 257, "h": 18, "k": 32, "v": 64, "gate": "strong", "dtype": "bfloat16"}
 
 
 def peer_timings(quick: bool) -> list[Timing]:
-    """The shapes of our own plain `gla`."""
+    """Return the timings of our own ungated `gla`."""
     own = gpu_jobs.timings(quick, tune=False)
     return [timing for timing in own if timing.op == "gla" and timing.implementation == "triton"]
 
 
 def error_row(results: Sequence[Any], cotangents: tuple) -> dict[str, Any]:
-    """Relative errors of (o, final_state, dq, dk, dv, dg) against the oracle's, as a check's row."""
+    """Return a check's row for (o, final_state, dq, dk, dv, dg): relative errors against the oracle."""
     (*tokens, state), _ = oracle.inputs(0, **VALUES, gate_dtype="bfloat16")
     expected = oracle.recurrence((*tokens, jnp.zeros_like(state)), cotangents)
     errors = {}
@@ -41,7 +41,7 @@ def error_row(results: Sequence[Any], cotangents: tuple) -> dict[str, Any]:
 
 
 def fla_values() -> dict[str, Any]:
-    """Values and gradients of fla's `chunk_gla`: Triton 3.4 to 3.7.0 fail some of its kernels on Hopper."""
+    """Check fla's `chunk_gla`, because Triton 3.4 to 3.7.0 miscompile some of its kernels on Hopper."""
     import torch
     from fla.ops.gla import chunk_gla
 
@@ -59,7 +59,7 @@ def _to_torch(x: jax.Array) -> Any:
 
 
 def fla_time(timing: Timing, repeats: int = 7, calls: int = 8) -> dict[str, Any]:
-    """Time by CUDA events: as people call it, and replayed as a CUDA graph, without the cost of launching."""
+    """Time with CUDA events: eagerly, and as a CUDA graph without launch costs."""
     import torch
     from fla.ops.gla import chunk_gla
 
@@ -102,7 +102,7 @@ def fla_time(timing: Timing, repeats: int = 7, calls: int = 8) -> dict[str, Any]
 
 
 def cuda_times(run: Callable[[], Any], repeats: int, calls: int) -> list[float]:
-    """Microseconds per call by CUDA events, once per repeat."""
+    """Return microseconds per call by CUDA events, one number per repeat."""
     import torch
 
     times = []
@@ -121,7 +121,7 @@ def cuda_times(run: Callable[[], Any], repeats: int, calls: int) -> list[float]:
 
 
 def jla_forward(q, k, v, g, **options):
-    """Its Mosaic GPU kernel, which takes K of 64 and 128 only: q, k and g come padded by zeros."""
+    """Run the Mosaic GPU kernel. It supports only K = 64 and 128, so q, k and g are padded with zeros."""
     from jla.ops import linear_attention
 
     options = {"scale": 32**-0.5, "impl": "mosaic_gpu"} | options
@@ -129,7 +129,7 @@ def jla_forward(q, k, v, g, **options):
 
 
 def jla_run(timing: Timing) -> TimingRun:
-    """Padding is not in the time, but the bytes of the padded arrays are."""
+    """Lower a timing. It excludes the padding but includes the bytes of the padded arrays."""
 
     def build(timing):
         def forward(*arrays):
@@ -149,7 +149,7 @@ def _pad(x):
 
 
 def jla_values() -> dict[str, Any]:
-    """Values and gradients."""
+    """Check values and gradients."""
     (*tokens, _), cotangents = oracle.inputs(0, **VALUES, gate_dtype="bfloat16")
 
     def forward(q, k, v, g):
@@ -164,18 +164,18 @@ def jla_values() -> dict[str, Any]:
     return error_row([x.astype(jnp.float32) for x in results(tokens, cotangents)], cotangents)
 
 
-# A Triton kernel of fla through jax-triton, in one process with it.
+# One of fla's Triton kernels through jax-triton, in the same process as fla.
 
 
 def jax_triton_output_kernel(timing: Timing) -> dict[str, Any]:
-    """Result and time of the kernel launched by JAX, beside fla's launch of the same configuration."""
+    """Check and time the kernel launched by JAX, next to fla's launch of the same configuration."""
     import jax_triton
     import torch
     from fla.ops.gla import chunk
     from fla.ops.utils import chunk_local_cumsum
     from fla_output_kernel import kernel, output_last
 
-    # jax-triton 0.3 sets it to the empty string, with which Triton itself caches nothing.
+    # jax-triton 0.3 sets this to the empty string, which disables Triton's own cache.
     os.environ.pop("TRITON_CACHE_DIR", None)
     q, k, v, g = (torch.from_dlpack(x) for x in gpu_jobs.operands(timing, 0))
     batch, tokens, heads, width = q.shape
@@ -208,7 +208,7 @@ def jax_triton_output_kernel(timing: Timing) -> dict[str, Any]:
 
 
 def _refusals(call: Callable, inputs: Sequence[jax.Array]) -> dict[str, str]:
-    """What jax-triton says to transformations and platforms that a backend of ours has to serve."""
+    """Return how jax-triton responds to transformations and platforms that our backends must support."""
     few = [x[:1] for x in inputs]
 
     def says(attempt):

@@ -1,13 +1,13 @@
-"""What the CUDA compilers make of the kernels: their static cost, without a GPU.
+"""Static cost of the GPU kernels, from the CUDA compilers, without a GPU.
 
     python kernels/benchmarks/static_gpu.py [--write] [--gpus sm_90a sm_80] [--only WORDS]
 
-compiles the kernels ahead of time (jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm and
-nvidia-cuda-nvdisasm must be installed), assembles the PTX that XLA dumps, and prints for every kernel its
-registers, bytes of spills (stores and loads), shared memory, SASS instructions (in all, and in the loop over
-chunks, without its inner loops over tokens), tensor-core instructions, loads of 128 bits and of any size, and
-the bytes of the launch's operands and results per token-head.
-`--write` records the figures in static_gpu.json, against which a test compares.
+This compiles the kernels ahead of time (see `gpu_compiler` for the required packages), assembles the PTX that
+XLA dumps, and prints for every kernel: registers, bytes of spills (stores and loads), shared memory, SASS
+instructions (in total, and in the loop over chunks without inner loops over tokens), tensor-core
+instructions, 128-bit loads and all loads, and the bytes of operands and results per token-head.
+
+`--write` records the figures in static_gpu.json. A test compares the kernels with this file.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call: `kind` is forward, forward+states (what training runs) or backward; K = 32, V = 64."""
+    """One call: `kind` is forward, forward+states (as in training) or backward; K = 32, V = 64."""
 
     gpu: str
     kind: str
@@ -44,14 +44,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The key of the record."""
+        """The key in static_gpu.json."""
         op = "gated_gla_2d" if self.gated else "gla"
         size = f"B={self.batch} T={self.side**2} H={self.heads}"
         return f"{self.gpu} {op} {self.kind} {self.dtype} {size} {self.direction}"
 
 
 def all_cases(gpu: str) -> list[Case]:
-    """The cases of the record."""
+    """Return all recorded cases."""
     kinds = ("forward", "forward+states", "backward")
     sizes = [(18, 16, 32), (6, 16, 32), (18, 64, 8), (6, 64, 1)]
     cases = [
@@ -70,13 +70,16 @@ def all_cases(gpu: str) -> list[Case]:
 
 
 def compiler_changed() -> str | None:
-    """How the installed compilers differ from those of the record; None if they do not."""
+    """Return how the installed compilers differ from the recorded ones, or None if they are equal."""
     recorded, here = json.loads(RECORD.read_text())["compilers"], gpu_compiler.versions()
     return None if here == recorded else f"compiled with {here}, recorded with {recorded}"
 
 
 def regressions(measured: dict[str, dict[str, dict[str, float]]], tolerance: float = 0.05) -> list[str]:
-    """What differs from the record by more than a tolerance, of results of `measure` by the case's name."""
+    """Return the figures that differ from the record by more than a tolerance, as text.
+
+    `measured` maps the name of a case to the result of `measure`.
+    """
     record = json.loads(RECORD.read_text())
     return [
         f"{name}: {kernel}: {key} is {value}, was {was}"
@@ -89,7 +92,7 @@ def regressions(measured: dict[str, dict[str, dict[str, float]]], tolerance: flo
 
 
 def main() -> None:
-    """Measures the cases that the arguments ask for."""
+    """Measure the selected cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
     gpus = list(gpu_compiler.GPUS)
@@ -112,7 +115,7 @@ def main() -> None:
 
 
 def measure(case: Case) -> dict[str, dict[str, float]]:
-    """Compiles one case; returns the figures of every kernel in it, by name."""
+    """Compile one case; return the figures of every kernel in it, by name."""
     program = compile_case(case)
     tokens = case.batch * case.side**2 * case.heads
     sizes = kernel_bytes(program.hlo)
@@ -124,7 +127,7 @@ def measure(case: Case) -> dict[str, dict[str, float]]:
 
 
 def compile_case(case: Case) -> gpu_compiler.CompiledProgram:
-    """Compiles a case for its GPU."""
+    """Compile a case for its GPU."""
     from pallas_gla.scan import Gating, Operands, Scan, saved_shape
     from pallas_gla.triton import backend
 
@@ -153,13 +156,13 @@ def compile_case(case: Case) -> gpu_compiler.CompiledProgram:
 
 
 def assemble(ptx: str, gpu: str) -> dict[str, int]:
-    """What ptxas and nvdisasm say of a kernel."""
+    """Return the figures of a kernel that ptxas and nvdisasm report."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         command = [gpu_compiler.tool("ptxas"), "-v", f"-arch={gpu}", "/dev/stdin", "-o", binary.name]
         report = subprocess.run(command, check=True, input=ptx, capture_output=True, text=True).stderr
         command = [gpu_compiler.tool("nvdisasm"), "-c", binary.name]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # Address, or the label of a branch's target.
+    # Each line is an address with an instruction, or the label of a branch target.
     lines = re.findall(r"^(\.L_\w+):|^\s+/\*([0-9a-f]{4,})\*/\s+(.*)$", sass, re.MULTILINE)
     code = [text for _, address, text in lines if address]
     labels, index = {}, 0
@@ -185,7 +188,7 @@ def assemble(ptx: str, gpu: str) -> dict[str, int]:
 
 
 def loop_size(code: list[str], labels: dict[str, int]) -> int:
-    """Instructions of the longest loop, less those of the loops in it without tensor-core instructions."""
+    """Return the instructions in the longest loop, without its inner loops that use no tensor cores."""
     branches = [(i, re.search(r"\bBRA\b.*?(\.L_\w+)", text)) for i, text in enumerate(code)]
     loops = [(labels.get(found.group(1), i), i) for i, found in branches if found]
     loops = [(first, last) for first, last in loops if first < last]
@@ -200,7 +203,7 @@ def loop_size(code: list[str], labels: dict[str, int]) -> int:
 
 
 def kernel_bytes(hlo: str) -> dict[str, int]:
-    """Bytes of the operands and results of every kernel in an optimised module."""
+    """Return the bytes of operands and results of every kernel in an optimized module."""
     widths = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4}
 
     def size(text: str) -> int:

@@ -1,12 +1,13 @@
-"""What the TPU compiler makes of the kernels: their static cost, without a chip.
+"""Static cost of the TPU kernels, from the TPU compiler, without a TPU.
 
     python kernels/benchmarks/static_tpu.py [--write] [--chips v5e v6e] [--only WORDS]
 
-compiles the kernels ahead of time (libtpu must be installed), follows the final schedule of one grid step,
-and prints for every case the bundles (issue cycles) per token-head, the time by the chip's clock, that time
-over the memory floor, register spills and fills per token-head, the busiest unit, the bytes of HBM over the
-least possible, and the bundles of the any-decay path. DMA and stalls are not in a schedule. `--write` records
-the figures in static_tpu.json, against which a test compares.
+This compiles the kernels ahead of time (requires libtpu), follows the final schedule of one grid step, and
+prints for every case: bundles (issue cycles) per token-head, the time by the chip's clock, the ratio of this
+time to the memory floor, register spills and fills per token-head, the busiest unit, the ratio of HBM bytes
+to the minimum, and the bundles of the path for any decay. A schedule excludes DMA and stalls.
+
+`--write` records the figures in static_tpu.json. A test compares the kernels with this file.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from typing import Any
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
-# Topology, GHz, bytes per second of HBM. The clocks are those that give the published peak rates; chips
-# without one get no time.
+# Topology, GHz, bytes per second of HBM. Clocks are those that give the published peak rates; without one no
+# time is computed.
 CHIPS = {
     "v4": ("v4:2x2x1", None, 1.2e12),
     "v5e": ("v5e:2x2", 1.5, 0.819e12),
@@ -35,7 +36,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel: `kind` is forward, forward+states (what training runs) or backward; bfloat16 throughout."""
+    """One kernel: `kind` is forward, forward+states (as in training) or backward; bfloat16 throughout."""
 
     chip: str
     kind: str = "forward"
@@ -49,7 +50,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The key of the record."""
+        """The key in static_tpu.json."""
         op = "gated_gla_2d" if self.gated else "gla"
         op = op if self.implementation == "mosaic" else f"{op}({self.implementation})"
         chunks = "" if self.chunks is None else f" NC={self.chunks}"
@@ -57,7 +58,7 @@ class Case:
 
     @property
     def minimum_bytes(self) -> int:
-        """Bytes that must cross HBM per token-head: bfloat16, K = 32, V = 64, a state every 64 tokens."""
+        """Bytes that must cross HBM per token-head: bfloat16, K = 32, V = 64, one state per 64 tokens."""
         narrow, wide, states = 2 * 32, 2 * 64, 2 * 32 * 64 // 64
         gate = wide if self.gated else 0
         if self.kind == "backward":
@@ -66,7 +67,7 @@ class Case:
 
 
 def main() -> None:
-    """Measures the cases that the arguments ask for."""
+    """Measure the selected cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--chips", nargs="*", default=list(CHIPS))
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def all_cases() -> list[Case]:
-    """The cases of the record."""
+    """Return all recorded cases."""
     kinds = ("forward", "forward+states", "backward")
     cases = [Case(chip, kind) for chip in CHIPS for kind in kinds]
     for chip in ("v5e", "v6e"):
@@ -104,10 +105,10 @@ def all_cases() -> list[Case]:
         cases += [Case(chip, kind, direction="column") for kind in ("forward", "backward")]
         cases += [Case(chip, kind, implementation="xla") for kind in ("forward", "backward")]
         if importlib.util.find_spec("tops"):
-            # A peer's kernels, where they are installed. They have no gradient, and hold an array whole in
-            # VMEM, so that no larger batch compiles.
+            # A peer's kernels, if installed. They have no gradient and hold a whole array in VMEM, so larger
+            # batches do not compile.
             cases.append(Case(chip, batch=1, implementation="tops"))
-    # Quick to compile: a test measures these again.
+    # These compile quickly, so a test measures them again.
     cases += [Case(chip, kind, 6, 16, chunks=1) for chip in CHIPS for kind in ("forward", "backward")]
     return cases
 
@@ -120,7 +121,7 @@ def _prepare_libtpu(dump: str) -> None:
 
 
 def measure(case: Case, dump: str) -> dict[str, float | str]:
-    """Compiles one case and reads its schedule."""
+    """Compile one case and read its schedule."""
     dump = pathlib.Path(dump)
     for file in dump.iterdir():
         file.unlink()
@@ -145,7 +146,7 @@ def measure(case: Case, dump: str) -> dict[str, float | str]:
 
 
 def times_floor(case: Case, figures: dict[str, float | str]) -> float | None:
-    """The schedule's time over that of moving `minimum_bytes`; None where the clock is not known."""
+    """Return the ratio of a schedule's time to the time for `minimum_bytes`, or None without a clock."""
     _, clock, bandwidth = CHIPS[case.chip]
     if clock is None:
         return None
@@ -165,8 +166,8 @@ def _row(case: Case, figures: dict[str, float | str]) -> str:
 
 
 def compile_case(case: Case) -> tuple[Any, Any]:
-    """Compiles a case as a model would call it; returns it and its kernel's `TpuTiling`."""
-    # libtpu reads the environment when JAX first asks for it, so nothing of JAX is imported before.
+    """Compile a case as a model would call it; return it and its kernel's `TpuTiling`."""
+    # libtpu reads the environment when JAX loads it, so JAX is imported here.
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -191,7 +192,7 @@ def compile_case(case: Case) -> tuple[Any, Any]:
     step = []
 
     def row_major(x: Any) -> Format:
-        # As the matrix products of a model take and hand over their operands.
+        # The layout of operands and results of a model's matrix products.
         return Format(Layout(major_to_minor=tuple(range(x.ndim))), NamedSharding(mesh, P()))
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -232,7 +233,7 @@ def compile_case(case: Case) -> tuple[Any, Any]:
     def peer(*arrays: Any) -> list[Any]:
         from tops.ops.gla import chunk
 
-        chunk.is_tpu_runtime = lambda: True  # it looks for a chip, and would interpret its kernels
+        chunk.is_tpu_runtime = lambda: True  # without a chip it would interpret its kernels
         return flat(chunk.chunk_gla(*operands(*arrays)[:4], chunk_size=64)[0])
 
     narrow, wide = array(batch, tokens, case.heads * keys), array(batch, tokens, case.heads * values)
@@ -251,17 +252,16 @@ def compile_case(case: Case) -> tuple[Any, Any]:
         function, arrays = backward, [states, wide, *arrays]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         formats = jax.tree.map(row_major, jax.eval_shape(function, *arrays))
-        # The peer's largest block is more than XLA grants by default.
+        # The peer's largest block exceeds XLA's default limit.
         options = {"xla_tpu_scoped_vmem_limit_kib": "98304"} if case.implementation == "tops" else {}
         compiled = jax.jit(function, out_shardings=formats).lower(*arrays).compile(options)
     return compiled, step[-1]
 
 
 def step_bundles(text: str, trips: tuple[int, int]) -> tuple[list[int], int]:
-    """Of a final schedule: what a step runs in the middle of the grid, and the length of its any-decay path.
+    """Return the bundles of a step in the middle of the grid, and the length of the path for any decay.
 
-    The first is a list of bundles, the second their number; the any-decay path has a loop over chunks, and in
-    it loops over levels, of so many `trips`.
+    The path for any decay has a loop over chunks with inner loops over levels; `trips` are their trip counts.
     """
     weights = {1: 1, 2: trips[0], 3: trips[0] * trips[1]}
     lines = [line for line in text.splitlines() if re.match(r"\s*0x|\s+0 ", line)]
@@ -273,8 +273,8 @@ def step_bundles(text: str, trips: tuple[int, int]) -> tuple[list[int], int]:
             ends = [i for i in _landings(lines, branch.group(1)) if i > index]
             if ends:
                 skips.append((index, ends[0]))
-    # The widest branch goes around a whole step, in the pipeline's last turn. What the others go around is
-    # not run in the middle of the grid: what belongs to the first step, to the last step, to any decay.
+    # The widest branch skips a whole step, in the pipeline's last iteration. The other branches skip code
+    # that does not run in the middle of the grid: for the first step, the last step, and any decay.
     body = max(skips, key=lambda s: s[1] - s[0], default=None)
     inner = [s for s in skips if s != body]
     fast, safe = [], 0
@@ -299,7 +299,7 @@ def _depth(line: str) -> int:
 
 
 def busy_units(text: str, bundles: list[int]) -> dict[str, float]:
-    """Of every unit, the share of `bundles` in which it is busy; of spills and fills, their number."""
+    """Return every unit's busy fraction over `bundles`, and the number of spills and fills."""
     head, body = text.split("== UTILIZATION:")
     names = [name.strip() for name in head.splitlines()[1].split(",")]
     capacity = [int(x) for x in head.splitlines()[2].split()]
@@ -312,7 +312,7 @@ def busy_units(text: str, bundles: list[int]) -> dict[str, float]:
 
 
 def hbm_bytes(text: str) -> int:
-    """Bytes that an optimised module reads and writes, paddings of tiles and turns of loops included."""
+    """Return the bytes that an optimized module reads and writes, including padding and loop iterations."""
     computations = {}
     for block in re.split(r"\n(?=ENTRY|%)", text):
         name = re.match(r"(?:ENTRY )?(%[\w.-]+)", block)
@@ -352,7 +352,7 @@ def _computation_bytes(computations: dict[str, list[tuple[str, ...]]], name: str
 
 
 def _fusion_bytes(body: list[tuple[str, ...]], read: list[int], written: int) -> int:
-    """Of an operand that is only sliced, and of a result that is only updated, the part counts."""
+    """Return a fusion's bytes. Operands that are only sliced, and results only updated, count in part."""
     sizes = {result: _shape_bytes(shape) for result, shape, _, _ in body}
     total = written
     for result, _, op, rest in body:

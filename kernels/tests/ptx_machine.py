@@ -1,9 +1,9 @@
-"""Runs PTX in NumPy: the code that Triton made of a kernel, instruction by instruction, without a GPU.
+"""Runs PTX in NumPy: executes the code that Triton generates, instruction by instruction, without a GPU.
 
-All threads of all programs take an instruction together. Programs that branch differently go on apart; the
-threads of a program may not. Every access to memory must be aligned and inside a buffer. Barriers and fences
-do nothing, since no thread is ever behind another one: races are not found. What an instruction does stands
-in NVIDIA's "PTX ISA 9.0", section 9.7; tensor-core instructions are in `ptx_tiles`.
+All threads of all programs execute an instruction together. Programs may branch differently and then run
+separately; the threads of one program may not. Every memory access must be aligned and inside a buffer.
+Barriers and fences do nothing, because all threads run in lockstep, so the machine does not find races. See
+NVIDIA's "PTX ISA 9.0", section 9.7, for the instructions. `ptx_tiles` has the tensor-core instructions.
 """
 
 import re
@@ -59,9 +59,9 @@ COMPARISONS = {
     "ne": np.not_equal,
     "num": lambda x, y: ~(np.isnan(x) | np.isnan(y)),
 }
-# What orders the threads, of which none is ever behind.
+# Instructions that synchronize threads, which run in lockstep here.
 ORDER = ("bar", "fence", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "griddepcontrol")
-# Where the first buffer begins, and the least space between two.
+# The start of the first buffer, and the least space between two buffers.
 GAP = 4096
 
 
@@ -74,21 +74,21 @@ class Instruction(NamedTuple):
 
 
 def parse(ptx: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions of a kernel, and what its labels number."""
+    """Return the instructions of a kernel, and the index of the instruction after each label."""
     code, labels = [], {}
     for text in _statements(ptx):
         if text.startswith("$"):
             labels[text.removesuffix(":")] = len(code)
             continue
         predicate, opcode, operands = re.fullmatch(r"(?:@(!?%\w+) )?([\w.:]+)(?: (.*))?", text).groups()
-        # A vector, an address, or a plain word.
+        # An operand is a vector, an address or a word.
         code.append(Instruction(predicate, opcode, re.findall(r"<[^>]*>|\[[^\]]*\]|[^,\s]+", operands or "")))
     return code, labels
 
 
 def _statements(ptx: str) -> Iterator[str]:
     body = re.sub(r"//.*", "", ptx[ptx.index("{", ptx.index(".entry")) :])
-    # Braces are left out where they enclose statements, and become <> where they enclose a vector.
+    # Remove braces around statements, and replace braces around vectors by <>.
     body = re.sub(r"\{(\s*[%\w][^{};]*)\}", r"<\1>", body)
     body = re.sub(r"(\$\w+:)", r";\1;", body.replace("{", ";").replace("}", ";"))
     for text in body.split(";"):
@@ -98,12 +98,12 @@ def _statements(ptx: str) -> Iterator[str]:
 
 
 def flush(x: np.ndarray) -> np.ndarray:
-    """Zero in place of numbers below 2**-126."""
+    """Replace numbers below 2**-126 by zero."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
 class Machine:
-    """A GPU for one kernel, with so many threads and bytes of shared memory in each program."""
+    """A GPU for one kernel. Each program has `threads` threads and `shared` bytes of shared memory."""
 
     def __init__(self, ptx: str, threads: int, shared: int):
         self.code, self.labels = parse(ptx)
@@ -111,7 +111,7 @@ class Machine:
         self.threads, self.shared_size = threads, shared
 
     def run(self, arrays: list[np.ndarray], programs: int) -> None:
-        """Runs all programs on contiguous arrays, one for each parameter, and writes to them."""
+        """Run all programs in place on contiguous arrays, one per parameter."""
         starts, end = [], GAP
         for x in arrays:
             starts.append(end)
@@ -121,7 +121,7 @@ class Machine:
         for start, x in zip(starts, arrays, strict=True):
             self.memory[start : start + x.nbytes] = x.reshape(-1).view(np.uint8)
             self.inside[start : start + x.nbytes] = True
-        # Floats that are no numbers, as long as nothing is written.
+        # Shared memory holds NaNs until it is written.
         self.shared = np.full(programs * self.shared_size, 0xFF, np.uint8)
         groups = [(0, np.arange(programs), {})]
         with np.errstate(all="ignore"):
@@ -131,7 +131,7 @@ class Machine:
             x.reshape(-1).view(np.uint8)[:] = self.memory[start : start + x.nbytes]
 
     def _run_group(self, at: int, programs: np.ndarray, registers: dict) -> list[tuple]:
-        """Runs programs from an instruction on until they end, or to a branch where they part."""
+        """Run programs from an instruction until they end or branch differently."""
         self.programs, self.registers = programs, registers
         self.lanes = len(programs) * self.threads
         while True:
@@ -139,7 +139,7 @@ class Machine:
             at += 1
             active = self._active(instruction.predicate)
             if instruction.opcode == "ret":
-                assert active is None, "some threads end before the others"
+                assert active is None, "some threads of a program end before others"
                 return []
             if not instruction.opcode.startswith("bra"):
                 try:
@@ -172,7 +172,7 @@ class Machine:
         return ~active if predicate[0] == "!" else active
 
     def value(self, text: str, dtype: type) -> np.ndarray:
-        """A register or a constant, in every thread."""
+        """Return the value of a register or constant in every thread."""
         if text in ("%tid.x", "%ctaid.x"):
             thread, program = np.arange(self.threads), self.programs[:, None]
             x = thread + 0 * program if text == "%tid.x" else program + 0 * thread
@@ -191,7 +191,7 @@ class Machine:
         return np.broadcast_to(x, (self.lanes,))
 
     def put(self, register: str, x: np.ndarray, active: np.ndarray | None = None) -> None:
-        """Writes a register in the active threads."""
+        """Write a register in the active threads."""
         if x.dtype != np.bool_:
             x = np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
         if active is not None:
@@ -201,7 +201,7 @@ class Machine:
     def find(
         self, text: str, width: int, space: str, active: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes at which numbers of `width` bytes are in the memory that is returned; 0 where not active."""
+        """Return the byte offsets of an access of `width` bytes in every thread, and the memory it is in."""
         base, _, offset = text.strip("[] ").replace(" ", "").partition("+")
         short = base in self.registers and self.registers[base].dtype == np.uint32
         address = self.value(base, np.uint32 if short else np.uint64).astype(np.int64) + int(offset or 0)
@@ -215,7 +215,7 @@ class Machine:
         return address + np.repeat(self.programs, self.threads) * self.shared_size, self.shared
 
     def step(self, instruction: Instruction, active: np.ndarray | None) -> None:
-        """Executes an instruction that is no branch."""
+        """Execute an instruction other than a branch."""
         _, opcode, operands = instruction
         name, *modifiers = opcode.split(".")
         dtype = TYPES.get(modifiers[-1]) if modifiers else None
@@ -278,7 +278,7 @@ class Machine:
         if "tf32" in modifiers:  # to the nearest, halves away from zero
             return (self.value(operands[0], np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
         x = self.value(operands[0], TYPES[source])
-        assert x.dtype.kind != "f" or np.dtype(TYPES[to]).kind == "f", "to integers it would round"
+        assert x.dtype.kind != "f" or np.dtype(TYPES[to]).kind == "f", "float to integer is not implemented"
         return x.astype(TYPES[to])
 
     def _permuted(self, low: np.ndarray, high: np.ndarray, select: np.ndarray) -> np.ndarray:
@@ -293,7 +293,7 @@ class Machine:
         return result
 
     def _pack(self, operands: list[str], dtype: type, active: np.ndarray | None) -> None:
-        """To a pair of registers of half the width, or from one."""
+        """Move a register to a pair of registers of half the width, or back."""
         to, source = operands
         half = np.dtype(f"u{np.dtype(dtype).itemsize // 2}")
         if to[0] == "<":
@@ -322,12 +322,14 @@ class Machine:
                 self.put(register, memory[where // size + i], active)
             else:
                 x, at = self.value(register, memory.dtype.type), where // size + i
-                x = x.reshape(self.lanes, -1)[:, 0]  # the low bits of a register that is wider
+                x = x.reshape(self.lanes, -1)[:, 0]  # the low bits of a wider register
                 memory[at if active is None else at[active]] = x if active is None else x[active]
 
     def _shuffle(self, mode: str, operands: list[str]) -> None:
         x, step = (self.value(t, np.uint32).reshape(-1, WARP) for t in operands[1:3])
         lane, step = np.arange(WARP), step.astype(np.int64)
-        assert int(operands[3]) == (0 if mode == "up" else 31), "parts of a warp"
+        assert int(operands[3]) == (0 if mode == "up" else 31), (
+            "shuffles within part of a warp are not implemented"
+        )
         source = {"bfly": lane ^ step, "idx": step + 0 * lane, "up": np.where(lane < step, lane, lane - step)}
         self.put(operands[0], np.take_along_axis(x, source[mode], axis=1).reshape(-1))

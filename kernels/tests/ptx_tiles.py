@@ -1,6 +1,6 @@
-"""What tensor-core instructions do, for `ptx_machine`: fragments in registers and tiles in shared memory.
+"""Tensor-core instructions for `ptx_machine`: fragments in registers and tiles in shared memory.
 
-Layouts are those of NVIDIA's "PTX ISA 9.0", sections 9.7.14 (mma, ldmatrix) and 9.7.15 (wgmma).
+See NVIDIA's "PTX ISA 9.0", sections 9.7.14 (mma, ldmatrix) and 9.7.15 (wgmma), for the layouts.
 """
 
 import re
@@ -12,46 +12,46 @@ if TYPE_CHECKING:
     from ptx_machine import Machine
 
 LANE = np.arange(32)
-# Fragments give a lane a row in eight, and two neighbouring columns in eight.
+# In a fragment a lane holds one row in eight, and two neighboring columns in eight.
 ROW, COLUMN = LANE // 4, LANE % 4
-# Bytes of a row by the swizzle that a matrix descriptor names.
+# Bytes per row, by the swizzle mode of a matrix descriptor.
 SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}
 
 
 def names(vector: str) -> list[str]:
-    """The registers of a vector, or the one register."""
+    """Return the registers of a vector, or a single register."""
     return [text.strip() for text in vector.strip("<>").split(",")]
 
 
 def wide(x: np.ndarray) -> np.ndarray:
-    """float32 of bfloat16 bits."""
+    """Convert bfloat16 bits to float32."""
     return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
-    """bfloat16 bits of float32, to the nearest even."""
+    """Round float32 to bfloat16 bits, ties to even."""
     bits = x.view(np.uint32)
     nearest = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
     return np.where(np.isnan(x), np.uint32(0x7FFF), nearest >> np.uint32(16)).astype(np.uint16)
 
 
 def halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The low and the high 16 bits."""
+    """Return the low and the high 16 bits."""
     return (x & np.uint32(0xFFFF)).astype(np.uint16), (x >> np.uint32(16)).astype(np.uint16)
 
 
 def narrow(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """32 bits of two halves."""
+    """Join two 16-bit halves."""
     return low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
 
 
 def tf32(x: np.ndarray) -> np.ndarray:
-    """float32 of bits of which tensor cores read 19."""
+    """Convert bits to float32, keeping the 19 bits that tensor cores read."""
     return (x & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def move_matrices(machine: "Machine", name: str, transposed: bool, operands: list[str]) -> None:
-    """ldmatrix and stmatrix: tiles of 8 x 8 numbers of 16 bits, whose rows begin where lanes say."""
+    """Execute ldmatrix or stmatrix: 8 x 8 tiles of 16-bit numbers, with row addresses from the lanes."""
     registers, address = operands if name == "ldmatrix" else operands[::-1]
     where, memory = machine.find(address, 16, "shared", None)
     rows, memory = where.reshape(-1, 32) // 2, memory.view(np.uint16)
@@ -67,11 +67,11 @@ def move_matrices(machine: "Machine", name: str, transposed: bool, operands: lis
 
 
 def mma(machine: "Machine", modifiers: list[str], operands: list[str]) -> None:
-    """A product of 16 x 8 in every warp."""
+    """Execute mma: a 16 x 8 product in every warp."""
     is_tf32 = modifiers[-2] == "tf32"
     assert modifiers[-4:] == ["f32", modifiers[-2], modifiers[-2], "f32"]
     a = fragments(machine, operands[1], is_tf32)
-    # B's columns lie as A's rows do.
+    # B's columns have the layout of A's rows.
     b = np.empty((len(a), 8, a.shape[2]), np.float32)
     for i, x in enumerate(machine.value(name, np.uint32).reshape(-1, 32) for name in names(operands[2])):
         scatter(b, ROW, i, x, is_tf32)
@@ -82,7 +82,7 @@ def mma(machine: "Machine", modifiers: list[str], operands: list[str]) -> None:
 
 
 def fragments(machine: "Machine", registers: str, is_tf32: bool) -> np.ndarray:
-    """[warps, 16, 16 or 8] of A's registers."""
+    """Return A, [warps, 16, 16 or 8], from its registers."""
     parts = [machine.value(name, np.uint32).reshape(-1, 32) for name in names(registers)]
     tile = np.empty((len(parts[0]), 16, 8 if is_tf32 else 16), np.float32)
     for i, x in enumerate(parts):
@@ -91,7 +91,7 @@ def fragments(machine: "Machine", registers: str, is_tf32: bool) -> np.ndarray:
 
 
 def scatter(tile: np.ndarray, rows: np.ndarray, half: int, x: np.ndarray, is_tf32: bool) -> None:
-    """Puts a register into the first or the second half of a tile's columns."""
+    """Write a register to the first or second half of a tile's columns."""
     if is_tf32:
         tile[:, rows, 4 * half + COLUMN] = tf32(x)
     else:
@@ -100,7 +100,7 @@ def scatter(tile: np.ndarray, rows: np.ndarray, half: int, x: np.ndarray, is_tf3
 
 
 def wgmma(machine: "Machine", modifiers: list[str], operands: list[str]) -> None:
-    """A product of 64 x N in every warpgroup, of B and perhaps A in shared memory."""
+    """Execute wgmma: a 64 x N product in every warpgroup. B and possibly A are in shared memory."""
     is_tf32 = modifiers[-1] == "tf32"
     assert modifiers[-3:] == ["f32", modifiers[-1], modifiers[-1]]
     n, k = map(int, re.fullmatch(r"m64n(\d+)k(\d+)", modifiers[3]).groups())
@@ -122,9 +122,9 @@ def wgmma(machine: "Machine", modifiers: list[str], operands: list[str]) -> None
 def described(
     machine: "Machine", register: str, rows: int, k: int, is_tf32: bool, transposed: bool
 ) -> np.ndarray:
-    """[warpgroups, rows, k] of the tile of a matrix descriptor, its columns contiguous if `transposed`."""
+    """Return the tile of a matrix descriptor, [warpgroups, rows, k]; `transposed` has contiguous columns."""
     descriptor = machine.value(register, np.uint64).reshape(-1, 128)
-    assert (descriptor == descriptor[:, :1]).all(), "a descriptor differs in a warpgroup"
+    assert (descriptor == descriptor[:, :1]).all(), "descriptors differ within a warpgroup"
     fields = [descriptor[:, 0, None, None] >> np.uint64(bit) for bit in (0, 16, 32)]
     start, leading, stride = ((field & np.uint64(0x3FFF)).astype(np.int64) * 16 for field in fields)
     mode = int(descriptor[0, 0] >> np.uint64(62))
@@ -139,7 +139,7 @@ def described(
         offset = i // 8 * stride + size * i % 16 + j // 8 * leading + j % 8 * width
     address = start + offset
     if mode:
-        # Rows of 128 bytes, the 16-byte columns of which are permuted.
+        # Swizzling permutes the 16-byte columns of rows of 128 bytes.
         address ^= (address >> 7 & width // 16 - 1) << 4
     assert (address + size <= machine.shared_size).all(), "beyond shared memory"
     groups = np.repeat(machine.programs, machine.threads // 128)[:, None, None]

@@ -1,4 +1,4 @@
-"""A machine for PTX that counts what memory is asked for, by NVIDIA's rules for a warp."""
+"""A PTX machine that counts memory transactions, by NVIDIA's rules for a warp."""
 
 import re
 
@@ -9,12 +9,12 @@ BANKS, SECTOR = 32, 32
 
 
 class CountingMachine(Machine):
-    """Counts in all threads of all programs.
+    """Counts the transactions of all threads of all programs.
 
-    wavefronts: turns of shared memory, each of one word from every bank.
-    least_wavefronts: as many as the words would take if no two of a turn were in one bank.
-    sectors: pieces of 32 bytes of global memory that warps touch.
-    bytes: of global memory that threads touch, of every warp once.
+    wavefronts: shared-memory cycles, each of at most one word per bank.
+    least_wavefronts: shared-memory cycles if there were no bank conflicts.
+    sectors: 32-byte sectors of global memory that warps access.
+    bytes: distinct bytes of global memory that warps access.
     """
 
     def __init__(self, *arguments):
@@ -22,18 +22,18 @@ class CountingMachine(Machine):
         self.wavefronts = self.least_wavefronts = self.sectors = self.bytes = 0
 
     def step(self, instruction: Instruction, active: np.ndarray | None) -> None:
-        """Remembers the instruction for `find`."""
+        """Execute an instruction, and keep it for `find`."""
         self.instruction = instruction
         super().step(instruction, active)
 
     def find(
         self, text: str, width: int, space: str, active: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Counts the accesses."""
+        """Count the transactions of an access."""
         where, memory = super().find(text, width, space, active)
         active = np.ones(self.lanes, bool) if active is None else active
         matrices = re.search(r"matrix.*\.x(\d)", self.instruction.opcode)
-        # Lanes of a turn have 128 bytes together; of ldmatrix and stmatrix, eight have a matrix.
+        # The lanes of one wavefront access 128 bytes together; eight lanes address a matrix of ldmatrix.
         together = min(WARP, 128 // width) if space == "shared" else WARP
         turns = np.where(active, where, -1).reshape(-1, WARP // together, together)
         for turn in turns[:, : int(matrices.group(1)) if matrices else None].reshape(-1, together):
