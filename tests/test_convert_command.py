@@ -1,7 +1,7 @@
 """python -m dig_jax.convert converts other people's files to ours and back."""
 
 import dataclasses
-from pathlib import Path
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,24 +33,36 @@ from dig_jax.data import ImageSpec
 from dig_jax.files.safetensors import StoredArray
 
 
+def write_released(folder, case, **arguments):
+    """Write a file as upstream's trainer does."""
+    arrays = state_dict(case)
+    content = made.tree(
+        model=made.tree(),
+        ema=made.tree(**{name: entry(x, i) for i, (name, x) in enumerate(arrays.items())}),
+        opt=made.tree(state=made.tree(), param_groups=b"]"),
+        args=made.namespace(**arguments),
+    )
+    storages = {f"s{i}": x.tobytes() for i, x in enumerate(arrays.values())}
+    return made.write(folder / "0400000.pt", made.pickled(content), **storages)
+
+
 @pytest.fixture
 def released(tmp_path):
-    """Write a file as upstream's trainer does."""
+    """Write a file as upstream's trainer does to tmp_path."""
+    return functools.partial(write_released, tmp_path)
 
-    def write(case, name="0400000.pt", **arguments):
-        arrays = state_dict(case)
-        path = tmp_path / name
-        trees = [made.tree(**{k: entry(x, i) for i, (k, x) in enumerate(arrays.items())})]
-        content = made.tree(
-            model=made.tree(),
-            ema=trees[0],
-            opt=made.tree(state=made.tree(), param_groups=b"]"),
-            args=made.namespace(**arguments),
-        )
-        storages = {f"s{i}": x.tobytes() for i, x in enumerate(arrays.values())}
-        return made.write(path, made.pickled(content), **storages)
 
-    return write
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Return our file of a case; every case is converted once."""
+
+    @functools.cache
+    def convert_once(case):
+        folder = tmp_path_factory.mktemp(case)
+        run(write_released(folder, case), folder / "ours.safetensors", *HEADS.get(case, []))
+        return folder / "ours.safetensors"
+
+    return convert_once
 
 
 def entry(array, index):
@@ -59,9 +71,8 @@ def entry(array, index):
 
 
 @pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])
-def test_a_file_of_upstream_converts_to_ours_and_back_bit_for_bit(released, tmp_path, case):
-    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.pt"
-    run(released(case), ours, *HEADS.get(case, []))
+def test_a_file_of_upstream_converts_to_ours_and_back_bit_for_bit(converted, tmp_path, case):
+    ours, theirs = converted(case), tmp_path / "theirs.pt"
     components, step, params = read_model(ours)
     settings = components.config
     assert_same(params, expected(case))
@@ -72,10 +83,9 @@ def test_a_file_of_upstream_converts_to_ours_and_back_bit_for_bit(released, tmp_
         assert_upstreams({name: file.read(x) for name, x in file.tensors().items()}, case)
 
 
-def test_our_parameters_survive_upstreams_names_bit_for_bit(released, tmp_path):
-    run(released("dit"), tmp_path / "ours.safetensors", "--num_heads=1")
+def test_our_parameters_survive_upstreams_names_bit_for_bit(converted, tmp_path):
     for name in ("theirs.pt", "theirs.safetensors"):
-        run(tmp_path / "ours.safetensors", tmp_path / name)
+        run(converted("dit"), tmp_path / name)
         run(tmp_path / name, tmp_path / f"again.{name}.safetensors", "--num_heads=1")
         assert_same(dig_jax.load(tmp_path / f"again.{name}.safetensors").params, expected("dit"))
     assert_upstreams(load_file(tmp_path / "theirs.safetensors"), "dit")
@@ -258,7 +268,7 @@ def test_a_hostile_file_executes_and_writes_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
-def test_invalid_commands_give_one_line(released, tmp_path):
+def test_invalid_commands_give_one_line(released, converted, tmp_path):
     source, target = released("dit"), tmp_path / "x.safetensors"
     assert "--num_heads is required" in refused(source, target, status=2)
     assert "--model=DiG-XL/2 does not match the parameters: got names of DiT" in refused(
@@ -272,23 +282,21 @@ def test_invalid_commands_give_one_line(released, tmp_path):
     assert "no checkpoints or diffusers weights" in refused(tmp_path, target, status=1)
     assert "the following arguments are required: target" in refused(source, status=2)
     assert "--num_heds=3; see --help" in refused(source, target, "--num_heds=3", status=2)
-    run(source, tmp_path / "ours.safetensors", "--num_heads=1")
-    line = refused(tmp_path / "ours.safetensors", tmp_path / "x.npz", status=2)
+    line = refused(converted("dit"), tmp_path / "x.npz", status=2)
     assert "expected FILE.safetensors, FILE.pt or a new folder for diffusers" in line
     target.write_text("somebody's weights")
     assert "exists; delete it" in refused(source, target, "--num_heads=1", status=2)
     assert target.read_text() == "somebody's weights"
 
 
-def test_a_full_disk_gives_one_line_and_leaves_nothing(released, tmp_path):
+def test_a_full_disk_gives_one_line_and_leaves_nothing(released, converted, tmp_path):
     source = released("dit")
     with full_disk(10_000):
         line = refused(source, tmp_path / "new" / "x.safetensors", "--num_heads=1", status=1)
     assert "x.safetensors could not be written" in line
-    run(source, tmp_path / "ours.safetensors", "--num_heads=1")
     for name in ("x.pt", "transformer"):
         with full_disk(10_000):
-            line = refused(tmp_path / "ours.safetensors", tmp_path / "new" / name, status=1)
+            line = refused(converted("dit"), tmp_path / "new" / name, status=1)
         assert f"{name} could not be written" in line
     assert not any((tmp_path / "new").iterdir())
 
@@ -303,12 +311,12 @@ def test_a_workdir_is_written_atomically(released, tmp_path, monkeypatch):
     assert not any((tmp_path / "new").iterdir())
 
 
-def test_a_converted_file_describes_itself(released, tmp_path):
-    run(released("dig_plain"), tmp_path / "x.safetensors")
-    with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
+def test_a_converted_file_describes_itself(released, converted):
+    path = converted("dig_plain")
+    with safe_open(path, framework="numpy") as file:
         about = file.metadata()
     assert (about["format"], about["step"], about["ema"]) == ("dig-jax", "0", "0.9999")
-    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == Path(released("dit")).stat().st_mode & 0o777
+    assert path.stat().st_mode & 0o777 == released("dit").stat().st_mode & 0o777
 
 
 def test_the_config_of_a_converted_file_is_the_published_recipe():
