@@ -81,9 +81,10 @@ def cost(name: str) -> Cost:
     get_config = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))["get_config"]
     settings = config.from_dict(get_config(*filter(None, arguments.split(","))).to_dict())
     options = settings.data.options
-    size, channels, classes = _IMAGES.get(
-        file, (options.get("image_size"), options.get("channels", 3), options.get("num_classes"))
-    )
+    if file in _IMAGES:
+        size, channels, classes = _IMAGES[file]
+    else:
+        size, channels, classes = options["image_size"], options.get("channels", 3), options["num_classes"]
     components = Components(settings, ImageSpec((size, size, channels), ("",) * classes))
     return Cost(components, jax.eval_shape(functools.partial(init_params, components)))
 

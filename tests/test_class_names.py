@@ -116,7 +116,7 @@ def test_what_is_written_in_digits_is_an_index_whatever_the_classes_are_called()
         ("0-9999999,tench", "--labels='0-9999999,tench'; expected at most a million"),
     ],
 )
-def test_labels_that_cannot_be_are_told_in_one_line(text, told):
+def test_invalid_labels_raise_one_line(text, told):
     with pytest.raises(ConfigError, match=told):
         labels(text, imagenet_ids())
 

@@ -27,14 +27,14 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_models_have_their_size(name):
+def test_the_published_models_have_the_published_size(name):
     found = cost(name)
     assert (param_count(found.params), found.tokens) == (PUBLISHED[name], 256)
     assert found.components.image_spec.image_shape == (32, 32, 4)
 
 
 @pytest.mark.parametrize("name", ["dig_s", "dit_s"])
-def test_the_resolution_changes_the_tokens_and_not_the_parameters(name):
+def test_the_resolution_changes_the_tokens_but_not_the_parameters(name):
     found = cost(f"{name}:1024,paper")
     assert (param_count(found.params), found.tokens) == (PUBLISHED[name], 4096)
     assert found.components.image_spec.image_shape == (128, 128, 4)
@@ -48,7 +48,7 @@ def test_the_other_shipped_configs_build(name):
 
 
 @pytest.mark.parametrize("name", ["dig_s", "dit_s", "cifar10", "imagefolder"])
-def test_a_config_states_the_cost_that_its_flops_make(name):
+def test_a_config_states_its_computed_cost(name):
     said = (ROOT / "configs" / f"{name}.py").read_text().partition('"""')[2].partition('"""')[0]
     found = cost(name)
     stated = f"{found.flops:.1e} FLOPs, {found.hours:,.0f} hours".replace("e+", "e")
@@ -71,14 +71,14 @@ def test_a_config_states_the_cost_that_its_flops_make(name):
         ({"diffusion__num_steps": 1}, "config.diffusion: num_steps too small: got 1; expected at least 21"),
     ],
 )
-def test_what_cannot_be_built_names_the_group_the_field_and_the_value(changes, message):
+def test_errors_name_the_group_the_field_and_the_value(changes, message):
     components = tiny_components(**changes)
     with pytest.raises(ConfigError, match=message):
         jax.eval_shape(functools.partial(init_params, components))
         _ = components.diffusion
 
 
-def test_fields_replace_what_the_name_says():
+def test_fields_override_the_sizes_of_the_name():
     counts = []
     for depth in (1, 2, 3):
         components = tiny_components(model__depth=depth, model__hidden_size=64, model__patch_size=4)
@@ -88,6 +88,6 @@ def test_fields_replace_what_the_name_says():
     assert counts[2] - counts[1] == counts[1] - counts[0] > 64**2
 
 
-def test_settings_of_dig_do_not_reach_dit():
+def test_options_of_dig_are_not_passed_to_dit():
     components = tiny_components(model__name="DiT-S/2", model__num_heads=2)
     assert param_count(jax.eval_shape(functools.partial(init_params, components))) > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import base, smoke
-from dig_jax.cli.command_line import _load
+from dig_jax.cli.command_line import load_config
 from dig_jax.config import Config, check_same, flattened, from_dict, reference, to_dict
 from dig_jax.data.registry import loader
 from dig_jax.errors import ConfigError
@@ -39,9 +39,9 @@ SHIPPED = (
 
 
 def shipped(name):
-    """What the command line makes of configs/NAME.py[:ARGUMENT,…]."""
+    """The ConfigDict of configs/NAME.py[:ARGUMENT,…] on the command line."""
     file, _, arguments = name.partition(":")
-    return _load(f"configs/{file}.py:{arguments}")
+    return load_config(f"configs/{file}.py:{arguments}")
 
 
 def test_all_shipped_configs_are_tested():
@@ -56,7 +56,7 @@ def test_every_shipped_config_is_valid_and_survives_json(name):
     assert from_dict(json.loads(json.dumps(to_dict(settings)))) == settings
 
 
-def test_the_base_config_and_its_json_are_those_of_earlier_versions():
+def test_the_base_config_and_its_json_are_unchanged():
     """Values, types, and the order in which config.json, checkpoints and exports have them."""
     golden = json.loads(Path("tests/golden/base_config.json").read_text())
     stored = json.dumps(to_dict(from_dict(base.get_config().to_dict())))
@@ -87,7 +87,7 @@ def test_the_reference_in_the_docs_is_current():
         ("sampling__ema", ""),
     ],
 )
-def test_no_value_is_none_inside_and_has_its_earlier_form_outside(field, external):
+def test_no_value_is_none_in_memory_and_keeps_its_external_form(field, external):
     name = field.replace("__", ".")
     for given in (external, None):
         settings = from_dict(changed(**{field: given}))
@@ -149,7 +149,7 @@ def test_the_recipe_of_the_paper_has_the_published_values(name):
 
 
 @pytest.mark.parametrize("name", [*IMAGENET, "cifar10", "celeba64"])
-def test_our_recipe_differs_from_the_papers_where_it_says_so_alone(name):
+def test_our_recipe_differs_from_the_published_one_only_where_it_says_so(name):
     paper, ours = (
         flattened(to_dict(from_dict(shipped(f"{name}:{argument}").to_dict())))
         for argument in ({"dig": "256,paper", "dit": "256,paper"}.get(name[:3], "paper"), "")
@@ -162,7 +162,7 @@ def test_our_recipe_differs_from_the_papers_where_it_says_so_alone(name):
 
 
 @pytest.mark.parametrize("pixels", [256, 512, 1024])
-def test_latents_are_made_of_pictures_of_the_resolution(pixels):
+def test_latents_are_encoded_from_images_of_the_resolution(pixels):
     settings = from_dict(shipped(f"dig_xl:{pixels}").to_dict())
     assert settings.data.options == {
         "path": f"latents/imagenet_{pixels}",
@@ -175,7 +175,7 @@ def test_latents_are_made_of_pictures_of_the_resolution(pixels):
 
 
 @pytest.mark.parametrize("name", ["latents", "image_folder"])
-def test_the_options_of_shipped_configs_are_those_of_their_sources(name):
+def test_sources_accept_the_options_of_shipped_configs(name):
     known = set(inspect.signature(loader(name)).parameters) - {"split"}
     for file in ("dig_s", "imagefolder_latents", "imagefolder"):
         c = shipped(f"{file}:256" if file == "dig_s" else f"{file}:pictures")
@@ -192,13 +192,13 @@ def test_the_options_of_shipped_configs_are_those_of_their_sources(name):
         ("celeba64.py:64", "ValueError: invalid recipe '64'; expected ours or paper"),
     ],
 )
-def test_an_argument_that_cannot_be_is_told(text, message):
+def test_an_invalid_argument_of_a_config_raises_one_line(text, message):
     with pytest.raises(ConfigError, match=f"--config=configs/{text}: {message}"):
-        _load(f"configs/{text}")
+        load_config(f"configs/{text}")
 
 
 def test_a_directory_may_have_commas_in_its_name():
-    assert _load("configs/imagefolder.py:a,b").data.options.path == "a,b"
+    assert load_config("configs/imagefolder.py:a,b").data.options.path == "a,b"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_directory_may_have_commas_in_its_name():
         ({"evaluation__num_images": -1}, r"num_images=-1; expected zero or a positive number"),
     ],
 )
-def test_a_field_that_cannot_be_is_named(fields, message):
+def test_an_invalid_field_is_named(fields, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(changed(**fields))
 
@@ -262,8 +262,8 @@ def test_a_missing_field_is_named():
         from_dict(settings)
 
 
-def test_a_config_of_an_older_version_is_read_with_the_defaults_of_what_it_lacks():
-    """A new field without a default would shut out every workdir that there is."""
+def test_a_config_of_an_older_version_gets_defaults_for_its_missing_fields():
+    """A field without `added_later=True` would make every existing workdir unreadable."""
     stored = json.loads(Path("tests/golden/config.json").read_text())
     filled, present = flattened(to_dict(from_dict(stored))), flattened(stored)
     defaults = flattened(base.get_config().to_dict())
@@ -273,7 +273,7 @@ def test_a_config_of_an_older_version_is_read_with_the_defaults_of_what_it_lacks
     assert {name: filled[name] for name in present} == present
 
 
-def test_integers_are_taken_for_floats_and_lists_for_tuples():
+def test_integers_become_floats_and_lists_become_tuples():
     settings = from_dict(changed(optimizer__learning_rate=1, training__ema_decays=[0, 0.5]))
     assert settings.optimizer.learning_rate == 1.0
     assert settings.training.ema_decays == (0.0, 0.5)
@@ -290,11 +290,11 @@ def test_integers_are_taken_for_floats_and_lists_for_tuples():
         {"evaluation__num_images": 3},
     ],
 )
-def test_a_workdir_goes_on_with_more_steps_and_another_way_of_looking(change):
+def test_a_workdir_resumes_with_more_steps_and_other_output(change):
     check_same(from_dict(SMOKE), from_dict(changed(**change)), "runs/smoke")
 
 
-def test_all_settings_that_a_workdir_did_not_begin_with_are_named():
+def test_all_settings_that_a_workdir_was_not_created_with_are_named():
     new = changed(
         seed=1,
         model__depth=6,
@@ -349,7 +349,7 @@ def test_all_settings_that_a_workdir_did_not_begin_with_are_named():
         ),
     ],
 )
-def test_settings_that_do_not_fit_together_are_refused_before_there_is_a_workdir(tmp_path, fields, message):
+def test_settings_that_do_not_fit_together_raise_before_the_workdir_is_created(tmp_path, fields, message):
     workdir = tmp_path / "run"
     with pytest.raises(ConfigError, match=message) as caught:
         train(from_dict(changed(**fields)), workdir)

@@ -29,7 +29,7 @@ def lines(caplog, monkeypatch):
     return lambda: caplog.messages
 
 
-def test_progress_goes_to_the_log_where_there_is_no_terminal(lines):
+def test_without_a_terminal_progress_is_logged(lines):
     with contextlib.closing(Progress("step", first=0, total=20)) as line:
         line.show(5, "loss 0.5")
     assert re.fullmatch(LINE, lines()[0])
@@ -58,7 +58,7 @@ def test_the_remaining_time_follows_from_the_rate_since_this_start(lines, clock)
     assert lines() == ["step 1010/4000  3.00s/step, ETA 2:29:30"]
 
 
-def test_the_log_gets_few_lines_and_always_the_last(lines, clock):
+def test_the_log_gets_few_lines_and_always_the_last_one(lines, clock):
     line = Progress("image", first=0, total=5, every_seconds=10.0)
     for image in range(1, 6):
         clock[0] += 6
@@ -69,5 +69,5 @@ def test_the_log_gets_few_lines_and_always_the_last(lines, clock):
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.0, "0:00"), (59.6, "1:00"), (3599.0, "59:59"), (3723.0, "1:02:03")]
 )
-def test_durations_are_written_as_on_a_clock(seconds, text):
+def test_durations_look_like_a_clock(seconds, text):
     assert duration(seconds) == text

@@ -72,7 +72,7 @@ def _parse(argv: list[str]) -> tuple[Config, Path]:
     Other flags are parsed into absl's.
     """
     text, argv = _take_config_flag(argv)
-    settings = _load(text)
+    settings = load_config(text)
     for argument in argv[1:]:
         if match := re.match(r"--?(?:no)?(config\.[\w.]+)", argument):
             _check_path(settings, match[1])
@@ -102,7 +102,7 @@ def _take_config_flag(argv: list[str]) -> tuple[str, list[str]]:
     raise ConfigError("--config is missing; for example --config=configs/digits.py")
 
 
-def _load(text: str) -> ConfigDict:
+def load_config(text: str) -> ConfigDict:
     """Return the config of FILE.py, FILE.py:ARGUMENT,ARGUMENT or a run's config.json."""
     name, _, argument = text.partition(":")
     if not Path(name).is_file():

@@ -1,8 +1,8 @@
 """Every field of the configuration, once: type, default, meaning, unit and source.
 
 Defaults are DiG's published recipe (Zhu et al. 2025, section 4.1, and the released training script) where
-there is one. configs/base.py and docs/config_reference.md are made from these dataclasses. A field whose type
-includes None says which external value (on the command line, in a ConfigDict, in config.json) stands for it.
+there is one. configs/base.py and docs/config_reference.md are made from these dataclasses. `none`
+is the external form of None: the value on the command line, in a ConfigDict and in config.json.
 """
 
 import dataclasses
