@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,22 +20,29 @@ from ended_runs import (
     records,
     state_at,
 )
+from tiny_components import tiny_settings
 
+from configs import digits as digits_config
+from dig_jax import config
+from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.checkpoints.reader import read_config
 from dig_jax.errors import ConfigError
 from dig_jax.export.export import export
+from dig_jax.files.atomic import write_json
 from dig_jax.parallel import initialize_distributed
+from dig_jax.training import train as training
 
 ROOT = Path(__file__).parent.parent
-# The digits' own config, with one block, and little to draw at the end.
+STEPS, MORE_STEPS = 8, 10
+# configs/digits.py with one block and few samples.
 FIELDS = {
     "model.depth": 1,
     "model.hidden_size": 32,
     "model.num_heads": 1,
     "data.batch_size": 16,
-    "training.steps": 20,
+    "training.steps": STEPS,
     "optimizer.schedule": "constant",
-    "checkpoint.every_steps": 20,
+    "checkpoint.every_steps": STEPS,
     "logging.every_steps": 1,
     "logging.heldout_every_steps": 0,
     "logging.tensorboard": False,
@@ -46,7 +54,7 @@ FIELDS = {
 }
 
 
-# Of two processes, each of which then holds and saves a part of the parameters.
+# Two processes that each hold and save a shard of the parameters.
 SPLIT = {"mesh__data": 1, "mesh__fsdp": 2}
 
 
@@ -55,18 +63,31 @@ def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("processes")
 
 
-def digits(workdir: Path, *arguments: str, **fields) -> list[str]:
-    changed = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
-    return command("digits", workdir, changed, *arguments)
+def fields(**changes) -> dict[str, object]:
+    """`seed=1` or `mesh__data=1` set a field."""
+    return FIELDS | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def digits(workdir: Path, *arguments: str, **changes) -> list[str]:
+    return command("digits", workdir, fields(**changes), *arguments)
+
+
+def train_alone(workdir: Path, **changes) -> None:
+    """Train on one device of this process."""
+    c = digits_config.get_config()
+    for name, value in fields(mesh__data=1, **changes).items():
+        c.update_from_flattened_dict({name: value})
+    training.train(config.from_dict(c.to_dict()), workdir)
 
 
 def start(commands: Sequence[Sequence[str]], cache: Path, **options) -> list[subprocess.Popen]:
-    options |= {"cwd": ROOT, "env": environment(cache) | GLOO, "stderr": subprocess.PIPE, "text": True}
+    env = environment(cache) | GLOO | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    options |= {"cwd": ROOT, "env": env, "stderr": subprocess.PIPE, "text": True}
     return [subprocess.Popen(arguments, **options) for arguments in commands]
 
 
 def run(commands: Sequence[Sequence[str]], cache: Path) -> list[tuple[int, str]]:
-    """Exit status and log of processes that run at the same time."""
+    """Run processes at the same time; return exit status and log of each."""
     return ended(start(commands, cache))
 
 
@@ -75,8 +96,10 @@ def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
     return [(process.returncode, log) for process, log in zip(processes, logs, strict=True)]
 
 
-def train(workdir: Path, processes: int = 1, **fields) -> None:
-    results = run([digits(workdir, *own, **fields) for own in joined(processes)], workdir.parent / "compiled")
+def train(workdir: Path, processes: int, **changes) -> None:
+    results = run(
+        [digits(workdir, *own, **changes) for own in joined(processes)], workdir.parent / "compiled"
+    )
     for status, log in results:
         assert status == 0, log
 
@@ -86,13 +109,13 @@ def examples(workdir: Path, step: int) -> dict:
 
 
 def assert_like_one(workdir: Path, one: Path, step: int) -> None:
-    """Parameters to 1e-5, the data at the same place, and each step's record once, with the same loss."""
+    """Compare parameters to 1e-5, the position in the data, and the loss of each step."""
     ours, theirs = (jax.tree.leaves(state_at(path, step)["params"]) for path in (workdir, one))
     difference = sum(np.sum(np.square(a - b)) for a, b in zip(ours, theirs, strict=True))
     assert difference <= 1e-10 * sum(np.sum(np.square(b)) for b in theirs)
     assert examples(workdir, step) == examples(one, step)
     assert examples(workdir, step)["examples"] == step * FIELDS["data.batch_size"]
-    # The loss of a step depends on which images it sees: one that is seen twice or left out would show.
+    # The loss of a step depends on its images, so it would show one that is repeated or left out.
     assert [record["step"] for record in records(workdir)] == list(range(1, step + 1))
     losses, expected = ([record["loss"] for record in records(path)[:step]] for path in (workdir, one))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
@@ -100,8 +123,8 @@ def assert_like_one(workdir: Path, one: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def one(directory):
-    """The workdir of one process, with checkpoints of 20 and 24 steps."""
-    train(directory / "one", training__steps=24)
+    """The workdir of one process, with checkpoints of STEPS and MORE_STEPS."""
+    train_alone(directory / "one", training__steps=MORE_STEPS)
     return directory / "one"
 
 
@@ -112,18 +135,20 @@ def two(directory):
     return directory / "two"
 
 
-def test_two_processes_train_as_one_does_and_one_goes_on_from_them(one, two, directory):
-    assert_like_one(two, one, 20)
+def test_two_processes_train_like_one_and_one_resumes_from_them(one, two, directory):
+    assert_like_one(two, one, STEPS)
     assert (two / "samples.png").exists()
     workdir = shutil.copytree(two, directory / "two_then_one")
-    train(workdir, training__steps=24)
-    assert_like_one(workdir, one, 24)
+    train_alone(workdir, training__steps=MORE_STEPS)
+    assert_like_one(workdir, one, MORE_STEPS)
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_other_and_both_go_on_from_before_a_damaged_checkpoint(two, directory):
+def test_a_killed_process_ends_the_other_and_both_resume_before_a_corrupt_checkpoint(directory):
+    settings = SPLIT | {"training__steps": 20}
+    train(directory / "not killed", processes=2, **settings)
     workdir = directory / "killed"
-    commands = [digits(workdir, *own, **SPLIT, checkpoint__every_steps=5) for own in joined(2)]
+    commands = [digits(workdir, *own, **settings, checkpoint__every_steps=5) for own in joined(2)]
     first, second = start(commands, directory / "compiled")
     newest = workdir / "checkpoints" / "10"
     while not newest.exists() and first.poll() is None:
@@ -136,30 +161,30 @@ def test_a_killed_process_ends_the_other_and_both_go_on_from_before_a_damaged_ch
     assert "Traceback" not in log
     for damaged in newest.parent.glob("??/state/_METADATA"):
         damaged.unlink()
-    train(workdir, processes=2, **SPLIT)
+    train(workdir, processes=2, **settings)
     assert (newest.parent / "10.unreadable").is_dir()
-    assert_ended_alike(workdir, two, 20)
+    assert_ended_alike(workdir, directory / "not killed", 20)
 
 
 @pytest.mark.slow
-def test_four_processes_train_as_one_does_and_one_or_four_go_on_from_them(one, directory):
+def test_four_processes_train_like_one_and_one_or_four_resume_from_them(one, directory):
     workdir = directory / "four"
     train(workdir, processes=4, mesh__fsdp=2)
-    assert_like_one(workdir, one, 20)
+    assert_like_one(workdir, one, STEPS)
     then_one = shutil.copytree(workdir, directory / "four_then_one")
-    train(then_one, training__steps=24)
-    train(workdir, processes=4, training__steps=24)
+    train_alone(then_one, training__steps=MORE_STEPS)
+    train(workdir, processes=4, training__steps=MORE_STEPS)
     for ended in (workdir, then_one):
-        assert_like_one(ended, one, 24)
+        assert_like_one(ended, one, MORE_STEPS)
 
 
 @pytest.mark.slow
-def test_processes_that_split_rows_or_heads_read_the_same_images_and_train_as_one_does(one, directory):
+def test_processes_that_shard_rows_read_the_same_images_and_train_like_one(one, directory):
     train(directory / "rows", processes=2, mesh__data=1, mesh__context=2)
-    assert_like_one(directory / "rows", one, 20)
+    assert_like_one(directory / "rows", one, STEPS)
 
 
-def test_processes_that_were_given_different_settings_all_stop_and_write_nothing(directory):
+def test_processes_with_different_settings_all_stop_and_write_nothing(directory):
     workdir = directory / "disagreeing"
     steps = (20, 21)
     commands = [digits(workdir, *own, training__steps=n) for own, n in zip(joined(2), steps, strict=True)]
@@ -172,60 +197,68 @@ def test_processes_that_were_given_different_settings_all_stop_and_write_nothing
     assert not workdir.exists()
 
 
-def test_settings_that_a_workdir_did_not_begin_with_stop_all_processes_with_one_line(two, directory):
-    commands = [digits(two, *own, **SPLIT, seed=1) for own in joined(2)]
-    before = (two / "config.json").read_bytes()
-    for status, log in run(commands, directory / "compiled"):
-        assert status == 2
-        assert log.splitlines()[-1].startswith(
-            f"error: {two} was created with different settings: seed: 0 → 1. "
-        )
-        assert "Traceback" not in log
-    assert (two / "config.json").read_bytes() == before
-
-
-def test_a_workdir_that_not_all_processes_share_stops_them_with_one_line(directory):
-    """The same path leads each to a folder of its own."""
-    folders = [directory / name for name in ("own", "another")]
-    number, processes = os.open(directory, os.O_RDONLY), []
-    workdir = Path(f"/proc/self/fd/{number}/run")
-    for folder, own in zip(folders, joined(2), strict=True):
-        folder.mkdir()
-        os.dup2(os.open(folder, os.O_RDONLY), number)
-        processes += start([digits(workdir, *own)], directory / "compiled", pass_fds=[number])
-    for status, log in ended(processes):
-        assert status == 1
-        assert log.splitlines()[-1] == (
-            f"error: process 1 does not see the files that process 0 writes to {workdir};"
-            " expected a directory on a file system that all hosts share"
-        )
-    assert [path.name for path in folders[0].rglob("*")] == ["run", "config.json"]
-    assert not any(folders[1].iterdir())
+def test_processes_take_steps_together_and_fail_together(directory):
+    folder = directory / "steps"
+    (folder / "run" / "checkpoints" / "1").mkdir(parents=True)
+    write_json(folder / "run" / "config.json", config_and_versions(tiny_settings()))
+    before = (folder / "run" / "config.json").read_bytes()
+    port, script = free_port(), [sys.executable, "tests/process_steps.py"]
+    processes = start(
+        [[*script, str(port), str(number), str(folder)] for number in range(2)],
+        directory / "compiled",
+        stdout=subprocess.PIPE,
+    )
+    written = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [3, 9], written
+    first, second = (json.loads(output.splitlines()[-1]) for output, _ in written)
+    for number, outcomes in enumerate((first, second)):
+        assert outcomes["same settings"] is None
+        assert outcomes["different settings"] == [
+            f"processes have different settings: process {number} has config.training.steps={20 + number};"
+            " expected the same command on all processes",
+            True,
+        ]
+        assert outcomes["broadcast"] == {"index": 0}
+        assert outcomes["rejection"] == ["rejected by process 0", True]
+        assert outcomes["without"] == [1]
+        assert outcomes["shared workdir"] is None
+        message, is_config_error = outcomes["workdir of different settings"]
+        assert message.startswith(f"{folder / 'run'} was created with different settings: ")
+        assert is_config_error
+        assert outcomes["workdirs of their own"] == [
+            "process 1 does not see the files that process 0 writes to /proc/self/fd/100/run;"
+            " expected a directory on a file system that all hosts share",
+            False,
+        ]
+    assert first["peer failure"] is True
+    assert (folder / "run" / "config.json").read_bytes() == before
+    assert not any((folder / "own 1").iterdir())
 
 
 @pytest.mark.slow
-def test_two_processes_start_from_a_workdir_or_an_exported_file_as_one_does(one, directory):
+def test_two_processes_start_from_a_workdir_or_an_exported_file_like_one(one, directory):
     exported = directory / "one.safetensors"
     export(read_config(one), one, exported)
     for source in (one, exported):
         workdir = directory / f"from_{source.name}"
         train(workdir, processes=2, **SPLIT, init_from=str(source))
         alone = directory / f"alone_from_{source.name}"
-        train(alone, init_from=str(source))
-        assert_like_one(workdir, alone, 20)
+        train_alone(alone, init_from=str(source))
+        assert_like_one(workdir, alone, STEPS)
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_processes_that_do_not_find_each_other_say_where_they_looked(directory, process):
-    port = free_port()
-    own = [*joined(2, port)[process], "--join_timeout=3"]
-    [(status, log)] = run([digits(directory / "alone", *own)], directory / "compiled")
-    assert status == 1
-    assert log.splitlines()[-1] == (
-        "error: the processes did not connect within 3 seconds: the coordinator is"
-        f" 127.0.0.1:{port}; expected it to be reachable from all hosts, and all processes to be running"
-    )
-    assert "Traceback" not in log
+def test_processes_that_do_not_connect_say_what_they_expected(directory):
+    """The coordinator without process 1, and process 1 without its coordinator."""
+    ports = [free_port(), free_port()]
+    flags = [[*joined(2, port)[number], "--join_timeout=1"] for number, port in enumerate(ports)]
+    results = run([digits(directory / "alone", *own) for own in flags], directory / "compiled")
+    for port, (status, log) in zip(ports, results, strict=True):
+        assert status == 1
+        assert log.splitlines()[-1] == (
+            "error: the processes did not connect within 1 seconds: the coordinator is"
+            f" 127.0.0.1:{port}; expected it to be reachable from all hosts, and all processes to be running"
+        )
+        assert "Traceback" not in log
     assert not (directory / "alone").exists()
 
 
@@ -237,11 +270,11 @@ def test_processes_that_do_not_find_each_other_say_where_they_looked(directory, 
         ((None, 2, 0), "--coordinator, --num_processes and --process_id: what JAX says"),
     ],
 )
-def test_flags_that_do_not_describe_processes_are_refused(arguments, message, monkeypatch):
+def test_flags_that_do_not_describe_processes_are_rejected(arguments, message, monkeypatch):
     def refuse(**_):
         raise ValueError("what JAX says")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     with pytest.raises(ConfigError, match=message):
         initialize_distributed(*arguments)
-    initialize_distributed()  # neither flags nor an environment of several: alone
+    initialize_distributed()  # without flags and environment variables: one process

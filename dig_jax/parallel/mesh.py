@@ -160,7 +160,8 @@ def process_shard(mesh: Mesh) -> BatchShard:
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Make global arrays from this process's shard of a batch; the transfer is asynchronous."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+    with jax.transfer_guard_host_to_device("allow"):  # with several processes JAX calls this implicit
+        return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
 def distribute(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
