@@ -4,8 +4,6 @@ import importlib.util
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -173,9 +171,3 @@ def test_a_program_for_tpus_keeps_heads_together(tpu_plan):
 def test_a_batch_that_the_devices_do_not_divide_is_an_error():
     with pytest.raises(ConfigError, match="config.data.batch_size=8"):
         plan.plan(tiny_settings(mesh__data=3), plan.THIS)
-
-
-def test_the_plans_flags_require_its_mode():
-    command = [sys.executable, "main.py", "--config=configs/smoke.py", "--topology=v5e:2x2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: --topology and --json go with --mode=plan\n")

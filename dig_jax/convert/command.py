@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ from dig_jax.files.safetensors import open_safetensors, write_safetensors
 log = logging.getLogger("dig_jax.convert")
 
 
-def convert(source: Path, target: Path, tree: str | None = None, **options: str | int | None) -> None:
+def convert(source: Path, target: Path, tree: str | None = None, **options: Any) -> None:
     """Convert a file; the kind of source decides the direction.
 
     Args:
@@ -70,12 +70,15 @@ def convert(source: Path, target: Path, tree: str | None = None, **options: str 
     )
     if target.suffix not in suffixes:
         raise ConfigError(f"invalid target {target} for {source}; expected {expected}")
-    if ours and any(value is not None for value in options.values()):
+    if not ours:
+        _from_upstream(source, target, tree, **options)
+    elif any(value is not None for value in options.values()):
         raise ConfigError(f"{source} contains its config; --tree is the only option that applies")
-    (_from_ours if ours else _from_upstream)(source, target, tree, **options)
+    else:
+        _from_ours(source, target, tree)
 
 
-def _from_upstream(source: Path, target: Path, tree: str | None, **options: str | int | None) -> None:
+def _from_upstream(source: Path, target: Path, tree: str | None, **options: Any) -> None:
     with open_upstream(source, tree) as upstream:
         name = options.get("model") or source.name
         try:
@@ -107,7 +110,7 @@ def _from_upstream(source: Path, target: Path, tree: str | None, **options: str 
     log.info("wrote %s", target)
 
 
-def _from_ours(source: Path, target: Path, tree: str | None, **options: None) -> None:
+def _from_ours(source: Path, target: Path, tree: str | None) -> None:
     components, step, params = read_model(source, tree)
     flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params).items()}
     model = components.abstract_model

@@ -1,0 +1,1 @@
+"""Atomic writes, JSON lines and a strict safetensors reader."""

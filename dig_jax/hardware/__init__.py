@@ -1,0 +1,1 @@
+"""Chips and the cost of compiled programs, for training and planning."""

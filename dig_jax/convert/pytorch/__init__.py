@@ -1,0 +1,1 @@
+"""PyTorch's .pt files, read and written without PyTorch."""
