@@ -217,9 +217,9 @@ def test_a_workdir_that_is_not_writable_raises_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "seeds", "message"),
     [
-        ([4], None, "label 4 is out of range: there are 0…3"),
-        ([0, 1], [1, 2, 3], "2 labels and 3 seeds"),
-        (None, [2**31], "seed 2147483648 is out of range"),
+        ([4], None, "label out of range: got 4; expected 0 … 3"),
+        ([0, 1], [1, 2, 3], "numbers of labels and seeds differ: got 2 and 3"),
+        (None, [2**31], "seed out of range: got 2147483648; expected 0 … 2147483647"),
     ],
 )
 def test_invalid_labels_and_seeds_are_rejected(trained, labels, seeds, message):
