@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from dig_jax.errors import ConfigError, UserError, suggest
+from dig_jax.errors import ConfigError, UserError, one_line, suggest
 from dig_jax.hardware.chips import CHIPS, Chip, chip_of_kind
 
 THIS = "this"
@@ -64,7 +64,8 @@ def find_topology(name: str) -> Topology:
         return Topology(name, jax.devices(), chip_of_kind(jax.devices()[0].device_kind))
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if match is None or match[1] not in CHIPS:
-        hint = suggest(name.partition(":")[0], CHIPS)
+        kind = name.partition(":")[0]
+        hint = "" if kind in CHIPS else suggest(kind, CHIPS)
         raise ConfigError(
             f"unknown --topology={name}{hint}; expected {THIS} (the local devices) or a kind of chip and a"
             f" size, such as {_EXAMPLES}"
@@ -75,7 +76,7 @@ def find_topology(name: str) -> Topology:
     try:
         devices = _gpus(chip, sizes) if chip.network else _tpus(chip, name)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise ConfigError(f"--topology={name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"invalid --topology={name}: {one_line(error)}") from error
     topology = Topology(name, devices, chip)
     if topology.chips != math.prod(sizes):
         raise ConfigError(f"invalid --topology={name}: the compiler made {topology.chips} chips of it")
