@@ -14,7 +14,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     """Return the rows of a file in their order, without invalid lines; none if the file does not exist.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: reading failed.
     """
     return [row for _, row in _parse(Path(path)) if row is not None]
 
