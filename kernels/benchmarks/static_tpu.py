@@ -19,10 +19,14 @@ import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
+
+from hbm_bytes import hbm_bytes
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
+KEYS, VALUES = 32, 64
 # Topology, GHz, bytes per second of HBM. Clocks are those that give the published peak rates; without one no
 # time is computed.
 CHIPS = {
@@ -175,21 +179,14 @@ def compile_case(case: Case) -> tuple[Any, Any]:
     from jax.experimental.layout import Format, Layout
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
-    from pallas_gla import gla
-    from pallas_gla.mosaic_tpu import backend, tuning
-    from pallas_gla.mosaic_tpu.launch import Launch
-    from pallas_gla.scan import Gating, Operands, Scan
+    from pallas_gla.mosaic_tpu import tuning
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[case.chip][0])
     mesh = Mesh(np.array(topology.devices[:1]), ("chip",))
-    batch, tokens, keys, values = case.batch, case.side**2, 32, 64
-    gating = Gating(16.0, 1e-6) if case.gated else None
-    scan = Scan(keys**-0.5, (case.side, case.side), case.direction, gating=gating)
     if case.chunks is not None:
         kind = topology.devices[0].device_kind
         limits = {"forward_chunks": case.chunks, "backward_chunks": case.chunks}
         tuning.BLOCKS[kind] = dataclasses.replace(tuning.BLOCKS[kind], **limits)
-    step = []
 
     def row_major(x: Any) -> Format:
         # The layout of operands and results of a model's matrix products.
@@ -198,6 +195,38 @@ def compile_case(case: Case) -> tuple[Any, Any]:
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         x = jax.ShapeDtypeStruct(shape, dtype)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_major(x))
+
+    batch, tokens = case.batch, case.side**2
+    narrow, wide = array(batch, tokens, case.heads * KEYS), array(batch, tokens, case.heads * VALUES)
+    arrays = [narrow, narrow, wide, narrow]
+    if case.gated:
+        arrays += [wide, array(batch, VALUES, dtype=jnp.float32)]
+    if case.kind == "backward":
+        arrays = [wide, *arrays]
+        if case.implementation == "mosaic":
+            arrays = [array(batch, -(-tokens // 64), VALUES, case.heads * KEYS), *arrays]
+    function, tilings = case_function(case)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        formats = jax.tree.map(row_major, jax.eval_shape(function, *arrays))
+        # The peer's largest block exceeds XLA's default limit.
+        options = {"xla_tpu_scoped_vmem_limit_kib": "98304"} if case.implementation == "tops" else {}
+        compiled = jax.jit(function, out_shardings=formats).lower(*arrays).compile(options)
+    return compiled, tilings[-1] if tilings else None
+
+
+def case_function(case: Case) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """Return the function of a case, and a list to which tracing appends the kernel's `TpuTiling`."""
+    import jax
+    import jax.numpy as jnp
+    from pallas_gla import gla
+    from pallas_gla.mosaic_tpu import backend, tuning
+    from pallas_gla.mosaic_tpu.launch import Launch
+    from pallas_gla.scan import Gating, Operands, Scan
+
+    batch, tokens = case.batch, case.side**2
+    gating = Gating(16.0, 1e-6) if case.gated else None
+    scan = Scan(KEYS**-0.5, (case.side, case.side), case.direction, gating=gating)
+    tilings = []
 
     def operands(q: Any, k: Any, v: Any, g: Any, out_gate: Any = None, norm_weight: Any = None) -> Operands:
         q, k, v, g = (x.reshape(batch, tokens, case.heads, -1) for x in (q, k, v, g))
@@ -208,27 +237,26 @@ def compile_case(case: Case) -> tuple[Any, Any]:
 
     def forward(*arrays: Any) -> list[Any]:
         scanned = operands(*arrays)
-        sizes = tuning.blocks()
-        step.append(Launch.of(scanned, scan, sizes.forward_chunks).tiling)
+        tilings.append(Launch.of(scanned, scan, tuning.blocks().forward_chunks).tiling)
         o, final_state, states = backend.forward(scanned, scan, save=case.kind == "forward+states")
         return flat(o, final_state, *([] if states is None else [states]))
 
     def backward(states: Any, d_out: Any, *arrays: Any) -> list[Any]:
         scanned = operands(*arrays)
-        step.append(Launch.of(scanned, scan, tuning.blocks().backward_chunks).tiling)
-        d_state = jnp.zeros((batch, case.heads, keys, values), jnp.float32)
+        tilings.append(Launch.of(scanned, scan, tuning.blocks().backward_chunks).tiling)
+        d_state = jnp.zeros((batch, case.heads, KEYS, VALUES), jnp.float32)
         gradients = backend.backward(scanned, states, d_out.reshape(scanned.v.shape), d_state, scan)
         return flat(*(x for x in gradients if x is not None))
 
-    def portable(*arrays: Any) -> list[Any]:
-        def run(*arrays: Any) -> Any:
-            return gla(*arrays, implementation="xla")
+    def xla(*arrays: Any) -> Any:
+        return gla(*arrays, implementation="xla")
 
-        if case.kind == "forward":
-            return flat(run(*operands(*arrays)[:4]))
-        d_out, *arrays = arrays
+    def xla_forward(*arrays: Any) -> list[Any]:
+        return flat(xla(*operands(*arrays)[:4]))
+
+    def xla_backward(d_out: Any, *arrays: Any) -> list[Any]:
         scanned = operands(*arrays)[:4]
-        return flat(*jax.vjp(run, *scanned)[1](d_out.reshape(scanned[2].shape)))
+        return flat(*jax.vjp(xla, *scanned)[1](d_out.reshape(scanned[2].shape)))
 
     def peer(*arrays: Any) -> list[Any]:
         from tops.ops.gla import chunk
@@ -236,26 +264,8 @@ def compile_case(case: Case) -> tuple[Any, Any]:
         chunk.is_tpu_runtime = lambda: True  # without a chip it would interpret its kernels
         return flat(chunk.chunk_gla(*operands(*arrays)[:4], chunk_size=64)[0])
 
-    narrow, wide = array(batch, tokens, case.heads * keys), array(batch, tokens, case.heads * values)
-    arrays = [narrow, narrow, wide, narrow] + (
-        [wide, array(batch, values, dtype=jnp.float32)] if case.gated else []
-    )
-    function = forward
-    if case.implementation == "tops":
-        function = peer
-        step.append(None)
-    elif case.implementation == "xla":
-        function, arrays = portable, arrays if case.kind == "forward" else [wide, *arrays]
-        step.append(None)
-    elif case.kind == "backward":
-        states = array(batch, -(-tokens // 64), values, case.heads * keys)
-        function, arrays = backward, [states, wide, *arrays]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        formats = jax.tree.map(row_major, jax.eval_shape(function, *arrays))
-        # The peer's largest block exceeds XLA's default limit.
-        options = {"xla_tpu_scoped_vmem_limit_kib": "98304"} if case.implementation == "tops" else {}
-        compiled = jax.jit(function, out_shardings=formats).lower(*arrays).compile(options)
-    return compiled, step[-1]
+    functions = {"mosaic": (forward, backward), "xla": (xla_forward, xla_backward), "tops": (peer, None)}
+    return functions[case.implementation][case.kind == "backward"], tilings
 
 
 def step_bundles(text: str, trips: tuple[int, int]) -> tuple[list[int], int]:
@@ -309,88 +319,6 @@ def busy_units(text: str, bundles: list[int]) -> dict[str, float]:
         name: used[c] if ":" in name else used[c] / (capacity[c] * len(bundles))
         for c, name in enumerate(names)
     }
-
-
-def hbm_bytes(text: str) -> int:
-    """Return the bytes that an optimized module reads and writes, including padding and loop iterations."""
-    computations = {}
-    for block in re.split(r"\n(?=ENTRY|%)", text):
-        name = re.match(r"(?:ENTRY )?(%[\w.-]+)", block)
-        if name:
-            lines = (
-                re.match(r"\s+(?:ROOT )?(%\S+) = (.*?) ([a-z][\w-]*)\((.*)", x) for x in block.splitlines()
-            )
-            computations[name.group(1)] = [line.groups() for line in lines if line]
-    entry = re.search(r"\nENTRY (%[\w.-]+)", text).group(1)
-    return _computation_bytes(computations, entry)
-
-
-FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "copy-done", "after-all", "iota"}
-
-
-def _computation_bytes(computations: dict[str, list[tuple[str, ...]]], name: str) -> int:
-    sizes, total = {}, 0
-    for result, shape, op, rest in computations[name]:
-        sizes[result] = _shape_bytes(shape)
-        called = re.search(r"(?:calls|body)=(%[\w.-]+)", rest)
-        read = [sizes.get(x, 0) for x in re.findall(r"%[\w.-]+", rest.split("), ")[0])]
-        if op == "while":
-            condition = computations[re.search(r"condition=(%[\w.-]+)", rest).group(1)]
-            trips = max(
-                int(r.split(")")[0]) for _, s, o, r in condition if o == "constant" and s.startswith("s32")
-            )
-            total += trips * _computation_bytes(computations, called.group(1))
-        elif op == "fusion":
-            total += _fusion_bytes(computations[called.group(1)], read, sizes[result])
-        elif op == "dynamic-update-slice":
-            total += 2 * read[1]
-        elif op == "dynamic-slice":
-            total += 2 * sizes[result]
-        elif op not in FREE:
-            total += sizes[result] + sum(read)
-    return total
-
-
-def _fusion_bytes(body: list[tuple[str, ...]], read: list[int], written: int) -> int:
-    """Return a fusion's bytes. Operands that are only sliced, and results only updated, count in part."""
-    sizes = {result: _shape_bytes(shape) for result, shape, _, _ in body}
-    total = written
-    for result, _, op, rest in body:
-        if op == "parameter":
-            users = [
-                (o, r, size) for n, _, o, r in body for size in [sizes[n]] if re.search(rf"{result}\b", r)
-            ]
-            whole = read[int(rest.split(")")[0])]
-            if users and all(o == "dynamic-slice" for o, _, _ in users):
-                whole = sum(size for *_, size in users)
-            elif users and all(o == "dynamic-update-slice" and r.startswith(result) for o, r, _ in users):
-                update = sum(sizes.get(re.findall(r"%[\w.-]+", r)[1], 0) for _, r, _ in users)
-                whole, total = 0, total - written + update
-            total += whole
-    return total
-
-
-def _shape_bytes(shape: str) -> int:
-    return sum(map(_padded_bytes, re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", shape)))
-
-
-def _padded_bytes(shape: str) -> int:
-    dtype, dims, layout = re.match(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape).groups()
-    if layout and "S(1)" in layout:
-        return 0
-    bits = int((re.search(r"\d+", dtype) or [8])[0])
-    dims = [int(x) for x in dims.split(",") if x]
-    if dims and layout and ":T(" in layout:
-        order = [int(x) for x in layout.split(":")[0].split(",")]
-        dims = [dims[axis] for axis in reversed(order)]
-        tile = [int(x) for x in re.search(r"T\(([\d,]+)\)", layout).group(1).split(",")]
-        for axis, size in zip(range(-len(tile), 0), tile, strict=True):
-            if -axis <= len(dims):
-                dims[axis] = -(-dims[axis] // size) * size
-    count = 1
-    for n in dims:
-        count *= n
-    return count * bits // 8
 
 
 if __name__ == "__main__":

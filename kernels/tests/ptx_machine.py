@@ -237,25 +237,9 @@ class Machine:
             self.put(operands[0], self._computed(name, modifiers, dtype, operands[1:]), active)
 
     def _computed(self, name: str, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
-        if name in ("mov", "cvta"):
-            return self.value(operands[0], dtype)
-        if name == "cvt":
-            return self._converted(modifiers, operands)
-        if name == "selp":
-            x, y = (self.value(t, dtype) for t in operands[:2])
-            return np.where(self.value(operands[2], np.bool_), x, y)
-        if name in ("shl", "shr"):
-            x, count = self.value(operands[0], dtype), self.value(operands[1], np.uint32)
-            assert (count < 8 * x.dtype.itemsize).all()
-            return x << count.astype(x.dtype) if name == "shl" else x >> count.astype(x.dtype)
-        if name == "bfe":
-            start, count = (int(t) for t in operands[1:])
-            return self.value(operands[0], dtype) << dtype(32 - start - count) >> dtype(32 - count)
-        if name == "prmt":
-            return self._permuted(*(self.value(t, np.uint32) for t in operands))
+        if special := getattr(self, f"_{name}", None):
+            return special(modifiers, dtype, operands)
         values = [self.value(t, dtype) for t in operands]
-        if name == "setp":
-            return COMPARISONS[modifiers[0]](*values)
         if modifiers[0] in ("wide", "hi"):
             product = np.multiply(*(x.astype(np.int64 if dtype == np.int32 else np.uint64) for x in values))
             return product if modifiers[0] == "wide" else (product >> product.dtype.type(32)).astype(dtype)
@@ -265,7 +249,36 @@ class Machine:
             return flush(ARITHMETIC[name](*map(flush, values)))
         return ARITHMETIC[name](*values)
 
-    def _converted(self, modifiers: list[str], operands: list[str]) -> np.ndarray:
+    def _mov(self, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
+        return self.value(operands[0], dtype)
+
+    _cvta = _mov
+
+    def _selp(self, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
+        x, y = (self.value(t, dtype) for t in operands[:2])
+        return np.where(self.value(operands[2], np.bool_), x, y)
+
+    def _shl(self, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
+        x, count = self._shifted(dtype, operands)
+        return x << count
+
+    def _shr(self, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
+        x, count = self._shifted(dtype, operands)
+        return x >> count
+
+    def _shifted(self, dtype: type, operands: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        x, count = self.value(operands[0], dtype), self.value(operands[1], np.uint32)
+        assert (count < 8 * x.dtype.itemsize).all()
+        return x, count.astype(x.dtype)
+
+    def _bfe(self, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
+        start, count = (int(t) for t in operands[1:])
+        return self.value(operands[0], dtype) << dtype(32 - start - count) >> dtype(32 - count)
+
+    def _setp(self, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
+        return COMPARISONS[modifiers[0]](*(self.value(t, dtype) for t in operands))
+
+    def _cvt(self, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
         to, source = modifiers[-2:]
         if to in ("bf16x2", "f16x2"):
             high, low = (self.value(t, np.float32) for t in operands)
@@ -281,7 +294,8 @@ class Machine:
         assert x.dtype.kind != "f" or np.dtype(TYPES[to]).kind == "f", "float to integer is not implemented"
         return x.astype(TYPES[to])
 
-    def _permuted(self, low: np.ndarray, high: np.ndarray, select: np.ndarray) -> np.ndarray:
+    def _prmt(self, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
+        low, high, select = (self.value(t, np.uint32) for t in operands)
         pool = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
         result = np.zeros(self.lanes, np.uint32)
         for i in range(4):

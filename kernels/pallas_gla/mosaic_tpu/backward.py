@@ -14,13 +14,14 @@ not grow along the sequence.
 The bisection for strong decays instead differentiates the sums of each level and subtracts nothing.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_gla.mosaic_tpu import forward as fwd
 from pallas_gla.mosaic_tpu import tiles
@@ -42,7 +43,6 @@ def backward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gatin
             weight_ref[...] = jnp.zeros(weight_ref.shape, jnp.float32)
 
     d_states = {group: state_ref[before, :, group.keys] for group in tiling.groups}
-    spans = []
     d_weights: dict[HeadGroup, Any] = dict.fromkeys(tiling.groups, 0.0)
     i, j = tiling.positions()
     sum_to, sum_before = fwd.to_token(tiling), j < i
@@ -50,51 +50,14 @@ def backward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gatin
     for group in tiling.groups:
         row, lane = tiling.positions(group.heads)
         causal[group.heads], anticausal[group.heads] = lane <= row, lane >= row
-
-    def stages(chunk: int, group: HeadGroup) -> Iterator[None]:
-        heads = group.heads
-        first, total = fwd.decay_sums(refs, tiling, chunk, group, sum_to, gating)
-        yield
-        q, k, leave, enter, span = fwd.factorized(refs, tiling, chunk, group, first, total, scale)
-        spans.append(span)
-        v, d_o = (refs[name].load(chunk, group.values) for name in ("v", "d_o"))
-        entered = (refs["states"][chunk, :, group.keys].astype(jnp.float32) * enter).astype(tiling.dtype)
-        yield
-        key_stack, query_stack = tiles.stack_heads(k, heads), tiles.stack_heads(q, heads)
-        if gating is not None:
-            scores = tiles.keep(causal[heads], tiling.dot(q, key_stack, "nt"))
-            o = fwd.attend(tiling, group, scores, v) + fwd.read_state(tiling, group, q, entered)
-            yield
-            d_o, d_weight = _through_norm(refs, tiling, chunk, group, o, d_o, gating)
-            d_weights[group] += d_weight
-            yield
-        scores_t = tiling.dot(k, query_stack, "nt")
-        d_scores, d_scores_t = _pair_products(tiling, group, d_o, v), _pair_products(tiling, group, v, d_o)
-        from_queries = tiles.fold_heads(tiling.dot(d_o, q, "tn"), heads)
-        yield
-        scores_t, d_scores_t = (tiles.keep(anticausal[heads], x) for x in (scores_t, d_scores_t))
-        d_scores = tiles.keep(causal[heads], d_scores)
-        left = d_states[group] * leave
-        both = left + from_queries
-        d_states[group] = both * enter
-        d_v = fwd.attend(tiling, group, scores_t, d_o) + fwd.read_state(tiling, group, k, left)
-        refs["d_v"].store(chunk, group.values, d_v)
-        d_q = tiling.dot(d_scores, key_stack) + _write_state(tiling, group, d_o, entered)
-        d_k = tiling.dot(d_scores_t, query_stack) + _write_state(tiling, group, v, left)
-        yield
-        through = jnp.sum(entered.astype(jnp.float32) * both, axis=0, keepdims=True)
-        difference = q.astype(jnp.float32) * d_q - k.astype(jnp.float32) * d_k
-        d_g = through - tiling.sums(sum_before, difference)
-        middle = fwd.row(total, tiling.scan_rows[1])
-        refs["d_q"].store(chunk, group.keys, d_q * fwd.query_factor(total, middle, scale))
-        refs["d_k"].store(chunk, group.keys, d_k * jnp.exp2(middle - total))
-        yield
-        _store_decay(refs, chunk, group, d_g, gating)
-
-    tiles.emit_in_stages(stages(chunk, group) for chunk in tiling.visits[::-1] for group in tiling.groups)
+    masks = (sum_to, sum_before, causal, anticausal)
+    fast = _FactorizedStep(refs, tiling, scale, gating, *masks, d_states, d_weights, spans=[])
+    tiles.emit_in_stages(
+        fast.stages(chunk, group) for chunk in tiling.visits[::-1] for group in tiling.groups
+    )
     for group, d_state in d_states.items():
         state_ref[after, :, group.keys] = d_state
-    bounded = fwd.largest(spans) <= tiles.MAX_SPAN
+    bounded = fwd.largest(fast.spans) <= tiles.MAX_SPAN
 
     if gating is not None:
 
@@ -111,6 +74,64 @@ def backward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gatin
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
         refs["d_initial_state"][...] = state_ref[after]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _FactorizedStep:
+    """The factorized form of a grid step: its masks, and the results that its chunks accumulate."""
+
+    refs: dict[str, Any]
+    tiling: TpuTiling
+    scale: float
+    gating: Gating | None
+    sum_to: Bool[Array, "c c"]
+    sum_before: Bool[Array, "c c"]
+    causal: dict[int, Any]
+    anticausal: dict[int, Any]
+    d_states: dict[HeadGroup, Any]
+    d_weights: dict[HeadGroup, Any]
+    spans: list[Float[Array, "1 _"]]
+
+    def stages(self, chunk: int, group: HeadGroup) -> Iterator[None]:
+        """Emit the backward pass of one chunk and group, in stages that can be interleaved."""
+        refs, tiling, gating, heads = self.refs, self.tiling, self.gating, group.heads
+        first, total = fwd.decay_sums(refs, tiling, chunk, group, self.sum_to, gating)
+        yield
+        q, k, leave, enter, span = fwd.factorized(refs, tiling, chunk, group, first, total, self.scale)
+        self.spans.append(span)
+        v, d_o = (refs[name].load(chunk, group.values) for name in ("v", "d_o"))
+        entered = (refs["states"][chunk, :, group.keys].astype(jnp.float32) * enter).astype(tiling.dtype)
+        yield
+        key_stack, query_stack = tiles.stack_heads(k, heads), tiles.stack_heads(q, heads)
+        if gating is not None:
+            scores = tiles.keep(self.causal[heads], tiling.dot(q, key_stack, "nt"))
+            o = fwd.attend(tiling, group, scores, v) + fwd.read_state(tiling, group, q, entered)
+            yield
+            d_o, d_weight = _through_norm(refs, tiling, chunk, group, o, d_o, gating)
+            self.d_weights[group] += d_weight
+            yield
+        scores_t = tiling.dot(k, query_stack, "nt")
+        d_scores, d_scores_t = _pair_products(tiling, group, d_o, v), _pair_products(tiling, group, v, d_o)
+        from_queries = tiles.fold_heads(tiling.dot(d_o, q, "tn"), heads)
+        yield
+        scores_t, d_scores_t = (tiles.keep(self.anticausal[heads], x) for x in (scores_t, d_scores_t))
+        d_scores = tiles.keep(self.causal[heads], d_scores)
+        left = self.d_states[group] * leave
+        both = left + from_queries
+        self.d_states[group] = both * enter
+        d_v = fwd.attend(tiling, group, scores_t, d_o) + fwd.read_state(tiling, group, k, left)
+        refs["d_v"].store(chunk, group.values, d_v)
+        d_q = tiling.dot(d_scores, key_stack) + _write_state(tiling, group, d_o, entered)
+        d_k = tiling.dot(d_scores_t, query_stack) + _write_state(tiling, group, v, left)
+        yield
+        through = jnp.sum(entered.astype(jnp.float32) * both, axis=0, keepdims=True)
+        difference = q.astype(jnp.float32) * d_q - k.astype(jnp.float32) * d_k
+        d_g = through - tiling.sums(self.sum_before, difference)
+        middle = fwd.row(total, tiling.scan_rows[1])
+        refs["d_q"].store(chunk, group.keys, d_q * fwd.query_factor(total, middle, self.scale))
+        refs["d_k"].store(chunk, group.keys, d_k * jnp.exp2(middle - total))
+        yield
+        _store_decay(refs, chunk, group, d_g, gating)
 
 
 def _bisect_step(
