@@ -18,7 +18,7 @@ class ConfigError(UserError, ValueError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, or that reading or writing failed for."""
+    """A checkpoint or parameter file that is missing, corrupt, or could not be written."""
 
 
 class InvalidFile(ValueError):
