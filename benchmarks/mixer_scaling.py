@@ -45,10 +45,10 @@ def main() -> None:
     rngs = nnx.Rngs(0)
     options = {"dtype": jnp.float32, "rngs": rngs}
     gla = {
-        direction: GatedLinearAttention(WIDTH, HEADS, direction=direction, implementation=None, **options)
+        direction: GatedLinearAttention(WIDTH, num_heads=HEADS, direction=direction, **options)
         for direction in ("row", "column_reversed")
     }
-    mixers = {**gla, "softmax": SoftmaxAttention(WIDTH, HEADS, **options)}
+    mixers = {**gla, "softmax": SoftmaxAttention(WIDTH, num_heads=HEADS, **options)}
     device = jax.devices()[0].device_kind
     print(f"{device}, JAX {jax.__version__}, width {WIDTH}, {HEADS} heads, float32, batch 1")
     print("tokens " + "".join(f"{name + ' ms':>20}{'growth':>8}" for name in mixers))

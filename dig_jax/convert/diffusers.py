@@ -13,7 +13,6 @@ import numpy as np
 from dig_jax.errors import InvalidFile
 from dig_jax.files.safetensors import StoredArray
 from dig_jax.models.backbone import DiffusionTransformer
-from dig_jax.models.dit import DiT
 
 # diffusers → upstream. A name covers the weight and the bias.
 _TOP = {
@@ -33,6 +32,7 @@ _SHARED = {
     "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+_CLASSES = {"DiT": "DiTTransformer2DModel"}  # by model family
 _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 
@@ -74,14 +74,14 @@ def config_of(model: DiffusionTransformer) -> dict[str, Any]:
     Raises:
         ValueError: the model is not a DiT with classes.
     """
-    if not isinstance(model, DiT) or not model.num_classes:
+    if model.family not in _CLASSES or not model.num_classes:
         raise ValueError(
             "unsupported model for diffusers' DiTTransformer2DModel; expected a DiT with classes (upstream's"
             " names in FILE.safetensors or FILE.pt support every model)"
         )
     heads = model.blocks.groups[0].mixer.num_heads
     return {
-        "_class_name": "DiTTransformer2DModel",
+        "_class_name": _CLASSES[model.family],
         "num_attention_heads": heads,
         "attention_head_dim": model.hidden_size // heads,
         "in_channels": model.in_channels,

@@ -14,7 +14,7 @@ from flax import nnx
 
 from dig_jax.files.safetensors import StoredArray
 from dig_jax.models.backbone import DiffusionTransformer
-from dig_jax.models.dig import DIRECTIONS, DiG
+from dig_jax.models.dig import DIRECTIONS
 from dig_jax.models.embeddings import sincos_positions
 
 # Ours → upstream. A name covers the weight (kernel) and the bias, if there is one.
@@ -48,6 +48,7 @@ _DIT_BLOCK = _BLOCK | {
     "mlp.hidden": "mlp.fc1",
     "mlp.out": "mlp.fc2",
 }
+_BLOCKS = {"DiG": _BLOCK, "DiT": _DIT_BLOCK}  # by model family
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
 # Upstream saves each RMSNorm under a second name.
 _ALIASES = {"norm1": "attn_norm", "norm2": "mlp_norm"}
@@ -148,11 +149,16 @@ def torch_arrays(model: DiffusionTransformer, params: Mapping[tuple, np.ndarray]
     return arrays
 
 
+def _num_frames(model: DiffusionTransformer) -> int:
+    """Number of orientations through which upstream rotates the tokens, one per scan direction."""
+    return getattr(model.options, "directions", 1)
+
+
 def _check_depth(model: DiffusionTransformer) -> None:
-    if isinstance(model, DiG) and model.blocks.depth % model.directions:
+    if model.blocks.depth % _num_frames(model):
         raise ValueError(
             f"unsupported depth: got {model.blocks.depth}; expected a multiple of directions="
-            f"{model.directions}, because upstream's output is rotated otherwise"
+            f"{_num_frames(model)}, because upstream's output is rotated otherwise"
         )
 
 
@@ -218,7 +224,7 @@ def _pieces(model: DiffusionTransformer, path: tuple, shape: tuple[int, ...]) ->
     else:
         yield _piece(model, _torch_name(_TOP, path), path, shape, None)
         return
-    names = _BLOCK if isinstance(model, DiG) else _DIT_BLOCK
+    names = _BLOCKS[model.family]
     for block in blocks:
         name = f"blocks.{block}.{_torch_name(names, inner)}"
         yield _piece(model, name, inner, shape[1:] if _stacked(path) else shape, block)
@@ -241,7 +247,7 @@ def _piece(
             lambda array: array.reshape(p, p, c, -1).transpose(3, 2, 0, 1),
         )
     if path == ("conv", "kernel"):
-        direction = block % model.directions
+        direction = block % _num_frames(model)
         return _Piece(
             name,
             (shape[2], 1, *shape[:2]),

@@ -1,14 +1,17 @@
-"""What DiG and DiT have in common: embeddings, a stack of blocks, the final layer (DiT, figure 3)."""
+"""Embeddings, a stack of blocks and the final layer: the diffusion transformer (DiT, figure 3)."""
 
-from collections.abc import Callable
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dig_jax.models.block_stack import BlockStack
-from dig_jax.models.blocks import Block, FinalLayer
+from dig_jax.models.block_stack import BlockPattern, BlockStack, Remat
+from dig_jax.models.blocks import FinalLayer
 from dig_jax.models.embeddings import (
     LabelEmbedding,
     TimestepEmbedding,
@@ -20,50 +23,103 @@ from dig_jax.models.layers import Linear, xavier
 from dig_jax.parallel import constrain_batch, constrain_rows, context_size
 
 
-class DiffusionTransformer(nnx.Module):
-    """A denoiser of images [B, height, width, C]; DiG and DiT differ in the blocks that they pass.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Options of every model family; a `Literal` type lists the choices of a field.
 
     Args:
-        make_block: (index modulo period, rngs) → Block.
-        input_size: (height, width) in pixels or latent pixels, multiples of patch_size.
-        num_classes: 0 for an unconditional model, without label table and without modulation of the
-            final layer.
-        learn_sigma: whether 2·C channels come out, the noise and the variance's interpolation.
-        stack: options of `BlockStack`.
+        hidden_size: width of the tokens, a multiple of 4.
+        patch_size: height and width of a token in pixels.
+        in_channels: channels of the image.
+        learn_sigma: predict the interpolation of the variance in as many further channels.
+        dtype: dtype of matrix products and activations; parameters are float32.
+        remat: what the backward pass recomputes: None (nothing), "dots" (all but matrix products) or "full".
+
+    Raises:
+        ValueError: an invalid value.
+    """
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    in_channels: int = 4
+    learn_sigma: bool = True
+    dtype: DTypeLike = jnp.float32
+    remat: Remat | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, allowed = getattr(self, field.name), choices(field.type)
+            if allowed and value not in allowed:
+                expected = ", ".join(map(str, allowed))
+                raise ValueError(f"invalid {field.name}={value!r}; expected one of {expected}")
+        for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"invalid {name}={value}; expected a positive number")
+        if self.hidden_size % 4:  # sines and cosines of rows and columns
+            raise ValueError(f"invalid hidden_size={self.hidden_size}; expected a multiple of 4")
+
+    def pattern(self) -> BlockPattern:
+        """Return the blocks that these options describe."""
+        raise NotImplementedError
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError for an image size that the model does not support."""
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % self.patch_size:
+                raise ValueError(
+                    f"invalid input {name} {size}; expected a multiple of patch_size={self.patch_size}"
+                )
+
+
+def choices(annotation: Any) -> tuple:
+    """Return the values that a type such as `Literal["a", "b"] | None` lists, or () if it lists none."""
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
+        return ()
+    members = typing.get_args(annotation)
+    listed = tuple(value for member in members for value in choices(member))
+    return (*listed, None) if listed and types.NoneType in members else listed
+
+
+class DiffusionTransformer(nnx.Module):
+    """A denoiser of images [b, height, width, c].
+
+    Args:
+        family: name of the model family, such as "DiG".
+        input_size: (height, width) in pixels or latent pixels.
+        num_classes: 0 for an unconditional model, which has no label table and no modulation of the final
+            layer.
     """
 
     def __init__(
         self,
-        make_block: Callable[[int, nnx.Rngs], Block],
+        family: str,
+        options: ModelOptions,
         *,
         input_size: tuple[int, int],
         num_classes: int,
-        patch_size: int,
-        in_channels: int,
-        learn_sigma: bool,
-        hidden_size: int,
-        dtype: DTypeLike,
         rngs: nnx.Rngs,
-        **stack,
     ):
-        for name, size in zip(("height", "width"), input_size, strict=True):
-            if size < 1 or size % patch_size:
-                raise ValueError(f"input {name} {size} is not a multiple of patch_size={patch_size}")
-        if hidden_size % 4:
-            raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4, as positions need it")
+        options.check_size(*input_size)
         if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes} is negative; 0 makes an unconditional model")
-        self.input_size, self.patch_size = input_size, patch_size
-        self.num_classes, self.in_channels, self.learn_sigma = num_classes, in_channels, learn_sigma
-        self.hidden_size, self.dtype = hidden_size, dtype
-        out_size = patch_size**2 * in_channels * (2 if learn_sigma else 1)
-        self.patch_embed = Linear(
-            patch_size**2 * in_channels, hidden_size, kernel_init=xavier, dtype=dtype, rngs=rngs
+            raise ValueError(f"invalid num_classes={num_classes}; expected 0 (unconditional) or more")
+        self.family, self.options = family, options
+        self.input_size, self.num_classes = input_size, num_classes
+        self.patch_size, self.in_channels = options.patch_size, options.in_channels
+        self.learn_sigma, self.hidden_size = options.learn_sigma, options.hidden_size
+        width, dtype = options.hidden_size, options.dtype
+        in_size = options.patch_size**2 * options.in_channels
+        self.patch_embed = Linear(in_size, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.time_embed = TimestepEmbedding(width, rngs=rngs)
+        self.label_embed = LabelEmbedding(num_classes, width, rngs=rngs) if num_classes else None
+        self.blocks = BlockStack(
+            options.pattern(), width=width, depth=options.depth, remat=options.remat, dtype=dtype, rngs=rngs
         )
-        self.time_embed = TimestepEmbedding(hidden_size, rngs=rngs)
-        self.label_embed = LabelEmbedding(num_classes, hidden_size, rngs=rngs) if num_classes else None
-        self.blocks = BlockStack(make_block, width=hidden_size, dtype=dtype, rngs=rngs, **stack)
-        self.final = FinalLayer(hidden_size, out_size, modulated=num_classes > 0, dtype=dtype, rngs=rngs)
+        out_size = in_size * (2 if options.learn_sigma else 1)
+        self.final = FinalLayer(width, out_size, modulated=num_classes > 0, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -73,21 +129,21 @@ class DiffusionTransformer(nnx.Module):
         *,
         drop: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b height width out"]:
-        """Predicts the noise, and the variance's interpolation when `learn_sigma`, in float32.
+        """Predict the noise and, with `learn_sigma`, the interpolation of the variance, in float32.
 
         Args:
-            x: noisy images; any size that the patch divides, not only the one of training.
+            x: noisy images of any size that `patch_size` divides.
             t: timesteps in 0…1000.
-            y: labels; the index num_classes is the null class, and so is `y=None`.
-            drop: True replaces that image's label by the null class.
+            y: labels; the null class has the index num_classes, and `y=None` selects it for all images.
+            drop: True replaces an image's label with the null class.
         """
         height, width = x.shape[1:3]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"an image of {height}×{width} is not divided by patch_size={self.patch_size}")
+        self.options.check_size(height, width)
         grid = (height // self.patch_size, width // self.patch_size)
         if grid[0] % context_size():
             raise ValueError(
-                f"{grid[0]} rows of tokens do not divide by the {context_size()} devices of mesh axis context"
+                f"invalid input height {height}: got {grid[0]} rows of tokens; expected a multiple of the"
+                f" {context_size()} devices of mesh axis context"
             )
         c = self.time_embed(t)
         if self.label_embed is not None:

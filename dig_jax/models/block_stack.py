@@ -1,14 +1,14 @@
-"""A stack of blocks stored and run in groups, so that the program's size does not grow with its depth.
+"""A stack of blocks, stored and scanned in groups so that the program size does not grow with the depth.
 
-Layout of the parameters (and so of checkpoints): block i is layer i // period of `groups[i % period]`,
-whose leaves have a leading axis of depth // period. DiG's period is 4, one block per scan direction, also
-with fewer directions; DiT's is 1. The depth % period blocks that are left over stand unstacked in `rest`.
-With long skips, `skips` holds the joining linears stacked in the order of the blocks that they precede,
-depth/2 + 1 … depth - 1.
+Layout of the parameters, and so of checkpoints: a pattern of `period` blocks repeats. Block i is layer
+i // period of `groups[i % period]`, whose leaves have a leading axis of depth // period. `rest` holds the
+last depth % period blocks without that axis. With long skips, `skips` holds the joining linear maps of
+blocks depth/2 + 1 … depth - 1, stacked in this order.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,44 +16,101 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dig_jax.models.blocks import Block
+from dig_jax.models.blocks import Block, BlockSpec
 from dig_jax.models.layers import Linear, xavier
 from dig_jax.parallel import axis_sizes, gather_params, save_all_but_gathered
 
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
+SkipKind = Literal["linear", "identity"]
+Remat = Literal["dots", "full"]
+_REMAT_POLICIES: dict[Remat, Callable] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-class BlockStack(nnx.Module):
-    """`depth` blocks, optionally with long skips (Bao et al. 2023) from the first half to the second.
+@dataclasses.dataclass(frozen=True)
+class BlockPattern:
+    """Static description of a stack of any depth.
 
     Args:
-        make_block: (index modulo period, rngs) → Block.
-        skip: None, "linear" (random start) or "identity" (starts as if there were no skip).
-        transposed_skips: whether skips from even blocks arrive with rows and columns exchanged, as they
-            do upstream.
-        remat: None keeps all activations for the backward pass; "full" keeps only each group's input;
-            "dots" the results of the matrix products too.
+        blocks: one period of blocks, repeated to the depth of the stack.
+        skip: long skips (Bao et al. 2023) from the first half to the second: None, "linear" (random
+            initialization) or "identity" (initialized to ignore the skip).
+        transposed_skips: the outputs of even blocks join with rows and columns exchanged, as in the released
+            code; needs square grids.
+    """
+
+    blocks: tuple[BlockSpec, ...]
+    skip: SkipKind | None = None
+    transposed_skips: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """`repeats` times `size` consecutive blocks, the first of which is block `start` of the stack.
+
+    The size blocks are one program, which is scanned `repeats` times. With skip="store" each block also
+    returns its output for a long skip; with skip="join" each block first joins one.
+    """
+
+    start: int
+    size: int
+    repeats: int
+    skip: Literal["store", "join"] | None = None
+
+
+def plan_segments(depth: int, period: int, *, long_skips: bool) -> tuple[Segment, ...]:
+    """Divide a stack into segments.
+
+    With long skips, block depth - 1 - i joins the output of block i for i < depth/2 - 1. The segments are
+    symmetric about the middle, so that each joining segment takes the outputs of one storing segment.
+
+    Raises:
+        ValueError: long skips with an odd depth or a depth below 4.
+    """
+    if not long_skips:
+        parts = [(period, depth // period, None), (depth % period, 1, None)]
+    elif depth < 4 or depth % 2:
+        raise ValueError(f"invalid depth={depth} with long skips; expected an even depth of at least 4")
+    else:
+        joins = depth // 2 - 1
+        repeats = max(joins - depth % period, 0) // period  # the last depth % period blocks are not stacked
+        single = joins - repeats * period
+        first = [(single, 1, "store"), (period, repeats, "store")]
+        parts = [*first, (2, 1, None), (period, repeats, "join"), (single, 1, "join")]
+    segments, start = [], 0
+    for size, repeats, skip in parts:
+        if size and repeats:
+            segments.append(Segment(start, size, repeats, skip))
+            start += size * repeats
+    return tuple(segments)
+
+
+class BlockStack(nnx.Module):
+    """`depth` blocks that follow a pattern.
+
+    Args:
+        remat: what the backward pass recomputes. None: nothing. "full": everything but the input of each
+            group of blocks. "dots": everything but these inputs and the results of matrix products.
     """
 
     def __init__(
         self,
-        make_block: Callable[[int, nnx.Rngs], Block],
+        pattern: BlockPattern,
         *,
         width: int,
         depth: int,
-        period: int,
-        skip: str | None = None,
-        transposed_skips: bool = False,
-        remat: str | None = None,
+        remat: Remat | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.depth, self.period, self.remat, self.dtype = depth, period, remat, dtype
-        self.transposed_skips = transposed_skips
-        num_groups, num_rest = divmod(depth, period)
+        self.depth, self.period, self.remat, self.dtype = depth, len(pattern.blocks), remat, dtype
+        self.transposed_skips = pattern.transposed_skips
+        self.segments = plan_segments(depth, self.period, long_skips=pattern.skip is not None)
+        num_groups, num_rest = divmod(depth, self.period)
+
+        def make_block(position: int, rngs: nnx.Rngs) -> Block:
+            return Block(pattern.blocks[position], width, dtype=dtype, rngs=rngs)
 
         def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int) -> nnx.Module:
             return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
@@ -61,113 +118,103 @@ class BlockStack(nnx.Module):
         self.groups = nnx.List(
             [
                 stacked(lambda rngs, position=position: make_block(position, rngs), num_groups)
-                for position in range(period if num_groups else 0)
+                for position in range(self.period if num_groups else 0)
             ]
         )
         self.rest = nnx.List([make_block(position, rngs) for position in range(num_rest)])
 
         def make_skip(rngs: nnx.Rngs) -> Linear:
-            return _skip_linear(width, identity=skip == "identity", dtype=dtype, rngs=rngs)
+            kernel_init = _identity_then_zero if pattern.skip == "identity" else xavier
+            return Linear(2 * width, width, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
 
-        self.skips = None if skip is None else stacked(make_skip, depth // 2 - 1)
+        self.skips = None if pattern.skip is None else stacked(make_skip, depth // 2 - 1)
 
     def __call__(
         self, x: Float[Array, "b t d"], c: Float[Array, "b d"], grid: tuple[int, int]
     ) -> Float[Array, "b t d"]:
-        """Runs all blocks."""
-        if self.skips is not None:
-            return self._with_skips(x, c, grid)
-        if self.groups:
-            run, params = self._group_runner(c, grid)
-            x, _ = jax.lax.scan(self._rematerialised(lambda x, layer: (run(x, layer)[0], None)), x, params)
-        for block in self.rest:
-            x = self._rematerialised(lambda x, block=block: self._ready(*nnx.split(block))(x, c, grid))(x)
+        """Run all blocks on tokens in raster order on a grid of (rows, columns), under the condition c."""
+        stored: list[list[Array]] = []
+        for segment in self.segments:
+            joins = self._joins(segment, stored.pop(), grid) if segment.skip == "join" else None
+            x, outputs = self._run(segment, x, joins, c, grid)
+            if segment.skip == "store":
+                stored.append(outputs)
         return x
 
-    def _rematerialised(self, function: Callable) -> Callable:
+    def _run(
+        self, segment: Segment, x: Array, joins: list | None, c: Array, grid: tuple[int, int]
+    ) -> tuple[Array, list[Array]]:
+        """Run a segment; return its output and, with skip="store", the outputs of each block.
+
+        Parameters, skips and outputs of a block have a leading axis `repeats` where the segment repeats.
+        """
+        layers = [self._layers(segment, number) for number in range(segment.size)]
+        graphdefs, params = zip(*layers, strict=True)
+
+        def body(x: Array, inputs: tuple) -> tuple[Array, list[Array]]:
+            params, joins = inputs
+            outputs = []
+            for number, graphdef in enumerate(graphdefs):
+                if joins is not None:
+                    skip, join_params = joins[number]
+                    join = self._ready(nnx.split(self.skips)[0], join_params)
+                    x = join(jnp.concatenate([x, skip], axis=-1))
+                x = self._ready(graphdef, params[number])(x, c, grid)
+                if segment.skip == "store":
+                    outputs.append(x)
+            return x, outputs
+
+        body = self._rematerialized(body)
+        if segment.repeats == 1:
+            return body(x, (params, joins))
+        return jax.lax.scan(body, x, (params, joins))
+
+    def _layers(self, segment: Segment, number: int) -> tuple[nnx.GraphDef, Any]:
+        """Return the graphdef and the parameters of block `number` of a segment."""
+        layer, position = divmod(segment.start + number, self.period)
+        if layer == self.depth // self.period:
+            return nnx.split(self.rest[position])
+        graphdef, params = nnx.split(self.groups[position])
+        return graphdef, _layers_of(params, layer, segment.repeats)
+
+    def _joins(
+        self, segment: Segment, outputs: list[Array], grid: tuple[int, int]
+    ) -> list[tuple[Array, Any]]:
+        """Return the skip and the parameters of the joining map for each block of a segment.
+
+        Args:
+            outputs: the outputs of the storing segment, in the order of its blocks.
+        """
+        params = nnx.split(self.skips)[1]
+        first = segment.start - self.depth // 2 - 1
+        joins = []
+        for number, skip in enumerate(reversed(outputs)):
+            if segment.repeats > 1:
+                skip = skip[::-1]  # the first repetition joins outputs of the last one
+            # The depth is even, so odd blocks join outputs of even blocks.
+            if self.transposed_skips and (segment.start + number) % 2:
+                on_grid = skip.reshape(*skip.shape[:-2], *grid, skip.shape[-1])
+                skip = on_grid.swapaxes(-3, -2).reshape(skip.shape)
+            joins.append((skip, _layers_of(params, first + number, segment.repeats, step=segment.size)))
+        return joins
+
+    def _rematerialized(self, function: Callable) -> Callable:
         if self.remat is None and not axis_sizes().keys() & {"fsdp", "tensor"}:
             return function
-        policy = REMAT_POLICIES[self.remat] if self.remat else save_all_but_gathered
-        # Inside scan the compiler cannot undo the recomputation, so the barriers against it are not needed.
+        policy = _REMAT_POLICIES[self.remat] if self.remat else save_all_but_gathered
+        # Inside a scan the compiler cannot undo the recomputation, so barriers against CSE are not needed.
         return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
     def _ready(self, graphdef: nnx.GraphDef, params: Any) -> nnx.Module:
-        """A module whose parameters lie as it computes with them."""
+        """Return a module whose parameters have the layout in which it computes."""
         return nnx.merge(graphdef, gather_params(nnx.to_pure_dict(params), self.dtype))
 
-    def _group_runner(self, c: Array, grid: tuple[int, int]) -> tuple[Callable, list]:
-        """A function of (x, one layer of every stack) and the stacks' parameters, to scan over."""
-        graphdefs, params = zip(*map(nnx.split, self.groups), strict=True)
 
-        def run(x: Array, layer: list, join: Callable | None = None) -> tuple[Array, list[Array]]:
-            outputs = []
-            for position, (graphdef, block) in enumerate(zip(graphdefs, layer, strict=True)):
-                x = x if join is None else join(x, position)
-                x = self._ready(graphdef, block)(x, c, grid)
-                outputs.append(x)
-            return x, outputs
-
-        return run, list(params)
-
-    def _with_skips(self, x: Array, c: Array, grid: tuple[int, int]) -> Array:
-        """Scans the groups that lie wholly in the first or the second half; the middle is unrolled.
-
-        Block `target` takes the output of block depth - 1 - target. Whole groups face whole groups only
-        where the depth is a multiple of the period; otherwise all blocks are unrolled.
-        """
-        period, half = self.period, self.depth // 2
-        outer = 0 if self.rest else (half - 1) // period
-        first, last = outer * period, self.depth - outer * period
-        skip_graphdef, skip_params = nnx.split(self.skips)
-        run, params = self._group_runner(c, grid) if self.groups else (None, [])
-
-        def at(tree, index):
-            return jax.tree.map(lambda leaf: leaf[index], tree)
-
-        def join(x: Array, skip: Array, source: int, params) -> Array:
-            if self.transposed_skips and source % 2 == 0:
-                skip = skip.reshape(skip.shape[0], *grid, -1).swapaxes(1, 2).reshape(skip.shape)
-            return self._ready(skip_graphdef, params)(jnp.concatenate([x, skip], axis=-1))
-
-        def unrolled_block(x: Array, index: int) -> Array:
-            if index >= self.depth - len(self.rest):
-                return self._ready(*nnx.split(self.rest[index % period]))(x, c, grid)
-            graphdef, params = nnx.split(self.groups[index % period])
-            return self._ready(graphdef, at(params, index // period))(x, c, grid)
-
-        def late_group(x: Array, inputs: tuple) -> tuple[Array, None]:
-            layer, skips, skip_params = inputs
-
-            def join_at(x: Array, position: int) -> Array:
-                source = period - 1 - position  # counted inside the source's group
-                return join(x, skips[source], source, at(skip_params, position))
-
-            return run(x, layer, join_at)[0], None
-
-        if outer:
-            early = at(params, slice(outer))
-            x, outputs = jax.lax.scan(self._rematerialised(run), x, early)
-        stored = []
-        for index in range(first, last):
-            if index > half:
-                x = join(x, stored.pop(), self.depth - 1 - index, at(skip_params, index - half - 1))
-            x = self._rematerialised(lambda x, index=index: unrolled_block(x, index))(x)
-            if index < half - 1:
-                stored.append(x)
-        if outer:
-            late_skips = jax.tree.map(
-                lambda leaf: leaf[-first:].reshape(outer, period, *leaf.shape[1:]), skip_params
-            )
-            outputs = [output[::-1] for output in outputs]
-            x, _ = jax.lax.scan(
-                self._rematerialised(late_group), x, (at(params, slice(-outer, None)), outputs, late_skips)
-            )
-        return x
+def _layers_of(params: Any, first: int, count: int, step: int = 1) -> Any:
+    """Take one layer of stacked parameters, or, if count > 1, every `step`-th one with a leading axis."""
+    index = first if count == 1 else slice(first, first + step * (count - 1) + 1, step)
+    return jax.tree.map(lambda leaf: leaf[index], params)
 
 
-def _skip_linear(width: int, *, identity: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> Linear:
-    def identity_then_zero(key: Array, shape: tuple[int, ...], dtype: DTypeLike, **_) -> Array:
-        return jnp.eye(*shape, dtype=dtype)
-
-    kernel_init = identity_then_zero if identity else xavier
-    return Linear(2 * width, width, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+def _identity_then_zero(_key: Array, shape: tuple[int, ...], dtype: DTypeLike, **_) -> Array:
+    return jnp.eye(*shape, dtype=dtype)

@@ -1,30 +1,18 @@
-"""DiT, the softmax baseline under the same recipe (Peebles & Xie 2023)."""
+"""DiT, the softmax attention baseline under the same recipe (Peebles & Xie 2023)."""
 
-import jax.numpy as jnp
-from flax import nnx
-from jax.typing import DTypeLike
+import functools
 
-from dig_jax.models.backbone import DiffusionTransformer
-from dig_jax.models.blocks import Block, GeluMLP
+from dig_jax.models.backbone import ModelOptions
+from dig_jax.models.block_stack import BlockPattern
+from dig_jax.models.blocks import BlockSpec
+from dig_jax.models.layers import GeluMLP
 from dig_jax.models.mixers import SoftmaxAttention
 
 
-class DiT(DiffusionTransformer):
-    """DiT with adaLN-Zero blocks; its blocks are all alike and stacked with a period of 1."""
+class DiTOptions(ModelOptions):
+    """DiT has only the common options."""
 
-    def __init__(
-        self,
-        *,
-        hidden_size: int,
-        num_heads: int,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-        **options,
-    ):
-        def make_block(position: int, rngs: nnx.Rngs) -> Block:
-            del position
-            mixer = SoftmaxAttention(hidden_size, num_heads, dtype=dtype, rngs=rngs)
-            mlp = GeluMLP(hidden_size, dtype=dtype, rngs=rngs)
-            return Block(hidden_size, mixer=mixer, mlp=mlp, dtype=dtype, rngs=rngs)
-
-        super().__init__(make_block, hidden_size=hidden_size, period=1, dtype=dtype, rngs=rngs, **options)
+    def pattern(self) -> BlockPattern:
+        """Return the one block, with softmax attention."""
+        mixer = functools.partial(SoftmaxAttention, num_heads=self.num_heads)
+        return BlockPattern((BlockSpec(mixer=mixer, mlp=GeluMLP),))

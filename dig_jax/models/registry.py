@@ -1,31 +1,65 @@
-"""The named models, as a table, and `create_model`."""
+"""The model families, one row each, and `create_model`."""
 
-import inspect
+import dataclasses
 import re
+from collections.abc import Mapping
 
-import jax.numpy as jnp
 from flax import nnx
 
 from dig_jax.errors import suggest
-from dig_jax.models.backbone import DiffusionTransformer
-from dig_jax.models.dig import DiG
-from dig_jax.models.dit import DiT
+from dig_jax.models.backbone import DiffusionTransformer, ModelOptions
+from dig_jax.models.dig import DiGOptions
+from dig_jax.models.dit import DiTOptions
 
-# depth, hidden_size, num_heads: table 1 of the papers; DiG's heads are those of the released code.
-_FIELDS = ("depth", "hidden_size", "num_heads")
-_SIZES = {
-    "DiG": (DiG, {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 18)}),
-    "DiT": (DiT, {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}),
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    Args:
+        options: dataclass whose fields are the options with their defaults, and which gives the block
+            pattern.
+        sizes: depth, hidden_size and num_heads by size name.
+        constructor: (name, options, input_size=, num_classes=, rngs=) → model.
+    """
+
+    name: str
+    options: type[ModelOptions]
+    sizes: Mapping[str, tuple[int, int, int]]
+    constructor: type[DiffusionTransformer] = DiffusionTransformer
+
+
+# Sizes: table 1 of each paper; the heads of DiG are from the released code.
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "DiG",
+            DiGOptions,
+            {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 18)},
+        ),
+        Family(
+            "DiT",
+            DiTOptions,
+            {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)},
+        ),
+    )
 }
-MODEL_NAMES = tuple(f"{family}-{size}" for family, (_, sizes) in _SIZES.items() for size in sizes)
-_CHOICES = {
-    "directions": (4, 2, 1),
-    "conv": ("after", "inside", None),
-    "norm": ("layer", "rms"),
-    "skip": (None, "linear", "identity"),
-    "skip_alignment": ("raster", "upstream"),
-    "remat": (None, "dots", "full"),
-}
+
+
+def find_model(name: str) -> tuple[Family, str, int]:
+    """Return the family, size and patch size of a model name such as "DiG-S/2".
+
+    Raises:
+        ValueError: unknown model.
+    """
+    match = re.fullmatch(r"(\w+)-(\w+)/(\d+)", name)
+    if match is None or match[1] not in FAMILIES or match[2] not in FAMILIES[match[1]].sizes:
+        known = [f"{family}-{size}/2" for family, row in FAMILIES.items() for size in row.sizes]
+        raise ValueError(
+            f"unknown model {name!r}{suggest(name, known)}; expected {', '.join(known)} or another patch size"
+        )
+    return FAMILIES[match[1]], match[2], int(match[3])
 
 
 def accepted_options(name: str) -> frozenset[str]:
@@ -34,10 +68,7 @@ def accepted_options(name: str) -> frozenset[str]:
     Raises:
         ValueError: unknown model.
     """
-    family, _, _ = _parse(name)
-    parameters = inspect.signature(_SIZES[family][0].__init__).parameters
-    common = {*_FIELDS, "patch_size", "in_channels", "learn_sigma", "dtype", "remat"}
-    return (frozenset(parameters) | common) - {"self", "input_size", "rngs", "options"}
+    return frozenset(field.name for field in dataclasses.fields(find_model(name)[0].options))
 
 
 def create_model(
@@ -47,50 +78,32 @@ def create_model(
     num_classes: int,
     rngs: nnx.Rngs,
     patch_size: int | None = None,
-    in_channels: int = 4,
-    learn_sigma: bool = True,
     **overrides,
 ) -> DiffusionTransformer:
-    """Makes a model by its paper's name, such as "DiG-S/2": family, size, patch size.
+    """Create a model by its name in the paper: family, size, patch size, such as "DiG-S/2".
 
     Args:
-        input_size: height and width of the input, in latent pixels where there is an autoencoder.
+        input_size: size or (height, width) of the input, in latent pixels if there is an autoencoder.
         num_classes: 0 for an unconditional model.
-        rngs: the source of the initial parameters.
-        patch_size: replaces the one in the name.
-        overrides: depth, hidden_size, num_heads, dtype, remat; for DiG also directions, conv, norm, skip,
-            skip_alignment, implementation.
+        rngs: source of the initial parameters.
+        patch_size: replaces the patch size in the name.
+        overrides: further fields of the family's options, `ModelOptions` or `DiGOptions`.
 
     Raises:
-        ValueError: an unknown name, override or value, or sizes that do not fit together.
+        ValueError: an unknown name or option, an invalid value, or sizes that do not fit together.
     """
-    family, size, patch = _parse(name)
-    cls, sizes = _SIZES[family]
+    family, size, patch = find_model(name)
     accepted = accepted_options(name)
-    for key, value in overrides.items():
+    for key in overrides:
         if key not in accepted:
-            raise ValueError(f"{family} has no option {key!r}{suggest(key, accepted)}")
-        if key in _CHOICES and value not in _CHOICES[key]:
-            raise ValueError(f"{key}={value!r} is none of {', '.join(map(repr, _CHOICES[key]))}")
-    for key in ("depth", "hidden_size", "num_heads"):
-        if overrides.get(key, 1) < 1:
-            raise ValueError(f"{key}={overrides[key]} is not positive")
-    return cls(
-        input_size=(input_size, input_size) if isinstance(input_size, int) else tuple(input_size),
-        num_classes=num_classes,
-        patch_size=patch_size or patch,
-        in_channels=in_channels,
-        learn_sigma=learn_sigma,
-        rngs=rngs,
-        **dict(zip(_FIELDS, sizes[size], strict=True)) | {"dtype": jnp.float32} | overrides,
-    )
-
-
-def _parse(name: str) -> tuple[str, str, int]:
-    """Family, size and patch size of a model's name."""
-    match = re.fullmatch(r"(\w+-\w+)/(\d+)", name)
-    if match is None or match[1] not in MODEL_NAMES:
-        known = [f"{model}/2" for model in MODEL_NAMES]
-        raise ValueError(f"unknown model {name!r}{suggest(name, known)} (known: {', '.join(known)}, /4, …)")
-    family, size = match[1].split("-")
-    return family, size, int(match[2])
+            raise ValueError(f"{family.name} has no option {key!r}{suggest(key, accepted)}")
+    depth, hidden_size, num_heads = family.sizes[size]
+    defaults = {
+        "depth": depth,
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "patch_size": patch_size or patch,
+    }
+    options = family.options(**defaults | overrides)
+    input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    return family.constructor(family.name, options, input_size=input_size, num_classes=num_classes, rngs=rngs)

@@ -1,0 +1,40 @@
+"""Softmax attention, the token mixer of DiT."""
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dig_jax.models.layers import FusedLinear, Linear, xavier
+from dig_jax.models.mixers.heads import split_heads
+from dig_jax.parallel import shard_map_rows
+
+
+class SoftmaxAttention(nnx.Module):
+    """Multi-head self-attention with biases (Vaswani et al. 2017)."""
+
+    def __init__(self, width: int, *, num_heads: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        if width % num_heads:
+            raise ValueError(f"invalid num_heads={num_heads}; expected a divisor of hidden_size={width}")
+        self.num_heads = num_heads
+        options = {"kernel_init": xavier, "dtype": dtype, "rngs": rngs}
+        self.qkv_proj = FusedLinear(width, width, 3, **options)
+        self.o_proj = Linear(width, width, **options)
+
+    def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
+        """Let every token attend to all tokens; the grid has no effect."""
+        del grid
+        o = shard_map_rows(_attend, *(split_heads(y, self.num_heads) for y in self.qkv_proj(x)))
+        return self.o_proj(o.reshape(x.shape))
+
+
+def _attend(
+    q: Float[Array, "b own h k"],
+    k: Float[Array, "b own h k"],
+    v: Float[Array, "b own h k"],
+    axis_name: str | None,
+) -> Float[Array, "b own h k"]:
+    """Attend from this device's tokens to the tokens of all devices along a mesh axis."""
+    if axis_name is not None:
+        k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
+    return jax.nn.dot_product_attention(q, k, v)
