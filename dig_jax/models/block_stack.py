@@ -104,7 +104,8 @@ class BlockStack(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.depth, self.period, self.remat, self.dtype = depth, len(pattern.blocks), remat, dtype
+        self.depth, self.period, self.dtype = depth, len(pattern.blocks), dtype
+        self.remat: Remat | None = remat
         self.transposed_skips = pattern.transposed_skips
         self.segments = plan_segments(depth, self.period, long_skips=pattern.skip is not None)
         num_groups, num_rest = divmod(depth, self.period)

@@ -131,7 +131,8 @@ def depthwise_conv3x3(
     """Zero-padded depthwise 3×3 convolution, as nine shifted products that fuse into one pass over x."""
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return sum(x[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
+    products = (x[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))
+    return sum(products, start=jnp.zeros((), x.dtype))
 
 
 @depthwise_conv3x3.defjvp

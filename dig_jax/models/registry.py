@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from flax import nnx
 
@@ -13,19 +14,28 @@ from dig_jax.models.dit import DiTOptions
 
 
 @dataclasses.dataclass(frozen=True)
+class Size:
+    """Default sizes of a named model."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A model family.
 
     Args:
         options: dataclass whose fields are the options with their defaults, and which gives the block
             pattern.
-        sizes: depth, hidden_size and num_heads by size name.
+        sizes: default sizes by their names, such as "XL".
         constructor: (name, options, input_size=, num_classes=, rngs=) → model.
     """
 
     name: str
     options: type[ModelOptions]
-    sizes: Mapping[str, tuple[int, int, int]]
+    sizes: Mapping[str, Size]
     constructor: type[DiffusionTransformer] = DiffusionTransformer
 
 
@@ -36,12 +46,22 @@ FAMILIES = {
         Family(
             "DiG",
             DiGOptions,
-            {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 18)},
+            {
+                "S": Size(12, 384, 6),
+                "B": Size(12, 768, 12),
+                "L": Size(24, 1024, 16),
+                "XL": Size(28, 1152, 18),
+            },
         ),
         Family(
             "DiT",
             DiTOptions,
-            {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)},
+            {
+                "S": Size(12, 384, 6),
+                "B": Size(12, 768, 12),
+                "L": Size(24, 1024, 16),
+                "XL": Size(28, 1152, 16),
+            },
         ),
     )
 }
@@ -97,13 +117,12 @@ def create_model(
     for key in overrides:
         if key not in accepted:
             raise ValueError(f"{family.name} has no option {key!r}{suggest(key, accepted)}")
-    depth, hidden_size, num_heads = family.sizes[size]
-    defaults = {
-        "depth": depth,
-        "hidden_size": hidden_size,
-        "num_heads": num_heads,
-        "patch_size": patch_size or patch,
-    }
-    options = family.options(**defaults | overrides)
-    input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    return family.constructor(family.name, options, input_size=input_size, num_classes=num_classes, rngs=rngs)
+    defaults: dict[str, Any] = {"patch_size": patch_size or patch} | dataclasses.asdict(family.sizes[size])
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    return family.constructor(
+        family.name,
+        family.options(**defaults | overrides),
+        input_size=(height, width),
+        num_classes=num_classes,
+        rngs=rngs,
+    )
