@@ -1,9 +1,9 @@
-"""Forward time of the two token mixers against the number of tokens, at DiG-S's width.
+"""Time the forward pass of both token mixers for growing numbers of tokens, at the width of DiG-S.
 
     python benchmarks/mixer_scaling.py
 
-Prints the minimum over repeats, and the growth of the time since the first row divided by the growth of the
-number of tokens: 1 is linear. Run it on an otherwise idle machine.
+Prints the minimum time over repeats, and its growth since the first row divided by the growth in tokens:
+1 is linear. Run it on an otherwise idle machine.
 """
 
 import math
@@ -18,12 +18,12 @@ from dig_jax.runtime import prepare_cpu
 
 WIDTH, HEADS = 384, 6
 TOKENS = (1024, 2048, 4096, 8192, 16384)
-# Softmax attention at 16,384 tokens needs 6.4 GB for its scores and takes a minute.
+# At 16,384 tokens softmax attention needs 6.4 GB for its scores and takes a minute.
 SOFTMAX_TOKENS = 8192
 
 
 def seconds(mixer: nnx.Module, tokens: int, budget: float = 6.0) -> float:
-    """Least time of a forward pass over a grid, repeated for `budget` seconds, 5 times at least."""
+    """Return the least time of a forward pass, repeated for `budget` seconds and at least 5 times."""
     rows = 2 ** (int(math.log2(tokens)) // 2)
     grid = (rows, tokens // rows)
     graphdef, params = nnx.split(mixer)
@@ -40,8 +40,8 @@ def seconds(mixer: nnx.Module, tokens: int, budget: float = 6.0) -> float:
 
 
 def main() -> None:
-    """Measures and prints the table."""
-    prepare_cpu(1)  # like main.py: page faults, which grow with the arrays, would be measured too
+    """Measure and print the table."""
+    prepare_cpu(1)  # as main.py does; otherwise page faults distort the times
     rngs = nnx.Rngs(0)
     options = {"dtype": jnp.float32, "rngs": rngs}
     gla = {

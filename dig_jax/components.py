@@ -21,8 +21,6 @@ from dig_jax.parallel import gather_params
 
 Params = dict[str, Any]
 
-_SIZES = ("patch_size", "depth", "hidden_size", "num_heads")  # None: as in the model's name
-
 
 class Components:
     """The objects that a config describes, each built on first use.
@@ -147,19 +145,13 @@ class ModelSpec:
         height, width, channels = self.image_shape
         with naming_setting("config.model"):
             accepted = accepted_options(self.config.name)
-            options: dict[str, Any] = {
-                name: value
-                for name, value in vars(self.config).items()
-                if name in accepted and not (value is None and name in _SIZES)
-            }
-            options["dtype"] = jnp.dtype(self.config.dtype)
+            options = {name: value for name, value in vars(self.config).items() if name in accepted}
             return create_model(
                 self.config.name,
                 input_size=(height, width),
                 num_classes=self.num_classes,
-                in_channels=channels,
                 rngs=rngs,
-                **options,
+                **options | {"in_channels": channels, "dtype": jnp.dtype(self.config.dtype)},
             )
 
 

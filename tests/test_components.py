@@ -59,10 +59,16 @@ def test_a_config_states_its_computed_cost(name):
     ("changes", "message"),
     [
         ({"model__name": "DiG-M/2"}, "config.model: unknown model 'DiG-M/2'; did you mean"),
-        ({"model__conv": "before"}, "config.model: conv='before' is none of 'after', 'inside', None"),
-        ({"model__num_heads": 3}, "config.model: num_heads=3 does not divide"),
-        ({"model__patch_size": 3}, "config.model: input height 4 is not a multiple of patch_size=3"),
-        ({"model__skip": "linear"}, "config.model: skip='linear' needs an even depth"),
+        (
+            {"model__conv": "before"},
+            "config.model: invalid conv='before'; expected one of after, inside, None",
+        ),
+        ({"model__num_heads": 3}, "config.model: invalid num_heads=3; expected a divisor of"),
+        (
+            {"model__patch_size": 3},
+            "config.model: invalid input height 4; expected a multiple of patch_size=3",
+        ),
+        ({"model__skip": "linear"}, "config.model: invalid depth=1 with long skips; expected an even depth"),
         ({"data__name": "digit"}, "config.data: unknown data source 'digit'; .*did you mean 'digits'"),
         ({"data__options": {"size": 4}}, "config.data: unknown option 'size' of data source 'fake'"),
         ({"data__options": {"channels": 0}}, "config.data: invalid channels=0 of the fake source"),

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -7,8 +8,13 @@ import pytest
 from flax import nnx
 
 from dig_jax import create_model
-from dig_jax.models.blocks import DepthwiseConv
+from dig_jax.models import registry
+from dig_jax.models.backbone import ModelOptions
+from dig_jax.models.block_stack import BlockPattern, BlockStack, plan_segments
+from dig_jax.models.blocks import BlockSpec
 from dig_jax.models.embeddings import patchify, sincos_positions, unpatchify
+from dig_jax.models.layers import DepthwiseConv, GeluMLP, SwiGLU
+from dig_jax.models.mixers import GatedLinearAttention, SoftmaxAttention
 
 TINY = {"hidden_size": 32, "num_heads": 1}
 
@@ -24,20 +30,25 @@ def tiny(name="DiG-S/2", *, depth=4, input_size=8, num_classes=10, seed=0, **ove
     )
 
 
-def awake(model, seed=1):
-    """The model with random values in place of all zeros, so that every part shows in its output."""
-    graphdef, state = nnx.split(model)
+def randomized(module, seed=1):
+    """The graphdef, and parameters without zeros, so that every layer affects the output."""
+    graphdef, state = nnx.split(module)
     random = np.random.default_rng(seed)
 
     def drawn(leaf):
         return jnp.asarray(leaf + 0.1 * random.standard_normal(leaf.shape), leaf.dtype)
 
-    return nnx.merge(graphdef, jax.tree.map(drawn, jax.device_get(state)))
+    return graphdef, jax.tree.map(drawn, jax.device_get(state))
 
 
-@functools.cache
-def inputs(height=8, width=8, batch=2, channels=4):
-    x = jax.random.normal(jax.random.key(7), (batch, height, width, channels))
+@functools.partial(jax.jit, static_argnums=0, static_argnames="grid")
+def apply(graphdef, params, *args, **kwargs):
+    """Call a module; models with equal options share one program."""
+    return nnx.merge(graphdef, params)(*args, **kwargs)
+
+
+def inputs(height=8, width=8, channels=4):
+    x = jax.random.normal(jax.random.key(7), (2, height, width, channels))
     return x, jnp.array([17, 803]), jnp.array([3, 9])
 
 
@@ -60,116 +71,176 @@ def test_parameter_counts_are_the_published_ones(name, overrides, expected):
 
 
 def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
-    model = tiny()
-    x, t, y = inputs()
-    np.testing.assert_array_equal(model(x, t, y), 0)
+    model = tiny(depth=1)
+    np.testing.assert_array_equal(apply(*nnx.split(model), *inputs()), 0)
     tokens = jax.random.normal(jax.random.key(0), (2, 16, 32))
-    out = model.blocks(tokens, jnp.ones((2, 32)), (4, 4))
+    out = apply(*nnx.split(model.blocks), tokens, jnp.ones((2, 32)), grid=(4, 4))
     np.testing.assert_array_equal(out, tokens)
 
 
 @pytest.mark.parametrize("name", ["DiG-S/2", "DiT-S/2"])
 def test_non_square_inputs_give_outputs_of_their_shape(name):
-    model = awake(tiny(name, input_size=(4, 12), num_classes=0, in_channels=3, learn_sigma=False))
-    out = model(jnp.ones((2, 4, 12, 3)), jnp.array([0.5, 999.0]))
+    model = tiny(name, depth=1, input_size=(4, 12), num_classes=0, in_channels=3, learn_sigma=False)
+    out = apply(*randomized(model), jnp.ones((2, 4, 12, 3)), jnp.array([0.5, 999.0]))
     assert out.shape == (2, 4, 12, 3)
     assert out.dtype == jnp.float32
     assert float(jnp.abs(out).min()) > 0
 
 
-def test_each_token_keeps_its_place_through_all_directions_on_a_non_square_grid():
-    """Without convolution, a change of the last token met by all four scans reaches nobody before it."""
-    model = awake(tiny(input_size=(8, 12), directions=1, conv=None, num_classes=0))
+def test_a_forward_scan_without_convolution_is_causal_on_a_non_square_grid():
+    model = tiny(depth=2, input_size=(8, 12), directions=1, conv=None, num_classes=0)
     x = jax.random.normal(jax.random.key(3), (1, 8, 12, 4))
     changed = x.at[:, 6:, 10:].add(1.0)  # the last token in raster order
-    t = jnp.array([5])
-    difference = jnp.abs(model(changed, t) - model(x, t)).max((0, 3))
+    out = apply(*randomized(model), jnp.concatenate([x, changed]), jnp.array([5, 5]))
+    difference = jnp.abs(out[1] - out[0]).max(-1)
     assert difference[6:, 10:].min() > 0
     assert difference[:6].max() == 0
     assert difference[:, :10].max() == 0
 
 
-def test_reversed_scan_is_causal_from_the_last_token_on():
-    model = awake(tiny(depth=2, input_size=(8, 12), directions=2, conv=None, num_classes=0))
+def test_a_forward_and_a_reversed_scan_together_reach_every_token():
+    model = tiny(depth=2, input_size=(8, 12), directions=2, conv=None, num_classes=0)
     x = jax.random.normal(jax.random.key(3), (1, 8, 12, 4))
-    t = jnp.array([5])
-    for corner in (x.at[:, :2, :2], x.at[:, 6:, 10:]):
-        difference = jnp.abs(model(corner.add(1.0), t) - model(x, t)).max((0, 3))
-        assert difference.min() > 0  # forward and reverse together reach everything
+    first, last = x.at[:, :2, :2].add(1.0), x.at[:, 6:, 10:].add(1.0)
+    out = apply(*randomized(model), jnp.concatenate([x, first, last]), jnp.array([5, 5, 5]))
+    assert jnp.abs(out[1:] - out[0]).max(-1).min() > 0
 
 
-@functools.cache
-@functools.cache
-def loss_and_gradient(remat, skip):
-    x, t, y = inputs(height=4, width=4)
-    depth = 8 if skip else 5  # groups of four, and blocks outside of them
-    graphdef, params = nnx.split(awake(tiny(depth=depth, input_size=4, skip=skip, remat=remat)))
-
-    def loss(params):
-        return jnp.square(nnx.merge(graphdef, params)(x, t, y)).mean()
-
-    return jax.jit(jax.value_and_grad(loss))(params)
+def hybrid_blocks(*, num_heads=1):
+    """A pattern of two mixers, MLPs, norms and convolutions that differ."""
+    gla = functools.partial(GatedLinearAttention, num_heads=num_heads, direction="column_reversed")
+    softmax = functools.partial(SoftmaxAttention, num_heads=num_heads)
+    return BlockSpec(gla, SwiGLU, conv="inside", norm="rms"), BlockSpec(softmax, GeluMLP, conv="after")
 
 
-@pytest.mark.parametrize(
-    ("remat", "skip"),
-    [("dots", None), ("full", None), pytest.param("full", "linear", marks=pytest.mark.slow)],
-)
-def test_rematerialisation_changes_neither_output_nor_gradient(remat, skip):
-    def assert_close(actual, expected):
-        # The norm of a head's first outputs cancels what of their gradient is larger: rounding is amplified.
-        assert jnp.linalg.norm(actual - expected) <= 1e-3 * jnp.linalg.norm(expected)
+def unrolled(stack, x, c, grid):
+    """The outputs of a stack by a plain loop over single blocks."""
+    depth, period = stack.depth, stack.period
 
-    jax.tree.map(assert_close, loss_and_gradient(None, skip), loss_and_gradient(remat, skip))
+    def layer(module, index):
+        graphdef, params = nnx.split(module)
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], params))
 
-
-@pytest.mark.parametrize("depth", [pytest.param(8, marks=pytest.mark.slow), 12, 6])
-def test_skips_join_the_outputs_that_they_should_whether_scanned_or_not(depth):
-    """Against a plain loop over single blocks, for depths with and without whole groups."""
-    model = awake(tiny(depth=depth, skip="linear"))
-    stack, grid = model.blocks, (4, 4)
-    tokens, c = jax.random.normal(jax.random.key(0), (2, 16, 32)), jnp.ones((2, 32))
-
-    def block(index):
-        if index >= depth // 4 * 4:
-            return stack.rest[index % 4]
-        graphdef, params = nnx.split(stack.groups[index % 4])
-        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index // 4], params))
-
-    x, stored = tokens, []
-    graphdef, skip_params = nnx.split(stack.skips)
+    stored = []
     for index in range(depth):
-        if index > depth // 2:
-            params = jax.tree.map(lambda leaf, index=index: leaf[index - depth // 2 - 1], skip_params)
-            x = nnx.merge(graphdef, params)(jnp.concatenate([x, stored.pop()], -1))
-        x = block(index)(x, c, grid)
+        if stack.skips is not None and index > depth // 2:
+            join = layer(stack.skips, index - depth // 2 - 1)
+            x = join(jnp.concatenate([x, stored.pop()], axis=-1))
+        position, is_rest = index % period, index >= depth // period * period
+        block = stack.rest[position] if is_rest else layer(stack.groups[position], index // period)
+        x = block(x, c, grid)
         if index < depth // 2 - 1:
             stored.append(x)
-    np.testing.assert_allclose(stack(tokens, c, grid), x, rtol=2e-4, atol=2e-5)
+    return x
+
+
+@functools.cache
+def value_and_gradient(depth, skip, remat, run=BlockStack.__call__):
+    blocks = hybrid_blocks() if skip is None else hybrid_blocks()[1:] * 2  # these compile faster
+    pattern = BlockPattern(blocks, skip=skip)
+    stack = BlockStack(pattern, width=32, depth=depth, remat=remat, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graphdef, params = randomized(stack)
+    x, c = jax.random.normal(jax.random.key(0), (1, 6, 32)), jnp.ones((1, 32))
+
+    def loss(params, x):
+        out = run(nnx.merge(graphdef, params), x, c, (2, 3))
+        return jnp.square(out).mean(), out
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+    return out, gradients
+
+
+# Depth 5, of two mixers: two groups and a remaining block. Depth 12: every kind of segment.
+@pytest.mark.parametrize(
+    ("depth", "skip", "remat"),
+    [(5, None, None), (5, None, "full"), (5, None, "dots"), (12, "linear", None), (12, "linear", "full")],
+)
+def test_a_scanned_stack_equals_a_loop_over_its_blocks_in_output_and_gradient(depth, skip, remat):
+    def assert_close(actual, expected):
+        assert jnp.linalg.norm(actual - expected) <= 1e-3 * jnp.linalg.norm(expected)
+
+    expected = value_and_gradient(depth, skip, None, run=unrolled)
+    jax.tree.map(assert_close, value_and_gradient(depth, skip, remat), expected)
+
+
+def test_a_family_with_two_mixers_is_one_registry_row(monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class HybridOptions(ModelOptions):
+        def pattern(self):
+            return BlockPattern(hybrid_blocks(num_heads=self.num_heads))
+
+    row = registry.Family("Hybrid", HybridOptions, {"T": registry.Size(3, 32, 1)})
+    monkeypatch.setitem(registry.FAMILIES, "Hybrid", row)
+    make = functools.partial(create_model, "Hybrid-T/4", input_size=8, num_classes=10)
+    model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    assert apply.eval_shape(*nnx.split(model), *inputs()).shape == (2, 8, 8, 8)
+    assert registry.accepted_options("Hybrid-T/4") == registry.accepted_options("DiT-S/2")
+
+
+@pytest.mark.parametrize("period", [1, 2, 4, 6])
+@pytest.mark.parametrize("long_skips", [False, True])
+def test_segments_cover_all_blocks_once_and_stay_few(period, long_skips):
+    sizes = {}
+    for depth in range(4, 60, 2):
+        segments = plan_segments(depth, period, long_skips=long_skips)
+        stored, blocks = [], []
+        for segment in segments:
+            indices = np.arange(segment.start, segment.start + segment.num_blocks)
+            blocks.extend(indices)
+            if segment.skip == "store":
+                stored.append((segment, indices))
+            if segment.skip == "join":
+                source, sources = stored.pop()
+                assert (source.size, source.repeats) == (segment.size, segment.repeats)
+                np.testing.assert_array_equal(sources, depth - 1 - indices[::-1])
+        assert not stored
+        assert blocks == list(range(depth))
+        skips = [segment.num_blocks for segment in segments if segment.skip == "join"]
+        assert sum(skips) == (depth // 2 - 1 if long_skips else 0)
+        sizes[depth] = sum(segment.size for segment in segments)
+    assert max(sizes.values()) <= 8 * period
+
+
+def test_the_program_of_long_skips_does_not_grow_with_the_depth():
+    def length(depth):
+        pattern = BlockPattern(hybrid_blocks()[1:], skip="linear")
+        make = functools.partial(BlockStack, pattern, width=32, depth=depth, dtype=jnp.float32)
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+        x, c = jax.ShapeDtypeStruct((1, 6, 32), jnp.float32), jax.ShapeDtypeStruct((1, 32), jnp.float32)
+        return len(apply.lower(graphdef, params, x, c, grid=(2, 3)).as_text())
+
+    assert length(28) < 1.02 * length(12)
 
 
 def test_identity_skips_start_as_if_there_were_none():
-    tokens = jax.random.normal(jax.random.key(0), (1, 16, 32))
-    out = tiny(depth=8, skip="identity").blocks(tokens, jnp.ones((1, 32)), (4, 4))
+    tokens = jax.random.normal(jax.random.key(0), (1, 6, 32))
+    pattern = BlockPattern(hybrid_blocks()[1:], skip="identity")
+    stack = BlockStack(pattern, width=32, depth=6, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    out = apply(*nnx.split(stack), tokens, jnp.ones((1, 32)), grid=(2, 3))
     np.testing.assert_allclose(out, tokens, rtol=1e-6)
 
 
+def test_upstream_alignment_rejects_non_square_images_when_called():
+    make = functools.partial(tiny, skip="linear", skip_alignment="upstream")
+    with pytest.raises(ValueError, match="square inputs, got 8×4"):
+        nnx.eval_shape(make)(jnp.ones((1, 8, 4, 4)), jnp.array([1]))
+
+
 def test_the_null_class_is_y_none_drop_and_the_last_index():
-    model = awake(tiny())
+    model = randomized(tiny("DiT-S/2", depth=1))
     x, t, y = inputs()
-    null = model(x, t, None)
-    np.testing.assert_array_equal(null, model(x, t, jnp.full(2, 10)))
-    np.testing.assert_array_equal(null, model(x, t, y, drop=jnp.array([True, True])))
-    one = model(x, t, y, drop=jnp.array([True, False]))
+    null = apply(*model, x, t, None)
+    np.testing.assert_array_equal(null, apply(*model, x, t, jnp.full(2, 10)))
+    np.testing.assert_array_equal(null, apply(*model, x, t, y, drop=jnp.array([True, True])))
+    one = apply(*model, x, t, y, drop=jnp.array([True, False]))
     np.testing.assert_array_equal(one[0], null[0])
     assert jnp.abs(one[1] - null[1]).max() > 0
 
 
 def test_bfloat16_activations_keep_parameters_and_output_in_float32():
-    x, t, y = inputs()
-    full, half = awake(tiny()), awake(tiny(dtype=jnp.bfloat16))
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype(jnp.float32)}
-    out, expected = half(x, t, y), full(x, t, y)
+    full, half = randomized(tiny(depth=1)), randomized(tiny(depth=1, dtype=jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(half[1])} == {jnp.dtype(jnp.float32)}
+    out, expected = apply(*half, *inputs()), apply(*full, *inputs())
     assert out.dtype == jnp.float32
     error = jnp.sqrt(jnp.square(out - expected).mean() / jnp.square(expected).mean())
     assert 0 < error < 0.05
@@ -202,7 +273,7 @@ def test_depthwise_conv_is_the_grouped_convolution():
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=8,
     )
-    out = conv(x.reshape(2, 24, 8), (4, 6)).reshape(x.shape)
+    out = apply(*nnx.split(conv), x.reshape(2, 24, 8), grid=(4, 6)).reshape(x.shape)
     np.testing.assert_allclose(out, expected + jnp.arange(8.0), rtol=1e-5, atol=1e-5)
 
 
@@ -211,25 +282,38 @@ def test_depthwise_conv_is_the_grouped_convolution():
     [
         ({"name": "DiG-M/2"}, "unknown model 'DiG-M/2'; did you mean 'DiG-"),
         ({"name": "DiG-S"}, "unknown model 'DiG-S'; did you mean 'DiG-S/2'"),
-        ({"input_size": 9}, "input height 9 is not a multiple of patch_size=2"),
-        ({"input_size": (8, 7)}, "input width 7 is not a multiple of patch_size=2"),
-        ({"num_heads": 3}, "num_heads=3 does not divide"),
-        ({"name": "DiT-S/2", "num_heads": 3}, "num_heads=3 does not divide"),
+        ({"input_size": 9}, "input height 9; expected a multiple of patch_size=2"),
+        ({"input_size": (8, 7)}, "input width 7; expected a multiple of patch_size=2"),
+        ({"num_heads": 3}, "num_heads=3; expected a divisor of the key width 16"),
+        ({"name": "DiT-S/2", "num_heads": 3}, "num_heads=3; expected a divisor of hidden_size=32"),
         ({"detph": 4}, "no option 'detph'; did you mean 'depth'"),
-        ({"directions": 3}, "directions=3 is none of 4, 2, 1"),
-        ({"depth": -1}, "depth=-1 is not positive"),
-        ({"skip": "linear", "depth": 7}, "needs an even depth"),
+        ({"name": "DiT-S/2", "skip": "linear"}, "DiT has no option 'skip'"),
+        ({"options": {}}, "no option 'options'"),
+        ({"directions": 3}, "directions=3; expected one of 4, 2, 1"),
+        ({"conv": "before"}, "conv='before'; expected one of after, inside, None"),
+        ({"norm": None}, "norm=None; expected one of layer, rms"),
+        ({"skip": "dense"}, "skip='dense'; expected one of linear, identity, None"),
+        ({"remat": "none"}, "remat='none'; expected one of dots, full, None"),
+        ({"depth": -1}, "depth=-1; expected a positive number"),
+        ({"hidden_size": 34}, "hidden_size=34; expected a multiple of 4"),
+        ({"skip": "linear", "depth": 7}, "depth=7 with long skips; expected an even depth"),
         ({"skip": "linear", "skip_alignment": "upstream", "depth": 6}, "multiple of 4"),
-        ({"skip": "linear", "skip_alignment": "upstream", "input_size": (8, 4)}, "square"),
-        ({"num_classes": -1}, "num_classes=-1 is negative"),
+        ({"skip": "linear", "skip_alignment": "upstream", "input_size": (8, 4)}, "square inputs, got 8×4"),
+        ({"num_classes": -1}, "num_classes=-1; expected 0"),
     ],
 )
-def test_what_does_not_fit_together_is_named(changes, message):
+def test_invalid_options_raise_errors_that_name_them(changes, message):
     arguments = {"name": "DiG-S/2", "input_size": 8, "num_classes": 10, "depth": 4, **TINY} | changes
     with pytest.raises(ValueError, match=message):
-        create_model(rngs=nnx.Rngs(0), **arguments)
+        nnx.eval_shape(lambda: create_model(rngs=nnx.Rngs(0), **arguments))
 
 
-def test_an_image_that_the_patch_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="not divided by patch_size=2"):
-        tiny()(jnp.ones((1, 8, 7, 4)), jnp.array([1]))
+def test_none_keeps_a_size_of_the_named_model():
+    model = nnx.eval_shape(lambda: tiny(depth=None, hidden_size=None, num_heads=None, patch_size=None))
+    assert (model.options.depth, model.options.hidden_size) == (12, 384)
+    assert (model.options.num_heads, model.options.patch_size) == (6, 2)
+
+
+def test_an_image_that_the_patch_does_not_divide_is_rejected():
+    with pytest.raises(ValueError, match="input width 7; expected a multiple of patch_size=2"):
+        nnx.eval_shape(tiny)(jnp.ones((1, 8, 7, 4)), jnp.array([1]))

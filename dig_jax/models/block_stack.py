@@ -47,16 +47,24 @@ class BlockPattern:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """`repeats` times `size` consecutive blocks, the first of which is block `start` of the stack.
+    """Consecutive blocks of a stack that run as one program.
 
-    The size blocks are one program, which is scanned `repeats` times. With skip="store" each block also
-    returns its output for a long skip; with skip="join" each block first joins one.
+    Args:
+        start: index of the first block.
+        size: number of blocks in the program.
+        repeats: number of iterations of `lax.scan` over the program; None runs it once without a scan.
+        skip: "store": each block also returns its output for a long skip; "join": each block first joins one.
     """
 
     start: int
     size: int
-    repeats: int
+    repeats: int | None = None
     skip: Literal["store", "join"] | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks that the segment runs."""
+        return self.size * (1 if self.repeats is None else self.repeats)
 
 
 def plan_segments(depth: int, period: int, *, long_skips: bool) -> tuple[Segment, ...]:
@@ -69,20 +77,26 @@ def plan_segments(depth: int, period: int, *, long_skips: bool) -> tuple[Segment
         ValueError: long skips with an odd depth or a depth below 4.
     """
     if not long_skips:
-        parts = [(period, depth // period, None), (depth % period, 1, None)]
+        parts = [(period, depth // period, None), (depth % period, None, None)]
     elif depth < 4 or depth % 2:
         raise ValueError(f"invalid depth={depth} with long skips; expected an even depth of at least 4")
     else:
         joins = depth // 2 - 1
         repeats = max(joins - depth % period, 0) // period  # the last depth % period blocks are not stacked
         single = joins - repeats * period
-        first = [(single, 1, "store"), (period, repeats, "store")]
-        parts = [*first, (2, 1, None), (period, repeats, "join"), (single, 1, "join")]
+        parts = [
+            (single, None, "store"),
+            (period, repeats, "store"),
+            (2, None, None),
+            (period, repeats, "join"),
+            (single, None, "join"),
+        ]
     segments, start = [], 0
     for size, repeats, skip in parts:
-        if size and repeats:
-            segments.append(Segment(start, size, repeats, skip))
-            start += size * repeats
+        segment = Segment(start, size, repeats, skip)
+        if segment.num_blocks:
+            segments.append(segment)
+            start += segment.num_blocks
     return tuple(segments)
 
 
@@ -147,7 +161,7 @@ class BlockStack(nnx.Module):
     ) -> tuple[Array, list[Array]]:
         """Run a segment; return its output and, with skip="store", the outputs of each block.
 
-        Parameters, skips and outputs of a block have a leading axis `repeats` where the segment repeats.
+        If the segment is scanned, parameters, skips and outputs of a block have a leading axis `repeats`.
         """
         layers = [self._layers(segment, number) for number in range(segment.size)]
         graphdefs, params = zip(*layers, strict=True)
@@ -166,7 +180,7 @@ class BlockStack(nnx.Module):
             return x, outputs
 
         body = self._rematerialized(body)
-        if segment.repeats == 1:
+        if segment.repeats is None:
             return body(x, (params, joins))
         return jax.lax.scan(body, x, (params, joins))
 
@@ -190,7 +204,7 @@ class BlockStack(nnx.Module):
         first = segment.start - self.depth // 2 - 1
         joins = []
         for number, skip in enumerate(reversed(outputs)):
-            if segment.repeats > 1:
+            if segment.repeats is not None:
                 skip = skip[::-1]  # the first repetition joins outputs of the last one
             # The depth is even, so odd blocks join outputs of even blocks.
             if self.transposed_skips and (segment.start + number) % 2:
@@ -211,9 +225,9 @@ class BlockStack(nnx.Module):
         return nnx.merge(graphdef, gather_params(nnx.to_pure_dict(params), self.dtype))
 
 
-def _layers_of(params: Any, first: int, count: int, step: int = 1) -> Any:
-    """Take one layer of stacked parameters, or, if count > 1, every `step`-th one with a leading axis."""
-    index = first if count == 1 else slice(first, first + step * (count - 1) + 1, step)
+def _layers_of(params: Any, first: int, count: int | None, step: int = 1) -> Any:
+    """Take `count` layers of stacked parameters, or, if it is None, one without the leading axis."""
+    index = first if count is None else slice(first, first + step * (count - 1) + 1, step)
     return jax.tree.map(lambda leaf: leaf[index], params)
 
 

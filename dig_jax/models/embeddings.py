@@ -1,4 +1,4 @@
-"""Patches, positions, timesteps and labels as vectors (DiT, Peebles & Xie 2023, section 3.2)."""
+"""Embeddings of patches, positions, timesteps and labels (DiT, Peebles & Xie 2023, section 3.2)."""
 
 import math
 
@@ -14,7 +14,7 @@ normal_002 = nnx.initializers.normal(0.02)
 
 
 def patchify(x: Float[Array, "b height width c"], patch_size: int) -> Float[Array, "b t patch"]:
-    """Cuts images into tokens in raster order; inside a token the order is (row, column, channel)."""
+    """Cut images into tokens in raster order, each in (row, column, channel) order."""
     b, height, width, c = x.shape
     rows, columns = height // patch_size, width // patch_size
     x = x.reshape(b, rows, patch_size, columns, patch_size, c).transpose(0, 1, 3, 2, 4, 5)
@@ -24,7 +24,7 @@ def patchify(x: Float[Array, "b height width c"], patch_size: int) -> Float[Arra
 def unpatchify(
     x: Float[Array, "b t patch"], grid: tuple[int, int], patch_size: int
 ) -> Float[Array, "b height width c"]:
-    """Inverse of `patchify` for a grid of (rows, columns) tokens."""
+    """Invert `patchify` for a grid of (rows, columns) tokens."""
     b, _, size = x.shape
     rows, columns = grid
     c = size // patch_size**2
@@ -33,7 +33,7 @@ def unpatchify(
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Float[np.ndarray, "t d"]:
-    """Fixed 2-D positions: the first half of the width encodes the column, the second the row.
+    """Return fixed 2-D positions: the first half of the width encodes the column, the second the row.
 
     Each half is [sin, cos] of the coordinate times 10000^(-i / (width/4)), as in MAE (He et al. 2022).
     """
@@ -46,7 +46,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Float[np.ndarray, "t 
 
 
 def timestep_features(t: Float[Array, " b"] | Int[Array, " b"], size: int = 256) -> Float[Array, "b f"]:
-    """[cos, sin] of t times 10000^(-i / (size/2)): float32, t in 0…1000, fractions welcome."""
+    """Return [cos, sin] of t·10000^(-i / (size/2)) in float32, for t in 0…1000."""
     half = size // 2
     frequencies = jnp.exp(-math.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
     angles = t.astype(jnp.float32)[:, None] * frequencies
@@ -54,7 +54,7 @@ def timestep_features(t: Float[Array, " b"] | Int[Array, " b"], size: int = 256)
 
 
 class TimestepEmbedding(nnx.Module):
-    """Linear-SiLU-Linear of the timestep's 256 frequencies, always in float32 (one row per image)."""
+    """Linear, SiLU, Linear of 256 timestep features, always in float32 (one row per image)."""
 
     frequencies = 256
 
@@ -64,12 +64,12 @@ class TimestepEmbedding(nnx.Module):
         self.out = Linear(width, width, **options)
 
     def __call__(self, t: Float[Array, " b"] | Int[Array, " b"]) -> Float[Array, "b d"]:
-        """Embeds timesteps in 0…1000."""
+        """Embed timesteps in 0…1000."""
         return self.out(jax.nn.silu(self.hidden(timestep_features(t, self.frequencies))))
 
 
 class LabelEmbedding(nnx.Module):
-    """A table of the classes with one extra row, index `num_classes`: the null class of guidance."""
+    """A table with one row per class and one for the null class of guidance, at index `num_classes`."""
 
     def __init__(self, num_classes: int, width: int, *, rngs: nnx.Rngs):
         self.num_classes = num_classes
@@ -78,7 +78,7 @@ class LabelEmbedding(nnx.Module):
     def __call__(
         self, y: Int[Array, " b"] | None, drop: Bool[Array, " b"] | None, batch: int
     ) -> Float[Array, "b d"]:
-        """Embeds labels; `y=None` and `drop` True give the null class."""
+        """Embed labels; `y=None` and `drop=True` select the null class."""
         null = jnp.full(batch, self.num_classes, jnp.int32)
         y = null if y is None else y
         return self.table(y if drop is None else jnp.where(drop, null, y))

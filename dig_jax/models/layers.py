@@ -33,7 +33,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Return x·kernel + bias."""
-        if context_size() > 1:  # a flattened axis cannot be sharded by rows
+        if context_size() > 1:  # rows are sharded; a flattened axis would gather them
             return super().__call__(x)
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 

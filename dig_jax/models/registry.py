@@ -97,7 +97,6 @@ def create_model(
     input_size: int | tuple[int, int],
     num_classes: int,
     rngs: nnx.Rngs,
-    patch_size: int | None = None,
     **overrides,
 ) -> DiffusionTransformer:
     """Create a model by its name in the paper: family, size, patch size, such as "DiG-S/2".
@@ -106,22 +105,23 @@ def create_model(
         input_size: size or (height, width) of the input, in latent pixels if there is an autoencoder.
         num_classes: 0 for an unconditional model.
         rngs: source of the initial parameters.
-        patch_size: replaces the patch size in the name.
-        overrides: further fields of the family's options, `ModelOptions` or `DiGOptions`.
+        overrides: fields of the family's options, `ModelOptions` or `DiGOptions`. None for depth,
+            hidden_size, num_heads or patch_size selects the named model's value.
 
     Raises:
         ValueError: an unknown name or option, an invalid value, or sizes that do not fit together.
     """
-    family, size, patch = find_model(name)
+    family, size, patch_size = find_model(name)
     accepted = accepted_options(name)
     for key in overrides:
         if key not in accepted:
             raise ValueError(f"{family.name} has no option {key!r}{suggest(key, accepted)}")
-    defaults: dict[str, Any] = {"patch_size": patch_size or patch} | dataclasses.asdict(family.sizes[size])
+    named: dict[str, Any] = dataclasses.asdict(family.sizes[size]) | {"patch_size": patch_size}
+    given = {key: value for key, value in overrides.items() if key not in named or value is not None}
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     return family.constructor(
         family.name,
-        family.options(**defaults | overrides),
+        family.options(**named | given),
         input_size=(height, width),
         num_classes=num_classes,
         rngs=rngs,
