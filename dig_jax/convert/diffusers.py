@@ -79,7 +79,7 @@ def config_of(model: DiffusionTransformer) -> dict[str, Any]:
             "unsupported model for diffusers' DiTTransformer2DModel; expected a DiT with classes (upstream's"
             " names in FILE.safetensors or FILE.pt support every model)"
         )
-    heads = model.blocks.groups[0].mixer.num_heads
+    heads = model.options.num_heads
     return {
         "_class_name": _CLASSES[model.family],
         "num_attention_heads": heads,

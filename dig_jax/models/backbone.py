@@ -1,9 +1,6 @@
 """Embeddings, a stack of blocks and the final layer: the diffusion transformer (DiT, figure 3)."""
 
 import dataclasses
-import types
-import typing
-from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -25,7 +22,7 @@ from dig_jax.parallel import constrain_batch, constrain_rows, context_size
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Options of every model family; a `Literal` type lists the choices of a field.
+    """Options of every model family; a `Literal` type lists the choices, which `create_model` checks.
 
     Args:
         hidden_size: width of the tokens, a multiple of 4.
@@ -49,11 +46,6 @@ class ModelOptions:
     remat: Remat | None = None
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), choices(field.type)
-            if allowed and value not in allowed:
-                expected = ", ".join(map(str, allowed))
-                raise ValueError(f"invalid {field.name}={value!r}; expected one of {expected}")
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"invalid {name}={value}; expected a positive number")
@@ -71,17 +63,6 @@ class ModelOptions:
                 raise ValueError(
                     f"invalid input {name} {size}; expected a multiple of patch_size={self.patch_size}"
                 )
-
-
-def choices(annotation: Any) -> tuple:
-    """Return the values that a type such as `Literal["a", "b"] | None` lists, or () if it lists none."""
-    if typing.get_origin(annotation) is Literal:
-        return typing.get_args(annotation)
-    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
-        return ()
-    members = typing.get_args(annotation)
-    listed = tuple(value for member in members for value in choices(member))
-    return (*listed, None) if listed and types.NoneType in members else listed
 
 
 class DiffusionTransformer(nnx.Module):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+import types
+import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flax import nnx
 
@@ -118,6 +120,11 @@ def create_model(
             raise ValueError(f"{family.name} has no option {key!r}{suggest(key, accepted)}")
     named: dict[str, Any] = dataclasses.asdict(family.sizes[size]) | {"patch_size": patch_size}
     given = {key: value for key, value in overrides.items() if key not in named or value is not None}
+    for field in dataclasses.fields(family.options):
+        allowed = _choices(field.type)
+        if allowed and given.get(field.name, allowed[0]) not in allowed:
+            expected = ", ".join(map(str, allowed))
+            raise ValueError(f"invalid {field.name}={given[field.name]!r}; expected one of {expected}")
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     return family.constructor(
         family.name,
@@ -126,3 +133,14 @@ def create_model(
         num_classes=num_classes,
         rngs=rngs,
     )
+
+
+def _choices(annotation: Any) -> tuple:
+    """Return the values that a type such as `Literal["a", "b"] | None` lists, or () if it lists none."""
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
+        return ()
+    members = typing.get_args(annotation)
+    listed = tuple(value for member in members for value in _choices(member))
+    return (*listed, None) if listed and types.NoneType in members else listed
