@@ -21,7 +21,7 @@ from tiny_autoencoder import write_autoencoder
 
 from configs import base
 from dig_jax import autoencoder, config
-from dig_jax.autoencoder.model import _encode
+from dig_jax.autoencoder.model import encode_images
 from dig_jax.data import load_source
 from dig_jax.encoding import encode as encode_module
 from dig_jax.encoding import shard_writer
@@ -33,9 +33,17 @@ ROOT = Path(__file__).parent.parent
 CLASSES = ("ant", "bee")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cached_autoencoders():
+    """Loading takes longer than everything else here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoencoder, "load", functools.cache(autoencoder.load))
+        yield
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with pictures, two of which are damaged, and an autoencoder that halves their sides."""
+    """A folder with images, two of which are corrupt, and an autoencoder that halves their sides."""
     root = tmp_path_factory.mktemp("made")
     for label, name in enumerate(CLASSES):
         folder = root / "pictures" / name
@@ -65,19 +73,19 @@ def settings(made, path, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(made, tmp_path_factory):
+def complete(made, tmp_path_factory):
     """A complete cache, and its index."""
     path = tmp_path_factory.mktemp("whole") / "cache"
     return path, encode(settings(made, path))
 
 
 @pytest.fixture
-def copy(whole, tmp_path):
-    return shutil.copytree(whole[0], tmp_path / "copy")
+def copy(complete, tmp_path):
+    return shutil.copytree(complete[0], tmp_path / "copy")
 
 
 def tree(directory):
-    """All that can be seen of a directory's content."""
+    """Return the content of all files by path."""
     return {
         str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
     }
@@ -90,7 +98,7 @@ def pictures(made, split):
 
 
 def assert_holds(directory, made, atol):
-    """Both splits of a cache are the moments of all readable pictures and of their mirror images."""
+    """Check that both splits hold the moments of all readable images and of their mirror images."""
     model = autoencoder.load(made / "autoencoder")
     for split in ("train", "heldout"):
         source, expected = load_source("latents", split, path=str(directory)), pictures(made, split)
@@ -104,7 +112,7 @@ def assert_holds(directory, made, atol):
 
 
 @pytest.mark.parametrize("dtype, atol", [("float32", 1e-4), ("float16", 2e-2)])
-def test_a_cache_holds_the_moments_of_every_picture_and_of_its_mirror_image(made, tmp_path, dtype, atol):
+def test_a_cache_holds_the_moments_of_every_image_and_of_its_mirror_image(made, tmp_path, dtype, atol):
     index = encode(settings(made, tmp_path, encode__dtype=dtype))
     assert_holds(tmp_path, made, atol)
     stored = json.loads((tmp_path / "index.json").read_text())
@@ -120,8 +128,8 @@ def test_a_cache_holds_the_moments_of_every_picture_and_of_its_mirror_image(made
     assert unreadable == {str(made / "pictures" / name / "3.png") for name in CLASSES}
 
 
-def test_the_index_has_mean_and_deviation_of_draws_from_the_posteriors(whole):
-    path, index = whole
+def test_the_index_has_mean_and_deviation_of_samples_from_the_posteriors(complete):
+    path, index = complete
     source = load_source("latents", "train", path=str(path))
     both = [source.posterior(index, mirrored) for index in range(len(source)) for mirrored in (False, True)]
     mean, logvar = (np.stack([one[part] for one in both]).astype(float) for part in (1, 2))
@@ -131,20 +139,20 @@ def test_the_index_has_mean_and_deviation_of_draws_from_the_posteriors(whole):
     np.testing.assert_allclose(index["latents"]["deviation"], np.sqrt(variance), rtol=1e-9)
 
 
-def test_without_held_out_pictures_that_split_is_empty(made, tmp_path):
+def test_without_held_out_images_that_split_is_empty(made, tmp_path):
     options = settings(made, "").encode.options | {"heldout_fraction": 0.0}
     encode(settings(made, tmp_path, encode__options=options))
     assert len(load_source("latents", "train", path=str(tmp_path))) == 14
     assert len(load_source("latents", "heldout", path=str(tmp_path))) == 0
 
 
-def test_files_without_a_readable_picture_are_passed_over(made, tmp_path):
+def test_files_without_a_readable_image_are_skipped(made, tmp_path):
     index = encode(settings(made, tmp_path, encode__shard_size=1))
     assert sorted(shard["images"] for shard in index["splits"]["train"])[:3] == [0, 0, 1]
     assert_holds(tmp_path, made, 1e-4)
 
 
-def test_pictures_that_are_no_files_are_encoded_too(made, tmp_path):
+def test_images_without_files_are_encoded_too(made, tmp_path):
     options = {"image_size": 16, "length": 6, "num_classes": 2}
     encode(settings(made, tmp_path, encode__name="fake", encode__options=options))
     source, expected = (
@@ -158,11 +166,11 @@ def test_pictures_that_are_no_files_are_encoded_too(made, tmp_path):
 
 
 class Ended(BaseException):
-    """In place of a signal."""
+    """Takes the place of a signal."""
 
 
 def end_at(monkeypatch, call):
-    """The call-th time that something on the disk is to change, it ends before that."""
+    """Raise `Ended` before the call-th change to the disk."""
     count = 0
 
     def counted(function):
@@ -185,9 +193,8 @@ def end_at(monkeypatch, call):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
 
 
-def test_ended_at_any_place_it_goes_on_and_redoes_no_finished_file(made, whole, tmp_path, monkeypatch):
-    expected = tree(whole[0])
-    monkeypatch.setattr(autoencoder, "load", functools.cache(autoencoder.load))  # it takes most of the time
+def test_ended_anywhere_it_resumes_and_keeps_finished_files(made, complete, tmp_path, monkeypatch):
+    expected = tree(complete[0])
     for call in range(1, 100):
         path = tmp_path / str(call)
         with monkeypatch.context() as patch:
@@ -211,8 +218,8 @@ def test_ended_at_any_place_it_goes_on_and_redoes_no_finished_file(made, whole, 
     assert call > 20
 
 
-def test_what_a_killed_run_left_is_cleared_away(made, whole, copy):
-    expected = tree(whole[0])
+def test_what_a_killed_run_left_is_removed(made, complete, copy):
+    expected = tree(complete[0])
     train = copy / "train"
     (copy / "index.json").unlink()
     (train / ".00001.array_record.1234").write_bytes(b"half")
@@ -225,9 +232,9 @@ def test_what_a_killed_run_left_is_cleared_away(made, whole, copy):
     assert tree(copy) == expected
 
 
-def test_a_complete_cache_is_checked_and_what_is_damaged_is_written_anew(made, whole, copy, caplog):
+def test_a_complete_cache_is_verified_and_corrupt_files_are_rewritten(made, complete, copy, caplog):
     caplog.set_level(logging.INFO)
-    expected, config_ = tree(whole[0]), settings(made, copy)
+    expected, config_ = tree(complete[0]), settings(made, copy)
     times = {name: (copy / name).stat().st_mtime_ns for name in expected if name.endswith("record")}
     encode(config_)
     assert "corrupt" not in caplog.text
@@ -256,7 +263,7 @@ def test_a_complete_cache_is_checked_and_what_is_damaged_is_written_anew(made, w
         ({"weights": 2.0}, "autoencoder.fingerprint: "),
     ],
 )
-def test_a_cache_of_other_settings_is_refused_and_not_touched(made, copy, tmp_path, changes, message):
+def test_a_cache_of_different_settings_is_rejected_and_not_changed(made, copy, tmp_path, changes, message):
     before = tree(copy)
     wanted = fields(made, copy, **{name: value for name, value in changes.items() if "__" in name})
     options = wanted["encode"]["options"]
@@ -283,7 +290,7 @@ def changed_autoencoder(made, tmp_path, factor):
     return folder
 
 
-def test_an_autoencoder_that_has_moved_is_the_same(made, copy, tmp_path):
+def test_an_autoencoder_may_move(made, copy, tmp_path):
     folder = shutil.copytree(made / "autoencoder", tmp_path / "moved")
     index = encode(settings(made, copy, autoencoder__path=str(folder)))
     assert index["autoencoder"]["path"] == str(folder)
@@ -312,36 +319,36 @@ def test_an_autoencoder_that_has_moved_is_the_same(made, copy, tmp_path):
         ({"encode__name": "digits", "encode__options": {}}, "invalid images of 8×8 pixels and 1 channels"),
     ],
 )
-def test_settings_that_cannot_be_are_named_before_anything_is_written(made, tmp_path, changes, message):
+def test_invalid_settings_are_named_before_anything_is_written(made, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         encode(settings(made, tmp_path / "new", **changes))
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("option, value", [("image_size", 16), ("channels", 8), ("num_classes", 1000)])
-def test_latents_that_the_config_would_not_train_on_are_not_made(made, tmp_path, option, value):
+def test_latents_that_the_config_would_not_train_on_are_rejected(made, tmp_path, option, value):
     options = {"path": str(tmp_path / "new"), option: value}
     with pytest.raises(ConfigError, match=rf"invalid config.data.options.{option}={value}; expected \d"):
         encode(settings(made, "", data__options=options))
     assert not (tmp_path / "new").exists()
 
 
-def test_a_directory_with_other_things_is_not_written_to(made):
+def test_a_directory_with_other_files_is_not_written_to(made):
     before = tree(made)
     with pytest.raises(UserError, match="has other files in it; expected a new directory"):
         encode(settings(made, made / "pictures"))
     assert tree(made) == before
 
 
-def test_a_place_that_cannot_be_written_to_is_one_line(made, tmp_path):
+def test_a_directory_that_is_not_writable_is_reported_in_one_line(made, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="cannot write to .*file/cache: Not a directory"):
         encode(settings(made, tmp_path / "file" / "cache"))
 
 
-def test_a_full_disk_is_one_line_and_what_is_finished_is_kept(made, whole, tmp_path):
+def test_a_full_disk_is_reported_in_one_line_and_finished_files_are_kept(made, complete, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    smallest = min(path.stat().st_size for path in (whole[0] / "train").glob("*.array_record"))
+    smallest = min(path.stat().st_size for path in (complete[0] / "train").glob("*.array_record"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 2, hard))  # which Python takes for a full disk
     try:
         with pytest.raises(UserError, match="cannot write to .*: write.. failed: File too large") as caught:
@@ -351,7 +358,7 @@ def test_a_full_disk_is_one_line_and_what_is_finished_is_kept(made, whole, tmp_p
     assert "\n" not in str(caught.value)
     assert sorted(tree(tmp_path / "cache")) == ["encoding.json"]
     encode(settings(made, tmp_path / "cache"))
-    assert tree(tmp_path / "cache") == tree(whole[0])
+    assert tree(tmp_path / "cache") == tree(complete[0])
 
 
 def test_non_finite_moments_are_not_stored(made, tmp_path):
@@ -361,7 +368,7 @@ def test_non_finite_moments_are_not_stored(made, tmp_path):
         encode(wanted)
 
 
-def test_sigterm_ends_it_as_an_interruption_and_the_next_run_goes_on(made, whole, tmp_path, monkeypatch):
+def test_sigterm_interrupts_it_and_the_next_run_resumes(made, complete, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     replace = os.replace
 
@@ -377,19 +384,19 @@ def test_sigterm_ends_it_as_an_interruption_and_the_next_run_goes_on(made, whole
     assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / "cache" / "train" / "00000.json").exists()
     encode(settings(made, tmp_path / "cache"))
-    assert tree(tmp_path / "cache") == tree(whole[0])
+    assert tree(tmp_path / "cache") == tree(complete[0])
 
 
-def test_devices_share_a_batch_without_a_word_between_them(made):
+def test_devices_share_a_batch_without_communication(made):
     mesh = local_mesh()
     assert mesh.size == 4
     graphdef, state = nnx.split(autoencoder.load(made / "autoencoder"))
     images = jax.device_put(np.zeros((8, 16, 16, 3), np.uint8), batch_sharding(mesh))
-    compiled = _encode.lower(graphdef, jax.device_put(state, replicated(mesh)), images).compile()
+    compiled = encode_images.lower(graphdef, jax.device_put(state, replicated(mesh)), images).compile()
     assert compiled.output_shardings.is_equivalent_to(batch_sharding(mesh), 4)
     program = compiled.as_text()
-    for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
-        assert word not in program
+    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert collective not in program
 
 
 CONFIG = """
@@ -399,7 +406,7 @@ def get_config():
 """
 
 
-def test_processes_share_the_files(made, whole, tmp_path):
+def test_processes_share_the_files(made, complete, tmp_path):
     cache, file = tmp_path / "cache", tmp_path / "config.py"
     file.write_text(CONFIG.format(fields(made, cache)))
     command = [sys.executable, "main.py", f"--config={file}", "--mode=encode"]
@@ -409,7 +416,7 @@ def test_processes_share_the_files(made, whole, tmp_path):
     logs = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], logs
     assert_holds(cache, made, 1e-4)
-    found, alone = (sorted(tree(directory)) for directory in (cache, whole[0]))
+    found, alone = (sorted(tree(directory)) for directory in (cache, complete[0]))
     assert found == alone
     # ant/3.png is in the first file, bee/3.png in the second.
     skipped = [[name for name in CLASSES if f"{name}/3.png: " in log] for log in logs]

@@ -56,7 +56,7 @@ class Autoencoder(nnx.Module):
                 f"invalid images of {height}×{width} pixels; expected multiples of {self.config.downsampling}"
             )
         _check_channels("images", channels, self.config.in_channels)
-        return _encode(*nnx.split(self), jnp.asarray(images))
+        return encode_images(*nnx.split(self), jnp.asarray(images))
 
     def mean(self, moments: Float[AnyArray, "*batch moments"]) -> Float[Array, "*batch c"]:
         """Return the posterior's mean as latents."""
@@ -109,7 +109,8 @@ class Autoencoder(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(graphdef: nnx.GraphDef, params: Any, images: Array) -> Array:
+def encode_images(graphdef: nnx.GraphDef, params: Any, images: Array) -> Array:
+    """Return the moments of images of a valid size, by a split `Autoencoder`."""
     model = nnx.merge(graphdef, params)
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 127.5 - 1

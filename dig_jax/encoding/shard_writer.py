@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -12,10 +13,12 @@ from typing import NamedTuple
 import grain
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from dig_jax import config
 from dig_jax.autoencoder import Autoencoder
+from dig_jax.autoencoder.model import encode_images
 from dig_jax.data.encoded import EncodedSource
 from dig_jax.data.images import UnreadableImage
 from dig_jax.data.latents import Shard, pack
@@ -88,7 +91,9 @@ class ShardWriter:
         self._directory, self._sources, self._settings = directory, sources, settings
         mesh = local_mesh()
         self._batch_size, self._sharding = settings.batch_size * mesh.size, batch_sharding(mesh)
-        self._autoencoder = autoencoder.on(replicated(mesh))
+        graphdef, params = nnx.split(autoencoder)  # once: it takes longer than encoding a small batch
+        self._encode = functools.partial(encode_images, graphdef, jax.device_put(params, replicated(mesh)))
+        self._channels = autoencoder.config.latent_channels
         self._unreadable = 0
 
     def write(self, chunks: Sequence[Chunk]) -> None:
@@ -127,8 +132,7 @@ class ShardWriter:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        channels = self._autoencoder.config.latent_channels
-        sums, squares = (tuple(np.broadcast_to(total, channels).tolist()) for total in (sums, squares))
+        sums, squares = (tuple(np.broadcast_to(total, self._channels).tolist()) for total in (sums, squares))
         return Shard(chunk.file, images, size, sha256, tuple(unreadable), sums, squares)
 
     def _cast(self, moments: Float32[np.ndarray, "*shape"], chunk: Chunk) -> Float[np.ndarray, "*shape"]:
@@ -174,7 +178,7 @@ class ShardWriter:
         for examples in batches:
             labels = np.array([example["label"] for example in examples], np.int32)
             images = self._put(np.stack([example["image"] for example in examples]))
-            started = labels, self._autoencoder.encode(images), self._autoencoder.encode(images[:, :, ::-1])
+            started = labels, self._encode(images), self._encode(images[:, :, ::-1])
             if previous:
                 yield _fetch(*previous)
             previous = started
