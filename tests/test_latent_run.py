@@ -23,7 +23,7 @@ from tiny_autoencoder import write_autoencoder
 
 from dig_jax import config
 from dig_jax.checkpoints.reader import read_config
-from dig_jax.cli import command_line
+from dig_jax.cli import number_lists
 from dig_jax.convert import command as convert
 from dig_jax.convert import to_torch_state_dict
 from dig_jax.models import create_model
@@ -183,7 +183,7 @@ def test_other_peoples_weights_become_images(run, tmp_path):
         autoencoder=dataclasses.replace(settings.autoencoder, path=str(run.root / "autoencoder")),
         sampling=dataclasses.replace(settings.sampling, steps=2, batch_size=2),
     )
-    labels = functools.partial(command_line.labels, "golden retriever")
+    labels = functools.partial(number_lists.labels, "golden retriever")
     sample(settings, workdir, labels, np.array([0, 1]))
     with np.load(workdir / "generated.npz") as drawn:
         assert drawn["arr_0"].shape == (2, 16, 16, 3)

@@ -179,11 +179,12 @@ class Sampler:
         count, height, width, _ = x.shape
         devices = jax.local_device_count()
         size = devices * min(max(_DECODED_LATENT_PIXELS // (height * width), 1), -(-count // devices))
-        decoded = []
-        for first in range(0, count, size):
-            indices = np.minimum(np.arange(first, first + size), count - 1)
-            batch = jax.device_put(x[indices], batch_sharding(local_mesh()))
-            decoded.append(np.asarray(to_uint8(self._decoder.decode(batch))))
+        decoded, mesh = [], local_mesh()
+        with jax.set_mesh(mesh):  # the training mesh may have other devices
+            for first in range(0, count, size):
+                indices = np.minimum(np.arange(first, first + size), count - 1)
+                batch = jax.device_put(x[indices], batch_sharding(mesh))
+                decoded.append(np.asarray(to_uint8(self._decoder.decode(batch))))
         return np.concatenate(decoded)[:count]
 
     @functools.cached_property
