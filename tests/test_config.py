@@ -324,12 +324,18 @@ def test_all_settings_that_a_workdir_was_not_created_with_are_named():
     ("fields", "message"),
     [
         ({"model__name": "DiG-T/2"}, "config.model: unknown model 'DiG-T/2'; did you mean 'DiG-"),
-        ({"model__num_heads": 5}, "config.model: num_heads=5 does not divide the key width 32"),
+        (
+            {"model__num_heads": 5},
+            "config.model: invalid num_heads=5; expected a divisor of the key width 32",
+        ),
         (
             {"model__name": "DiT-S/2", "model__num_heads": 5},
-            "num_heads=5 does not divide hidden_size=64",
+            "num_heads=5; expected a divisor of hidden_size=64",
         ),
-        ({"model__patch_size": 3}, "config.model: input height 8 is not a multiple of patch_size=3"),
+        (
+            {"model__patch_size": 3},
+            "config.model: invalid input height 8; expected a multiple of patch_size=3",
+        ),
         (
             {"model__depth": 6, "model__skip": "linear", "model__skip_alignment": "upstream"},
             'config.model: skip_alignment="upstream" needs directions=4 and a depth that is a multiple of 4',

@@ -132,10 +132,13 @@ def test_dimensions_that_an_axis_does_not_divide_are_not_split():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mesh__tensor": 4}, "config.mesh: 2 heads do not divide by the 4 devices of mesh axis tensor"),
+        (
+            {"mesh__tensor": 4},
+            "config.mesh: invalid num_heads=2; expected a multiple of the 4 devices of mesh axis tensor",
+        ),
         (
             {"mesh__context": 4},
-            "config.mesh: 2 rows of tokens do not divide by the 4 devices of mesh axis context",
+            "got 2 rows of tokens; expected a multiple of the 4 devices of mesh axis context",
         ),
     ],
 )
