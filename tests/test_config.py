@@ -255,15 +255,7 @@ def test_an_invalid_field_is_named(fields, message):
         from_dict(changed(**fields))
 
 
-def test_a_missing_field_is_named():
-    settings = copy.deepcopy(SMOKE)
-    del settings["optimizer"]["b2"]
-    with pytest.raises(ConfigError, match="config.optimizer.b2 is missing"):
-        from_dict(settings)
-
-
 def test_a_config_of_an_older_version_gets_defaults_for_its_missing_fields():
-    """A field without `added_later=True` would make every existing workdir unreadable."""
     stored = json.loads(Path("tests/golden/config.json").read_text())
     filled, present = flattened(to_dict(from_dict(stored))), flattened(stored)
     defaults = flattened(base.get_config().to_dict())

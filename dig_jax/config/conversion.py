@@ -26,8 +26,10 @@ _CHANGEABLE += tuple(f"data.options.{name}" for name in _LOCATIONS)
 def from_dict(settings: Mapping[str, Any]) -> Config:
     """Return the dataclasses of a nested dict: a ConfigDict's, or the one in a workdir's config.json.
 
+    Missing fields have their defaults, because configs of older versions lack newer fields.
+
     Raises:
-        ConfigError: a field is unknown or missing, or its value is invalid.
+        ConfigError: a field is unknown, or its value is invalid.
     """
     return _build(Config, settings, "config")
 
@@ -117,9 +119,8 @@ def _build(cls: type[Group], settings: Any, path: str) -> Any:
     for field in fields:
         kind, here = kinds[field.name], f"{path}.{field.name}"
         if field.name not in settings:
-            if not field.metadata["added_later"]:
-                raise ConfigError(f"{here} is missing")
-        elif isinstance(kind, type) and issubclass(kind, Group):
+            continue
+        if isinstance(kind, type) and issubclass(kind, Group):
             values[field.name] = _build(kind, settings[field.name], here)
         else:
             values[field.name] = _typed(settings[field.name], kind, here)

@@ -21,7 +21,6 @@ def field(
     none: str | int | float | None = None,
     choices: tuple[str, ...] = (),
     bounds: str | None = None,
-    added_later: bool = False,
 ) -> Any:
     """Declare a field of a configuration dataclass.
 
@@ -32,23 +31,21 @@ def field(
             "none".
         choices: all allowed values.
         bounds: "positive", "nonnegative" or "fraction" (0 to 1).
-        added_later: configs that older versions wrote lack the field; it then has its default.
     """
     about = {
         "description": description,
         "none": none,
         "choices": choices,
         "bounds": bounds,
-        "added_later": added_later,
     }
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=about)
     return dataclasses.field(default=default, metadata=about)
 
 
-def group(cls: type, *, added_later: bool = False) -> Any:
+def group(cls: type) -> Any:
     """Declare a field that holds a dataclass of fields."""
-    return dataclasses.field(default_factory=cls, metadata={"added_later": added_later})
+    return dataclasses.field(default_factory=cls)
 
 
 class Group:

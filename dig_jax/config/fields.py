@@ -67,36 +67,22 @@ class AutoencoderConfig(Group, path="config.autoencoder"):
         None,
         "Folder, safetensors file or name on the Hugging Face Hub; empty: the model works on pixels.",
         none="",
-        added_later=True,
     )
-    dtype: str = field(
-        "float32",
-        "Dtype of its matrix products: float32 or bfloat16.",
-        choices=_FLOATS,
-        added_later=True,
-    )
+    dtype: str = field("float32", "Dtype of its matrix products: float32 or bfloat16.", choices=_FLOATS)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodeConfig(Group, path="config.encode"):
     """`--mode=encode`: from images to the latents in `data.options.path`."""
 
-    name: str | None = field(
-        None,
-        "Data source of the images, as in data.name; empty: none.",
-        none="",
-        added_later=True,
-    )
-    options: dict[str, Any] = field({}, "Keyword arguments of that source.", added_later=True)
-    batch_size: int = field(
-        32, "Images per device that are encoded at once.", bounds="positive", added_later=True
-    )
-    shard_size: int = field(4096, "Images per file.", bounds="positive", added_later=True)
+    name: str | None = field(None, "Data source of the images, as in data.name; empty: none.", none="")
+    options: dict[str, Any] = field({}, "Keyword arguments of that source.")
+    batch_size: int = field(32, "Images per device that are encoded at once.", bounds="positive")
+    shard_size: int = field(4096, "Images per file.", bounds="positive")
     dtype: str = field(
         "float32",
         "Dtype of the stored moments: float32, or float16 for half the disk space.",
         choices=("float32", "float16"),
-        added_later=True,
     )
 
 
@@ -193,7 +179,7 @@ class LoggingConfig(Group, path="config.logging"):
         5_000, "Steps between measurements of the held-out loss; 0: never.", none=0, bounds="positive"
     )
     tensorboard: bool = field(True, "Write TensorBoard files.")
-    wandb: str | None = field(None, "Project on Weights & Biases; empty: none.", none="", added_later=True)
+    wandb: str | None = field(None, "Project on Weights & Biases; empty: none.", none="")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +263,8 @@ class Config(Group, path="config"):
     sampling: SamplingConfig = group(SamplingConfig)
     evaluation: EvaluationConfig = group(EvaluationConfig)
     mesh: MeshConfig = group(MeshConfig)
-    autoencoder: AutoencoderConfig = group(AutoencoderConfig, added_later=True)
-    encode: EncodeConfig = group(EncodeConfig, added_later=True)
+    autoencoder: AutoencoderConfig = group(AutoencoderConfig)
+    encode: EncodeConfig = group(EncodeConfig)
 
     def __post_init__(self):
         super().__post_init__()
