@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' golden values, and what it promises of its own."""
+"""The autoencoder compared to diffusers' golden values, and its own guarantees."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ def golden_folder(tmp_path_factory):
 
 @functools.cache
 def small(dtype=jnp.float32, **changes):
-    """Random parameters, biases and scales among them."""
+    """An autoencoder with random parameters, including biases and scales."""
     config, generator = dataclasses.replace(SMALL, **changes), np.random.default_rng(0)
     abstract = nnx.eval_shape(lambda: Autoencoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(abstract)
@@ -50,8 +50,9 @@ def small(dtype=jnp.float32, **changes):
     return nnx.merge(graphdef, jax.tree.map(draw, params))
 
 
-def latents(height, width, n=1):
-    return jax.random.normal(jax.random.key(2), (n, height, width, 4))
+def latents(height=6, width=4):
+    """Latents of two images; tests share one size, and so compiled programs."""
+    return jax.random.normal(jax.random.key(2), (2, height, width, 4))
 
 
 def test_moments_are_those_of_diffusers(golden_folder):
@@ -74,15 +75,15 @@ def test_the_default_config_has_the_published_number_of_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == 83_653_863
 
 
-@pytest.mark.parametrize(("height", "width", "stripes"), [(6, 10, 2), (7, 4, 7)])
-def test_stripes_give_the_image_of_the_whole(height, width, stripes):
-    x = latents(height, width, n=2)
+@pytest.mark.parametrize("stripes", [2, 6])
+def test_stripes_give_the_same_image(stripes):
+    x = latents()
     whole = small().decode(x, stripes=1)
-    assert whole.shape == (2, 4 * height, 4 * width, 3)
+    assert whole.shape == (2, 24, 16, 3)
     np.testing.assert_allclose(small().decode(x, stripes=stripes), whole, atol=2e-5)
 
 
-def test_attention_in_chunks_is_the_attention(monkeypatch):
+def test_attention_in_chunks_is_exact(monkeypatch):
     attention, x = (
         small().decoder.mid_block.attentions[0],
         jax.random.normal(jax.random.key(3), (2, 4, 6, 16)),
@@ -98,7 +99,7 @@ def test_large_images_are_decoded_in_stripes_by_default(size, stripes):
 
 
 def test_2048_pixels_are_decoded_in_less_than_6_gigabytes():
-    """By the compiler's own count, of parameters, latents, image and temporaries in float32."""
+    """The compiler counts parameters, latents, image and temporaries in float32."""
     graphdef, params = nnx.split(
         nnx.eval_shape(lambda: Autoencoder(AutoencoderArchitecture(), rngs=nnx.Rngs(0)))
     )
@@ -110,20 +111,22 @@ def test_2048_pixels_are_decoded_in_less_than_6_gigabytes():
     assert total < 6e9
 
 
-def test_bfloat16_is_near_and_keeps_parameters_and_results_in_float32():
-    half, x = small(jnp.bfloat16), latents(4, 4)
+def test_bfloat16_is_close_and_keeps_parameters_and_results_in_float32():
+    half, x = small(jnp.bfloat16), latents()
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype(jnp.float32)}
     images = half.decode(x)
     assert images.dtype == jnp.float32
     assert 0 < relative_error(images, small().decode(x)) < 0.05
-    np.testing.assert_allclose(half.decode(x, stripes=2), images, atol=0.05 * float(jnp.std(images)))
+    np.testing.assert_allclose(
+        half.decode(x, stripes=2), images, rtol=0.02, atol=0.05 * float(jnp.std(images))
+    )
     moments = half.encode(images)
     assert moments.dtype == jnp.float32
     assert 0 < relative_error(moments, small().encode(images)) < 0.05
 
 
 def test_pixels_and_floats_are_the_same_image():
-    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(1, 8, 8, 3)
+    pixels = np.resize(np.arange(192, dtype=np.uint8), (2, 24, 16, 3))
     floats = (pixels / 255 - 0.5) / 0.5
     np.testing.assert_array_equal(to_uint8(floats.astype(np.float32)), pixels)
     moments = small().encode(pixels)
@@ -143,7 +146,7 @@ def test_a_sample_is_mean_and_deviation_scaled_and_belongs_to_its_key():
 
 
 def test_decode_undoes_the_scaling_of_the_config():
-    x = latents(4, 4)
+    x = latents()
     np.testing.assert_allclose(
         small(scaling_factor=0.5).decode(x / 0.18215 * 0.5), small().decode(x), atol=1e-5
     )
@@ -167,9 +170,9 @@ def test_the_fingerprint_is_of_parameters_and_config_but_not_of_the_dtype(golden
             "invalid images of 8×10 pixels; expected multiples of 4",
         ),
         (lambda: small().encode(np.zeros((1, 3, 8, 8), np.uint8)), "images with 8 channels|3×8 pixels"),
-        (lambda: small().decode(latents(6, 6)[..., :3]), "invalid latents with 3 channels; expected 4"),
-        (lambda: small().decode(latents(6, 6), stripes=4), "invalid stripes=4; expected a divisor .* 6"),
-        (lambda: small().decode(latents(6, 6), stripes=0), "stripes=0"),
+        (lambda: small().decode(latents()[..., :3]), "invalid latents with 3 channels; expected 4"),
+        (lambda: small().decode(latents(), stripes=4), "invalid stripes=4; expected a divisor .* 6"),
+        (lambda: small().decode(latents(), stripes=0), "stripes=0"),
         (lambda: AutoencoderArchitecture(block_out_channels=(10,)), "multiples of norm_num_groups=32"),
         (
             lambda: AutoencoderArchitecture(layers_per_block=10**9),
@@ -184,7 +187,7 @@ def test_an_invalid_argument_is_named(call, message):
 
 
 @pytest.mark.slow
-def test_stripes_give_the_image_of_the_whole_at_full_size_and_512_pixels():
+def test_stripes_give_the_same_image_at_full_size_and_512_pixels():
     autoencoder = Autoencoder(AutoencoderArchitecture(), rngs=nnx.Rngs(0))
     x = latents(64, 64)
     whole = autoencoder.decode(x, stripes=1)

@@ -20,14 +20,14 @@ def write(path, width=20, height=16, seed=0, **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of ordinary and odd pictures, two of them damaged."""
+    """Two classes of ordinary and unusual images, two of them corrupt."""
     root = tmp_path / "pictures"
     for number in range(6):
         write(root / "cat" / f"{number}.jpg", 16 + number, 20, number)
         write(root / "dog" / "puppies" / f"{number}.PNG", 30, 18 + number, 10 + number)
     Image.new("CMYK", (30, 20), (255, 0, 0, 0)).save(root / "cat" / "cmyk.jpg")
     Image.fromarray(noise(20, 20, 4)).save(root / "dog" / "alpha.png")
-    (root / "cat" / "damaged.jpg").write_bytes((root / "cat" / "0.jpg").read_bytes()[:300])
+    (root / "cat" / "corrupt.jpg").write_bytes((root / "cat" / "0.jpg").read_bytes()[:300])
     (root / "dog" / "huge.png").write_bytes(png_header(60_000, 60_000))
     return root
 
@@ -46,7 +46,7 @@ def test_classes_are_the_directories_in_order_and_images_lie_anywhere_below(fold
     assert source.class_names == ("cat", "dog")
     assert source.image_shape == (8, 8, 3)
     assert files(source) == [
-        *(f"cat/{name}.jpg" for name in (0, 1, 2, 3, 4, 5, "cmyk", "damaged")),
+        *(f"cat/{name}.jpg" for name in (0, 1, 2, 3, 4, 5, "cmyk", "corrupt")),
         "dog/alpha.png",
         "dog/huge.png",
         *(f"dog/puppies/{number}.PNG" for number in range(6)),
@@ -59,7 +59,7 @@ def test_classes_are_the_directories_in_order_and_images_lie_anywhere_below(fold
     assert example["image"].dtype == np.uint8
 
 
-def test_damaged_images_are_named_counted_and_replaced_the_same_way_every_time(folder, caplog):
+def test_corrupt_images_are_named_counted_and_replaced_the_same_way_every_time(folder, caplog):
     caplog.set_level(logging.WARNING)
     first, second = load(folder, heldout_fraction=0.0), load(folder, heldout_fraction=0.0)
     order = np.random.default_rng(0).permutation(len(first))
@@ -71,12 +71,12 @@ def test_damaged_images_are_named_counted_and_replaced_the_same_way_every_time(f
         _ = first[index]
     assert first.num_unreadable == second.num_unreadable == 2
     messages = [record.getMessage() for record in caplog.records]
-    for name in ("cat/damaged.jpg", "dog/huge.png"):
+    for name in ("cat/corrupt.jpg", "dog/huge.png"):
         assert sum(name in line for line in messages) == 2  # once by each source
     assert all("replaced unreadable image" in line and "\n" not in line for line in messages)
 
 
-def test_many_damaged_images_do_not_flood_the_log(tmp_path, caplog):
+def test_many_corrupt_images_do_not_flood_the_log(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     for number in range(120):
         path = tmp_path / "c" / f"{number:03}.jpg"
@@ -115,7 +115,7 @@ def test_batches_are_the_same_for_any_number_of_threads_and_processes(folder):
             np.testing.assert_array_equal(whole[name], resumed[name])
 
 
-def test_a_part_is_held_out_by_name_and_never_trained_on(folder):
+def test_a_fraction_is_held_out_by_name_and_never_trained_on(folder):
     whole = files(load(folder, heldout_fraction=0.0))
     train, heldout = (load(folder, split, heldout_fraction=0.25) for split in ("train", "heldout"))
     assert len(heldout) == 4
@@ -137,7 +137,7 @@ def test_a_second_directory_is_held_out_with_the_labels_of_the_first(folder, tmp
         load(folder, "heldout", heldout_path=str(tmp_path / "other"))
 
 
-def test_what_is_no_image_does_not_count(folder, caplog):
+def test_other_files_are_ignored(folder, caplog):
     expected = files(load(folder, heldout_fraction=0.0))
     (folder / "empty").mkdir()
     (folder / "README.txt").write_text("hello")
@@ -238,7 +238,7 @@ def test_splits_are_not_taken_for_classes(folder):
         load(folder)
 
 
-def test_a_file_that_is_gone_ends_the_run_and_is_not_replaced(folder):
+def test_a_missing_file_ends_the_run_and_is_not_replaced(folder):
     source = load(folder, heldout_fraction=0.0)
     (folder / "cat" / "0.jpg").unlink()
     with pytest.raises(UserError, match="cannot read .*cat/0.jpg: No such file"):

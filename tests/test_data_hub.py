@@ -15,7 +15,7 @@ from dig_jax.data.images import adm_crop, decode
 from dig_jax.errors import UserError
 
 ANIMALS = ["cat", "dog", "fox"]
-DAMAGED = 4
+CORRUPT = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,20 +23,20 @@ def library():
     return pytest.importorskip("datasets", reason="pip install -e '.[hub]'")
 
 
-def picture(number):
-    """JPEGs, grey, CMYK and transparent ones and a damaged one among them."""
+def image_file(number):
+    """A JPEG or PNG; some are gray, CMYK or transparent, and one is corrupt."""
     image = Image.fromarray(noise(20 + number, 24, seed=number))
     image = image.convert({1: "L", 2: "CMYK", 3: "RGBA", 5: "P"}.get(number, "RGB"))
     file = io.BytesIO()
     image.save(file, "PNG" if image.mode in ("RGBA", "P") else "JPEG")
-    return file.getvalue()[: 300 if number == DAMAGED else None]
+    return file.getvalue()[: 300 if number == CORRUPT else None]
 
 
 def write_declared(library, path, numbers, labels=lambda number: number % 3):
     """As `push_to_hub` writes shards: with the kinds of the columns in them."""
     features = library.Features({"image": library.Image(), "label": library.ClassLabel(names=ANIMALS)})
     columns = {
-        "image": [{"bytes": picture(number), "path": None} for number in numbers],
+        "image": [{"bytes": image_file(number), "path": None} for number in numbers],
         "label": [labels(number) for number in numbers],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def write_tar(path, numbers):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for number in numbers:
-            for kind, data in (("jpg", picture(0)), ("cls", b"%d" % (number % 3))):
+            for kind, data in (("jpg", image_file(0)), ("cls", b"%d" % (number % 3))):
                 member = tarfile.TarInfo(f"{number:05}.{kind}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -81,20 +81,20 @@ def load(root, dataset="animals", split="train", **options):
 def test_examples_are_those_that_were_written(root):
     source = load(root)
     assert (source.name, source.class_names, len(source)) == ("hub", tuple(ANIMALS), 9)
-    for index in set(range(9)) - {DAMAGED}:
-        expected = adm_crop(decode(picture(index), upright=False), 8)
+    for index in set(range(9)) - {CORRUPT}:
+        expected = adm_crop(decode(image_file(index), upright=False), 8)
         np.testing.assert_array_equal(source[index]["image"], expected)
         assert source[index]["label"] == index % 3
 
 
-def test_a_damaged_image_is_named_and_replaced(root, caplog):
+def test_a_corrupt_image_is_named_and_replaced(root, caplog):
     caplog.set_level(logging.WARNING, logger="dig_jax")
     source = load(root)
-    replaced = source[DAMAGED]
+    replaced = source[CORRUPT]
     assert source.num_unreadable == 1
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith(f"replaced unreadable image row {DAMAGED} of {root / 'animals'} train: ")
-    again = load(root)[DAMAGED]
+    assert message.startswith(f"replaced unreadable image row {CORRUPT} of {root / 'animals'} train: ")
+    again = load(root)[CORRUPT]
     np.testing.assert_array_equal(replaced["image"], again["image"])
     assert replaced["label"] == again["label"]
 
@@ -123,7 +123,7 @@ def test_held_out_images_are_the_validation_split_or_else_the_one_that_is_named(
 
 
 def test_columns_that_are_declared_nowhere_are_recognized(root):
-    images = [picture(0)] * 5
+    images = [image_file(0)] * 5
     stored = [{"bytes": image, "path": "/etc/passwd"} for image in images]
     for name, column in {"bytes": images, "struct": stored}.items():
         write_plain(root / name / "train.parquet", jpg=column, cls=[0, 1, 2, 4, 1], url=["x"] * 5)
@@ -139,8 +139,8 @@ def test_columns_that_are_declared_nowhere_are_recognized(root):
 
 def test_an_image_that_is_a_path_alone_is_not_followed(root, tmp_path, caplog):
     path = tmp_path / "secret.jpg"
-    path.write_bytes(picture(0))
-    rows = [{"bytes": None, "path": str(path)}, {"bytes": picture(1), "path": None}]
+    path.write_bytes(image_file(0))
+    rows = [{"bytes": None, "path": str(path)}, {"bytes": image_file(1), "path": None}]
     write_plain(root / "paths/train.parquet", image=rows, label=[0, 1])
     source = load(root, "paths")
     assert [source[index]["label"] for index in range(2)] == [1, 1]
@@ -177,7 +177,7 @@ def test_tars_are_read_by_index_too(root):
     source = load(root, "tars")
     assert len(source) == 7
     assert [source[index]["label"] for index in (6, 0, 5)] == [0, 0, 2]
-    np.testing.assert_array_equal(source[6]["image"], adm_crop(decode(picture(0)), 8))
+    np.testing.assert_array_equal(source[6]["image"], adm_crop(decode(image_file(0)), 8))
 
 
 def test_fingerprints_tell_splits_contents_and_crops_apart(root, library, tmp_path):
@@ -215,7 +215,7 @@ def test_invalid_and_missing_shards_are_reported_in_one_line(root, tmp_path, cap
         load(tmp_path, "nowhere")
     (tmp_path / "empty").mkdir()
     (tmp_path / "pictures/cat").mkdir(parents=True)
-    (tmp_path / "pictures/cat/1.jpg").write_bytes(picture(0))
+    (tmp_path / "pictures/cat/1.jpg").write_bytes(image_file(0))
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/a.csv").write_text("label\n1\n")
     truncated = tmp_path / "truncated/train.parquet"

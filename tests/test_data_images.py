@@ -45,7 +45,7 @@ def by_adm_description(image, size):
     return pixels[above : above + size, before : before + size]
 
 
-def test_the_centre_crop_is_adms_byte_for_byte_on_fifty_random_sizes():
+def test_the_center_crop_is_adms_byte_for_byte_on_fifty_random_sizes():
     random = np.random.default_rng(0)
     for seed in range(50):
         width, height = (int(side) for side in random.integers(5, 400, 2))

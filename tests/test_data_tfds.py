@@ -103,7 +103,7 @@ def test_examples_are_those_that_were_written(data_dir):
     assert len(seen) == 8
 
 
-def test_a_damaged_image_in_a_record_is_named_and_replaced(data_dir, caplog):
+def test_a_corrupt_image_in_a_record_is_named_and_replaced(data_dir, caplog):
     caplog.set_level(logging.WARNING, logger="dig_jax")
     source = load(data_dir)
     images = [source[index]["image"] for index in range(9)]
