@@ -1,8 +1,12 @@
+import importlib.metadata
 import os
 
 # Four devices on one CPU, which tests of sharding use; set before JAX starts. Tests mostly compile:
-# LLVM's optimizations would take as long as everything else.
+# LLVM's optimizations would take as long as everything else, and XLA's fusion emitters half of the rest.
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+# XLA aborts on unknown flags, so set these only for a version that is known to have them.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 # Tests neither read nor write the user's caches.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
