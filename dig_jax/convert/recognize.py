@@ -10,9 +10,10 @@ from dig_jax.convert.sources import UpstreamParams
 from dig_jax.data import ImageSpec
 from dig_jax.data.class_names import imagenet_ids
 from dig_jax.errors import CheckpointError, ConfigError
+from dig_jax.models.registry import FAMILIES
 
-# Width → size and number of heads (table 1 of DiT); DiT's parameters do not show the heads.
-_SIZES = {384: ("S", 6), 768: ("B", 12), 1024: ("L", 16), 1152: ("XL", 16)}
+# Width → size name and number of heads; DiT's parameters do not show the heads.
+_SIZES = {size.hidden_size: (name, size.num_heads) for name, size in FAMILIES["DiT"].sizes.items()}
 _FAMILIES = {"attn.gk_proj.0.weight": "DiG", "attn.qkv.weight": "DiT"}
 EMA = "0.9999"  # upstream's decay
 _AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # the recipe's, of four channels
