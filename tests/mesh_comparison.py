@@ -7,9 +7,9 @@ import sys
 
 import jax
 import numpy as np
-from tiny_components import random_params, tiny_components, tiny_settings
 
 from dig_jax.parallel import distribute, make_mesh, replicated, state_sharding
+from dig_jax.testing import random_params, tiny_components, tiny_settings
 from dig_jax.training.step import mean_gradient
 from dig_jax.training.train_setup import TrainSetup
 

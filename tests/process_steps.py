@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import jax
-from tiny_components import tiny_settings
 
 from dig_jax.errors import ConfigError, UserError
 from dig_jax.parallel import (
@@ -18,6 +17,7 @@ from dig_jax.parallel import (
     on_process_0,
     processes_without,
 )
+from dig_jax.testing import tiny_settings
 from dig_jax.training.workdir import claim_workdir
 
 OWN_FOLDER = 100  # a file descriptor

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_components import tiny_components
 
 from dig_jax import ConfigError
 from dig_jax.components import param_count
+from dig_jax.testing import tiny_components
 from dig_jax.training.state import init_params
 
 ROOT = Path(__file__).parent.parent

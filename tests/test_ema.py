@@ -6,9 +6,9 @@ import functools
 import jax
 import numpy as np
 import pytest
-from tiny_components import PixelComponents, tiny_settings
 
 from dig_jax.checkpoints.manager import Checkpoints
+from dig_jax.testing import PixelComponents, tiny_settings
 from dig_jax.training.ema import Average, ExponentialAverage, make_averages
 from dig_jax.training.state import init_state
 from dig_jax.training.step import train_step

@@ -3,13 +3,13 @@ import logging
 
 import numpy as np
 import pytest
-from tiny_components import PlainComponents, tiny_settings, write_checkpoint
 
 from dig_jax import ConfigError, Sampler
 from dig_jax.evaluation import digits, evaluate, registry
 from dig_jax.evaluation.evaluate import draw_neighbors, score
 from dig_jax.reporting import sample_grids
 from dig_jax.reporting.sample_grids import draw_samples
+from dig_jax.testing import PlainComponents, tiny_settings, write_checkpoint
 from dig_jax.training.train import train
 
 DIGITS = {

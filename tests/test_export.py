@@ -10,13 +10,13 @@ from ended_runs import FIELDS, command, environment
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_checkpoint import full_disk
-from tiny_components import tiny_settings, write_checkpoint
 
 import dig_jax
 from configs import smoke
 from dig_jax import CheckpointError, ConfigError, config
 from dig_jax.checkpoints.reader import read_model
 from dig_jax.export.export import export
+from dig_jax.testing import tiny_settings, write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import types
 from unittest import mock
 
 import pytest
-from tiny_components import tiny_settings
 
 from dig_jax.progress import Progress
+from dig_jax.testing import tiny_settings
 from dig_jax.training import hooks
 from dig_jax.training.hooks import StepEvent, progress_text
 from dig_jax.training.telemetry.profiler import Profiler

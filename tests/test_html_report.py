@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_components import tiny_settings
 
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.files.jsonl import read_rows
 from dig_jax.reporting.html import charts, write_report
 from dig_jax.reporting.html.charts import Curve, chart, number
 from dig_jax.reporting.html.embedded_grids import embedded_grids
+from dig_jax.testing import tiny_settings
 from dig_jax.training.telemetry.starts import note_start
 
 LIMIT = 2_000_000

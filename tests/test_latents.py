@@ -8,12 +8,12 @@ from contextlib import closing
 import numpy as np
 import pytest
 from latent_caches import HEADER, random_moments, write_cache, write_index
-from tiny_components import tiny_settings
 
 from dig_jax import config
 from dig_jax.data import Source, batches, epoch, load_source
 from dig_jax.data.latents import check_latents
 from dig_jax.errors import ConfigError, UserError
+from dig_jax.testing import tiny_settings
 
 SCALE = np.float32(0.5)
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_components import mesh_of, tiny_components, tiny_settings
 
 from dig_jax.parallel import batch_sharding, replicated, to_global
+from dig_jax.testing import mesh_of, tiny_components, tiny_settings
 from dig_jax.training import hooks, loop, train
 from dig_jax.training.run import Run
 from dig_jax.training.telemetry.profiler import ProfiledSteps, Profiler

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jax_options import unoptimized
-from tiny_components import tiny_settings
 
 import dig_jax
 from dig_jax.data import load_source
+from dig_jax.testing import tiny_settings
 from dig_jax.training import hooks
 from dig_jax.training.train import train
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_components import tiny_settings
 
+from dig_jax.testing import tiny_settings
 from dig_jax.training.optimizer import make_optimizer, make_schedule
 
 BASE = dataclasses.replace(tiny_settings().optimizer, learning_rate=0.5)

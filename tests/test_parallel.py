@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny_components import tiny_components, tiny_settings
 
 from dig_jax.errors import ConfigError
 from dig_jax.parallel import make_mesh, state_sharding
+from dig_jax.testing import tiny_components, tiny_settings
 from dig_jax.training.state import fresh_state
 from dig_jax.training.train import train
 

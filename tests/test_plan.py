@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny_components import tiny_settings
 from tpu_programs import lower_loop, lower_too_large
 
 from configs import dig_s
@@ -20,6 +19,7 @@ from dig_jax.planning import plan, planned_run, topology
 from dig_jax.planning.compiling import compile_fully, compile_without_codegen
 from dig_jax.planning.fitting import SIZES, largest_fitting
 from dig_jax.planning.summary import summary
+from dig_jax.testing import tiny_settings
 
 ROOT = Path(__file__).parent.parent
 

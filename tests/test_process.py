@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_components import PixelComponents, mesh_of, random_params, tiny_settings
 
 from dig_jax.components import Components
 from dig_jax.diffusion import DDIM, SAMPLERS, BaseSampler, GaussianDiffusion, Process, make_sampler
 from dig_jax.sampling.sampler import Sampler
+from dig_jax.testing import PixelComponents, mesh_of, random_params, tiny_settings
 from dig_jax.training.heldout import HeldoutLoss
 from dig_jax.training.objectives.denoising import draw
 from dig_jax.training.state import Purpose, init_state, purpose_key

@@ -20,7 +20,6 @@ from ended_runs import (
     records,
     state_at,
 )
-from tiny_components import tiny_settings
 
 from configs import digits as digits_config
 from dig_jax import config
@@ -30,6 +29,7 @@ from dig_jax.errors import ConfigError
 from dig_jax.export.export import export
 from dig_jax.files.atomic import write_json
 from dig_jax.parallel import initialize_distributed
+from dig_jax.testing import tiny_settings
 from dig_jax.training import train as training
 
 ROOT = Path(__file__).parent.parent

@@ -3,11 +3,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny_components import tiny_settings
 
 from configs import dig_xl
 from dig_jax import config
 from dig_jax.components import Components, param_count
+from dig_jax.testing import tiny_settings
 from dig_jax.training.state import fresh_state
 from dig_jax.training.step import train_step
 from dig_jax.training.train_setup import TrainSetup

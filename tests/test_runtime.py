@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax_options import jax_options
-from tiny_components import mesh_of, tiny_components
 
 from dig_jax import runtime
+from dig_jax.testing import mesh_of, tiny_components
 from dig_jax.training import compile as train_compile
 
 

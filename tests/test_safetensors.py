@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_autoencoder_weights import WEIGHTS, tiny_arrays
 from test_autoencoder_weights import write as write_autoencoder
-from tiny_components import random_params, tiny_components
 from upstream_files import state_dict
 
 from dig_jax import autoencoder
@@ -18,6 +17,7 @@ from dig_jax.checkpoints.reader import read_model
 from dig_jax.convert.sources import open_upstream
 from dig_jax.errors import CheckpointError
 from dig_jax.files.safetensors import MAX_HEADER, open_safetensors, write_safetensors
+from dig_jax.testing import random_params, tiny_components
 
 
 def read_upstream(path):

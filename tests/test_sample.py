@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_autoencoder import write_autoencoder
-from tiny_components import PlainComponents, tiny_settings, write_checkpoint
 
 import dig_jax
 from dig_jax import ConfigError, Sampler
@@ -17,6 +16,7 @@ from dig_jax.autoencoder import to_uint8
 from dig_jax.data import ImageSpec
 from dig_jax.errors import UserError
 from dig_jax.sampling.sample import _ImageSet, replacing, sample
+from dig_jax.testing import PlainComponents, tiny_settings, write_checkpoint
 
 CATS = ImageSpec((4, 6, 4), ("n02123045", "n02099601", "siamese"))
 

@@ -5,7 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_components import (
+
+import dig_jax
+from dig_jax import ConfigError, Sampler
+from dig_jax.parallel import batch_sharding, state_sharding
+from dig_jax.sampling.generate import GenerationSpec, generate, noise
+from dig_jax.sampling.sampler import to_pixels
+from dig_jax.testing import (
     PlainComponents,
     PlainModel,
     mesh_of,
@@ -14,12 +20,6 @@ from tiny_components import (
     tiny_settings,
     write_checkpoint,
 )
-
-import dig_jax
-from dig_jax import ConfigError, Sampler
-from dig_jax.parallel import batch_sharding, state_sharding
-from dig_jax.sampling.generate import GenerationSpec, generate, noise
-from dig_jax.sampling.sampler import to_pixels
 
 STEPS = 3
 SEEDS = [3, 1, 4, 15, 9]

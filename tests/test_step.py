@@ -3,10 +3,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny_components import PixelComponents, mesh_of, random_params, tiny_components, tiny_settings
 
 from dig_jax.data import batches, epoch
 from dig_jax.parallel import batch_sharding, replicated, to_global
+from dig_jax.testing import PixelComponents, mesh_of, random_params, tiny_components, tiny_settings
 from dig_jax.training.heldout import heldout_sums
 from dig_jax.training.objectives.denoising import draw
 from dig_jax.training.state import Purpose, init_state, purpose_key

@@ -7,12 +7,12 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny_components import mesh_of, random_params, tiny_components
 
 from dig_jax.hardware.chips import CHIPS
 from dig_jax.hardware.hlo_cost import count
 from dig_jax.hardware.model_flops import training_flops
 from dig_jax.hardware.roofline import roofline
+from dig_jax.testing import mesh_of, random_params, tiny_components
 from dig_jax.training.telemetry import utilization
 from dig_jax.training.telemetry.utilization import best_times, peak_memory
 
