@@ -111,7 +111,7 @@ def changed(case, **changes):
         (lambda: changed("dit", pos_embed=np.zeros((1, 16, 32))), "pos_embed"),
     ],
 )
-def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(state_dict, message):
+def test_a_state_dict_that_does_not_match_changes_nothing(state_dict, message):
     model = fresh("dit")
     before = jax.tree.map(np.asarray, nnx.split(model)[1])
     with pytest.raises(ValueError, match=message):
@@ -122,10 +122,20 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(state_dic
 def test_the_two_names_of_an_rms_norm_must_agree():
     state_dict = changed("dig_inblockconv_rms", **{"blocks.1.attn_norm.weight": np.zeros(32)})
     with pytest.raises(ValueError, match=r"blocks.1.norm1.weight and blocks.1.attn_norm.weight differ"):
-        load_torch_state_dict(fresh("dig_inblockconv_rms"), state_dict)
+        load_torch_state_dict(nnx.eval_shape(lambda: fresh("dig_inblockconv_rms")), state_dict)
 
 
-def test_a_depth_that_upstream_would_turn_is_refused():
-    model = create_model("DiG-S/2", input_size=8, num_classes=10, rngs=nnx.Rngs(0), **WIDE | {"depth": 6})
+def test_a_depth_that_upstream_would_rotate_is_an_error():
+    options = WIDE | {"depth": 6}
+    model = nnx.eval_shape(
+        lambda: create_model("DiG-S/2", input_size=8, num_classes=10, rngs=nnx.Rngs(0), **options)
+    )
     with pytest.raises(ValueError, match="unsupported depth: got 6; expected a multiple of directions=4"):
+        load_torch_state_dict(model, {})
+
+
+def test_a_family_without_released_code_is_an_error():
+    model = nnx.eval_shape(lambda: fresh("dit"))
+    model.family = "DiS"
+    with pytest.raises(ValueError, match="unsupported model family: got DiS; expected DiG or DiT"):
         load_torch_state_dict(model, {})

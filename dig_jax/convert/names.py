@@ -113,7 +113,7 @@ def read_params(model: DiffusionTransformer, stored: Mapping[str, StoredArray]) 
     Raises:
         ValueError: as in `load_torch_state_dict`.
     """
-    _check_depth(model)
+    _check_supported(model)
     shapes = _shapes(model)
     pieces = {path: list(_pieces(model, path, shape)) for path, shape in shapes.items()}
     expected = {piece.name: piece.shape for group in pieces.values() for piece in group}
@@ -133,7 +133,7 @@ def torch_arrays(model: DiffusionTransformer, params: Mapping[tuple, np.ndarray]
     Raises:
         ValueError: the upstream code does not support the model.
     """
-    _check_depth(model)
+    _check_supported(model)
     rows, columns = model.input_size
     if rows != columns:
         raise ValueError(
@@ -154,7 +154,9 @@ def _num_frames(model: DiffusionTransformer) -> int:
     return getattr(model.options, "directions", 1)
 
 
-def _check_depth(model: DiffusionTransformer) -> None:
+def _check_supported(model: DiffusionTransformer) -> None:
+    if model.family not in _BLOCKS:
+        raise ValueError(f"unsupported model family: got {model.family}; expected {' or '.join(_BLOCKS)}")
     if model.blocks.depth % _num_frames(model):
         raise ValueError(
             f"unsupported depth: got {model.blocks.depth}; expected a multiple of directions="
@@ -222,7 +224,7 @@ def _pieces(model: DiffusionTransformer, path: tuple, shape: tuple[int, ...]) ->
     elif path[:2] == ("blocks", "rest"):
         blocks, inner = (depth // period * period + path[2],), path[3:]
     else:
-        yield _piece(model, _torch_name(_TOP, path), path, shape, None)
+        yield _piece(model, _torch_name(_TOP, path), path, shape, 0)
         return
     names = _BLOCKS[model.family]
     for block in blocks:
@@ -235,9 +237,7 @@ def _torch_name(names: Mapping[str, str], path: tuple) -> str:
     return names.get(whole) or f"{names.get(stem, stem)}.{_LEAVES[leaf]}"
 
 
-def _piece(
-    model: DiffusionTransformer, name: str, path: tuple, shape: tuple[int, ...], block: int | None
-) -> _Piece:
+def _piece(model: DiffusionTransformer, name: str, path: tuple, shape: tuple[int, ...], block: int) -> _Piece:
     if path == ("patch_embed", "kernel"):
         p, c = model.patch_size, model.in_channels
         return _Piece(
