@@ -31,10 +31,16 @@ def golden(case):
     return dict(np.load(GOLDEN / f"{case}.npz"))
 
 
-def fresh(case):
-    name, overrides = CASES[case]
+def fresh(case, **changes):
+    name, options = CASES[case]
     classes = 10 if "y" in golden(case) else 0
-    return create_model(name, input_size=8, num_classes=classes, rngs=nnx.Rngs(0), **overrides)
+    return create_model(name, input_size=8, num_classes=classes, rngs=nnx.Rngs(0), **options | changes)
+
+
+def loaded(case, prefix="param/", **changes):
+    """The model with golden arrays; it has no other values, whose random numbers would be compiled."""
+    model = nnx.eval_shape(lambda: fresh(case, **changes))
+    return load_torch_state_dict(model, torch_dict(case, prefix))
 
 
 def torch_dict(case, prefix="param/"):
@@ -58,7 +64,7 @@ SLOW = ("dig_bidirectional", "dig_causal_noconv", "dig_unconditional_rgb")
 )
 def test_outputs_guidance_and_gradients_are_those_of_the_released_code(case):
     data = golden(case)
-    graphdef, params = nnx.split(load_torch_state_dict(fresh(case), torch_dict(case)))
+    graphdef, params = nnx.split(loaded(case))
 
     @jax.jit
     def forward_and_backward(params, x, t, y, cotangent):
@@ -71,9 +77,8 @@ def test_outputs_guidance_and_gradients_are_those_of_the_released_code(case):
     assert relative_error(out, nhwc(data["out"])) < 1e-4
     assert relative_error(dx, nhwc(data["dx"])) < 1e-4
 
-    stored = torch_dict(case, "grad/")
-    if stored:  # under the names of the parameters: they are loaded like these
-        expected = nnx.split(load_torch_state_dict(fresh(case), stored))[1]
+    if torch_dict(case, "grad/"):  # gradients have the names of their parameters
+        expected = nnx.split(loaded(case, "grad/"))[1]
         errors = jax.tree.map(lambda a, b: relative_error(np.asarray(a), np.asarray(b)), grads, expected)
         assert max(jax.tree.leaves(errors)) < 1e-4
 
@@ -90,11 +95,9 @@ def test_outputs_guidance_and_gradients_are_those_of_the_released_code(case):
 
 def test_raster_aligned_skips_give_another_function_than_the_released_code():
     data = golden("dig_skip")
-    name, overrides = CASES["dig_skip"]
-    overrides = overrides | {"skip_alignment": "raster"}
-    model = create_model(name, input_size=8, num_classes=10, rngs=nnx.Rngs(0), **overrides)
-    load_torch_state_dict(model, torch_dict("dig_skip"))
-    out = model(nhwc(data["x"]), jnp.asarray(data["t"], jnp.int32), jnp.asarray(data["y"], jnp.int32))
+    graphdef, params = nnx.split(loaded("dig_skip", skip_alignment="raster"))
+    t, y = (jnp.asarray(data[name], jnp.int32) for name in "ty")
+    out = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x, t, y))(params, nhwc(data["x"]))
     assert relative_error(out, nhwc(data["out"])) > 0.01
 
 
@@ -126,10 +129,7 @@ def test_the_two_names_of_an_rms_norm_must_agree():
 
 
 def test_a_depth_that_upstream_would_rotate_is_an_error():
-    options = WIDE | {"depth": 6}
-    model = nnx.eval_shape(
-        lambda: create_model("DiG-S/2", input_size=8, num_classes=10, rngs=nnx.Rngs(0), **options)
-    )
+    model = nnx.eval_shape(lambda: fresh("dig_plain", depth=6))
     with pytest.raises(ValueError, match="unsupported depth: got 6; expected a multiple of directions=4"):
         load_torch_state_dict(model, {})
 
