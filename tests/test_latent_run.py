@@ -191,7 +191,7 @@ def test_other_peoples_weights_become_images(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_share_the_work_of_encoding_and_sampling(run, tmp_path):
+def test_processes_share_encoding_training_and_sampling(run, tmp_path):
     one, two = (f"--config.data.options.path={tmp_path}/{name}" for name in ("one", "two"))
     finished(run("image_folder", one, "--mode=encode"))
     flags = joined(2)
@@ -215,7 +215,9 @@ def test_processes_share_the_work_of_encoding_and_sampling(run, tmp_path):
         "--config.sampling.batch_size=2",
         f"--workdir={tmp_path}/run",
     ]
-    finished(run("image_folder", *settings))
+    both = [run("image_folder", *settings, "--config.mesh.data=-1", *own) for own in joined(2)]
+    for process in both:
+        finished(process)
     drawn = []
     for processes in (1, 2):
         for process in [
