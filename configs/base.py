@@ -1,4 +1,4 @@
-"""The defaults of all fields. docs/config_reference.md describes them; other configs say what they change."""
+"""The defaults of all fields. docs/config_reference.md describes them; other configs list only changes."""
 
 from ml_collections import ConfigDict
 

@@ -8,7 +8,7 @@ Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed
      512 px    2.8e20 FLOPs, 996 hours
     1024 px    1.1e21 FLOPs, 3,982 hours
 
-The published FID of 2.07, with guidance, is after 1,200,000 steps.
+The published FID of 2.07, with guidance, is for 1,200,000 steps.
 """
 
 from configs import imagenet

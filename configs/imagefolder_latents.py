@@ -28,7 +28,7 @@ def get_config(path: str = ""):
     c.encode.options.heldout_path = (
         ""  # folder of held-out images of the same classes; "": a fraction of path
     )
-    c.encode.options.heldout_fraction = 0.02  # this fraction
+    c.encode.options.heldout_fraction = 0.02  # fraction of the images to hold out, if heldout_path is empty
     c.encode.options.upright = True  # apply the EXIF orientation
     c.training.steps = 100_000
     c.training.ema_decays = (0.999,)

@@ -20,10 +20,11 @@ def follow(c: ConfigDict, recipe: str) -> ConfigDict:
                                 parameters, norms, loss, scan states, moments and averages are float32 in both
       model.remat full          the same function; less memory, and faster where memory traffic is the limit
                                 (docs/plan.md)
-      guidance on all channels  guiding three of four is an oversight in DiT that DiG took over. On latents a
-                                scale of 1.375 on all channels does what 1.5 does on three: FID 2.23 and 2.27
-                                for DiT-XL/2, says its author in pull request 12 of DiT's repository. "paper"
-                                samples without guidance, like the published tables at 400,000 steps.
+      guidance on all channels  guiding only three of four channels is an oversight in DiT that DiG inherited.
+                                On latents a scale of 1.375 on all channels matches 1.5 on three: FID 2.23 and
+                                2.27 for DiT-XL/2, according to its author in pull request 12 of DiT's
+                                repository. "paper" samples without guidance, like the published tables at
+                                400,000 steps.
       long skips                joined in raster order; this matters only if model.skip enables them
 
     Raises:

@@ -134,7 +134,7 @@ class ModelSpec:
         drop: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b h w out"]:
         """Call the network with these parameters; see `DiffusionTransformer`."""
-        # Each block gathers its own parameters when it runs.
+        # Each block gathers its parameters when it runs.
         params = gather_params({name: part for name, part in params.items() if name != "blocks"}) | {
             "blocks": params["blocks"]
         }

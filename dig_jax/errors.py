@@ -22,7 +22,7 @@ class CheckpointError(UserError):
 
 
 class InvalidFile(ValueError):
-    """Invalid content of a file: what is wrong, in one line without the file's name."""
+    """Invalid content of a file. The message is one line and does not name the file."""
 
     def __str__(self) -> str:
         # The message may quote the file.
@@ -52,7 +52,7 @@ def naming_directory(directory: Path) -> Iterator[None]:
 def one_line(error: BaseException, *, name_type: bool = False) -> str:
     """Return the message of an exception as one line.
 
-    The message of a `UserError` is kept whole. Messages of other exceptions are cut to their first line and
+    The message of a `UserError` is not cut. Messages of other exceptions are cut to their first line and
     300 characters; an operating-system error is reduced to the system's own message and the file name.
 
     Args:

@@ -15,12 +15,12 @@ _WITH_DETAILS = "{desc} {n_fmt}/{total_fmt}{postfix}, ETA {remaining}"
 
 
 class Progress:
-    """One line that is rewritten in place on a terminal; elsewhere, lines in the log.
+    """Progress as one line that is rewritten in place on a terminal, or as lines in the log elsewhere.
 
     Args:
         what: the thing that is counted, such as "step" or "image".
-        first: number done before.
-        total: number at the end.
+        first: number already done at the start.
+        total: number that will be done at the end.
         every_seconds: minimum time between lines in the log.
     """
 
@@ -41,7 +41,7 @@ class Progress:
             smoothing=0,  # the rate since the start
             delay=1e-9,  # no line before the first `show`
         )
-        self._bar.last_print_t = -math.inf  # the first `show` is not too early
+        self._bar.last_print_t = -math.inf  # the first `show` always prints
 
     def show(self, done: int, details: str = "") -> None:
         """Show the number done, with details or the rate."""

@@ -1,5 +1,7 @@
-"""Settings of the whole process: CPU devices and memory, the compilation cache, LLVM. Programs call them,
-libraries do not."""
+"""Process-wide settings: CPU devices and memory, the compilation cache, LLVM.
+
+Only programs call these functions; the library does not.
+"""
 
 import contextlib
 import ctypes

@@ -8,7 +8,7 @@ from dig_jax.autoencoder import load
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # those of other people's packages
+@pytest.mark.filterwarnings("default")  # warnings of other packages
 def test_a_full_size_autoencoder_that_diffusers_saved_encodes_and_decodes_as_there(tmp_path):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")

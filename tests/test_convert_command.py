@@ -1,4 +1,4 @@
-"""python -m dig_jax.convert converts other people's files to ours and back."""
+"""python -m dig_jax.convert converts upstream's and diffusers' files to ours and back."""
 
 import dataclasses
 import functools

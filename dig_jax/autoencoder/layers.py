@@ -46,7 +46,7 @@ class GroupNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "n height width c"], moments: Moments | None = None
     ) -> Float[Array, "n height width c"]:
-        """Normalize x in its dtype; if x is part of an image, `moments` are those of the whole image."""
+        """Normalize x in its dtype; if x is a part of an image, `moments` describe the entire image."""
         mean, variance = group_moments(x, self.groups) if moments is None else moments
         mean, variance = (
             m.repeat(x.shape[-1] // self.groups, axis=1)[:, None, None] for m in (mean, variance)

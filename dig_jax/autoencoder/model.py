@@ -48,7 +48,7 @@ class Autoencoder(nnx.Module):
         """Return the posterior's unscaled moments: means, then log variances along the last axis.
 
         Raises:
-            ValueError: a size that is no multiple of `config.downsampling`, or a wrong number of channels.
+            ValueError: a size that is not a multiple of `config.downsampling`, or a wrong number of channels.
         """
         _, height, width, channels = images.shape
         if height % self.config.downsampling or width % self.config.downsampling:

@@ -137,7 +137,7 @@ def _moments(norm: GroupNorm, image: _Image, stripes: int) -> Moments:
     """Return mean and variance of each group over the whole image."""
 
     def step(stripe: Stripe, moments: Moments) -> Moments:
-        # Merge the moments of `stripe` stripes with those of one more (Chan, Golub & LeVeque 1979).
+        # Merge the moments of the first `stripe` stripes and of the next one (Chan, Golub & LeVeque 1979).
         count, (mean, variance) = stripe.astype(jnp.float32), moments
         more_mean, more_variance = group_moments(image.window(stripe)[:, 1:-1], norm.groups)
         delta = more_mean - mean

@@ -43,7 +43,7 @@ def load(path_or_name: str | Path, *, dtype: DTypeLike = jnp.float32) -> Autoenc
 
     Args:
         path_or_name: a folder with config.json and diffusion_pytorch_model.safetensors, a safetensors file
-            beside its config.json, or a Hugging Face repository id (owner/name).
+            next to its config.json, or a Hugging Face repository id (owner/name).
         dtype: dtype of activations and matrix products; parameters are float32.
 
     Raises:
@@ -79,7 +79,7 @@ def _find(path_or_name: str | Path) -> tuple[Path, Path]:
         ) from error
     try:
         config, weights = (Path(hf_hub_download(str(path_or_name), f)) for f in (CONFIG_FILE, WEIGHTS_FILE))
-    except Exception as error:  # the network's, the Hub's or its cache's
+    except Exception as error:  # raised by the network, the Hub or its cache
         raise CheckpointError(
             f"no such path: autoencoder {path_or_name}, and the download from the Hugging Face Hub failed"
             f" ({one_line(error)}); without a network, use a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"

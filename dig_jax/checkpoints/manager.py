@@ -1,7 +1,7 @@
 """Saving and restoring WORKDIR/checkpoints/STEP with Orbax, in the items `state`, `data` and `config`.
 
 Each checkpoint also holds checksums of its files. They are written before Orbax renames the temporary
-directory to STEP, so a directory with a step's name was once complete.
+directory to STEP, so a directory named STEP was complete when it got this name.
 
 All processes share the workdir. Each process writes its shards of the state. Process 0 does everything else:
 it writes the checksums and chooses the checkpoint to restore.

@@ -89,7 +89,7 @@ def read_parameter_file(path: Path, ema: str | None = None) -> tuple[Components,
 
 
 def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[Components, int, str]:
-    """Components, step and name of the average."""
+    """Return the components, the step and the name of the average."""
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} was not written by --mode=export: got format={metadata.get('format')!r} in its header;"
@@ -126,6 +126,6 @@ def _read_finite(arrays: Mapping[str, StoredArray], name: str, path: Path) -> np
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted path, in the tree's order."""
+    """Return the leaves by dotted path, in the tree's order."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -34,8 +34,8 @@ def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Par
             (None or "") is the average that the config samples from; an exported file holds only one.
 
     Returns:
-        The parameters, on one local device. The components know shape and classes of their images without the
-        data, unless an older version wrote the checkpoint.
+        The components, the step, and the parameters on one local device. The components include the shape and
+        classes of the images, so the data need not exist, unless an older version wrote the checkpoint.
 
     Raises:
         CheckpointError: no file or checkpoint, no such average, or a corrupt or incompatible file.
@@ -153,7 +153,7 @@ def _find_newest_intact(path: Path) -> tuple[Path, list[Path]]:
 
 
 def _candidates(path: Path) -> list[Path]:
-    """The checkpoint directory itself, or those of a workdir, newest first."""
+    """Return the checkpoint directory itself, or a workdir's checkpoint directories, newest first."""
     path = path.absolute()
     if (path / "state").is_dir():
         return [path]

@@ -69,7 +69,7 @@ def _exit(status: int, *, wait: bool = True) -> NoReturn:
 def _parse(argv: list[str]) -> tuple[Config, Path]:
     """Return the config that --config and --config.FIELD describe, and its default workdir.
 
-    Other flags are parsed into absl's.
+    absl parses the other flags.
     """
     text, argv = _take_config_flag(argv)
     settings = load_config(text)
@@ -77,7 +77,7 @@ def _parse(argv: list[str]) -> tuple[Config, Path]:
         if match := re.match(r"--?(?:no)?(config\.[\w.]+)", argument):
             _check_path(settings, match[1])
     try:
-        # Not DEFINE_config_file: it loads by a deprecated method of Python, and without our checks.
+        # DEFINE_config_file uses a deprecated Python API to load the file, and lacks our checks.
         holder = config_flags.DEFINE_config_dict("config", settings, sys_argv=argv, flag_values=flags.FLAGS)
         rest = flags.FLAGS(argv)
     except flags.Error as error:

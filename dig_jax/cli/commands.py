@@ -1,7 +1,7 @@
 """The modes of main.py: the function that each runs, and the flags that only some of them accept.
 
-Functions import what they run, so that no mode waits for the packages of another, and errors in flags show at
-once.
+Each function imports the packages that its mode needs, so that other modes, and errors in flags, do not wait
+for them.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _PROCESSES = ("coordinator", "num_processes", "process_id", "join_timeout")
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What a mode runs, and the flags that it accepts beside --config, --mode and --workdir."""
+    """The function of a mode, and the flags it accepts in addition to --config, --mode and --workdir."""
 
     run: Callable[[Config, Path], None]
     flags: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ def run(settings: Config, default_workdir: Path) -> None:
     _check_flags(mode)
     prepare_cpu(settings.mesh.cpu_devices)
     disable_llvm_symbolizer()
-    if mode != "plan":  # programs for other chips are not loaded again
+    if mode != "plan":  # a cache would fill with programs for other chips, which are never loaded again
         enable_compilation_cache()
     COMMANDS[mode].run(settings, Path(flags.FLAGS.workdir or default_workdir))
 

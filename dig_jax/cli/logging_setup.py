@@ -1,4 +1,4 @@
-"""What a command logs: its own progress, and warnings of libraries."""
+"""Logging of a command: the progress of dig_jax, and warnings of other packages."""
 
 import logging
 import sys
@@ -18,7 +18,7 @@ def start_logging() -> None:
 
 
 def _hide_orbax() -> None:
-    """Hide what Orbax prints besides the exceptions that it raises, which become our one-line errors.
+    """Hide Orbax's output about failures: its exceptions already become our one-line errors.
 
     If the disk is full, it logs a traceback, asyncio logs other writes that failed, and TensorStore calls
     back into a closed event loop or leaves coroutines behind. In a regular run it warns of missing metrics.

@@ -15,8 +15,8 @@ from dig_jax.config.field import Group
 from dig_jax.config.fields import Config
 from dig_jax.errors import ConfigError, one_line, suggest
 
-# Fields that may differ when a workdir is resumed. Data may be moved: the fingerprint of their content is
-# compared too, and latents know the autoencoder that made them.
+# Fields that may differ when a workdir is resumed. Data may move, because the fingerprint of its content is
+# compared too, and latents store the fingerprint of their autoencoder.
 _CHANGEABLE = ("training.steps", "logging", "checkpoint", "sampling", "evaluation", "mesh")
 _CHANGEABLE += ("autoencoder", "encode")
 _LOCATIONS = ("path", "heldout_path", "data_dir", "dataset", "cache_dir")
@@ -90,7 +90,7 @@ def check_field(path: str, name: str, choices: Iterable[str]) -> None:
     """Check that a group has a field of this name.
 
     Raises:
-        ConfigError: it has not; the message suggests the most similar name, or lists all.
+        ConfigError: unknown field; the message suggests the most similar name or lists all names.
     """
     choices = list(choices)
     if name not in choices:

@@ -49,9 +49,9 @@ def group(cls: type) -> Any:
 
 
 class Group:
-    """Base class of configuration dataclasses: each instance checks its fields when it is made.
+    """Base class of configuration dataclasses: each instance checks its fields when it is created.
 
-    A field that allows None also takes its external form and then holds None.
+    A field that allows None also accepts the external form of None and then holds None.
 
     Args:
         path: name of the group in error messages, such as "config.model".
@@ -78,7 +78,7 @@ class Group:
 
 
 def _unmet(about: Mapping[str, Any], value: Any) -> tuple[str, str]:
-    """Return what a value had to be instead and a hint, or empty strings if it is valid."""
+    """Return a description of the allowed values and a hint, or empty strings if the value is valid."""
     if about["choices"] and value not in about["choices"]:
         return alternatives(about["choices"]), suggest(value, about["choices"])
     if about["bounds"]:

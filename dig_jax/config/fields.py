@@ -1,8 +1,8 @@
 """Every field of the configuration, once: type, default, meaning, unit and source.
 
 Defaults are DiG's published recipe (Zhu et al. 2025, section 4.1, and the released training script) where
-there is one. configs/base.py and docs/config_reference.md are made from these dataclasses. `none`
-is the external form of None: the value on the command line, in a ConfigDict and in config.json.
+there is one. configs/base.py and docs/config_reference.md are generated from these dataclasses. `none` is the
+external form of None: the value on the command line, in a ConfigDict and in config.json.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class ModelConfig(Group, path="config.model"):
     name: str = field("DiG-S/2", "Family-size/patch: DiG or DiT; S, B, L or XL.")
     patch_size: int | None = field(
         None,
-        "Side of a patch, in pixels, or in latents if there is an autoencoder; 0: as in the name.",
+        "Side of a patch, in pixels or, with an autoencoder, in latent pixels; 0: as in the name.",
         none=0,
         bounds="positive",
     )
@@ -36,7 +36,7 @@ class ModelConfig(Group, path="config.model"):
     norm: str = field("layer", "Normalization in blocks: layer (without affine) or rms (DiG only).")
     skip: str | None = field(None, "Long skips: none, linear or identity (DiG only).", none="none")
     skip_alignment: str = field(
-        "raster", "Token order in which skips join: raster, or upstream as in the released code (DiG only)."
+        "raster", "Token order of long skips: raster, or upstream, as in the released code (DiG only)."
     )
     dtype: str = field(
         "float32", "Dtype of matrix products and activations: float32 or bfloat16.", choices=_FLOATS
@@ -55,7 +55,7 @@ class DataConfig(Group, path="config.data"):
         "Data source: digits, fake, image_folder, tfds, hub (docs/data.md) or latents (docs/latents.md).",
     )
     batch_size: int = field(256, "Images per step, over all devices and processes.", bounds="positive")
-    flip: bool = field(True, "Mirror half of the images, if the source says that classes survive it.")
+    flip: bool = field(True, "Mirror half of the images, if mirrored images keep their class.")
     options: dict[str, Any] = field({}, "Keyword arguments of the source.")
 
 
@@ -68,16 +68,16 @@ class AutoencoderConfig(Group, path="config.autoencoder"):
         "Folder, safetensors file or name on the Hugging Face Hub; empty: the model works on pixels.",
         none="",
     )
-    dtype: str = field("float32", "Dtype of its matrix products: float32 or bfloat16.", choices=_FLOATS)
+    dtype: str = field("float32", "Dtype of matrix products: float32 or bfloat16.", choices=_FLOATS)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodeConfig(Group, path="config.encode"):
-    """`--mode=encode`: from images to the latents in `data.options.path`."""
+    """`--mode=encode`, which writes the latents of images to `data.options.path`."""
 
     name: str | None = field(None, "Data source of the images, as in data.name; empty: none.", none="")
-    options: dict[str, Any] = field({}, "Keyword arguments of that source.")
-    batch_size: int = field(32, "Images per device that are encoded at once.", bounds="positive")
+    options: dict[str, Any] = field({}, "Keyword arguments of this source.")
+    batch_size: int = field(32, "Images per device and batch.", bounds="positive")
     shard_size: int = field(4096, "Images per file.", bounds="positive")
     dtype: str = field(
         "float32",
@@ -97,7 +97,7 @@ class DiffusionConfig(Group, path="config.diffusion"):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Group, path="config.training"):
-    """Length of training, and what each step does besides the update."""
+    """Length of training, and the options of a step other than the optimizer's."""
 
     steps: int = field(400_000, "Number of optimizer steps.", bounds="nonnegative")
     accumulation: int = field(1, "Micro-batches per step.", bounds="positive")
@@ -159,7 +159,7 @@ class CheckpointConfig(Group, path="config.checkpoint"):
     keep: int = field(3, "Number of newest checkpoints to keep.", bounds="positive")
     keep_best: int = field(
         1,
-        "Number of checkpoints to keep for their held-out loss, among those whose step measures it.",
+        "Number of checkpoints with the lowest held-out loss to keep, if their step measures it.",
         bounds="nonnegative",
     )
     keep_every_steps: int | None = field(
@@ -172,7 +172,7 @@ class CheckpointConfig(Group, path="config.checkpoint"):
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig(Group, path="config.logging"):
-    """When to write metrics, and where besides metrics.jsonl."""
+    """When to write metrics, and where to write them in addition to metrics.jsonl."""
 
     every_steps: int = field(100, "Steps between rows of metrics.", bounds="positive")
     heldout_every_steps: int | None = field(
@@ -209,7 +209,7 @@ class SamplingConfig(Group, path="config.sampling"):
         "Decay of the average to sample from, or params for the parameters; empty: the first average.",
         none="",
     )
-    batch_size: int = field(100, "Images drawn at once.", bounds="positive")
+    batch_size: int = field(100, "Images per batch.", bounds="positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,13 +223,13 @@ class EvaluationConfig(Group, path="config.evaluation"):
 class MeshConfig(Group, path="config.mesh"):
     """Number of devices along each axis of the mesh; one of the axes may be -1: all remaining devices."""
 
-    data: int = field(-1, "Devices that split a batch and hold all parameters each.")
-    fsdp: int = field(1, "Devices that split a batch, the parameters, their averages and moments.")
+    data: int = field(-1, "Devices that split a batch; each holds all parameters.")
+    fsdp: int = field(1, "Devices that split a batch, and also parameters, averages and moments.")
     tensor: int = field(1, "Devices that split heads and the channels of the MLP.")
     context: int = field(1, "Devices that split an image by rows of tokens.")
     cpu_devices: int = field(
         1,
-        "Devices that a CPU is split into; small arrays do not occupy all cores from one device.",
+        "Number of devices that a CPU is split into; one device does not use all cores for small arrays.",
         bounds="positive",
     )
 
@@ -245,7 +245,7 @@ class MeshConfig(Group, path="config.mesh"):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Group, path="config"):
-    """Where a run starts; the groups below hold its other fields."""
+    """The start of a run; the groups below hold all other fields."""
 
     seed: int = field(0, "Seed of initialization, data order, noise, timesteps and label dropout.")
     init_from: str | None = field(

@@ -1,4 +1,4 @@
-"""Convert other people's parameters to ours and back.
+"""Convert parameters of the released PyTorch code to ours and back.
 
 model = dig_jax.convert.load_torch_state_dict(model, {name: array})    upstream's names and layouts
 arrays = dig_jax.convert.to_torch_state_dict(model)                    the exact inverse

@@ -1,4 +1,4 @@
-"""Convert other people's parameters to ours, and ours to theirs.
+"""Convert parameters of the released PyTorch code and of diffusers to ours and back.
 
 python -m dig_jax.convert 0400000.pt dig.safetensors          upstream's DiG, DiT or SiT, or diffusers' DiT
 python -m dig_jax.convert 0400000.pt runs/dig --tree=model    the same as a workdir with a checkpoint

@@ -41,7 +41,7 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
         "conv": "after" if "dw_conv.weight" in blocks else None,
         "norm": "rms" if "norm1.weight" in blocks else "layer",
         "skip": "linear" if has_skips else None,
-        # The parameters were trained with the skips as the released code joins them.
+        # The released code trained the parameters with this alignment of the skips.
         "skip_alignment": "upstream" if has_skips else "raster",
     }
     data = {
@@ -53,13 +53,13 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
 
 
 def is_flow_matching(source: UpstreamParams, name: str) -> bool:
-    """Whether the file's name, the model's name or the saved arguments say SiT."""
+    """Return whether the file's name, the model's name or the saved arguments identify a SiT."""
     model = source.hints.get("model")
     return name.lower().startswith("sit") or (isinstance(model, str) and model.startswith("SiT"))
 
 
 def looks_like_official_dit(source: UpstreamParams, settings: Config) -> bool:
-    """Whether the shapes are those of the published DiT-XL/2 and no training arguments were saved."""
+    """Return whether the shapes match the published DiT-XL/2 and no training arguments were saved."""
     classes, channels = (settings.data.options[name] for name in ("num_classes", "channels"))
     return (
         (settings.model.name, classes, channels, settings.model.learn_sigma) == ("DiT-XL/2", 1000, 4, True)
@@ -83,7 +83,7 @@ def describe(model: Mapping[str, Any], data: Mapping[str, Any], ema: str) -> Con
 
 
 def images_of(settings: Config) -> ImageSpec:
-    """Return the image shape and classes of a converted model; 1000 classes are taken as ImageNet's."""
+    """Return the image shape and classes of a converted model; 1000 classes get ImageNet's names."""
     size, channels, classes = (
         settings.data.options[name] for name in ("image_size", "channels", "num_classes")
     )
@@ -95,7 +95,7 @@ def _name_and_sizes(source: UpstreamParams, name: str | None, heads: int | None)
     """Return the model's name and, unless it was given, the sizes that the parameters show."""
     family = _family(source)
     if name is not None:
-        ours = name.replace("SiT", "DiT")  # one network
+        ours = name.replace("SiT", "DiT")  # SiT and DiT are the same network
         if ours.split("-")[0] != family:
             raise ConfigError(f"--model={name} does not match the parameters: got names of {family}")
         return {"name": ours, "num_heads": heads}

@@ -1,4 +1,4 @@
-"""Open other people's checkpoints in any supported format, under upstream's names and layouts."""
+"""Open checkpoints of other programs in any supported format, under upstream's names and layouts."""
 
 import contextlib
 import dataclasses

@@ -39,7 +39,7 @@ def class_index(name: str, class_names: Sequence[str]) -> int:
 
 
 def display_name(class_name: str) -> str:
-    """Return the first name of a class, in words for a WordNet id, to title images with."""
+    """Return the first name of a class, for the titles of images; a WordNet id is replaced by its words."""
     return _names(class_name)[0]
 
 

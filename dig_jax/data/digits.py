@@ -53,7 +53,7 @@ def digits(split: str) -> ArraySource:
 
     They are the test part of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998, UCI
     repository), rescaled from 0…16 to 0…255. The split separates images, not writers. A mirrored digit is
-    no digit, so they are never flipped.
+    not a digit, so they are never flipped.
     """
     from sklearn.datasets import load_digits
 

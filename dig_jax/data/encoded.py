@@ -1,4 +1,4 @@
-"""A source of images that are decoded when they are read; where they are stored is up to `EncodedImages`."""
+"""A source that reads encoded images from any storage (`EncodedImages`) and decodes them on access."""
 
 import dataclasses
 import functools
@@ -128,7 +128,7 @@ class EncodedSource:
         """Return an image as an example, without replacing it if it is unreadable.
 
         Raises:
-            UnreadableImage: says why.
+            UnreadableImage: the image cannot be decoded; the message gives the reason.
         """
         pixels = CROPS[self.crop](decode(image.data, upright=self.upright), self.image_size)
         return {"image": pixels, "label": np.int32(image.label)}

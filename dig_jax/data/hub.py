@@ -1,7 +1,7 @@
 """Images in the Hugging Face Hub's formats: parquet files or tars, on the Hub or in a folder.
 
-`datasets` copies the shards once into Arrow files, which are memory-mapped and read by index. Only its own
-parquet and tar readers are used: no code of a dataset runs, and paths in a dataset are not followed.
+`datasets` copies the shards once into Arrow files, which are memory-mapped and read by index. Only the
+built-in parquet and tar readers are used: no code of a dataset runs, and its paths are not followed.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class HubImages:
         try:
             row = self.rows[index]
             image = row[self.image][0].as_py()
-        except Exception as error:  # Arrow's or the file system's
+        except Exception as error:  # raised by Arrow or the file system
             raise UserError(f"cannot read {name}: {_root_cause(error)}") from error
         data = image["bytes"] if isinstance(image, dict) else image
         return EncodedImage(name, data or b"", row[self.label][0].as_py() if self.label else 0)
@@ -87,8 +87,8 @@ def hub(
         heldout_split: held-out split in the same notation; "": validation, else test.
         image: the column of images; "": the only one.
         label: the column of classes: a ClassLabel, or integers from 0; "": the only ClassLabel, else the
-            only integer column called label, labels, class, cls or target; without any the model is
-            unconditional.
+            only integer column called label, labels, class, cls or target. Without such a column, the model
+            is unconditional.
         num_classes: expected number of classes; for integer labels, at least as many classes; -1: from the
             data.
         cache_dir: directory for the Arrow files, which are as large as the shards; "":
@@ -179,7 +179,7 @@ def _prepared_builder(library: Any, dataset: str, subset: str, cache_dir: str) -
         builder.download_and_prepare()
     except UserError:
         raise
-    except Exception as error:  # the network's, the Hub's, the file system's, Arrow's
+    except Exception as error:  # raised by the network, the Hub, the file system or Arrow
         raise UserError(f"datasets cannot open {dataset}: {_root_cause(error)}") from error
     return builder
 
@@ -226,7 +226,7 @@ def _label_column(library: Any, dataset: str, features: dict, name: str) -> str:
 
 
 def _is_image(library: Any, feature: Any) -> bool:
-    """Return whether a column is declared as images, or holds bytes, alone or beside a path."""
+    """Return whether a column is declared as images, or holds bytes, with or without a path."""
     if isinstance(feature, dict):
         feature = feature.get("bytes")
     return isinstance(feature, library.Image) or getattr(feature, "dtype", "").endswith("binary")
@@ -251,7 +251,7 @@ def _labels(rows: Any, label: str) -> np.ndarray:
 
 def _sizes(rows: Any, image: str) -> np.ndarray:
     """Return the sizes of all images in bytes, 0 for null."""
-    from pyarrow import compute, types  # pyarrow generates compute's functions, its stubs lack them
+    from pyarrow import compute, types  # its stubs lack the functions, which pyarrow generates
 
     column = rows.select_columns(image)[:][image]
     if types.is_struct(column.type):

@@ -78,7 +78,7 @@ def image_folder(
 ) -> EncodedSource:
     """Open the images in a directory whose subdirectories are the classes, sorted by name.
 
-    A class may have directories of its own. Without subdirectories all images are one class. Hidden files,
+    A class may have subdirectories. If `path` has no subdirectories, all images are one class. Hidden files,
     files without an image extension and directories without images are ignored. Links are followed, but
     no directory is entered twice for one class.
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dig_jax.errors import one_line
 
-# Detected by content, not by file name. Pillow's other formats run programs (EPS) or are no images.
+# Detected by content, not by file name. Pillow's other formats run programs (EPS) or are not images.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Pillow's own limit, a quarter of a gigabyte as RGB; the header is checked before anything is decoded.
 MAX_PIXELS = 89_478_485
@@ -17,7 +17,7 @@ MAX_BYTES = 2**28
 
 
 class UnreadableImage(Exception):
-    """An image that is corrupt, too large, or has no defined colors."""
+    """An image that is corrupt or too large, or whose colors are undefined."""
 
 
 def decode(data: bytes, *, upright: bool = True) -> Image.Image:
@@ -31,7 +31,7 @@ def decode(data: bytes, *, upright: bool = True) -> Image.Image:
         upright: whether to apply the EXIF orientation, as image viewers do.
 
     Raises:
-        UnreadableImage: says why.
+        UnreadableImage: the file cannot be decoded; the message gives the reason.
     """
     if len(data) > MAX_BYTES:
         raise UnreadableImage(f"file too large; expected at most {MAX_BYTES // 2**20} MiB")
@@ -59,7 +59,7 @@ def adm_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     shorter side of `size`, and cropped.
 
     Raises:
-        UnreadableImage: so elongated that the resized image would be too large.
+        UnreadableImage: the image is so elongated that the resized image would be too large.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -74,7 +74,7 @@ def adm_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
 def celeba_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Crop the face in an aligned CelebA image as DDIM (Song et al. 2021) and DiG do.
 
-    It resizes the 128 × 128 pixels around (89, 121) bilinearly.
+    The 128 × 128 pixels around (89, 121) are resized bilinearly.
 
     Raises:
         UnreadableImage: the image is not 178 × 218, the size of aligned CelebA images.

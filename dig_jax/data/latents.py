@@ -1,8 +1,8 @@
 """The latent cache that --mode=encode writes: its format, and the source that reads it.
 
-    PATH/encoding.json                          header: what is encoded, and how; written first
+    PATH/encoding.json                          header: source and settings of the encoding; written first
     PATH/{train,heldout}/00000.array_record, …  shards: entries 2·i of images, 2·i + 1 mirrored
-    PATH/{train,heldout}/00000.json, …          a `Shard` beside each finished file
+    PATH/{train,heldout}/00000.json, …          the `Shard` of each finished file
     PATH/index.json                             header and all shards; written last
 
 An entry is the label (int32), then the posterior's means, then its log variances, both [height, width, c],
@@ -86,7 +86,7 @@ def pack(label: int | np.int32, moments: Float[np.ndarray, "h w moments"]) -> by
 
 
 def checksum(index: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of an index without its own "sha256"."""
+    """Return the SHA-256 of an index without its field "sha256"."""
     fields = {name: value for name, value in index.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -161,7 +161,7 @@ class LatentSource:
             label = int(np.frombuffer(entry, _LABEL, 1)[0])
             moments = np.frombuffer(entry, self.dtype, offset=_LABEL.itemsize).astype(np.float32, copy=False)
             return Posterior(label, *moments.reshape(2, *self.image_shape))
-        except Exception as error:  # array_record has no error classes of its own
+        except Exception as error:  # array_record defines no error classes
             reason = one_line(error, name_type=True)
             raise UserError(f"cannot read {self._place(index)}: {reason}; {_REPAIR}") from error
 
@@ -188,7 +188,7 @@ class LatentSource:
 
 @dataclasses.dataclass
 class _FileInstruction:
-    """All entries of a file; with their number array_record need not open the file to count them."""
+    """All entries of a file. Their number is given, so array_record need not open the file to count them."""
 
     filename: str
     take: int
@@ -255,7 +255,7 @@ def check_latents(source: LatentSource, settings: Config, fingerprint: str | Non
         fingerprint: fingerprint of the config's autoencoder; None without one.
 
     Raises:
-        ConfigError: says what differs.
+        ConfigError: they differ; the message names the difference.
     """
     encoder, stored = source.autoencoder, source.encoded_images
     if fingerprint is not None and fingerprint != encoder["fingerprint"]:

@@ -1,7 +1,7 @@
 """Endless training batches that resume exactly, and single passes for evaluation.
 
 The n-th example of a run, counted over all processes, is a function of (seed, n): its epoch is
-n // len(source), each epoch has its own permutation, and n selects the random bits for its flip and, for
+n // len(source), each epoch has a different permutation, and n selects the random bits for its flip and, for
 latents, for its sample from the posterior. So `start=n` resumes a run exactly, with any batch size and any
 number of processes. docs/data.md says why these are not grain's `shuffle` and `random_map`.
 """
@@ -21,9 +21,9 @@ from dig_jax.data.source import Example, Source
 
 Batch = dict[str, np.ndarray]
 
-# Streams of random numbers of one seed: each is a function of (seed, stream, counter).
+# Random streams derived from one seed: each number is a function of (seed, stream, counter).
 _ORDER, _FLIP, _NOISE = 0, 1, 2
-# Draw the noise of this many images at once: threads switch between NumPy's calls.
+# Draw the noise of this many images at once: fewer NumPy calls mean fewer switches between threads.
 _NOISE_IMAGES = 8
 
 
@@ -214,9 +214,9 @@ def _flips(seed: int, positions: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"
 def _noise(seed: int, first: int, shape: tuple[int, int, int]) -> Iterator[Float32[np.ndarray, "h w c"]]:
     """Yield standard normal noise for the positions from `first` on.
 
-    Each position owns as many Philox blocks as its numbers need; a word of 64 bits yields two (Box and
-    Muller 1958). NumPy promises never to change the words, but the last bits of log, cos and sin depend on
-    the processor.
+    Each position uses the number of Philox blocks that its image needs; a word of 64 bits yields two numbers
+    (Box and Muller 1958). NumPy promises never to change the words, but the last bits of log, cos and sin
+    depend on the processor.
     """
     size = math.prod(shape)
     blocks = -(-size // 8)

@@ -81,7 +81,7 @@ class Source(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Number of labels, which are 0 … num_classes - 1; 0 without classes: then all labels are 0."""
+        """Number of labels, 0 … num_classes - 1; 0 for a source without classes, whose labels are all 0."""
         ...
 
     @property

@@ -39,7 +39,7 @@ class TfdsImages:
         name = f"record {index} of {self.name}"
         try:
             example = self.examples[index]
-        except Exception as error:  # array_record has no error classes of its own
+        except Exception as error:  # array_record defines no error classes
             reason = one_line(error, name_type=True)
             raise UserError(f"cannot read {name}: {reason}; prepare the dataset again") from error
         return EncodedImage(name, example[self.image], int(example[self.label]) if self.label else 0)
@@ -68,7 +68,7 @@ def tfds(
         data_dir: directory of prepared datasets; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets.
         train_split: split in TFDS's notation, such as train or train[:98%].
         heldout_split: held-out split in the same notation; "": validation, else test.
-        label: the feature with the class; "": the only ClassLabel; without any the model is unconditional.
+        label: the feature with the class; "": the only ClassLabel. Without one, the model is unconditional.
         num_classes: expected number of classes, which a plan without the data uses; -1: not checked.
 
     Raises:

@@ -77,9 +77,9 @@ class GaussianDiffusion:
         learn_sigma: whether the denoiser returns a second half that interpolates the variance [I 15].
         loss_type: "mse": MSE of the noise, plus, with a learned variance, the bound's term L_{t-1} in bits
             per dimension, without a gradient to the mean. "rescaled_mse": the same with L_{t-1} ×
-            length/1000, which weights the whole bound by λ = 0.001 [I 16] for any length. "kl": L_{t-1}
+            length/1000, which weights the full bound by λ = 0.001 [I 16] for any length. "kl": L_{t-1}
             alone, which trains mean and variance. "rescaled_kl": L_{t-1} × length, whose average over t is
-            the whole bound.
+            the full bound.
         fixed_variance: the variance without learn_sigma: "small" (β̃_t) or "large" (β_t) [D §3.2].
         timesteps: increasing original timesteps that a respaced process keeps; None keeps all.
 

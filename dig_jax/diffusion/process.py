@@ -26,7 +26,7 @@ class Process(Protocol):
     """
 
     def sample_times(self, keys: Key[Array, " b"], /) -> Times:
-        """Draw the training time of each image from its own key."""
+        """Draw the training time of each image from its key."""
         ...
 
     def times_at(self, fractions: PerImage, /) -> Times:
@@ -49,7 +49,7 @@ class Process(Protocol):
         ...
 
     def targets(self, x0: Images, noise: Images, times: Times, /) -> Images:
-        """Return what the first C channels of the denoiser's output are trained to predict."""
+        """Return the target of the first C channels of the denoiser's output."""
         ...
 
     def loss(

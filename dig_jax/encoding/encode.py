@@ -1,4 +1,4 @@
-"""--mode=encode: computes the latents of images once and writes them as a latent cache.
+"""--mode=encode: compute the latents of images once and write them to a latent cache.
 
 `dig_jax.data.latents` describes the format. Each file is written under a temporary name and is complete when
 its JSON description exists. A run that was killed resumes with the incomplete files, on any number of
@@ -103,10 +103,10 @@ def _sources(settings: Config) -> dict[str, Source]:
 
 
 def _header(settings: Config, autoencoder: Autoencoder, sources: Mapping[str, Source]) -> dict[str, Any]:
-    """Return everything that a resumed run must have in common with the first one.
+    """Return the settings that a resumed run must share with the first one.
 
     Raises:
-        ConfigError: the images do not suit the autoencoder, or the latents do not suit `config.data`.
+        ConfigError: the images do not match the autoencoder, or the latents do not match `config.data`.
     """
     source, sizes = sources["train"], autoencoder.config
     height, width, channels = source.image_shape
@@ -168,7 +168,7 @@ def _claim(directory: Path, header: dict[str, Any]) -> None:
 
 
 def _check_header(path: Path, header: dict[str, Any]) -> None:
-    """Raise unless the header in a file is this one; the autoencoder may have moved."""
+    """Raise unless a file holds this header; the path of the autoencoder may differ."""
     try:
         stored = json.loads(path.read_text())
         stored["autoencoder"]["path"] = header["autoencoder"]["path"]

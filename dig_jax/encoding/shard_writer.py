@@ -1,4 +1,4 @@
-"""Encodes images on all devices of this process and writes the files of a latent cache."""
+"""Encode images on all devices of this process and write the files of a latent cache."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ from dig_jax.progress import Progress
 
 log = logging.getLogger(__name__)
 
-# Log this many unreadable images by name; the index names all.
+# Log this many unreadable images by name; the index lists all of them.
 _LOGGED = 10
 
 
@@ -212,7 +212,7 @@ def array_record_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
     Raises:
         UserError: the file could not be written.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter  # not on Windows
+    from array_record.python.array_record_module import ArrayRecordWriter  # not available on Windows
 
     def check(action: Callable[[], object]) -> None:
         try:

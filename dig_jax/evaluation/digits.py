@@ -48,7 +48,7 @@ class DigitsEvaluator:
         return score_digits(images, labels)
 
     def summary(self, scores: Mapping[str, Any]) -> str:
-        """Return accuracy and Fréchet distance, each beside its value for real images."""
+        """Return accuracy and Fréchet distance, each with its value for real images."""
         ratio = scores["frechet_distance"] / scores["frechet_distance_real"]
         return (
             f"accuracy {scores['accuracy']:.1%} on {scores['num_images']} generated digits"
@@ -80,7 +80,7 @@ def score_digits(
         nearest_distance_generated, nearest_distance_heldout: median Euclidean distance to the nearest
             training image, over the 64 pixels in [-1, 1].
         num_images, num_train_images, num_heldout_images, feature_space, classifier, heldout_fingerprint:
-            what the figures depend on.
+            sizes, methods and data that the figures depend on.
 
     Raises:
         ValueError: images and labels differ in number, there are fewer than 2, or a label is not in 0 … 9.

@@ -1,4 +1,4 @@
-"""--mode=evaluate: score a checkpoint, and show each sample beside the nearest training image."""
+"""--mode=evaluate: score a checkpoint, and show each sample next to the nearest training image."""
 
 import datetime
 import logging
@@ -42,7 +42,7 @@ def score(sampler: Sampler, workdir: Path) -> Scores:
     """Score images of seeds 0, 1, …, with equal shares of the classes; log a summary and write scores.json.
 
     Returns:
-        The scores and what they depend on; empty if no evaluator applies.
+        The scores and the settings that they depend on; empty if no evaluator applies.
     """
     settings = sampler.components.config
     evaluators = evaluators_for(settings)
@@ -72,7 +72,7 @@ def score(sampler: Sampler, workdir: Path) -> Scores:
 
 
 def draw_neighbors(sampler: Sampler, workdir: Path) -> None:
-    """Write neighbors.png: the images of samples.png, each beside the training image nearest to it.
+    """Write neighbors.png: the images of samples.png, each next to its nearest training image.
 
     Writes nothing if no evaluator measures distances to the training images.
     """

@@ -20,7 +20,7 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
 
 def append_row(path: str | os.PathLike, row: Row) -> None:
-    """Append a row on a line of its own, even if a killed run left an incomplete line."""
+    """Append a row on a new line, even if a killed run left an incomplete line."""
     line = json.dumps(row, ensure_ascii=False) + "\n"
     with open(path, "ab+") as file:
         if file.tell():
@@ -42,7 +42,7 @@ def truncate_rows(path: str | os.PathLike, *, last_step: int) -> int:
 
 
 def _parse(path: Path) -> list[tuple[bytes, Row | None]]:
-    """The lines of a file with their rows; None for an invalid line."""
+    """Return the lines of a file with their rows; None for an invalid line."""
     content = path.read_bytes() if path.exists() else b""
     # Not splitlines: JSON strings may hold other line separators, such as U+2028.
     return [(line, _row(line)) for line in content.removesuffix(b"\n").split(b"\n") if content]

@@ -1,4 +1,4 @@
-"""Safetensors files. The reader is strict: it validates the whole header before it reads an array."""
+"""Safetensors files. The reader is strict: it validates the complete header before it reads an array."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 class StoredArray:
     """An array in a file that has not been read yet.
 
-    dtype: NumPy's name, or the file's own name for other dtypes.
+    dtype: NumPy's name, or the name in the file for dtypes that NumPy lacks.
     read: returns the values.
     """
 
@@ -47,7 +47,7 @@ class SafetensorsFile:
 def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
     """Open a file and validate its header.
 
-    Arrays must lie within the file, fill it without overlaps, and have unique names.
+    Arrays must fill the file exactly, without gaps or overlaps, and have unique names.
 
     Raises:
         CheckpointError: the file is missing, unreadable or invalid.

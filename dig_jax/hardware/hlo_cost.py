@@ -1,11 +1,11 @@
 """Count the work of one device in an optimized HLO module: FLOPs, memory traffic and collectives.
 
-FLOPs are those of matrix products and convolutions, and of TPU kernels by their `pl.CostEstimate` (programs
-for GPUs do not contain it). Memory traffic excludes arrays that the compiler placed on the chip. Elementwise
-operations count as memory traffic only.
+FLOPs include matrix products, convolutions, and TPU kernels by their `pl.CostEstimate` (GPU programs do not
+contain it). Memory traffic excludes arrays that the compiler placed on the chip. Elementwise operations count
+as memory traffic only.
 
 `Compiled.cost_analysis` differs: it counts a loop's body once and on-chip arrays as memory traffic, does not
-separate FLOPs by operand type, and is empty for GPUs that are not there. docs/plan.md compares figures.
+separate FLOPs by operand type, and is empty for GPUs that are not present. docs/plan.md compares figures.
 """
 
 import collections

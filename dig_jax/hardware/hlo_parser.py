@@ -132,7 +132,7 @@ def _array(dtype: str, dims: str, layout: str) -> HloArray:
 
 
 def _padded(sizes: tuple[int, ...], layout: str) -> list[int]:
-    """Round sizes up to whole tiles, in order from the major to the minor dimension."""
+    """Round sizes up to multiples of the tile sizes, in order from the major to the minor dimension."""
     padded = [sizes[axis] for axis in reversed(integers(layout.split(":")[0]))]
     tile = integers(find(r"T\(([\d,]+)\)", layout)[1])
     for axis, size in zip(range(-len(tile), 0), tile, strict=True):

@@ -11,7 +11,7 @@ from jax.extend import core
 
 
 def training_flops(forward: Callable, *arguments) -> int:
-    """Return the FLOPs of the forward pass and of a backward pass of twice as many.
+    """Return the FLOPs of the forward pass and of the backward pass, which counts twice the forward pass.
 
     Args:
         forward: the network.

@@ -64,7 +64,7 @@ def _bandwidth(kind: str, chip: Chip, group: Sequence[Any], devices: Sequence[An
     """Return the peak bytes/s that each device of a group can send while all groups communicate."""
     if chip.network:
         hosts = {device.process_index for device in group}
-        # The GPUs of a host send in parallel, each through its own port.
+        # The GPUs of a host send in parallel, each through a separate port.
         across = chip.network * len(group) / len(hosts)
         return chip.link if len(hosts) == 1 else min(chip.link, across)
     if kind == "collective-permute":

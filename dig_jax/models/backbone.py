@@ -28,7 +28,7 @@ class ModelOptions:
         hidden_size: width of the tokens, a multiple of 4.
         patch_size: height and width of a token in pixels.
         in_channels: channels of the image.
-        learn_sigma: predict the interpolation of the variance in as many further channels.
+        learn_sigma: also predict the interpolation of the variance, which doubles the output channels.
         dtype: dtype of matrix products and activations; parameters are float32.
         remat: what the backward pass recomputes: None (nothing), "dots" (all but matrix products) or "full".
 

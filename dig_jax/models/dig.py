@@ -16,7 +16,7 @@ DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiGOptions(ModelOptions):
-    """The switches of the released code.
+    """Options of DiG; all but `implementation` are switches of the released code.
 
     Args:
         directions: 4, 2 (row and row reversed) or 1 (row).

@@ -10,7 +10,7 @@ from dig_jax.models.mixers import SoftmaxAttention
 
 
 class DiTOptions(ModelOptions):
-    """DiT has only the common options."""
+    """Options of DiT, which has only the common ones."""
 
     def pattern(self) -> BlockPattern:
         """Return the one block, with softmax attention."""

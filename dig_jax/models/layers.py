@@ -41,7 +41,7 @@ class Linear(nnx.Linear):
 class FusedLinear(Linear):
     """`count` linear maps of one input to the same width, computed as one product.
 
-    The kernel holds the columns of the first map, then those of the second, and so on.
+    The kernel holds the columns of the first map, then the columns of the second, and so on.
     """
 
     def __init__(self, size_in: int, size_out: int, count: int, **options):

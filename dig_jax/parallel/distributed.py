@@ -68,7 +68,7 @@ def initialize_distributed(
         except Exception as error:
             failures.append(error)
 
-    # JAX's own timeout aborts the process with a stack dump, and nothing, not even ctrl-C, ends its wait.
+    # JAX's timeout aborts the process with a stack dump, and Ctrl-C does not interrupt its wait.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(timeout)
@@ -105,7 +105,7 @@ def check_agreement(settings: Mapping[str, object]) -> None:
         settings: values by name; their `repr` is compared.
 
     Raises:
-        ConfigError: names the settings that differ.
+        ConfigError: the settings differ; the message names them.
     """
     if jax.process_count() == 1:
         return
@@ -163,7 +163,7 @@ def check_shared_directory(directory: Path) -> None:
     """Raise on all processes unless every process sees the directory of process 0.
 
     Raises:
-        UserError: names the processes that do not see it.
+        UserError: a process does not see it; the message names the process.
     """
     if jax.process_count() == 1:
         return
@@ -192,7 +192,7 @@ def is_peer_failure(error: BaseException | None) -> bool:
 
 
 def exit_process(status: int, *, wait: bool = True) -> NoReturn:
-    """Exit after a failure, without waiting minutes for processes that do not know of it.
+    """Exit after a failure, without waiting minutes for processes that did not fail.
 
     Args:
         status: the exit status.

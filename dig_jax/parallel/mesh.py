@@ -123,7 +123,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays that every device holds whole."""
+    """Return the sharding of arrays that are replicated on all devices."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -160,11 +160,11 @@ def process_shard(mesh: Mesh) -> BatchShard:
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Make global arrays from this process's shard of a batch; the transfer is asynchronous."""
     sharding = batch_sharding(mesh)
-    with jax.transfer_guard_host_to_device("allow"):  # with several processes JAX calls this implicit
+    with jax.transfer_guard_host_to_device("allow"):  # implicit, according to JAX, with several processes
         return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
 def distribute(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Make global arrays from a batch that every process holds whole."""
+    """Make global arrays from a complete batch, which must be the same on every process."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}

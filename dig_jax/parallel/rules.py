@@ -53,7 +53,7 @@ def _name(path: tuple) -> str:
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
-    """Return the shardings of a train state, or of any tree whose paths end like those of parameters.
+    """Return the shardings of a train state, or of any tree whose paths end like the paths of parameters.
 
     `_RULES` shard some matrices; other matrices are sharded along their larger dimension. Vectors, and
     dimensions that an axis does not divide, are replicated.
@@ -67,7 +67,7 @@ def gather_params(params: Any, dtype: DTypeLike | None = None) -> Any:
     """Gather parameters along `fsdp`, as a layer needs them.
 
     Args:
-        params: a tree whose paths end like those of the model.
+        params: a tree whose paths end like the paths in the model.
         dtype: kernels are cast to it before the gather, which halves the communication for bfloat16.
     """
     sizes = axis_sizes()

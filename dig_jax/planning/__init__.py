@@ -1,1 +1,1 @@
-"""--mode=plan: what a config costs on chips that need not be present."""
+"""--mode=plan: memory and time of a config on chips that need not be present."""

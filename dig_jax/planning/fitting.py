@@ -9,7 +9,7 @@ SIZES = sorted({1} | {m * 2**e for e in range(13) for m in (2, 3)})
 def largest_fitting(
     needed: Callable[[int], float], start: int, fixed: int, limit: float, attempts: int = 4
 ) -> int:
-    """Return the largest size, of `SIZES` and `start`, that was measured and fits; 0 if there is none.
+    """Return the largest measured size, from `SIZES` or `start`, that fits; 0 if none fits.
 
     Args:
         needed: bytes for a size; slow.

@@ -42,7 +42,7 @@ def show(settings: Config, topology: str, as_json: bool) -> None:
 
 
 def plan(settings: Config, topology: str, *, train_only: bool = False) -> dict[str, Any]:
-    """Return what the config's train step and sampler cost on the chips of a topology.
+    """Return the memory and time of the config's train step and sampler on the chips of a topology.
 
     Args:
         settings: the config. Its data need not exist if config.data.options has the image size.
@@ -107,7 +107,7 @@ def bytes_of_refusal(error: Exception) -> float:
     """Return the bytes that a program needs, from the compiler's out-of-memory error.
 
     Raises:
-        Exception: `error`, if it is another one.
+        Exception: `error` itself, if it is not an out-of-memory error.
     """
     found = re.search(r"(?:Used|temporaries \()\s*([\d.]+)([KMGT]?)", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or not found:

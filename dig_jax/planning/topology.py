@@ -1,4 +1,4 @@
-"""Devices of a topology by name: this machine's, or ones that only a compiler knows."""
+"""Devices of a topology by name: this machine's devices, or descriptions of devices for a compiler."""
 
 import dataclasses
 import importlib.util
@@ -52,7 +52,7 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """Return this machine's devices for "this", or those of a topology such as "v5e:16x16" or "h100:8x4".
+    """Return this machine's devices for "this", or a topology such as "v5e:16x16" or "h100:8x4".
 
     Call it before JAX initializes its backends: for other topologies it restricts JAX to the CPU.
 

@@ -26,7 +26,7 @@ _CURVES = {
 
 
 def read_metrics(path: str | os.PathLike) -> list[Row]:
-    """Return one row per step, in order of steps; a step that was logged twice has its latest values.
+    """Return one row per step, in order of steps; if a step was logged twice, its last values count.
 
     Raises:
         OSError: the file cannot be read.
@@ -63,7 +63,7 @@ def save_loss_curve(path: str | os.PathLike, metrics_path: str | os.PathLike) ->
         ValueError: the file holds no loss.
         OSError: the metrics cannot be read or the picture cannot be written.
     """
-    # Imported here because it takes long.
+    # Imported here because importing Matplotlib is slow.
     from matplotlib.figure import Figure
 
     rows = read_metrics(metrics_path)

@@ -16,7 +16,7 @@ from dig_jax.parallel import constrain
 class GenerationSpec:
     """The static values of `generate`: they compare and hash by value and can be pickled.
 
-    Equal specs share one compiled program, and an exporter can store the spec beside the program.
+    Equal specs share one compiled program, and an exporter can store the spec with the program.
 
     Attributes:
         model: the network.
@@ -100,7 +100,7 @@ def generate(
 def noise(
     seeds: Int[Array, " b"], number: Int[Array, ""], shape: tuple[int, int, int]
 ) -> Float[Array, "b h w c"]:
-    """Standard normal noise derived from each image's seed; number 0 starts, number i + 1 is for step i."""
+    """Return standard normal noise from each image's seed; number 0 is the start, i + 1 is for step i."""
     key = jax.random.key(0)
 
     def draw(seed: Array) -> Array:

@@ -54,7 +54,7 @@ def sample(
 
     Raises:
         UserError: no checkpoint, settings that differ, invalid labels or seeds, or WORKDIR/generated holds
-            another set.
+            images with other settings.
     """
     sampler = load(workdir, settings=settings, mesh=local_mesh())
     names = sampler.components.image_spec.class_names
@@ -133,7 +133,7 @@ class _ImageSet:
             first for first in range(0, len(self.seeds), self.chunk_size) if not self._is_intact(first)
         ]
         done = len(self.seeds) - sum(len(self.seeds[first : first + self.chunk_size]) for first in missing)
-        # By position in the set and not among the missing chunks: other processes may already be drawing.
+        # Divide by position in the set, not among the missing chunks: other processes may draw already.
         own = [first for first in missing if first // self.chunk_size % count == index]
         if done:
             log.info("%d of %d images exist", done, len(self.seeds))

@@ -138,7 +138,7 @@ class Sampler:
         size: int | tuple[int, int] | None = None,
         **options: Any,
     ) -> Float[np.ndarray, "*leading n h w c"]:
-        """Draw images in the model's space, in batches; `options` are those of `GenerationSpec.of`."""
+        """Draw images in the model's space, in batches; `options` as in `GenerationSpec.of`."""
         settings, spec = self.components.config.sampling, self.components.image_spec
         labels, seeds = self.resolve(labels, seeds)
         scale = settings.guidance_scale if guidance_scale is None else guidance_scale
@@ -173,7 +173,7 @@ class Sampler:
         return height // factor, width // factor
 
     def _decode(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:
-        """Turn images in the model's space into pixels, on all devices of this process."""
+        """Convert images in the model's space to pixels, on all devices of this process."""
         if self._decoder is None:
             return to_pixels(x)
         count, height, width, _ = x.shape

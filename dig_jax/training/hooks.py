@@ -1,4 +1,4 @@
-"""What happens between training steps.
+"""Hooks: actions between training steps.
 
 Each hook does one thing and can be tested without a network. `make_hooks` lists them in the order in which
 the loop calls them.
@@ -273,7 +273,7 @@ def draw_grid(sampler: Sampler, output: Path, writer: MetricWriter) -> None:
 
 
 def try_to_write_report(output: Path) -> None:
-    """Write report.html on process 0. A failure is logged: it is not worth ending the run."""
+    """Write report.html on process 0. A failure is logged and does not end the run."""
     if jax.process_index() == 0:
         try:
             write_report(output)

@@ -16,7 +16,7 @@ State = dict[str, Any]
 
 
 class Purpose(enum.IntEnum):
-    """What random numbers are for: the first fold of the seed's key."""
+    """Purpose of random numbers, which is folded into the seed's key first."""
 
     INIT = 0
     TRAIN = 1
@@ -34,7 +34,7 @@ def init_params(components: Components) -> Params:
 
 
 def init_state(setup: TrainSetup, params: Params) -> State:
-    """Return the state at step 0 for these parameters, to which all averages are equal."""
+    """Return the state at step 0 for these parameters; all averages equal the parameters."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,

@@ -130,7 +130,7 @@ def _check_settings(components: Components) -> None:
     require_wandb(components.config.logging.wandb)
     settings, channels = components.config.sampling, components.image_spec.image_shape[2]
     source = components.train_source
-    # Load what is first used between steps, so that a failure ends the run before it starts.
+    # Load components that are first used between steps, so that a failure ends the run before it starts.
     diffusion, _ = components.diffusion, components.heldout_source
     if isinstance(source, LatentSource):
         decoder = components.autoencoder
@@ -148,7 +148,7 @@ def _check_mesh(components: Components, mesh: Mesh, params: Params) -> None:
     """Check that the mesh divides the model's heads and token rows.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: the mesh does not divide them.
     """
     batch = abstract_batch(components, mesh)
     with jax.set_mesh(mesh), naming_setting("config.mesh"):
@@ -156,7 +156,7 @@ def _check_mesh(components: Components, mesh: Mesh, params: Params) -> None:
 
 
 def _introduce(run: Run, state: State) -> None:
-    """Log what is about to be trained; write parameters.txt and a row of starts.jsonl."""
+    """Log the model, the devices and the first step; write parameters.txt and a row of starts.jsonl."""
     table = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
     (run.output / "parameters.txt").write_text(table + "\n")
     step = int(state["step"])

@@ -20,7 +20,7 @@ Objective = Callable[
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainSetup:
-    """What a train step consists of, apart from the state and the batch.
+    """The parts of a train step, except the state and the batch.
 
     Attributes:
         components: model and diffusion process.

@@ -52,7 +52,7 @@ def gla(
         segment_ids: integers, [B, T]. The state is reset to zero wherever the id changes along the scan.
             ``initial_state`` enters the first segment visited; the final state leaves the last one.
         axis_name: name of a mesh axis that shards T, for calls inside :func:`jax.shard_map`. The arrays are
-            this shard's tokens, ordered by axis index; the initial and final states are those of the whole
+            this shard's tokens, ordered by axis index; the initial and final states belong to the full
             sequence.
         chunk_size: number of tokens per chunk, a power of two and at least 16. Default: chosen from shape
             and device.

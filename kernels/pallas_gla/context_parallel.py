@@ -2,15 +2,15 @@
 
 A shard maps its incoming state to S_out = diag(exp(sum of g)) S_in + S_local. Every shard first runs the
 scan to get S_local. All shards then gather these states and decay factors (K * V + K numbers per head,
-whatever the length), fold those of the preceding shards, and run the scan again from the resulting state.
+whatever the length), fold the ones of preceding shards, and run the scan again from the resulting state.
 Running a kernel twice moves fewer bytes than running it once and summing decayed k v^T in XLA, which writes
 the decayed keys in float32. (LASP-2, Sun et al. 2025, gathers states in the same way, without a decay.)
 
 If the rows of a grid are sharded, every column passes through all shards. One all-to-all gives each shard
-whole columns instead of whole rows, and another one returns the output; in between, a column scan is sharded
+full columns instead of full rows, and another one returns the output; in between, a column scan is sharded
 like a row scan. This moves every token once: 2K + 2V + K numbers per head, output included. The alternative,
-one summary per column and shard, moves K * V + K numbers per column and head to every shard: as much from
-about 10 rows per shard on, and it needs more code.
+one summary per column and shard, moves K * V + K numbers per column and head to every shard. This is as much
+at about 10 rows per shard, and needs more code.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ def forward(
 
     Args:
         run: runs a scan over the tokens of one shard.
-        operands: this shard's tokens, ordered by axis index, and the initial state of the whole sequence,
+        operands: this shard's tokens, ordered by axis index, and the initial state of the full sequence,
             which must be the same on every shard.
-        scan: its `grid` describes this shard: some whole rows or, if the whole grid has one row, some of its
+        scan: its `grid` describes this shard: some full rows or, if the full grid has one row, some of its
             tokens.
         axis_name: mesh axis of the enclosing `jax.shard_map`.
 
     Returns:
-        This shard's output, and the final state of the whole sequence, the same on every shard.
+        This shard's output, and the final state of the full sequence, the same on every shard.
     """
     if not scan.by_columns:
         return _along_shards(run, operands, scan, axis_name)

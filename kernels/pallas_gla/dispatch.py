@@ -3,7 +3,7 @@
 A backend is a module with three functions. They run under jit, for one platform and on one shard:
 
     unsupported(operands, scan) -> str | None
-        why the backend cannot run this scan: the argument, what it got and what is expected
+        why the backend does not support this scan: the argument, its value and the expected values
     forward(operands, scan, *, save) -> (out, final_state, states)
         out in the dtype of v, final_state in float32, and, if `save`, the states for `backward`
         (`saved_shape`)
@@ -31,7 +31,7 @@ PLAIN = {"reference": "pallas_gla.reference", "xla": "pallas_gla.chunked_xla"}
 KERNELS = {
     ("triton", "cuda"): "pallas_gla.triton.backend",
     ("mosaic", "tpu"): "pallas_gla.mosaic_tpu.backend",
-    ("mosaic", "cuda"): "pallas_gla.mosaic_gpu.backend",  # experimental, so never the default
+    ("mosaic", "cuda"): "pallas_gla.mosaic_gpu.backend",  # experimental, and therefore never the default
 }
 KERNEL_NAMES = tuple(dict.fromkeys(name for name, _ in KERNELS))
 

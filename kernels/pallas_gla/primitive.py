@@ -1,7 +1,7 @@
 """The scan as a JAX primitive, which selects a kernel on lowering and has derivatives of every order.
 
 The right kernel is known only when a program is lowered for a platform, possibly another machine's. A
-primitive defers the choice until then and traces only the chosen kernel. It also makes a kernel with its own
+primitive defers the choice until then and traces only the chosen kernel. It also makes a kernel with a custom
 backward pass differentiable in forward mode and more than once, which `custom_vjp` does not:
 
     scan                     out, final_state, states            a kernel's forward
@@ -100,7 +100,7 @@ def _tangent(*arrays, names, scan, implementation):
 
 
 def _portable(*arrays, names, scan):
-    """The plain JAX function from which rules without a kernel are derived."""
+    """Run the plain JAX implementation, from which rules without a kernel are derived."""
     return list(chunked_xla.forward(_operands(names, arrays), scan, save=False)[:2])
 
 

@@ -13,7 +13,7 @@ from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
 
 @functools.partial(jax.jit, static_argnames="scan")
 def forward(operands: Operands, scan: Scan) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
-    """Run the recurrence as the docstring of `pallas_gla.gla` states it. Ignores `chunk_size`."""
+    """Run the recurrence in the docstring of `pallas_gla.gla`. Ignores `chunk_size`."""
     q, k, v, g, out_gate, norm_weight, initial_state, segment_ids = operands
     if scan.gating:
         g = log_decay(g, scan.gating)

@@ -1,9 +1,9 @@
-"""Runs a scan per shard, because XLA cannot partition a kernel and would gather its operands on every device.
+"""Run a scan per shard, because XLA cannot partition a kernel and would gather its operands on every device.
 
 Under a mesh set by `jax.set_mesh` the scan is wrapped in `jax.shard_map`. Batch elements and heads are
 independent, so no communication is needed. Mesh axes shard the arrays as follows:
 
-- Explicit axes: as the type of q says.
+- Explicit axes: as in the type of q.
 - Auto axes: an axis named in `HEAD_AXES` shards the heads, any other axis the batch, provided that its size
   divides the number of heads or batch elements.
 - Manual axes (inside a `jax.shard_map`): not at all, because the arrays are already local.

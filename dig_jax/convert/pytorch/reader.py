@@ -55,7 +55,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A view that lies within a storage. Offset and strides count values, not bytes."""
+    """A view of a part of a storage. Offset and strides count values, not bytes."""
 
     storage: Storage
     offset: int
@@ -280,7 +280,7 @@ def _tensor(arguments: tuple) -> Tensor | Opaque:
 
 
 def _view(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """Check that a view lies within its storage and that its values do not repeat."""
+    """Check that a view does not exceed its storage and that its values do not repeat."""
     strides = tuple(0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if last >= storage.numel:

@@ -14,7 +14,7 @@ from dig_jax.diffusion.samplers.discrete import DiscreteSampler
 class DDIM(DiscreteSampler):
     """x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1 - ᾱ_{t-1} - σ²) ε̂ + σ z (Song et al. 2021, eq. 12, 16).
 
-    The timesteps of the paper are those of steps="ddim50".
+    steps="ddim50" selects 50 timesteps as in the paper.
 
     Attributes:
         eta: from 0 (deterministic, σ = 0) to 1 (σ² is the variance β̃ of DDPM).

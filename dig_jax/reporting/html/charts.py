@@ -52,7 +52,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """What the page's template shows of a chart.
+    """A drawn chart, for the page's template.
 
     legend: (label, color, latest value) of each curve.
     marks: (distance from the left edge in percent, text) of each marked step.
@@ -99,7 +99,7 @@ def chart(
         show: formats a value.
         marks: (step, text) of steps to mark.
     """
-    # Imported here because it takes long.
+    # Imported here because importing Matplotlib is slow.
     import matplotlib
     from matplotlib.figure import Figure
 

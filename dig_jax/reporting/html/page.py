@@ -86,7 +86,7 @@ def _tiles(rows: list[Row], settings: Mapping[str, Any]) -> list[tuple[str, str]
 
 
 def _charts(rows: list[Row], starts: Iterable[Row]) -> tuple[list[Chart], list[Chart]]:
-    """Return the charts of losses and the other charts, without those that nothing was logged for."""
+    """Return the charts of losses and the other charts, without charts of metrics that were not logged."""
 
     def curve(
         label: str, metric: str, color: str = "c0", *, positive: bool = False, noisy: bool = False

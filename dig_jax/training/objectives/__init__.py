@@ -1,1 +1,1 @@
-"""Training objectives: what a step minimizes."""
+"""Training objectives: the loss that a step minimizes."""

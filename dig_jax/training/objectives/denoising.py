@@ -16,7 +16,7 @@ LEVELS = 4
 
 
 class Draw(NamedTuple):
-    """What is drawn for each image of a batch: its time, its noise and whether its label is dropped."""
+    """Random draws for each image of a batch: its time, its noise and whether its label is dropped."""
 
     times: Num[Array, " b"]
     noise: Float[Array, "b h w c"]
@@ -26,7 +26,7 @@ class Draw(NamedTuple):
 def draw(components: Components, key: Key[Array, ""], indices: Int[Array, " b"]) -> Draw:
     """Draw times, noise and dropped labels for the images at these indices of a batch.
 
-    Each image has its own key, so that its draw depends neither on devices nor on micro-batches.
+    Each image has a separate key, so its draw depends neither on devices nor on micro-batches.
     """
     shape, rate = components.image_spec.image_shape, components.config.training.label_dropout
     split = jax.vmap(lambda index: tuple(jax.random.split(jax.random.fold_in(key, index), 3)))

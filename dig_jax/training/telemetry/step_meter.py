@@ -33,8 +33,8 @@ class _Step(NamedTuple):
 class StepMeter:
     """Collects the metrics and the duration of steps that may still be running.
 
-    A step lasts from the end of the previous step to its own end, without pauses. The meter sees a step end
-    when the loop waits for it.
+    A step lasts from the end of the previous step to the end of this one, without pauses. The meter sees a
+    step end when the loop waits for it.
     """
 
     def __init__(self, batch_size: int):

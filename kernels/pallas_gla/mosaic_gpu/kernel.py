@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_gla.scan import Scan
 
-# Arguments with which `gpu.load` loads a whole ref; JAX before 0.12 takes an index.
+# Arguments with which `gpu.load` loads a complete ref; JAX before 0.12 takes an index.
 WHOLE = ((),) if "idx" in inspect.signature(gpu.load).parameters else ()
 
 CHUNK = 64

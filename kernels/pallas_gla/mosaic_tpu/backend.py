@@ -1,7 +1,7 @@
 """GLA for TPUs, as Pallas (Mosaic) kernels: TPU v4, v5e, v5p, v6e and TPU7x.
 
 Operands have the layouts [B, T, H * K] and [B, T, H * V], as matrix products produce them, in blocks of full
-width. K is padded to 32, 64 or 128, V to 64 or 128, and T to whole grid steps if necessary; DiG's shapes need
+width. K is padded to 32, 64 or 128, V to 64 or 128, and T to full grid steps if necessary; DiG's shapes need
 no padding. These chips have no float16, so it is computed in float32.
 """
 

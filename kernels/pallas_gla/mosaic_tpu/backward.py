@@ -7,7 +7,7 @@ dA = mask(dO v^T):
     D  <- exp(M) (D~ + dO^T q~)
 
 The decay of token t affects everything that t and later tokens read from the state before t. At the chunk's
-start this is sum_v S~ (D~ + dO^T q~); every token then adds its own key and removes what only its query read:
+start this is sum_v S~ (D~ + dO^T q~); every token then adds its key and removes what only its query read:
 dg_t = that sum - sum_{s < t} (q~ dq~ - k~ dk~)_s. All terms use the same rounded numbers, so that errors do
 not grow along the sequence.
 
@@ -272,7 +272,7 @@ def _through_norm(
     d_out: Float[Array, "c w"],
     gating: Gating,
 ) -> tuple[Float[Array, "c w"], Float[Array, "1 w"]]:
-    """Store the gradient of the gate; return those of o, in the products' dtype, and of the norm's weight."""
+    """Store the gradient of the gate; return the gradients of o, in the products' dtype, and norm_weight."""
     z = refs["out_gate"].load(chunk, group.values, jnp.float32)
     weight = refs["norm_weight"][:, group.values]
     d_out = d_out.astype(jnp.float32)

@@ -46,7 +46,7 @@ def starts_of_segments(segment_ids: Int[Array, "b t"], scan: Scan) -> Bool[Array
 class Launch:
     """A kernel call: `shape` is the scan's (B, T, H, K, V), the grid is (B, head_blocks, steps).
 
-    `columns` is the number of whole image columns in a step. It is 0 for a scan along rows, and for a scan
+    `columns` is the number of full image columns in a step. It is 0 for a scan along rows, and for a scan
     along columns that do not fit the tiles, whose tokens are copied into scan order.
     """
 

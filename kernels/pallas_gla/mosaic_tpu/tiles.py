@@ -1,6 +1,6 @@
 """Arithmetic on one tile of the TPU kernels: a chunk of tokens of a group of heads.
 
-A group has as many heads as fill 128 lanes with keys. Their queries, keys and decays lie side by side in
+A group has as many heads as fill 128 lanes with keys. Their queries, keys and decays are side by side in
 [C, heads * K] tiles, their values in [C, heads * V], and their transposed states in [V, heads * K].
 Elementwise operations then use all lanes, and a decay per channel is a row. `stack_heads` converts a tile to
 an operand that keeps heads apart in a matrix product.
@@ -138,7 +138,7 @@ def stack_heads(x: Float[Array, "r w"], heads: int) -> Float[Array, "rows w"]:
 
 
 def fold_heads(x: Float[Array, "rows w"], heads: int) -> Float[Array, "r w"]:
-    """Merge `heads` stacked tiles, taking each head's lanes from its own tile."""
+    """Merge `heads` stacked tiles, taking each head's lanes from the head's tile."""
     rows = x.shape[0] // heads
     head = _head_of_lane((rows, x.shape[1]), heads)
     folded = x[:rows]
@@ -167,7 +167,7 @@ def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def emit_in_stages(items: Iterable[Iterator[None]]) -> None:
     """Run generators one stage apart, the youngest first.
 
-    The compiler keeps much of the program's order, so this places the products of one tile beside the
+    The compiler keeps much of the program's order, so this places the products of one tile next to the
     elementwise work of others.
     """
     waiting, active = iter(items), []

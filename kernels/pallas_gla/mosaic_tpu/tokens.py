@@ -1,7 +1,7 @@
 """Access to the tokens of a grid step, chunk by chunk in scan order.
 
 No direction moves tokens in HBM. Along rows, a chunk is a range of rows of a [tokens, lanes] block, and a
-reversed scan takes blocks and chunks last to first. Along columns, a block is some whole columns of the
+reversed scan takes blocks and chunks last to first. Along columns, a block is some full columns of the
 image, [1, rows, columns, lanes]. Inputs are copied into VMEM as tiles of 128 lanes, [rows * columns, 128],
 where a column is every n-th row; two neighboring columns of 16-bit numbers share 32-bit words. Outputs are
 collected as [columns * rows, lanes] and transposed at the end.
@@ -44,7 +44,7 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Chunks of whole columns; `words` holds stacked tiles of 128 lanes."""
+    """Chunks of full columns; `words` holds stacked tiles of 128 lanes."""
 
     words: Any
     chunk: int
@@ -107,7 +107,7 @@ def by_rows(tokens: Any, block: Any) -> None:
 
 
 def column_chunk(grid: tuple[int, int], preferred: int, smallest: int) -> int | None:
-    """Return the chunk size nearest to `preferred`, from `smallest` to 128, that holds whole columns.
+    """Return the chunk size nearest to `preferred`, from `smallest` to 128, that holds full columns.
 
     Returns None if there is none, or unless rows are a multiple of 16 and columns a multiple of 8.
     """

@@ -9,8 +9,8 @@ A = tril(q~ k~^T), P = tril(dO v^T) and D~ = D exp(G_last - m):
     dg_t = sum_v S~ dS~ - sum_{s < t} (q~ dq~ - k~ dk~)_s
 
 The decay of a token affects what this token and later ones read from the state before it. At the chunk's
-start this is the first sum; every token then adds its own key and removes what only its query read. The sums
-stay within a chunk and use the numbers as rounded for the products, so that terms that should cancel do.
+start this is the first sum; every token then adds its key and removes what only its query read. The sums stay
+within a chunk and use the numbers as rounded for the products, so that terms that should cancel do.
 """
 
 import dataclasses

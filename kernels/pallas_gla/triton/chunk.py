@@ -65,7 +65,7 @@ class ChunkSegments:
     first, last: tokens of the segment that enters the chunk and of the segment that leaves it.
     continues: tokens that continue the segment of the preceding token.
     same: pairs of tokens in the same segment.
-    passes: whether one segment spans the whole chunk.
+    passes: whether one segment spans the entire chunk.
     """
 
     first: Bool[Array, " c"]

@@ -148,7 +148,7 @@ def iota(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
 def divide(x: Int[Array, "..."], n: int) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
     """Return quotient and remainder of int32 numbers >= 0."""
     if n & (n - 1) == 0:
-        # Shifts show the compiler that neighboring tokens lie at constant distances.
+        # Shifts show the compiler that neighboring tokens have a constant distance in memory.
         return lax.shift_right_logical(x, lax.full_like(x, n.bit_length() - 1)), x & (n - 1)
     quotient = lax.div(x, lax.full_like(x, n))
     return quotient, x - quotient * n
@@ -181,11 +181,11 @@ class TritonProgram:
         return cls(tiling, refs, head, part, element)
 
     def positions(self, chunk: Int[Array, ""]) -> Int[Array, " c"]:
-        """Return the positions of a chunk's tokens, which may lie beyond the end of the scan."""
+        """Return the positions of a chunk's tokens; some may be beyond the end of the scan."""
         return chunk * self.tiling.chunk + iota((self.tiling.chunk,), 0)
 
     def inside(self, positions: Int[Array, " c"]) -> Bool[Array, " c"] | None:
-        """Return which positions lie inside the scan, or None if all do."""
+        """Return which positions are inside the scan, or None if all are."""
         tiling = self.tiling
         return None if tiling.tokens % tiling.chunk == 0 else positions < tiling.tokens
 
