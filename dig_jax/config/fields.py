@@ -1,4 +1,4 @@
-"""Every field of the configuration, once: type, default, meaning, unit and source.
+"""The fields of the configuration: type, default, description, unit and source.
 
 Defaults are DiG's published recipe (Zhu et al. 2025, section 4.1, and the released training script) where
 there is one. configs/base.py and docs/config_reference.md are generated from these dataclasses. `none` is the
@@ -18,22 +18,24 @@ _FLOATS = ("float32", "bfloat16")
 class ModelConfig(Group, path="config.model"):
     """The denoiser."""
 
-    name: str = field("DiG-S/2", "Family-size/patch: DiG or DiT; S, B, L or XL.")
+    name: str = field("DiG-S/2", "FAMILY-SIZE/PATCH: DiG or DiT; S, B, L or XL.")
     patch_size: int | None = field(
         None,
-        "Side of a patch, in pixels or, with an autoencoder, in latent pixels; 0: as in the name.",
+        "Side of a patch, in pixels or, with an autoencoder, in latent pixels; 0: from the name.",
         none=0,
         bounds="positive",
     )
-    depth: int | None = field(None, "Number of blocks; 0: as in the name.", none=0, bounds="positive")
-    hidden_size: int | None = field(None, "Channels per token; 0: as in the name.", none=0, bounds="positive")
-    num_heads: int | None = field(None, "Heads of the mixer; 0: as in the name.", none=0, bounds="positive")
-    learn_sigma: bool = field(True, "Predict the variance too (Nichol & Dhariwal 2021).")
+    depth: int | None = field(None, "Number of blocks; 0: from the name.", none=0, bounds="positive")
+    hidden_size: int | None = field(None, "Channels per token; 0: from the name.", none=0, bounds="positive")
+    num_heads: int | None = field(
+        None, "Heads of the token mixer; 0: from the name.", none=0, bounds="positive"
+    )
+    learn_sigma: bool = field(True, "Also predict the variance (Nichol & Dhariwal 2021).")
     directions: int = field(4, "Number of scan directions: 4, 2 or 1 (DiG only).")
     conv: str | None = field(
         "after", "Position of the depthwise 3×3 convolution: after, inside or none (DiG only).", none="none"
     )
-    norm: str = field("layer", "Normalization in blocks: layer (without affine) or rms (DiG only).")
+    norm: str = field("layer", "Norm in blocks: layer (without scale and bias) or rms (DiG only).")
     skip: str | None = field(None, "Long skips: none, linear or identity (DiG only).", none="none")
     skip_alignment: str = field(
         "raster", "Token order of long skips: raster, or upstream, as in the released code (DiG only)."
@@ -42,7 +44,9 @@ class ModelConfig(Group, path="config.model"):
         "float32", "Dtype of matrix products and activations: float32 or bfloat16.", choices=_FLOATS
     )
     remat: str | None = field(
-        None, "What the backward pass recomputes: none, dots (all but matrix products) or full.", none="none"
+        None,
+        "What the backward pass recomputes: none, dots (all except matrix products) or full.",
+        none="none",
     )
 
 
@@ -61,11 +65,11 @@ class DataConfig(Group, path="config.data"):
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig(Group, path="config.autoencoder"):
-    """The autoencoder, for models that work on latents."""
+    """The autoencoder of models that work on latents."""
 
     path: str | None = field(
         None,
-        "Folder, safetensors file or name on the Hugging Face Hub; empty: the model works on pixels.",
+        "Folder, safetensors file or Hugging Face repository id; empty: the model works on pixels.",
         none="",
     )
     dtype: str = field("float32", "Dtype of matrix products: float32 or bfloat16.", choices=_FLOATS)
@@ -75,7 +79,7 @@ class AutoencoderConfig(Group, path="config.autoencoder"):
 class EncodeConfig(Group, path="config.encode"):
     """`--mode=encode`, which writes the latents of images to `data.options.path`."""
 
-    name: str | None = field(None, "Data source of the images, as in data.name; empty: none.", none="")
+    name: str | None = field(None, "Data source of the images, as in `data.name`; empty: none.", none="")
     options: dict[str, Any] = field({}, "Keyword arguments of this source.")
     batch_size: int = field(32, "Images per device and batch.", bounds="positive")
     shard_size: int = field(4096, "Images per file.", bounds="positive")
@@ -88,9 +92,11 @@ class EncodeConfig(Group, path="config.encode"):
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig(Group, path="config.diffusion"):
-    """The forward process and the loss."""
+    """The diffusion process and the loss."""
 
-    schedule: str = field("linear", "Betas: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021).")
+    schedule: str = field(
+        "linear", "Noise schedule: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."
+    )
     num_steps: int = field(1000, "Number of noise levels.")
     loss: str = field("mse", "Loss: mse, rescaled_mse, kl or rescaled_kl (Nichol & Dhariwal 2021).")
 
@@ -100,12 +106,12 @@ class TrainingConfig(Group, path="config.training"):
     """Length of training, and the options of a step other than the optimizer's."""
 
     steps: int = field(400_000, "Number of optimizer steps.", bounds="nonnegative")
-    accumulation: int = field(1, "Micro-batches per step.", bounds="positive")
+    accumulation: int = field(1, "Micro-batches per step (gradient accumulation).", bounds="positive")
     label_dropout: float = field(
         0.1, "Fraction of labels replaced by the null class (Ho & Salimans 2022).", bounds="fraction"
     )
     ema_decays: tuple[float, ...] = field(
-        (0.9999,), "Decay of each exponential moving average of the parameters; sampling uses the first."
+        (0.9999,), "Decays of the exponential moving averages of the parameters; sampling uses the first."
     )
 
     def __post_init__(self):
@@ -125,20 +131,20 @@ class TrainingConfig(Group, path="config.training"):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Group, path="config.optimizer"):
-    """AdamW and its learning rate over time."""
+    """AdamW and its learning rate schedule."""
 
-    learning_rate: float = field(1e-4, "Highest learning rate.", bounds="positive")
+    learning_rate: float = field(1e-4, "Peak learning rate.", bounds="positive")
     warmup_steps: int = field(0, "Steps of linear warm-up.", bounds="nonnegative")
     schedule: str = field(
         "constant",
-        "Learning rate after the warm-up: constant, or cosine or linear decay until training.steps.",
+        "Learning rate after the warm-up: constant, or a cosine or linear decay until `training.steps`.",
         choices=("constant", "cosine", "linear"),
     )
     final_fraction: float = field(
-        0.0, "Fraction of the learning rate at the end of a cosine or linear decay.", bounds="fraction"
+        0.0, "Final learning rate of a cosine or linear decay, as a fraction of the peak.", bounds="fraction"
     )
-    b1: float = field(0.9, "Decay of the first moment.", bounds="fraction")
-    b2: float = field(0.999, "Decay of the second moment.", bounds="fraction")
+    b1: float = field(0.9, "Decay of the first moment of the gradient.", bounds="fraction")
+    b2: float = field(0.999, "Decay of the second moment of the gradient.", bounds="fraction")
     weight_decay: float = field(0.0, "Decoupled weight decay.", bounds="nonnegative")
     clip_norm: float | None = field(
         None, "Maximum global norm of the gradient; 0: no clipping.", none=0.0, bounds="positive"
@@ -152,11 +158,11 @@ class CheckpointConfig(Group, path="config.checkpoint"):
     every_steps: int = field(10_000, "Steps between checkpoints.", bounds="positive")
     every_minutes: float | None = field(
         30.0,
-        "Longest time between checkpoints, in minutes; 0: no limit.",
+        "Maximum time between checkpoints in minutes; 0: no limit.",
         none=0.0,
         bounds="positive",
     )
-    keep: int = field(3, "Number of newest checkpoints to keep.", bounds="positive")
+    keep: int = field(3, "Number of most recent checkpoints to keep.", bounds="positive")
     keep_best: int = field(
         1,
         "Number of checkpoints with the lowest held-out loss to keep, if their step measures it.",
@@ -179,34 +185,34 @@ class LoggingConfig(Group, path="config.logging"):
         5_000, "Steps between measurements of the held-out loss; 0: never.", none=0, bounds="positive"
     )
     tensorboard: bool = field(True, "Write TensorBoard files.")
-    wandb: str | None = field(None, "Project on Weights & Biases; empty: none.", none="")
+    wandb: str | None = field(None, "Weights & Biases project; empty: none.", none="")
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(Group, path="config.sampling"):
-    """How images are drawn, in training and by `--mode=sample`."""
+    """How images are drawn, during training and with `--mode=sample`."""
 
     every_steps: int | None = field(
         10_000, "Steps between sample grids in training; 0: only at the end.", none=0, bounds="positive"
     )
-    images_per_class: int = field(10, "Images per class in the grid.", bounds="positive")
-    sampler: str = field("ddim", "Name of the sampler, such as ddim or ddpm.")
+    images_per_class: int = field(10, "Images per class in a sample grid.", bounds="positive")
+    sampler: str = field("ddim", "Sampler: ddim or ddpm.")
     steps: int = field(50, "Number of sampling steps.", bounds="positive")
     guidance_scale: float = field(
         1.5,
-        "Scale of classifier-free guidance, null + scale·(class - null); 1: no guidance.",
+        "Scale of classifier-free guidance, uncond + scale·(cond - uncond); 1: no guidance.",
         bounds="nonnegative",
     )
     guidance_channels: int | None = field(
         None,
-        "Number of channels, from the first, that are guided; 0: all; the released code guides 3 of 4.",
+        "Number of leading channels to guide; 0: all. The released code guides 3 of 4.",
         none=0,
         bounds="positive",
     )
-    clip: bool = field(False, "Clip the predicted image to [-1, 1] at every step (for pixels, not latents).")
+    clip: bool = field(False, "Clip the predicted image to [-1, 1] at every step (pixels only).")
     ema: str | None = field(
         None,
-        "Decay of the average to sample from, or params for the parameters; empty: the first average.",
+        "EMA decay to sample with, or params for the parameters themselves; empty: the first EMA.",
         none="",
     )
     batch_size: int = field(100, "Images per batch.", bounds="positive")
@@ -214,19 +220,19 @@ class SamplingConfig(Group, path="config.sampling"):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Group, path="config.evaluation"):
-    """The scores of generated images."""
+    """Scores of generated images."""
 
-    num_images: int = field(500, "Number of generated images to score; 0: no score.", bounds="nonnegative")
+    num_images: int = field(500, "Number of generated images to score; 0: no scores.", bounds="nonnegative")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Group, path="config.mesh"):
-    """Number of devices along each axis of the mesh; one of the axes may be -1: all remaining devices."""
+    """Number of devices along each mesh axis. One axis may be -1: all remaining devices."""
 
     data: int = field(-1, "Devices that split a batch; each holds all parameters.")
     fsdp: int = field(1, "Devices that split a batch, and also parameters, averages and moments.")
-    tensor: int = field(1, "Devices that split heads and the channels of the MLP.")
-    context: int = field(1, "Devices that split an image by rows of tokens.")
+    tensor: int = field(1, "Devices that split heads and MLP channels.")
+    context: int = field(1, "Devices that split each image by rows of tokens.")
     cpu_devices: int = field(
         1,
         "Number of devices that a CPU is split into; one device does not use all cores for small arrays.",
@@ -247,10 +253,10 @@ class MeshConfig(Group, path="config.mesh"):
 class Config(Group, path="config"):
     """The start of a run; the groups below hold all other fields."""
 
-    seed: int = field(0, "Seed of initialization, data order, noise, timesteps and label dropout.")
+    seed: int = field(0, "Seed of the initialization, data order, noise, timesteps and label dropout.")
     init_from: str | None = field(
         None,
-        "Workdir, checkpoint or parameter file whose parameters start this run; empty: random parameters.",
+        "Workdir, checkpoint or parameter file to initialize parameters from; empty: random.",
         none="",
     )
     model: ModelConfig = group(ModelConfig)

@@ -1,4 +1,4 @@
-"""A reference of all fields in Markdown, docs/config_reference.md:
+"""Generate docs/config_reference.md, the reference of all fields.
 
 python -m dig_jax.config.reference > docs/config_reference.md
 """
@@ -14,11 +14,14 @@ from dig_jax.config.fields import Config
 _HEAD = """\
 # Configuration reference
 
-All fields, with their values in `configs/base.py`. Set one on the command line with `--config.FIELD=VALUE`.
-Defaults are DiG's published recipe (Zhu et al. 2025, section 4.1, and the released training script) where
-there is one. [configs.md](configs.md) describes the configs of the experiments.
+All config fields with their defaults. Set a field on the command line with `--config.FIELD=VALUE`.
+[configs.md](configs.md) describes the configs in `configs/`.
 
-This page is generated from `dig_jax/config/fields.py`: `python -m dig_jax.config.reference`.
+Defaults are DiG's published recipe (Zhu et al. 2025, section 4.1, and the released training script), where
+there is one.
+
+This page is generated from `dig_jax/config/fields.py` by
+`python -m dig_jax.config.reference > docs/config_reference.md`.
 """
 
 
