@@ -175,7 +175,7 @@ def without(name):
         (lambda: tiny_arrays(**{"quant_conv.bias": np.ones(8, np.int32)}), "quant_conv.bias is I32"),
         (
             lambda: tiny_arrays(**{"decoder.conv_in.bias": np.full(8, np.nan, np.float32)}),
-            "decoder.conv_in.bias has values that are not finite",
+            "decoder.conv_in.bias has non-finite values",
         ),
         (lambda: {f"x{i}": np.ones(1, np.float32) for i in range(1000)}, "x0, x1, x10, x100 and 996 more$"),
     ],

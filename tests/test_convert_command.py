@@ -222,13 +222,16 @@ DAMAGES = {
     ),
     "block_missing": (
         lambda arrays: [arrays.pop(name) for name in list(arrays) if name.startswith("blocks.2.")],
-        "missing block 2 below the last block",
+        "missing block 2; expected consecutive blocks from 0",
     ),
     "thousands_of_blocks": (
         lambda arrays: arrays.update({"blocks.9999.mlp.fc1.bias": np.zeros(64)}),
-        "missing block 4 below the last block",
+        "missing block 4; expected consecutive blocks from 0",
     ),
-    "no_patches": (lambda arrays: arrays.pop("x_embedder.proj.weight"), "missing: x_embedder.proj.weight"),
+    "no_patches": (
+        lambda arrays: arrays.pop("x_embedder.proj.weight"),
+        "missing parameter: x_embedder.proj.weight",
+    ),
     "flat_patches": (
         lambda arrays: arrays.update({"x_embedder.proj.weight": np.zeros((32, 16))}),
         "invalid shape of x_embedder.proj.weight: got (32, 16); expected 4 nonzero dimensions",
@@ -271,7 +274,7 @@ def test_a_hostile_file_executes_and_writes_nothing(tmp_path):
 def test_invalid_commands_give_one_line(released, converted, tmp_path):
     source, target = released("dit"), tmp_path / "x.safetensors"
     assert "--num_heads is required" in refused(source, target, status=2)
-    assert "--model=DiG-XL/2 does not match the parameters: got names of DiT" in refused(
+    assert "--model=DiG-XL/2 does not match the parameters: got parameter names of DiT" in refused(
         source, target, "--model=DiG-XL/2", status=2
     )
     assert "unknown tree 'emma'; expected one of: model, ema" in refused(

@@ -225,7 +225,9 @@ def test_a_directory_without_images_or_with_a_single_one_says_so(tmp_path):
     with pytest.raises(UserError, match="no images in .*; expected one directory per class"):
         load(tmp_path)
     write(tmp_path / "one" / "x" / "1.jpg")
-    with pytest.raises(UserError, match="has one image, of which heldout_fraction=0.02 is to be held out"):
+    with pytest.raises(
+        UserError, match="too few images in .* for heldout_fraction=0.02: got 1; expected at least 2"
+    ):
         load(tmp_path / "one")
 
 

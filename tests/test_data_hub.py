@@ -224,8 +224,8 @@ def test_invalid_and_missing_shards_are_reported_in_one_line(root, tmp_path, cap
     truncated.write_bytes(whole.read_bytes()[:-50])
     for name, message in {
         "empty": "datasets cannot open .*empty: EmptyDatasetError",
-        "pictures": "has the format imagefolder; expected shards .* config.data.name=image_folder",
-        "tables": "has the format csv; expected shards",
+        "pictures": "got imagefolder; expected shards .* config.data.name=image_folder",
+        "tables": "unsupported format of .*: got csv; expected shards",
         "truncated": "datasets cannot open .*truncated: ArrowInvalid: ",
     }.items():
         with pytest.raises(UserError, match=message) as caught:

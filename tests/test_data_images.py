@@ -144,7 +144,10 @@ JPEG = encoded(Image.fromarray(noise(40, 30)), "JPEG")
         (png_header(60_000, 60_000), "DecompressionBomb"),
         (png_header(10_000, 10_000), "got 10,000 × 10,000; expected at most|DecompressionBombWarning"),
         (png_header(10, 10), "OSError|SyntaxError"),
-        (encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"), "mode F has no defined white"),
+        (
+            encoded(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF"),
+            "got Pillow's mode F, which does not define white",
+        ),
     ],
 )
 def test_an_unreadable_image_says_why_in_one_line(data, message):

@@ -169,7 +169,7 @@ def test_files_that_are_missing_or_of_another_format_say_how_to_prepare_them(dat
     build = "run this once where TensorFlow is installed: tfds build"
     with pytest.raises(UserError, match=f"cifar10 is not prepared in {tmp_path}; {build} cifar10"):
         load(tmp_path, "cifar10")
-    with pytest.raises(UserError, match="unknown TFDS dataset 'animal', and not prepared in"):
+    with pytest.raises(UserError, match="unknown TFDS dataset 'animal', also not found in"):
         load(data_dir, "animal")
     with pytest.raises(ValueError, match="missing dataset of the tfds source"):
         load(data_dir, "")

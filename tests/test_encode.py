@@ -299,8 +299,8 @@ def test_an_autoencoder_may_move(made, copy, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"data__name": "fake"}, "invalid config.data.name='fake' .* --mode=encode expects latents"),
-        ({"data__options": {}}, "config.data.options.path=''; --mode=encode expects latents"),
+        ({"data__name": "fake"}, "invalid config.data.name='fake' .* for --mode=encode; expected 'latents'"),
+        ({"data__options": {}}, "config.data.options.path='' for --mode=encode; expected 'latents'"),
         ({"autoencoder__path": ""}, "missing config.autoencoder.path"),
         (
             {"autoencoder__path": "/nowhere"},
@@ -335,7 +335,7 @@ def test_latents_that_the_config_would_not_train_on_are_rejected(made, tmp_path,
 
 def test_a_directory_with_other_files_is_not_written_to(made):
     before = tree(made)
-    with pytest.raises(UserError, match="has other files in it; expected a new directory"):
+    with pytest.raises(UserError, match="contains other files; expected a new directory"):
         encode(settings(made, made / "pictures"))
     assert tree(made) == before
 

@@ -230,7 +230,7 @@ def test_identity_skips_start_as_if_there_were_none():
 
 def test_upstream_alignment_rejects_non_square_images_when_called():
     make = functools.partial(tiny, skip="linear", skip_alignment="upstream")
-    with pytest.raises(ValueError, match="square inputs, got 8×4"):
+    with pytest.raises(ValueError, match="invalid input 8×4 with .*; expected a square"):
         nnx.eval_shape(make)(jnp.ones((1, 8, 4, 4)), jnp.array([1]))
 
 
@@ -294,9 +294,9 @@ def test_depthwise_conv_is_the_grouped_convolution():
         ({"input_size": (8, 7)}, "input width 7; expected a multiple of patch_size=2"),
         ({"num_heads": 3}, "num_heads=3; expected a divisor of the key width 16"),
         ({"name": "DiT-S/2", "num_heads": 3}, "num_heads=3; expected a divisor of hidden_size=32"),
-        ({"detph": 4}, "no option 'detph'; did you mean 'depth'"),
-        ({"name": "DiT-S/2", "skip": "linear"}, "DiT has no option 'skip'"),
-        ({"options": {}}, "no option 'options'"),
+        ({"detph": 4}, "unknown option 'detph' of DiG; did you mean 'depth'"),
+        ({"name": "DiT-S/2", "skip": "linear"}, "unknown option 'skip' of DiT"),
+        ({"options": {}}, "unknown option 'options' of DiG"),
         ({"directions": 3}, "directions=3; expected one of 4, 2, 1"),
         ({"conv": "before"}, "conv='before'; expected one of after, inside, None"),
         ({"norm": None}, "norm=None; expected one of layer, rms"),
@@ -306,7 +306,10 @@ def test_depthwise_conv_is_the_grouped_convolution():
         ({"hidden_size": 34}, "hidden_size=34; expected a multiple of 4"),
         ({"skip": "linear", "depth": 7}, "depth=7 with long skips; expected an even depth"),
         ({"skip": "linear", "skip_alignment": "upstream", "depth": 6}, "multiple of 4"),
-        ({"skip": "linear", "skip_alignment": "upstream", "input_size": (8, 4)}, "square inputs, got 8×4"),
+        (
+            {"skip": "linear", "skip_alignment": "upstream", "input_size": (8, 4)},
+            "invalid input 8×4 with .*; expected a square",
+        ),
         ({"num_classes": -1}, "num_classes=-1; expected 0"),
     ],
 )

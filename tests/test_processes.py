@@ -157,7 +157,7 @@ def test_a_killed_process_ends_the_other_and_both_resume_before_a_corrupt_checkp
     log = first.communicate(timeout=300)[1]
     second.communicate()
     assert first.returncode == 1, log
-    assert log.splitlines()[-1].startswith("error: another process has ended (")
+    assert log.splitlines()[-1].startswith("error: another process failed (")
     assert "Traceback" not in log
     for damaged in newest.parent.glob("??/state/_METADATA"):
         damaged.unlink()
@@ -255,8 +255,8 @@ def test_processes_that_do_not_connect_say_what_they_expected(directory):
     for port, (status, log) in zip(ports, results, strict=True):
         assert status == 1
         assert log.splitlines()[-1] == (
-            "error: the processes did not connect within 1 seconds: the coordinator is"
-            f" 127.0.0.1:{port}; expected it to be reachable from all hosts, and all processes to be running"
+            f"error: the processes did not connect within 1 seconds (coordinator: 127.0.0.1:{port}); expected"
+            " all processes to be running and the coordinator to be reachable from all hosts"
         )
         assert "Traceback" not in log
     assert not (directory / "alone").exists()

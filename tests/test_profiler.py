@@ -29,7 +29,7 @@ def test_a_start_that_runs_none_of_the_requested_steps_says_so(tmp_path, caplog,
     caplog.set_level(logging.INFO, "dig_jax")
     profiler = Profiler(tmp_path, ProfiledSteps(3, 5), done, last)
     assert not any(profiler.starts_at(step) or profiler.stops_at(step) for step in range(1, 9))
-    expected = f"profiling no steps: this start runs steps {done + 1}-{last}; got --profile_steps=3-5"
+    expected = f"profiling no steps: got --profile_steps=3-5, but this start runs steps {done + 1}-{last}"
     assert caplog.messages == [expected]
 
 

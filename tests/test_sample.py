@@ -126,7 +126,7 @@ def test_chunks_of_another_set_are_neither_used_nor_deleted(draw, monkeypatch):
         ({"seeds": np.arange(1, 5)}, "labels and seeds: "),
     ]:
         with pytest.raises(
-            ConfigError, match=f"holds images of another set .*{message}.* delete the directory"
+            ConfigError, match=f"contains a different set of images .*{message}.* delete the directory"
         ):
             draw(**{"seeds": np.arange(4)} | changes)
     assert before == {path: path.read_bytes() for path in (draw.workdir / "generated").iterdir()}
@@ -160,7 +160,7 @@ def test_chunks_are_never_left_without_set_json(draw, monkeypatch):
         patched.setattr(Path, "unlink", interrupted)
         patched.setattr(shutil, "rmtree", rmtree)
         draw(seeds=np.arange(4))
-    with pytest.raises(ConfigError, match="holds images of another set"):
+    with pytest.raises(ConfigError, match="contains a different set of images"):
         draw(seeds=np.arange(4, 8))
     np.testing.assert_array_equal(draw(seeds=np.arange(4))["seeds"], range(4))
 
@@ -168,18 +168,16 @@ def test_chunks_are_never_left_without_set_json(draw, monkeypatch):
 def test_other_files_in_the_directory_are_left_alone(draw):
     (draw.workdir / "generated").mkdir()
     (draw.workdir / "generated" / "best.png").write_text("a picture")
-    with pytest.raises(
-        ConfigError, match="generated holds files that are not images of a set; move them away"
-    ):
+    with pytest.raises(ConfigError, match="generated contains other files; move them to another directory"):
         draw(seeds=np.arange(2))
     assert (draw.workdir / "generated" / "best.png").read_text() == "a picture"
 
 
 def test_chunks_of_other_parameters_or_another_precision_are_not_used(draw, monkeypatch):
     leave_chunks(draw, monkeypatch, seeds=np.arange(2))
-    with pytest.raises(ConfigError, match="another set .autoencoder.dtype: float32 → bfloat16"):
+    with pytest.raises(ConfigError, match="different set of images .autoencoder.dtype: float32 → bfloat16"):
         draw(seeds=np.arange(2), autoencoder__dtype="bfloat16")
-    with pytest.raises(ConfigError, match="another set .values of the parameters: "):
+    with pytest.raises(ConfigError, match="different set of images .values of the parameters: "):
         draw(seeds=np.arange(2), params={"bias": np.ones(3, np.float32)})
 
 

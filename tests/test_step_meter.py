@@ -136,7 +136,7 @@ def test_a_slow_step_is_logged_with_its_wait_for_data(run, caplog):
     run.add(1.0)
     (message,) = caplog.messages
     assert message.startswith(
-        "step 21 took 4.00 s, 4.0 × the median of the last 20 steps (1.00 s); 4.00 s of it"
+        "step 21 took 4.00 s, 4.0 × the median of the last 20 steps (1.00 s); the loop waited 4.00 s for data"
     )
 
 

@@ -193,7 +193,7 @@ def _torch_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 def _converted(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Array:
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} has values that are not finite")
+        raise ValueError(f"{name} has non-finite values")
     if len(shape) == 4:
         return jnp.asarray(array.transpose(2, 3, 1, 0))
     return jnp.asarray(array.reshape(shape[::-1]).T)

@@ -80,7 +80,7 @@ def read_parameter_file(path: Path, ema: str | None = None) -> tuple[Components,
     with open_safetensors(path) as file:
         components, step, stored_ema = _read_metadata(file.metadata, path)
         if ema and ema != stored_ema:
-            raise CheckpointError(f"{path} has no average {ema!r}; it only has {stored_ema}")
+            raise CheckpointError(f"unknown average {ema!r} in {path}; expected {stored_ema}")
         expected = jax.eval_shape(components.init_params, jax.random.key(0))
         _check_arrays(file.arrays, expected, path)
         names, device = _by_name(expected), jax.local_devices()[0]
@@ -121,7 +121,7 @@ def _check_arrays(arrays: Mapping[str, StoredArray], expected: Params, path: Pat
 def _read_finite(arrays: Mapping[str, StoredArray], name: str, path: Path) -> np.ndarray:
     array = arrays[name].read()
     if not np.isfinite(array).all():
-        raise CheckpointError(f"{path}: {name} has values that are not finite")
+        raise CheckpointError(f"{path}: {name} has non-finite values")
     return array
 
 

@@ -53,7 +53,7 @@ def read_checkpoint(path: Path, ema: str | None = None) -> tuple[Components, int
     averages = settings.training.average_names
     if name not in (*averages, "params"):
         raise CheckpointError(
-            f"{directory} has no average {name!r}; expected {', '.join(averages)} or params"
+            f"unknown average {name!r} in {directory}; expected {', '.join(averages)} or params"
         )
     metadata = state_metadata(directory)
     wanted = {"params": metadata["params"]} if name == "params" else {"ema": {name: metadata["ema"][name]}}
@@ -149,7 +149,7 @@ def _find_newest_intact(path: Path) -> tuple[Path, list[Path]]:
     if candidates:
         names = ", ".join(directory.name for directory in candidates)
         raise CheckpointError(f"all checkpoints in {candidates[0].parent} are corrupt: {names}")
-    raise CheckpointError(f"no checkpoint in {path}; train first or name a workdir that has one")
+    raise CheckpointError(f"no checkpoint in {path}; expected the workdir of a training run")
 
 
 def _candidates(path: Path) -> list[Path]:

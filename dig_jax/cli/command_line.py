@@ -47,7 +47,7 @@ def run(main: Callable[[Config, Path], None], usage: str) -> None:
         from dig_jax.parallel import is_peer_failure
 
         if is_peer_failure(error):
-            reason = f"another process has ended ({one_line(error)}); see its log"
+            reason = f"another process failed ({one_line(error)}); see its log"
             _fail(f"{reason}. To resume, run the same command on all processes again", 1, wait=False)
         traceback.print_exc()
         _exit(1)
@@ -99,7 +99,7 @@ def _take_config_flag(argv: list[str]) -> tuple[str, list[str]]:
                 value, *rest = rest
             if value:
                 return value, argv[:position] + rest
-    raise ConfigError("--config is missing; for example --config=configs/digits.py")
+    raise ConfigError("missing --config; expected a config file, such as --config=configs/digits.py")
 
 
 def load_config(text: str) -> ConfigDict:
@@ -107,7 +107,7 @@ def load_config(text: str) -> ConfigDict:
     name, _, argument = text.partition(":")
     if not Path(name).is_file():
         files = [str(other) for other in Path(name).parent.glob("*.py")] or ["configs/digits.py"]
-        raise ConfigError(f"there is no config file {name!r}{suggest(name, files)}")
+        raise ConfigError(f"no such config file: {name!r}{suggest(name, files)}")
     if name.endswith(".json"):
         if argument:
             raise ConfigError(f"--config={text}: {name} takes no argument")

@@ -97,7 +97,7 @@ def _encode(settings: Config, _: Path) -> None:
 
 def _export(settings: Config, workdir: Path) -> None:
     if not flags.FLAGS.output:
-        raise ConfigError("--output is missing; expected --output=FILE.safetensors")
+        raise ConfigError("missing --output; expected --output=FILE.safetensors")
     from dig_jax.export.export import export
 
     export(settings, workdir, Path(flags.FLAGS.output))

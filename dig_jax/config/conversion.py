@@ -57,7 +57,7 @@ def read_settings(path: Path) -> Config:
         stored = json.loads(path.read_text())["config"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ConfigError(
-            f"cannot read {path}: {one_line(error, name_type=True)}; delete it, checkpoints hold a copy"
+            f"cannot read {path}: {one_line(error, name_type=True)}; delete it (checkpoints contain a copy)"
         ) from error
     try:
         return from_dict(stored)
@@ -94,8 +94,8 @@ def check_field(path: str, name: str, choices: Iterable[str]) -> None:
     """
     choices = list(choices)
     if name not in choices:
-        hint = suggest(name, choices) or f"; expected {', '.join(choices) or 'no field below a value'}"
-        raise ConfigError(f"{path} has no field {name!r}{hint}")
+        hint = suggest(name, choices) or f"; expected {', '.join(choices) or f'{path} only'}"
+        raise ConfigError(f"unknown field {path}.{name}{hint}")
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

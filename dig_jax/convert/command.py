@@ -95,7 +95,7 @@ def _from_upstream(source: Path, target: Path, tree: str | None, **options: Any)
         if is_flow_matching(upstream, name):
             log.warning(
                 "SiT was trained with flow matching, which no sampler here supports yet: the parameters can"
-                " initialize a run, but --mode=sample would give noise"
+                " initialize a run, but --mode=sample would return noise"
             )
         elif looks_like_official_dit(upstream, settings):
             log.warning(

@@ -97,7 +97,9 @@ def _name_and_sizes(source: UpstreamParams, name: str | None, heads: int | None)
     if name is not None:
         ours = name.replace("SiT", "DiT")  # SiT and DiT are the same network
         if ours.split("-")[0] != family:
-            raise ConfigError(f"--model={name} does not match the parameters: got names of {family}")
+            raise ConfigError(
+                f"--model={name} does not match the parameters: got parameter names of {family}"
+            )
         return {"name": ours, "num_heads": heads}
     width, _, patch, _ = _shape(source, "x_embedder.proj.weight", 4)
     size, usual_heads = _SIZES.get(width, ("S", None))
@@ -118,7 +120,7 @@ def _family(source: UpstreamParams) -> str:
             return family
     first = ", ".join(name[:60] for name in list(source.stored)[:3])
     raise CheckpointError(
-        f"unknown parameter names: got {first or 'no arrays'}; expected those of the released DiG, DiT or SiT"
+        f"unknown parameter names: got {first or 'no arrays'}; expected names of the released DiG, DiT or SiT"
         " or of diffusers' DiT (--tree selects one of several trees in a file)"
     )
 
@@ -128,13 +130,13 @@ def _depth(source: UpstreamParams) -> int:
     blocks = {match[1] for match in found if match}
     missing = [str(block) for block in range(len(blocks)) if str(block) not in blocks]
     if missing:
-        raise CheckpointError(f"missing block {missing[0]} below the last block")
+        raise CheckpointError(f"missing block {missing[0]}; expected consecutive blocks from 0")
     return len(blocks)
 
 
 def _shape(source: UpstreamParams, name: str, dimensions: int) -> tuple[int, ...]:
     if name not in source.stored:
-        raise CheckpointError(f"missing: {name}")
+        raise CheckpointError(f"missing parameter: {name}")
     shape = source.stored[name].shape
     if len(shape) != dimensions or 0 in shape:
         raise CheckpointError(

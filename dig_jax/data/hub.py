@@ -173,8 +173,8 @@ def _prepared_builder(library: Any, dataset: str, subset: str, cache_dir: str) -
         builder = library.load_dataset_builder(path, subset or None, cache_dir=cache_dir or None)
         if builder.name not in _READERS:
             raise UserError(
-                f"{dataset} has the format {builder.name}; expected shards in parquet files or tars (for a"
-                " folder of images use config.data.name=image_folder)"
+                f"unsupported format of {dataset}: got {builder.name}; expected shards in parquet files or"
+                " tars (for a folder of images use config.data.name=image_folder)"
             )
         builder.download_and_prepare()
     except UserError:

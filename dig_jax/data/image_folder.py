@@ -98,7 +98,9 @@ def image_folder(
         ValueError: an invalid option.
     """
     if not path:
-        raise ValueError("missing path of the image_folder source; expected a directory with one per class")
+        raise ValueError(
+            "missing path of the image_folder source; expected the directory of class directories"
+        )
     if not 0 <= heldout_fraction < 1:
         raise ValueError(
             f"invalid heldout_fraction={heldout_fraction} of the image_folder source; expected 0 ≤ x < 1"
@@ -162,7 +164,7 @@ def _classes(root: Path) -> dict[str, list[tuple[str, int]]]:
 
 def _warn_of_ignored(root: Path, loose: int, empty: list[str]) -> None:
     if loose:
-        log.warning("ignored %d images in %s itself, outside its class directories", loose, root)
+        log.warning("ignored %d images in %s that are not in a class directory", loose, root)
     if empty:
         shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         log.warning("ignored %d directories without images in %s: %s", len(empty), root, shown)
@@ -205,8 +207,8 @@ def _heldout_indices(images: ImageFiles, fraction: float) -> set[int]:
         return set()
     if len(images) < 2:
         raise UserError(
-            f"{images.root} has one image, of which heldout_fraction={fraction} is to be held out; expected"
-            " at least two images, or heldout_fraction=0"
+            f"too few images in {images.root} for heldout_fraction={fraction}: got 1; expected at least 2, or"
+            " heldout_fraction=0"
         )
     hashes = [hashlib.sha256(os.fsencode(file)).digest() for file in images.files]
     ranked = sorted(range(len(images)), key=hashes.__getitem__)

@@ -102,8 +102,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise UnreadableImage(
-            f"unsupported pixels: Pillow's mode {image.mode} has no defined white; expected integers of 1,"
-            " 8 or 16 bits"
+            f"unsupported pixels: got Pillow's mode {image.mode}, which does not define white; expected"
+            " integers of 1, 8 or 16 bits"
         )
     if image.has_transparency_data:
         image = image.convert("RGBA")

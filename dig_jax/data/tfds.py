@@ -110,7 +110,7 @@ def _library() -> Any:
         import tensorflow_datasets
     except ImportError as error:
         raise UserError(
-            "the tfds source needs TensorFlow Datasets, without TensorFlow:"
+            "the tfds source needs TensorFlow Datasets (but not TensorFlow):"
             f" pip install -e '.[tfds]' ({error})"
         ) from error
     return tensorflow_datasets
@@ -125,7 +125,7 @@ def _builder(library: Any, dataset: str, data_dir: str) -> Any:
         builder = library.builder(dataset, data_dir=data_dir or None)
     except library.core.registered.DatasetNotFoundError as error:
         hint = suggest(dataset, library.list_builders(with_community_datasets=False))
-        raise UserError(f"unknown TFDS dataset {dataset!r}, and not prepared in {where}{hint}") from error
+        raise UserError(f"unknown TFDS dataset {dataset!r}, also not found in {where}{hint}") from error
     except Exception as error:
         reason = one_line(error, name_type=True)
         raise UserError(f"TFDS cannot open {dataset!r} in {where}: {reason}") from error

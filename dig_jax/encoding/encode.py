@@ -78,8 +78,8 @@ def _directory(settings: Config) -> Path:
     path = settings.data.options.get("path", "")
     if settings.data.name != "latents" or not path:
         raise ConfigError(
-            f"invalid config.data.name={settings.data.name!r} or config.data.options.path={path!r};"
-            " --mode=encode expects latents and the directory to write to"
+            f"invalid config.data.name={settings.data.name!r} or config.data.options.path={path!r} for"
+            " --mode=encode; expected 'latents' and an output directory"
         )
     return Path(path).expanduser().absolute()
 
@@ -87,7 +87,7 @@ def _directory(settings: Config) -> Path:
 def _autoencoder(settings: Config) -> Autoencoder:
     autoencoder = Components(settings).autoencoder
     if autoencoder is None:
-        raise ConfigError("missing config.autoencoder.path; --mode=encode expects an autoencoder")
+        raise ConfigError("missing config.autoencoder.path; expected an autoencoder for --mode=encode")
     return autoencoder
 
 
@@ -156,7 +156,7 @@ def _claim(directory: Path, header: dict[str, Any]) -> None:
     if path.exists():
         _check_header(path, header)
     elif directory.exists() and any(not name.startswith(".") for name in os.listdir(directory)):
-        raise UserError(f"{directory} has other files in it; expected a new directory for the latents")
+        raise UserError(f"{directory} contains other files; expected a new directory for the latents")
     with naming_directory(directory):
         directory.mkdir(parents=True, exist_ok=True)
         if not path.exists():

@@ -39,8 +39,8 @@ class DiGOptions(ModelOptions):
         super().__post_init__()
         if self._transposed_skips and (self.directions != 4 or self.depth % 4):
             raise ValueError(
-                'skip_alignment="upstream" needs directions=4 and a depth that is a multiple of 4, got'
-                f" directions={self.directions}, depth={self.depth}"
+                f'invalid skip_alignment="upstream" with directions={self.directions} and depth={self.depth};'
+                " expected directions=4 and a depth that is a multiple of 4"
             )
 
     @property
@@ -51,7 +51,9 @@ class DiGOptions(ModelOptions):
         """Raise ValueError for an image size that the model does not support."""
         super().check_size(height, width)
         if self._transposed_skips and height != width:
-            raise ValueError(f'skip_alignment="upstream" needs square inputs, got {height}×{width}')
+            raise ValueError(
+                f'invalid input {height}×{width} with skip_alignment="upstream"; expected a square'
+            )
 
     def pattern(self) -> BlockPattern:
         """Return one block per scan direction; the period is 4 with fewer directions too."""

@@ -117,7 +117,7 @@ def create_model(
     accepted = accepted_options(name)
     for key in overrides:
         if key not in accepted:
-            raise ValueError(f"{family.name} has no option {key!r}{suggest(key, accepted)}")
+            raise ValueError(f"unknown option {key!r} of {family.name}{suggest(key, accepted)}")
     named: dict[str, Any] = dataclasses.asdict(family.sizes[size]) | {"patch_size": patch_size}
     given = {key: value for key, value in overrides.items() if key not in named or value is not None}
     for field in dataclasses.fields(family.options):

@@ -75,8 +75,8 @@ def initialize_distributed(
     if thread.is_alive():
         address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "named by the environment")
         raise UserError(
-            f"the processes did not connect within {timeout:g} seconds: the coordinator is {address};"
-            " expected it to be reachable from all hosts, and all processes to be running"
+            f"the processes did not connect within {timeout:g} seconds (coordinator: {address}); expected all"
+            " processes to be running and the coordinator to be reachable from all hosts"
         )
     if not failures:
         _connected.set()
@@ -118,7 +118,7 @@ def check_agreement(settings: Mapping[str, object]) -> None:
         here = [text for text, differs in zip(texts, differs_anywhere, strict=False) if differs]
         raise ConfigError(
             f"processes have different settings: process {jax.process_index()} has"
-            f" {', '.join(here[:5]) or 'fewer of them'}; expected the same command on all processes"
+            f" {', '.join(here[:5]) or 'fewer settings'}; expected the same command on all processes"
         )
 
 

@@ -48,7 +48,7 @@ def compile_fully(lowered: jax.stages.Lowered) -> CompiledProgram:
     compiled = lowered.compile()
     text, m = compiled.as_text(), compiled.memory_analysis()
     if text is None or m is None:
-        raise UserError("this platform's compiler reports neither programs nor their memory")
+        raise UserError("unsupported platform: its compiler does not report programs and their memory")
     memory = {
         "arguments": m.argument_size_in_bytes,
         "temporaries": m.temp_size_in_bytes,

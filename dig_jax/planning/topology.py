@@ -79,7 +79,7 @@ def find_topology(name: str) -> Topology:
         raise ConfigError(f"invalid --topology={name}: {one_line(error)}") from error
     topology = Topology(name, devices, chip)
     if topology.chips != math.prod(sizes):
-        raise ConfigError(f"invalid --topology={name}: the compiler made {topology.chips} chips of it")
+        raise ConfigError(f"invalid --topology={name}: got {topology.chips} chips from the compiler")
     return topology
 
 

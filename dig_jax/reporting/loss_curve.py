@@ -77,7 +77,7 @@ def save_loss_curve(path: str | os.PathLike, metrics_path: str | os.PathLike) ->
         if name == "loss":
             axes.plot(steps, losses, ".-", color=style["color"], markersize=2, linewidth=0.6, alpha=0.25)
     if not axes.lines:
-        raise ValueError(f"{os.fspath(metrics_path)} holds no loss to draw")
+        raise ValueError(f"no losses in {os.fspath(metrics_path)}")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2)

@@ -33,7 +33,7 @@ def draw_samples(sampler: "Sampler", workdir: Path) -> None:
     try:
         save_loss_curve(workdir / "loss.png", workdir / "metrics.jsonl")
     except ValueError as error:
-        log.warning("loss.png is not written: %s", error)
+        log.warning("could not write loss.png: %s", error)
 
 
 def grid_of_samples(

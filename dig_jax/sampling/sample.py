@@ -54,7 +54,7 @@ def sample(
 
     Raises:
         UserError: no checkpoint, settings that differ, invalid labels or seeds, or WORKDIR/generated holds
-            images with other settings.
+            a different set of images.
     """
     sampler = load(workdir, settings=settings, mesh=local_mesh())
     names = sampler.components.image_spec.class_names
@@ -69,7 +69,7 @@ def sample(
     images.draw(index=jax.process_index(), count=jax.process_count())
     barrier("images are drawn")
     on_process_0(lambda: _collect(images, workdir, names))
-    log.info("%d images of step %d are in %s", len(seeds), sampler.step, workdir / "generated.npz")
+    log.info("wrote %d images of step %d to %s", len(seeds), sampler.step, workdir / "generated.npz")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,13 +117,11 @@ class _ImageSet:
                 ]
                 if changed:
                     raise ConfigError(
-                        f"{self.directory} holds images of another set ({'; '.join(changed)}); restore these"
-                        " settings, or delete the directory"
+                        f"{self.directory} contains a different set of images ({'; '.join(changed)});"
+                        " restore those settings or delete the directory"
                     )
             elif any(self.directory.glob("[!.]*")):
-                raise ConfigError(
-                    f"{self.directory} holds files that are not images of a set; move them away"
-                )
+                raise ConfigError(f"{self.directory} contains other files; move them to another directory")
             self.directory.mkdir(exist_ok=True)
             write_json(path, identity)
 
@@ -136,7 +134,7 @@ class _ImageSet:
         # Divide by position in the set, not among the missing chunks: other processes may draw already.
         own = [first for first in missing if first // self.chunk_size % count == index]
         if done:
-            log.info("%d of %d images exist", done, len(self.seeds))
+            log.info("%d of %d images already exist", done, len(self.seeds))
         progress = Progress("image", first=done, total=len(self.seeds), every_seconds=10.0)
         for number, first in enumerate(own, 1):
             chosen = slice(first, first + self.chunk_size)

@@ -51,7 +51,10 @@ def _check_same_data(run: Run, stored: dict) -> None:
         if value != current.get(name)
     ]
     if changed:
-        raise ConfigError(f"{run.workdir} was trained on different data: {'; '.join(changed)}")
+        raise ConfigError(
+            f"{run.workdir} was trained on different data: {'; '.join(changed)}. Use a new --workdir or"
+            " restore the data"
+        )
 
 
 def _init_from(path: Path, expected: Params) -> Params:

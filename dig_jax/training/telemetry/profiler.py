@@ -53,11 +53,11 @@ class Profiler:
         self._first, self._last = max(steps.first, done + 1), min(steps.last, last)
         if self._first > self._last:
             log.info(
-                "profiling no steps: this start runs steps %d-%d; got --profile_steps=%d-%d",
-                done + 1,
-                last,
+                "profiling no steps: got --profile_steps=%d-%d, but this start runs steps %d-%d",
                 steps.first,
                 steps.last,
+                done + 1,
+                last,
             )
 
     def starts_at(self, step: int) -> bool:

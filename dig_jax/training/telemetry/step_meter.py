@@ -116,8 +116,8 @@ class StepMeter:
             if seconds >= _SLOW * median and seconds - median >= _NOTICEABLE and is_responsible:
                 self._has_warned = True
                 log.warning(
-                    "step %d took %.2f s, %.1f × the median of the last %d steps (%.2f s); %.2f s of it were"
-                    " spent waiting for data",
+                    "step %d took %.2f s, %.1f × the median of the last %d steps (%.2f s); the loop waited"
+                    " %.2f s for data",
                     step,
                     seconds,
                     seconds / median,
