@@ -5,7 +5,7 @@
 
 The first command reads one folder per class and writes latents/imagenet_256, which all models and both
 recipes use. Add `--config.encode.options.heldout_path=/data/imagenet/val`, a folder of the same layout, to
-measure a held-out loss. docs/configs.md says how to read ImageNet from TFDS instead.
+measure a held-out loss. docs/configs.md describes how to read ImageNet from TFDS instead.
 """
 
 from ml_collections import ConfigDict

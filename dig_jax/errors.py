@@ -53,7 +53,7 @@ def one_line(error: BaseException, *, name_type: bool = False) -> str:
     """Return the message of an exception as one line.
 
     The message of a `UserError` is not cut. Messages of other exceptions are cut to their first line and
-    300 characters; an operating-system error is reduced to the system's own message and the file name.
+    300 characters; an operating-system error is reduced to the system's message and the file name.
 
     Args:
         error: any exception. Without a message, the name of its type is returned.

@@ -60,7 +60,7 @@ class _Bar(tqdm):
 
 
 class _LogFile(io.StringIO):
-    """Logs each text that is written to it, without the carriage returns and spaces that clear a line."""
+    """A text file that logs each write, without the carriage returns and spaces that clear a line."""
 
     def write(self, text: str, /) -> int:
         if text.strip():

@@ -31,7 +31,7 @@ def find_corruption(directory: Path) -> str | None:
 
 
 def _checksums(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file in the checkpoint's items, by relative path."""
+    """Return the SHA-256 of every file in the checkpoint's items, by relative path."""
     sums = {}
     for path in sorted(path for item in _ITEMS for path in (directory / item).rglob("*")):
         if path.is_file():

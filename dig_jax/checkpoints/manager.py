@@ -49,7 +49,7 @@ class Checkpoints:
         settings: Config,
         heldout_loss: float | None = None,
     ) -> None:
-        """Copy the state to the host and write it in the background.
+        """Save a checkpoint: copy the state to the host and write it in the background.
 
         Args:
             step: the checkpoint's name.

@@ -86,7 +86,7 @@ def read_config(path: Path) -> Config:
 
 
 def has_checkpoints(workdir: Path) -> bool:
-    """Whether the workdir has any checkpoint, corrupt ones included."""
+    """Return whether the workdir has any checkpoint, including corrupt ones."""
     return bool(_candidates(workdir))
 
 
@@ -115,7 +115,7 @@ def newest_intact(path: Path) -> tuple[Path, list[Path]]:
 
 
 def state_metadata(directory: Path) -> dict[str, Any]:
-    """Shapes and dtypes of the train state in a checkpoint, as a nested dict."""
+    """Return shapes and dtypes of the train state in a checkpoint, as a nested dict."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         return handler.metadata(epath.Path(directory / "state")).tree
 
@@ -183,7 +183,7 @@ def _read_json(item: Path) -> Mapping[str, Any]:
 
 
 def _with_integer_keys(tree: Any) -> Any:
-    """Orbax returns all keys as strings; our trees index lists by integers."""
+    """Convert digit keys to integers: Orbax returns strings, but our trees index lists by integers."""
     if not isinstance(tree, dict):
         return tree
     return {int(key) if key.isdigit() else key: _with_integer_keys(value) for key, value in tree.items()}

@@ -103,7 +103,7 @@ class DiffusionConfig(Group, path="config.diffusion"):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Group, path="config.training"):
-    """Length of training, and the options of a step other than the optimizer's."""
+    """Length of training, and options of the train step."""
 
     steps: int = field(400_000, "Number of optimizer steps.", bounds="nonnegative")
     accumulation: int = field(1, "Micro-batches per step (gradient accumulation).", bounds="positive")
@@ -178,7 +178,7 @@ class CheckpointConfig(Group, path="config.checkpoint"):
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig(Group, path="config.logging"):
-    """When to write metrics, and where to write them in addition to metrics.jsonl."""
+    """When and where to write metrics, in addition to metrics.jsonl."""
 
     every_steps: int = field(100, "Steps between rows of metrics.", bounds="positive")
     heldout_every_steps: int | None = field(
@@ -190,7 +190,7 @@ class LoggingConfig(Group, path="config.logging"):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig(Group, path="config.sampling"):
-    """How images are drawn, during training and with `--mode=sample`."""
+    """Options for drawing images, during training and with `--mode=sample`."""
 
     every_steps: int | None = field(
         10_000, "Steps between sample grids in training; 0: only at the end.", none=0, bounds="positive"
@@ -251,7 +251,7 @@ class MeshConfig(Group, path="config.mesh"):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Group, path="config"):
-    """The start of a run; the groups below hold all other fields."""
+    """The seed and the initial parameters; the groups below hold all other fields."""
 
     seed: int = field(0, "Seed of the initialization, data order, noise, timesteps and label dropout.")
     init_from: str | None = field(

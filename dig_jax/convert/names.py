@@ -150,7 +150,7 @@ def torch_arrays(model: DiffusionTransformer, params: Mapping[tuple, np.ndarray]
 
 
 def _num_frames(model: DiffusionTransformer) -> int:
-    """Number of orientations through which upstream rotates the tokens, one per scan direction."""
+    """Return the number of orientations of upstream's tokens, one per scan direction."""
     return getattr(model.options, "directions", 1)
 
 

@@ -24,7 +24,7 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
 
     Args:
         options: model (a name such as "DiG-XL/2"), input_size, num_classes, num_heads, directions, conv and
-            skip_alignment replace the inferred values; None is the same as leaving one out.
+            skip_alignment replace the inferred values; None infers the value.
 
     Raises:
         CheckpointError: unknown parameter names or invalid shapes.

@@ -96,7 +96,7 @@ class EncodedSource:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that the examples depend on, as far as it is known without reading them."""
+        """Hash of everything that the examples depend on and that is known without reading them."""
         options = (self.image_size, self.crop, self.upright)
         return fingerprint(self.name, self.split, self.images.identity, self.class_names, options)
 

@@ -11,7 +11,7 @@ from dig_jax.errors import one_line
 
 # Detected by content, not by file name. Pillow's other formats run programs (EPS) or are not images.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# Pillow's own limit, a quarter of a gigabyte as RGB; the header is checked before anything is decoded.
+# Pillow's limit, a quarter of a gigabyte as RGB; the header is checked before anything is decoded.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 2**28
 

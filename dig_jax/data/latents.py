@@ -41,7 +41,7 @@ class Shard(NamedTuple):
     images: number of images, with two entries each.
     bytes: size of the file.
     sha256: hash of its content, in hexadecimal.
-    unreadable: names of images that could not be decoded and are left out.
+    unreadable: names of images that could not be decoded and were skipped.
     sums, squares: sums per channel of the means, and of means² + variances, over all latent pixels.
     """
 

@@ -34,7 +34,7 @@ class ImageSpec:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ImageSpec | None":
-        """Return the spec in `fields`, which may hold other fields too; None without one.
+        """Return the spec in `fields`, which may hold other fields, or None if there is no spec.
 
         Raises:
             ValueError: invalid fields.

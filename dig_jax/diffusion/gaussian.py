@@ -180,7 +180,7 @@ class GaussianDiffusion:
         return (fractions * self.length).astype(jnp.int32)
 
     def level_index(self, t: Steps, count: int) -> Steps:
-        """Return which of `count` equal ranges of the steps each step is in."""
+        """Return the index of each step's range, out of `count` equal ranges of the steps."""
         return t * count // self.length
 
     def timestep_input(self, t: Steps) -> Steps:

@@ -37,7 +37,7 @@ class Process(Protocol):
         ...
 
     def level_index(self, times: Times, count: int, /) -> Int[Array, " b"]:
-        """Return which of `count` equal ranges each time is in, numbered from the least noise to the most."""
+        """Return the index of each time's range, out of `count` equal ranges from least to most noise."""
         ...
 
     def timestep_input(self, times: Times, /) -> Num[Array, " b"]:

@@ -38,7 +38,7 @@ class DigitsEvaluator:
     """The `Evaluator` of the digits data set."""
 
     def applies_to(self, settings: Config) -> bool:
-        """Whether the model was trained on digits."""
+        """Return whether the model was trained on digits."""
         return settings.data.name == "digits"
 
     def score(
@@ -140,7 +140,7 @@ class _RealDigits:
 
 @functools.cache
 def _real_digits() -> _RealDigits:
-    """Classifier and features of the real digits, fitted to the training split only."""
+    """Return classifier and features of the real digits, fitted to the training split only."""
     from sklearn.decomposition import PCA
     from sklearn.svm import SVC
 
@@ -158,7 +158,7 @@ def _real_digits() -> _RealDigits:
 
 
 def _real_distance(size: int) -> float:
-    """Fréchet distance of `size` training images to the held-out images, averaged over fixed subsets."""
+    """Return the Fréchet distance of `size` training images to the held-out ones, over fixed subsets."""
     real, random = _real_digits(), np.random.default_rng(0)
     size = min(size, len(real.train_features))
     subsets = [random.choice(len(real.train_features), size, replace=False) for _ in range(_SUBSETS)]

@@ -44,7 +44,7 @@ def frechet_distance(features_a: Float[np.ndarray, "n d"], features_b: Float[np.
 def _moments(
     features: Float[np.ndarray, "n d"],
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "r d"]]:
-    """Mean, and R such that RᵀR is the covariance."""
+    """Return the mean, and R such that RᵀR is the covariance."""
     features = features.astype(np.float64)
     mean = features.mean(0)
     root = np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")

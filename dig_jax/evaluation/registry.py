@@ -13,10 +13,10 @@ Scores = dict[str, Any]
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Scores generated images against real images."""
+    """A method to score generated images against real images."""
 
     def applies_to(self, settings: Config) -> bool:
-        """Whether this evaluator can score images of a model that was trained with these settings."""
+        """Return whether this evaluator can score images of a model that was trained with these settings."""
         ...
 
     def score(self, images: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"]) -> Scores:

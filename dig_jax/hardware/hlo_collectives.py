@@ -1,4 +1,4 @@
-"""Collectives of an optimized HLO module: what they exchange, and between which devices."""
+"""Collectives of an optimized HLO module: their kind, their size and the devices that communicate."""
 
 import dataclasses
 import math

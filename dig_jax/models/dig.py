@@ -56,7 +56,7 @@ class DiGOptions(ModelOptions):
             )
 
     def pattern(self) -> BlockPattern:
-        """Return one block per scan direction; the period is 4 with fewer directions too."""
+        """Return one block per scan direction; the period is also 4 with fewer directions."""
         blocks = tuple(
             BlockSpec(
                 mixer=functools.partial(

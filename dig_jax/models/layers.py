@@ -128,7 +128,7 @@ class GeluMLP(nnx.Module):
 def depthwise_conv3x3(
     kernel: Float[Array, "3 3 d"], x: Float[Array, "b height width d"]
 ) -> Float[Array, "b height width d"]:
-    """Zero-padded depthwise 3×3 convolution, as nine shifted products that fuse into one pass over x."""
+    """Apply a zero-padded depthwise 3×3 convolution, as nine shifted products that fuse into one pass."""
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     products = (x[:, i : i + height, j : j + width] * kernel[i, j] for i in range(3) for j in range(3))

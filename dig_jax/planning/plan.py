@@ -50,7 +50,7 @@ def plan(settings: Config, topology: str, *, train_only: bool = False) -> dict[s
         train_only: skip the sampler and the search for the largest batch, which take minutes.
 
     Returns:
-        Nested dicts of numbers in bytes, seconds and FLOPs. Unknown figures are None or left out.
+        Nested dicts of numbers in bytes, seconds and FLOPs. Unknown figures are None or omitted.
 
     Raises:
         ConfigError: an unknown topology or an invalid config.

@@ -32,7 +32,7 @@ class PlannedRun:
 
     @classmethod
     def of(cls, settings: Config, topology: Topology) -> "PlannedRun":
-        """Lay a config out on a topology.
+        """Return the run of a config on a topology.
 
         Raises:
             ConfigError: an invalid config, or one that does not fit the number of devices.
@@ -119,5 +119,5 @@ def bytes_per_device(tree: Any) -> int:
 def _lower_in_process(
     lower: Callable[[PlannedRun], jax.stages.Lowered], settings: Config, topology: str
 ) -> jax.stages.Lowered:
-    """Lower in another process; neither runs nor lowered programs pickle."""
+    """Lower in another process, because neither runs nor lowered programs can be pickled."""
     return lower(PlannedRun.of(settings, find_topology(topology)))

@@ -21,7 +21,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
             + (f", {chip['devices']} devices" if chip["devices"] > 1 else "")
         )
     else:
-        yield "unknown device: no peak rates, so neither times nor a memory limit"
+        yield "unknown device: its peak rates and memory are unknown, so times and fit are not computed"
     limit = plan["memory_limit"]
     yield from _step("train step", plan["train"], limit, plan)
     if "train_at_largest_batch" in plan:

@@ -37,7 +37,7 @@ _DECODED_LATENT_PIXELS = 64 * 64
 
 
 class Sampler:
-    """Draws images from a model. The config's `sampling` provides defaults for the options of a call.
+    """A function that draws images from a model, with defaults from the config's `sampling`.
 
     Attributes:
         components: model, diffusion process and data.
@@ -194,7 +194,7 @@ class Sampler:
         return autoencoder and autoencoder.on(replicated(local_mesh()))
 
     def _batch_size(self, count: int) -> int:
-        """The config's batch size, or less for fewer images, rounded up to a multiple of the shards."""
+        """Return the config's batch size, or less for fewer images, as a multiple of the shards."""
         shards = batch_shards(self._mesh) if self._mesh else 1
         return -(-min(count, self.components.config.sampling.batch_size) // shards) * shards
 

@@ -1,7 +1,7 @@
 """Running averages of the parameters, by name.
 
-The state holds them as `ema/{name}`. A name identifies an average and carries no meaning: the kind of an
-average and its options belong to the `Average` object of that name.
+The state holds them as `ema/{name}`. A name only identifies an average: the kind of an average and its
+options belong to the `Average` object of that name.
 """
 
 import dataclasses

@@ -55,7 +55,7 @@ class StepEvent:
     has_new_files: bool = False
 
     def is_due(self, every_steps: int | None) -> bool:
-        """Whether something that happens every N steps and at the last step is due; None: never."""
+        """Return whether an action every N steps and at the last step is due; None: never."""
         return every_steps is not None and (self.step % every_steps == 0 or self.step == self.last)
 
 
@@ -73,7 +73,7 @@ class Hook:
 
 
 class ProfileSteps(Hook):
-    """Traces the requested steps."""
+    """Hook that traces the requested steps."""
 
     def __init__(self, profiler: Profiler, meter: StepMeter):
         self._profiler, self._meter = profiler, meter
@@ -96,7 +96,7 @@ class ProfileSteps(Hook):
 
 
 class ComputeHeldoutLoss(Hook):
-    """Computes the held-out loss every N steps, for the metrics and the choice of the best checkpoints."""
+    """Hook that computes the held-out loss every N steps, for metrics and the choice of checkpoints."""
 
     def __init__(self, every_steps: int | None, compute: Callable[[State], float | None], meter: StepMeter):
         self._every_steps, self._compute, self._meter = every_steps, compute, meter
@@ -109,12 +109,12 @@ class ComputeHeldoutLoss(Hook):
 
 
 class WriteMetrics(Hook):
-    """Writes a row of metrics every N steps and shows it in the progress line.
+    """Hook that writes a row of metrics every N steps and shows it in the progress line.
 
     A row is written after the next step was dispatched, so that the devices never wait for it.
 
     Args:
-        every_steps: the interval; steps with a held-out loss get a row in any case.
+        every_steps: the interval; steps with a held-out loss always get a row.
         meter: measures the steps.
         writer: where rows go.
         progress: the progress line.
@@ -160,7 +160,7 @@ class WriteMetrics(Hook):
 
 
 class SaveCheckpoint(Hook):
-    """Saves a checkpoint every N steps, every N minutes, at the last step and before a preemption.
+    """Hook that saves a checkpoint every N steps, every N minutes, at the last step and before a preemption.
 
     Args:
         settings: when to save.
@@ -200,7 +200,7 @@ class SaveCheckpoint(Hook):
 
 
 class DrawSamples(Hook):
-    """Draws the grid of samples every N steps. The last step's grid is part of the final report."""
+    """Hook that draws the grid of samples every N steps, except at the last step (see `train`)."""
 
     def __init__(self, every_steps: int | None, draw: Callable[[State], None], meter: StepMeter):
         self._every_steps, self._draw, self._meter = every_steps, draw, meter
@@ -214,7 +214,7 @@ class DrawSamples(Hook):
 
 
 class WriteReport(Hook):
-    """Writes report.html after a checkpoint was saved or samples were drawn."""
+    """Hook that writes report.html after a checkpoint was saved or samples were drawn."""
 
     def __init__(self, output: Path, meter: StepMeter):
         self._output, self._meter = output, meter

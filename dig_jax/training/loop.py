@@ -51,7 +51,7 @@ def loop(
         for step in range(first + 1, last + 1):
             for hook in hooks:
                 hook.before_step(step)
-            # An implicit transfer would wait for the step that runs, or copy an array anew at every step.
+            # An implicit transfer would wait for the running step, or copy the same array at every step.
             with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, batch)
             if step < last:

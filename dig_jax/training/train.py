@@ -113,7 +113,7 @@ def _finish(run: Run, state: State, writer: MetricWriter) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _output_directory(workdir: Path) -> Iterator[Path]:
-    """The workdir on process 0, a temporary directory on other processes."""
+    """Yield the workdir on process 0 and a temporary directory on other processes."""
     if jax.process_index() == 0:
         yield workdir
         return

@@ -111,7 +111,7 @@ def _is_number(x: Any) -> bool:
 
 
 def debug_checks_enabled() -> bool:
-    """Whether PALLAS_GLA_DEBUG=1 is set. Under `jax.jit` this is read at trace time."""
+    """Return whether PALLAS_GLA_DEBUG=1 is set. Under `jax.jit` this is read at trace time."""
     return os.environ.get("PALLAS_GLA_DEBUG", "0") == "1"
 
 

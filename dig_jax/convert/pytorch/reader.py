@@ -104,7 +104,7 @@ class TorchFile:
         )
 
     def tensors(self, tree: str = "") -> dict[str, Tensor]:
-        """Return the tensors below a dotted path, such as "ema" or "opt.state", by the rest of their names.
+        """Return the tensors below a dotted path, such as "ema" or "opt.state", by their names below it.
 
         Raises:
             InvalidFile: unknown tree, an entry that is not a tensor, or tensors with more than twice the

@@ -29,7 +29,7 @@ class BaseSampler(abc.ABC):
     """A sampler with its options.
 
     Subclasses are frozen dataclasses of hashable fields: a sampler compares, hashes and pickles by its
-    options and can be a static argument of `jax.jit`. They validate their own fields in `__post_init__` and
+    options and can be a static argument of `jax.jit`. They validate their fields in `__post_init__` and
     raise ValueError with the option by name.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Charts of metrics over steps as SVG in the colors of the page, and the numbers shown beside them."""
+"""Charts of metrics over steps as SVG in the colors of the page, and the numbers shown next to them."""
 
 import dataclasses
 import io

@@ -15,8 +15,8 @@ _GRIDS, _BYTES = 40, 1_200_000
 def embedded_grids(workdir: Path) -> list[tuple[int, str]]:
     """Return (step, data URI) of the grids WORKDIR/samples/STEP.png, in order of steps.
 
-    If there are too many, grids between the first and the last are left out at even distances. Unreadable
-    files are skipped.
+    If there are too many, an evenly spaced subset with the first and the last is returned. Unreadable files
+    are skipped.
     """
     found = {int(path.stem): path for path in (workdir / "samples").glob("*.png") if path.stem.isdigit()}
     steps, encode = sorted(found), functools.cache(_data_uri)

@@ -1,4 +1,4 @@
-"""The content of the report, from the files of a workdir. Missing files leave out their sections."""
+"""The content of the report, from the files of a workdir. The sections of missing files are omitted."""
 
 import datetime
 import functools

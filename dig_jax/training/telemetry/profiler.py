@@ -35,7 +35,7 @@ def profiled_steps(numbers: np.ndarray | None) -> ProfiledSteps | None:
 
 
 class Profiler:
-    """Traces the requested steps that this start of the run executes.
+    """Profiler of the requested steps that this start of the run executes.
 
     Args:
         directory: where to write the trace.
@@ -61,11 +61,11 @@ class Profiler:
             )
 
     def starts_at(self, step: int) -> bool:
-        """Whether the trace starts before this step."""
+        """Return whether the trace starts before this step."""
         return step == self._first <= self._last
 
     def stops_at(self, step: int) -> bool:
-        """Whether the trace ends after this step."""
+        """Return whether the trace ends after this step."""
         return self._tracing and step == self._last
 
     def start(self) -> None:

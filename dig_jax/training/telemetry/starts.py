@@ -40,7 +40,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the repository that this program runs from, "-dirty" if files were changed."""
+    """Return the commit of this program's repository, with "-dirty" if files were changed."""
     root = Path(dig_jax.__file__).parents[1]
     if not (root / ".git").exists():
         return None

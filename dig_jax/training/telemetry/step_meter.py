@@ -31,7 +31,7 @@ class _Step(NamedTuple):
 
 
 class StepMeter:
-    """Collects the metrics and the duration of steps that may still be running.
+    """Collector of the metrics and the duration of steps that may still be running.
 
     A step lasts from the end of the previous step to the end of this one, without pauses. The meter sees a
     step end when the loop waits for it.

@@ -33,7 +33,7 @@ class BestTimes:
     program: float | None = None
 
     def utilization(self, images_per_second: float) -> dict[str, float]:
-        """Return the fractions mfu and roofline_share at this speed, as far as they are known."""
+        """Return the fractions mfu and roofline_share at this speed, without unknown ones."""
         bounds = {"mfu": self.model, "roofline_share": self.program}
         return {name: seconds * images_per_second for name, seconds in bounds.items() if seconds}
 
@@ -73,7 +73,7 @@ def _program_seconds(
     components: Components, mesh: Mesh, chip: Chip, train_step: jax.stages.Compiled
 ) -> float:
     times = roofline(count(train_step.as_text() or ""), chip, list(mesh.devices.flat))
-    log.info("the roofline of %s allows %.3g s per step, bound by %s", chip.name, times.seconds, times.bound)
+    log.info("roofline of %s: at least %.3g s per step, bound by %s", chip.name, times.seconds, times.bound)
     return times.seconds / components.config.data.batch_size
 
 

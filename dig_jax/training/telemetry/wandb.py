@@ -22,7 +22,7 @@ def require_wandb(project: str | None) -> None:
 class WandbRun:
     """A wandb run for a workdir. Every start with the same workdir continues the same run.
 
-    Rows carry their step as a value, which is the x-axis of all charts. wandb's own step counter only
+    Rows carry their step as a value, which is the x-axis of all charts. wandb's step counter only
     increases and would drop the rows that a resumed run writes again.
     """
 

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricWriter:
-    """Appends rows to metrics.jsonl and, if enabled, to TensorBoard and wandb.
+    """Writer of rows to metrics.jsonl and, if enabled, to TensorBoard and wandb.
 
     A resumed run first drops the rows of steps after the restored one, because it will write them again.
 

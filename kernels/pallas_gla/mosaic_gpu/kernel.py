@@ -262,7 +262,7 @@ class HopperProgram:
         return (self.refs[f"{name}_tile"][slot].astype(jnp.float32) * factor).astype(jnp.bfloat16)
 
     def level(self) -> Float[Array, "c c"]:
-        """Load the levels of `write_order`, every time anew to save registers."""
+        """Load the levels of `write_order`, again for each use to save registers."""
         return self.refs["level"][...].astype(jnp.float32)
 
     def pieces(self, chunk: Int[Array, ""], width: int) -> Iterator[tuple[Any, tuple[Any, Any]]]:

@@ -6,7 +6,7 @@ end, S the transposed incoming state, g_0 the decay of the first token, and i >=
     q~ = scale q exp(G - M),   k~ = k exp(M - G),   S~ = S exp(g_0 + M)
     o = mask(q~ k~^T) v + q~ S~^T,   S <- exp(L - M) (S~ + v^T k~)
 
-A token takes two exponentials, and the rest is matrix products (Yang et al. 2024, section 4.2). Taking the
+A token takes two exponentials; all else is matrix products (Yang et al. 2024, section 4.2). Taking the
 reference in the middle halves the range of the exponents; leaving out g_0, which affects no pair inside the
 chunk, allows it to be a reset. If decays in a step span more than `MAX_SPAN`, the step runs again by
 bisection: pairs (i, j) in neighboring blocks of 1, 2, 4, ... tokens decay by a sum from j to the end of its
@@ -209,7 +209,7 @@ def largest(spans: list[Float[Array, "1 _"]]) -> Float[Array, ""]:
 def attend(
     tiling: TpuTiling, group: HeadGroup, scores: Float[Array, "c n"], v: Float[Array, "c w"]
 ) -> Float[Array, "c w"]:
-    """Multiply every head's scores by its values, for as many heads at a time as fill the lanes."""
+    """Multiply every head's scores by its values, for `heads_together` heads at a time."""
     together = heads_together(tiling, group)
     parts = []
     for start in range(0, group.heads, together):
@@ -221,7 +221,7 @@ def attend(
 
 
 def heads_together(tiling: TpuTiling, group: HeadGroup) -> int:
-    """Return the number of heads whose values fill 128 lanes, if their scores are aligned too."""
+    """Return the number of heads whose values fill 128 lanes, or all heads if scores would be misaligned."""
     heads = max(LANES // tiling.value_width, 1)
     return heads if heads * tiling.chunk % LANES == 0 else group.heads
 

@@ -286,7 +286,7 @@ class Launch:
 
 
 def _columns(scan: Scan, preferred: int, chunks: int, tokens: int) -> tuple[int, int]:
-    """Return the columns of a grid step of at most `tokens`, or 0 to go along rows, and the chunk size."""
+    """Return the columns of a grid step of at most `tokens`, or 0 to scan rows, and the chunk size."""
     if not scan.by_columns or min(scan.grid) == 1 or scan.grid[0] * SUBLANES > tokens:
         return 0, preferred
     # There are only as many slots for saved states as chunks of 64 need.

@@ -165,7 +165,7 @@ def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def emit_in_stages(items: Iterable[Iterator[None]]) -> None:
-    """Run generators one stage apart, the youngest first.
+    """Run generators one stage apart, the last started first.
 
     The compiler keeps much of the program's order, so this places the products of one tile next to the
     elementwise work of others.
@@ -195,7 +195,7 @@ def pair_masks(i: Int[Array, "c n"], j: Int[Array, "c n"], level: Int[Array, ""]
 def sum_masks(
     i: Int[Array, "c c"], j: Int[Array, "c c"], level: Int[Array, ""] | int
 ) -> tuple[Bool[Array, "c c"], Bool[Array, "c c"]]:
-    """Mask the tokens j from the start of i's block of 2**level tokens to i, and those after i to its end."""
+    """Mask the tokens j in i's block of 2**level tokens: from its start to i, and from i + 1 to its end."""
     same = (i >> level) == (j >> level)
     return same & (j <= i), same & (j > i)
 

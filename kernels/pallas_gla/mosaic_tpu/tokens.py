@@ -28,7 +28,7 @@ class Tokens:
     chunk: int
 
     def load(self, chunk: int | Int[Array, ""], lanes: slice, dtype: Any = None) -> Float[Array, "c w"]:
-        """Load the tokens of a chunk, by default in their own dtype."""
+        """Load the tokens of a chunk, by default in the dtype of the array."""
         x = self.ref[self._rows(chunk), lanes]
         return x if dtype is None else x.astype(dtype)
 
@@ -70,7 +70,7 @@ class Columns:
             self.words[pl.ds(tile * height, height), :width] = view[:, tile * LANES : tile * LANES + width]
 
     def load(self, chunk: int | Int[Array, ""], lanes: slice, dtype: Any = None) -> Float[Array, "c w"]:
-        """Load the tokens of a chunk, by default in their own dtype."""
+        """Load the tokens of a chunk, by default in the dtype of the array."""
         together, first = self.chunk // self.rows, lanes.start // LANES
         tiles = [
             jnp.concatenate([self._column(tile, chunk * together + n) for n in range(together)])
