@@ -17,7 +17,7 @@ from absl import flags
 from dig_jax.cli import command_line, commands
 
 flags.DEFINE_string("workdir", None, "Directory of the run; by default runs/NAME_OF_CONFIG.")
-flags.DEFINE_enum("mode", "train", list(commands.COMMANDS), "What to do.")
+flags.DEFINE_enum("mode", "train", list(commands.COMMANDS), "The command to run.")
 flags.DEFINE_string(
     "labels", None, "With --mode=sample: classes, such as 0,5-7 or tabby,goldfish; by default all."
 )
@@ -36,12 +36,12 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "coordinator",
     None,
-    "With --mode=train, encode or sample in several processes: ADDRESS:PORT of process 0. Not needed on TPU"
+    "With --mode=train, encode or sample, and several processes: ADDRESS:PORT of process 0. Not needed on TPU"
     " pods or under SLURM.",
 )
-flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
-flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
-flags.DEFINE_float("join_timeout", 300, "Seconds to wait for the other processes at the start.")
+flags.DEFINE_integer("num_processes", None, "With --coordinator: number of processes.", lower_bound=1)
+flags.DEFINE_integer("process_id", None, "With --coordinator: index of this process, from 0.", lower_bound=0)
+flags.DEFINE_float("join_timeout", 300, "Seconds to wait at the start until all processes are connected.")
 
 if __name__ == "__main__":
     command_line.run(commands.run, __doc__ or "")

@@ -155,7 +155,7 @@ class ModelSpec:
             )
 
 
-# Cached outside of the spec, which must stay picklable.
+# Cached outside the spec, because the spec must be picklable.
 @functools.lru_cache(maxsize=16)
 def _graphdef(spec: ModelSpec) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: spec.create(nnx.Rngs(0))))[0]

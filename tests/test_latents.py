@@ -317,10 +317,10 @@ def settings(**encode):
         (
             {"image_size": 64},
             None,
-            r"were made with size=32×32; expected 64×64 \(config.encode.options\)",
+            r"were encoded with size=32×32; expected 64×64 \(config.encode.options\)",
         ),
-        ({"crop": "celeba"}, None, "were made with crop=adm; expected celeba"),
-        ({"upright": False}, None, "were made with upright=True; expected False"),
+        ({"crop": "celeba"}, None, "were encoded with crop=adm; expected celeba"),
+        ({"upright": False}, None, "were encoded with upright=True; expected False"),
     ],
 )
 def test_latents_of_a_different_autoencoder_resolution_or_crop_are_rejected(

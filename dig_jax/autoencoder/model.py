@@ -101,7 +101,7 @@ class Autoencoder(nnx.Module):
     def fingerprint(self) -> str:
         """Return the SHA-256 of sizes and parameters, in hexadecimal; latent caches store it."""
         sizes = [f"{name}={value!r}" for name, value in dataclasses.asdict(self.config).items()]
-        # Caches depend on this text: it is the repr of the class under its first name.
+        # Existing caches depend on this text, which is the repr of the config under an earlier class name.
         digest = hashlib.sha256(f"Architecture({', '.join(sizes)})".encode())
         for path, variable in sorted(nnx.to_flat_state(nnx.state(self)), key=lambda item: str(item[0])):
             digest.update(repr(path).encode() + np.asarray(variable[...]).tobytes())
@@ -110,7 +110,7 @@ class Autoencoder(nnx.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_images(graphdef: nnx.GraphDef, params: Any, images: Array) -> Array:
-    """Return the moments of images of a valid size, by a split `Autoencoder`."""
+    """Return the moments of images of a valid size, given a split `Autoencoder`."""
     model = nnx.merge(graphdef, params)
     if images.dtype == jnp.uint8:
         images = images.astype(jnp.float32) / 127.5 - 1

@@ -42,7 +42,7 @@ class AutoencoderArchitecture:
     scaling_factor: float = 0.18215
 
     def __post_init__(self):
-        # The upper limits reject files that describe an endless network.
+        # The upper limits reject files that describe a network too large to build.
         limits = {"in_channels": 64, "out_channels": 64, "latent_channels": 256, "layers_per_block": 16}
         for name, limit in limits.items():
             if not 1 <= getattr(self, name) <= limit:

@@ -56,7 +56,7 @@ class Checkpoints:
             state: the train state.
             data: JSON values that describe the position in the training data.
             settings: the run's config.
-            heldout_loss: the loss by which the checkpoint may be kept as one of the best.
+            heldout_loss: the held-out loss, by which the best checkpoints are kept.
 
         Raises:
             CheckpointError: this save or the previous one failed; older checkpoints are unchanged.
@@ -118,12 +118,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        # A save would wait forever for a process that was lost.
+        # If another process failed, waiting for the save would take forever.
         if not is_peer_failure(error):
             self.close()
 
     def _open(self) -> ocp.CheckpointManager:
-        """Open the manager for the first save. This removes what killed saves left behind."""
+        """Open the manager for the first save. This removes the temporary files of killed saves."""
         for directory in self._corrupt if jax.process_index() == 0 else []:
             directory.rename(_free_name(directory.with_suffix(".unreadable")))
         kept = [
@@ -155,7 +155,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turn any exception of a failed save into a CheckpointError of one line."""
+        """Turn any exception of a failed save into a one-line CheckpointError."""
         try:
             yield
         except Exception as error:

@@ -75,7 +75,7 @@ def read_parameter_file(path: Path, ema: str | None = None) -> tuple[Components,
 
     Raises:
         CheckpointError: the file is missing, corrupt, written by another program or a different version, or
-            its arrays do not match its config.
+            the arrays do not match the config.
     """
     with open_safetensors(path) as file:
         components, step, stored_ema = _read_metadata(file.metadata, path)

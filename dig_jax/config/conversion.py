@@ -24,7 +24,7 @@ _CHANGEABLE += tuple(f"data.options.{name}" for name in _LOCATIONS)
 
 
 def from_dict(settings: Mapping[str, Any]) -> Config:
-    """Return the dataclasses of a nested dict: a ConfigDict's, or the one in a workdir's config.json.
+    """Return the dataclasses for a nested dict, as in a ConfigDict or in config.json.
 
     Missing fields have their defaults, because configs of older versions lack newer fields.
 

@@ -281,7 +281,7 @@ def _check_positions(model: DiffusionTransformer, stored: Mapping[str, StoredArr
     if theirs.shape != (1, tokens, model.hidden_size) or not np.allclose(
         theirs.read().astype(np.float32)[0],
         _positions(model),
-        atol=max(1e-5, float(jnp.finfo(theirs.dtype).eps)),  # a sine, rounded
+        atol=max(1e-5, float(jnp.finfo(theirs.dtype).eps)),  # rounding of a sine
     ):
         raise ValueError(
             f"invalid pos_embed of shape {theirs.shape}; expected the sin-cos table for input size"

@@ -99,7 +99,7 @@ class LatentSource:
     shards: the files of this split.
     dtype: dtype of the stored moments.
     scale: factor from the posterior to latents.
-    autoencoder: path and fingerprint of the autoencoder that made them.
+    autoencoder: path and fingerprint of the autoencoder that encoded the images.
     encoded_images: size, crop and upright of the images that were encoded; None for sources without them.
     """
 
@@ -260,7 +260,7 @@ def check_latents(source: LatentSource, settings: Config, fingerprint: str | Non
     encoder, stored = source.autoencoder, source.encoded_images
     if fingerprint is not None and fingerprint != encoder["fingerprint"]:
         raise ConfigError(
-            f"the latents in {source.path} were made by a different autoencoder: got fingerprint"
+            f"the latents in {source.path} were encoded by a different autoencoder: got fingerprint"
             f" {encoder['fingerprint'][:12]} ({encoder['path']}); expected {fingerprint[:12]}"
             f" (config.autoencoder.path={settings.autoencoder.path})"
         )
@@ -269,7 +269,7 @@ def check_latents(source: LatentSource, settings: Config, fingerprint: str | Non
             name, value = "size", [value, value] if isinstance(value, int) else list(value)
         if stored.get(name) not in (None, value):
             raise ConfigError(
-                f"the latents in {source.path} were made with {name}={_format(stored[name])};"
+                f"the latents in {source.path} were encoded with {name}={_format(stored[name])};"
                 f" expected {_format(value)} (config.encode.options)"
             )
 

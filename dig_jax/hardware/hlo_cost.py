@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dig_jax.hardware.hlo_collectives import Collective, collectives
 from dig_jax.hardware.hlo_parser import HloInstruction, HloModule, arrays, find, integers, parse
 
-# These move no data, or belong to an instruction that was counted at its start.
+# Opcodes that move no data.
 _FREE = (
     "parameter",
     "tuple",
@@ -81,7 +81,7 @@ def _computation(module: HloModule, name: str) -> Counts:
             counts.add(max(branches, key=lambda branch: branch.bytes))
         elif opcode in ("call", _ASYNC_CALL):
             counts.add(_computation(module, instruction.called("to_apply", "calls")))
-        elif opcode not in _FREE and not opcode.endswith(("-done", "-update")):
+        elif opcode not in _FREE and not opcode.endswith(("-done", "-update")):  # counted at "-start"
             counts.flops.update(_flops(module, module[name], instruction))
             counts.bytes += _bytes(module, module[name], instruction)
             counts.collectives += collectives(module, module[name], instruction)

@@ -50,7 +50,7 @@ def make_mesh(
     if used < len(devices) and len({device.process_index for device in devices}) > 1:
         raise ConfigError(
             f"{_format(settings)} uses {used} of {len(devices)} devices;"
-            " expected all devices with several hosts"
+            " expected all devices if there are several hosts"
         )
     shards = math.prod(size for name, size in zip(AXES, shape, strict=True) if name in BATCH_AXES)
     if batch_size % (shards * accumulation):

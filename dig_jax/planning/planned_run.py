@@ -119,5 +119,5 @@ def bytes_per_device(tree: Any) -> int:
 def _lower_in_process(
     lower: Callable[[PlannedRun], jax.stages.Lowered], settings: Config, topology: str
 ) -> jax.stages.Lowered:
-    """Lower in another process, because neither runs nor lowered programs can be pickled."""
+    """Lower in another process, to which neither a run nor a lowered program can be pickled."""
     return lower(PlannedRun.of(settings, find_topology(topology)))

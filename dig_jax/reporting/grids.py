@@ -237,7 +237,7 @@ def _with_caption(picture: Image.Image, caption: str, font: ImageFont.FreeTypeFo
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # it is, whenever a size is given
+    assert isinstance(font, ImageFont.FreeTypeFont)  # always, if a size is given
     return font
 
 

@@ -150,7 +150,7 @@ class Sampler:
         batch_size = self._batch_size(len(seeds))
         batches = []
         for first in range(0, len(seeds), batch_size):
-            # The last image fills up the last batch, so that one shape is compiled.
+            # Pad the last batch with the last image, so that only one shape is compiled.
             indices = np.minimum(np.arange(first, first + batch_size), len(seeds) - 1)
             batch = {"labels": labels[indices], "seeds": seeds[indices]}
             if self._mesh is None:

@@ -173,7 +173,7 @@ def insert(target: Any, key: Any, value: Any) -> None:
         if not isinstance(target, Opaque):
             raise InvalidFile(f"corrupt pickle: item set on an object of type {type(target).__name__}")
         return
-    # A file can choose other keys with equal hashes. Parameters never have such keys.
+    # Keys of other types are never parameters, and a file could slow a dict down by keys with equal hashes.
     if type(key) is not str and (type(key) is not int or key.bit_length() > 63):
         key = Opaque(f"a key of type {type(key).__name__}")
     if key in target:

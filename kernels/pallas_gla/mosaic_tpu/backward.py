@@ -179,7 +179,7 @@ def _bisect_chunk(
     d_v = _gather(tiling, group, scores, d_o) + fwd.read_state(tiling, group, keys, d_state)
     refs["d_v"].store(chunk, group.values, d_v)
 
-    # First what crosses the chunk's ends, then the pairs inside it, by distance.
+    # First the terms that cross the chunk's ends, then the pairs inside it, by distance.
     d_queries = _write_state(tiling, group, d_o, state)
     d_keys = _write_state(tiling, group, v, d_state)
     d_g = _sum_gradients(tiling, tiles.levels(tiling.chunk), queries * d_queries, keys * d_keys)
