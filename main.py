@@ -1,10 +1,11 @@
-"""Train a diffusion model, resume it, draw samples from it, score and export it.
+"""Train a diffusion model, resume training, draw samples, score them, and export the model.
 
 python main.py --config=configs/digits.py                     train in runs/digits, or resume there
 python main.py --config=configs/digits.py --workdir=DIR       train in DIR
 python main.py --config=configs/digits.py --mode=sample --labels=0,3,5-7 --seeds=0-3
 python main.py --config=configs/digits.py --mode=evaluate     compute the scores again
 python main.py --config=configs/digits.py --mode=export --output=digits.safetensors    a file of parameters
+python main.py --config=configs/dig_xl.py --mode=encode --config.encode.options.path=DIR    images to latents
 python main.py --config=configs/dig_xl.py --mode=plan --topology=v5e:16x16    memory and time on such chips
 
 --config=configs/dig_xl.py:512 passes an argument to the config. --config=WORKDIR/config.json uses the config
