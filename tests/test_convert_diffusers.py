@@ -128,9 +128,9 @@ def test_a_sharded_model_is_read_as_one(in_shards, tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "not a diffusers index: no weight_map"),
-        ("[]", "not a diffusers index: no weight_map"),
-        ('{"weight_map": {}}', "not a diffusers index: no weight_map"),
+        ("{", "missing weight_map; expected the index"),
+        ("[]", "missing weight_map; expected the index"),
+        ('{"weight_map": {}}', "missing weight_map; expected the index"),
         (
             '{"weight_map": {"a": "../elsewhere.safetensors"}}',
             "got '../elsewhere.safetensors'; expected",

@@ -49,7 +49,7 @@ _UNIT = 1 if sys.platform == "darwin" else 1024
 CASES = {
     "sound .pt": ("convert", "sound.pt", 0, None),
     "truncated .pt": ("convert", "truncated.pt", 1, "not a PyTorch file, or a truncated one"),
-    "pickle with a call": ("convert", "call.pt", 1, "not a tensor: w is of type posix.system"),
+    "pickle with a call": ("convert", "call.pt", 1, "invalid w: got posix.system"),
     "zip bomb": ("convert", "bomb.pt", 1, "compressed member 'x/data.pkl'"),
     "storage of terabytes": ("convert", "storage.pt", 1, "expected 1,099,511,627,776 values of float32"),
     "NaN in a .pt": ("convert", "nan.pt", 1, "finite"),

@@ -198,7 +198,7 @@ def _read(stored: Mapping[str, StoredArray], name: str) -> np.ndarray:
         raise ValueError(f"{name} has non-finite values")
     alias = _alias(name)
     if alias is not None and alias in stored and not np.array_equal(stored[alias].read(), array):
-        raise ValueError(f"{name} and {alias} differ; expected two copies of one weight")
+        raise ValueError(f"{name} and {alias} differ; expected equal copies of one weight")
     return array
 
 

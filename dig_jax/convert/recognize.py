@@ -105,7 +105,7 @@ def _name_and_sizes(source: UpstreamParams, name: str | None, heads: int | None)
     size, usual_heads = _SIZES.get(width, ("S", None))
     heads = heads or _heads(source, width) or usual_heads
     if heads is None:
-        raise ConfigError("--num_heads is required: DiT's parameters do not show the number of heads")
+        raise ConfigError("missing --num_heads: the number of heads cannot be inferred from DiT's parameters")
     return {
         "name": f"{family}-{size}/{patch}",
         "depth": _depth(source),
@@ -169,5 +169,5 @@ def _input_size(source: UpstreamParams, patch: int) -> int:
     if type(size := source.hints.get("sample_size")) is int:
         return size
     raise ConfigError(
-        "--input_size is required: the file does not show the size of the model's images or latents"
+        "missing --input_size: the size of the model's images or latents cannot be inferred from the file"
     )

@@ -93,7 +93,7 @@ def _shards(index: Path) -> list[Path]:
     """Return the files of a diffusers index. Only files in the same folder are allowed."""
     names = _json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise InvalidFile("not a diffusers index: no weight_map")
+        raise InvalidFile("missing weight_map; expected the index of diffusers weights")
     files = sorted(set(map(str, names.values())))
     for file in files:
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):

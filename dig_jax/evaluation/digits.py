@@ -86,7 +86,10 @@ def score_digits(
         ValueError: images and labels differ in number, there are fewer than 2, or a label is not in 0 … 9.
     """
     if len(images) != len(labels):
-        raise ValueError(f"numbers of images and labels differ: got {len(images)} and {len(labels)}")
+        raise ValueError(
+            f"numbers of images and labels differ: got {len(images)} and {len(labels)};"
+            " expected equal numbers"
+        )
     if len(images) < 2:
         raise ValueError(f"too few images to score: got {len(images)}; expected at least 2")
     if labels.min() < 0 or labels.max() > 9:

@@ -113,11 +113,14 @@ class TorchFile:
         found: dict[str, Tensor] = {}
         for name, value in _flattened(self._subtree(tree)):
             if not isinstance(value, Tensor):
-                raise InvalidFile(f"not a tensor: {_joined(tree, name)} is of type {_kind(value)}")
+                raise InvalidFile(f"invalid {_joined(tree, name)}: got {_kind(value)}; expected a tensor")
             insert(found, name, value)
         claimed = sum(tensor.nbytes for tensor in set(found.values()))
         if claimed > 2 * len(self._data):
-            raise InvalidFile(f"tensors of {claimed:,} bytes in a file of {len(self._data):,} bytes")
+            raise InvalidFile(
+                f"tensors too large: got {claimed:,} bytes; expected at most twice the file's"
+                f" {len(self._data):,} bytes"
+            )
         return found
 
     def _subtree(self, tree: str) -> dict:
@@ -129,7 +132,7 @@ class TorchFile:
                 raise InvalidFile(f"unknown tree {tree!r}; expected one of: {choices or 'none'}")
             node = node[part]
         if not isinstance(node, dict):
-            raise InvalidFile(f"not a tree of tensors: {tree or 'the content'} is of type {_kind(node)}")
+            raise InvalidFile(f"invalid {tree or 'content'}: got {_kind(node)}; expected a tree of tensors")
         return node
 
     def read(self, tensor: Tensor) -> np.ndarray:
