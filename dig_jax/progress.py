@@ -18,7 +18,7 @@ class Progress:
     """Progress as one line that is rewritten in place on a terminal, or as lines in the log elsewhere.
 
     Args:
-        what: the thing that is counted, such as "step" or "image".
+        what: name of a counted item, such as "step" or "image".
         first: number already done at the start.
         total: number that will be done at the end.
         every_seconds: minimum time between lines in the log.

@@ -210,7 +210,7 @@ def test_a_directory_may_have_commas_in_its_name():
         ({"model": 3}, r"invalid config.model=3; expected a group of fields"),
         ({"seed": 1.0}, r"invalid config.seed=1.0; expected a value of type int"),
         ({"seed": True}, r"invalid config.seed=True; expected a value of type int"),
-        ({"seed": -1}, r"invalid config.seed=-1; expected a number in 0…2³¹-1"),
+        ({"seed": -1}, r"invalid config.seed=-1; expected a number from 0 to 2³¹ - 1"),
         ({"model__learn_sigma": 1}, r"invalid config.model.learn_sigma=1; expected a value of type bool"),
         (
             {"model__dtype": "bfloat15"},

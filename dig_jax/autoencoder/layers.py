@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 EPSILON = 1e-6
-# Attention scores in memory at once, per image: 64 MiB.
+# Maximum number of attention scores in memory at once, per image: 64 MiB.
 MAX_SCORES = 2**24
 
 Moments = tuple[Float[Array, "n groups"], Float[Array, "n groups"]]

@@ -108,7 +108,7 @@ def _blank(rows: jax.ShapeDtypeStruct, moment: Array, stripes: int) -> Array:
 
 
 def _conv(layer: Conv, window: Rows, stripe: Stripe, stripes: int, halo: int = 1) -> Rows:
-    """Apply a 3×3 convolution to a window with `halo` rows on either side; it consumes one of them."""
+    """Apply a 3×3 convolution to a window with `halo` rows on either side; the result has `halo - 1`."""
     rows = window.shape[1] - 2 * halo
     row = stripe * rows - halo + jnp.arange(window.shape[1])
     inside = (row >= 0) & (row < stripes * rows)

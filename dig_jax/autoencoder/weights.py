@@ -1,4 +1,4 @@
-"""Strict reading of trained autoencoders from a folder, a file or the Hugging Face Hub."""
+"""Read trained autoencoders strictly, from a folder, a file or the Hugging Face Hub."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Saving and restoring WORKDIR/checkpoints/STEP with Orbax, in the items `state`, `data` and `config`.
+"""Save and restore WORKDIR/checkpoints/STEP with Orbax. The items are `state`, `data` and `config`.
 
 Each checkpoint also holds checksums of its files. They are written before Orbax renames the temporary
 directory to STEP, so a directory named STEP was complete when it got this name.

@@ -1,4 +1,4 @@
-"""Reading trained parameters: from a workdir, a checkpoint in it, or an exported file.
+"""Read trained parameters from a workdir, a checkpoint in it, or an exported file.
 
 Readers take the newest intact checkpoint, fall back to older ones and change nothing on disk.
 """

@@ -165,7 +165,7 @@ class CheckpointConfig(Group, path="config.checkpoint"):
     keep: int = field(3, "Number of most recent checkpoints to keep.", bounds="positive")
     keep_best: int = field(
         1,
-        "Number of checkpoints with the lowest held-out loss to keep, if their step measures it.",
+        "Number of checkpoints with the lowest held-out loss to keep; only steps that measure it count.",
         bounds="nonnegative",
     )
     keep_every_steps: int | None = field(
@@ -275,7 +275,7 @@ class Config(Group, path="config"):
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.seed < 2**31:
-            raise ConfigError(f"invalid config.seed={self.seed}; expected a number in 0…2³¹-1")
+            raise ConfigError(f"invalid config.seed={self.seed}; expected a number from 0 to 2³¹ - 1")
         if self.data.batch_size % self.training.accumulation:
             raise ConfigError(
                 f"invalid config.data.batch_size={self.data.batch_size}; expected a multiple of"

@@ -18,8 +18,8 @@ def class_index(name: str, class_names: Sequence[str]) -> int:
     """Return the index of a class by name, ignoring case, "_" and "-".
 
     Args:
-        name: the class name; for a WordNet id or a comma-separated list of names, any of its words, such
-            as "golden retriever" for n02099601.
+        name: the class name. If a class name is a comma-separated list or a WordNet id, any one of its names,
+            such as "golden retriever" for n02099601.
         class_names: names of all classes, in order.
 
     Raises:

@@ -58,8 +58,8 @@ class EncodedImages(Protocol):
 class EncodedSource:
     """Square crops of encoded images.
 
-    An image that cannot be decoded is logged, counted and replaced. Its replacement depends on its index
-    alone, so that threads, processes and restarts change nothing.
+    An image that cannot be decoded is logged, counted and replaced. The replacement depends only on the
+    index of the image, not on threads, processes or restarts.
     """
 
     name: str

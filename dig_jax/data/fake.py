@@ -70,7 +70,7 @@ def fake(
         num_classes: image i has label i mod num_classes; 0: no classes.
         length: number of training images.
         seed: a different seed makes different images of the same classes.
-        path: ignored; it allows the options of the `latents` source.
+        path: ignored; accepted so that the options of the `latents` source work here.
 
     Raises:
         ValueError: an invalid option.

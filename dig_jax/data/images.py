@@ -1,4 +1,4 @@
-"""Decoding and cropping of images, by Pillow."""
+"""Decode and crop images with Pillow."""
 
 import io
 from collections.abc import Callable

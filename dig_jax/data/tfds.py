@@ -69,7 +69,7 @@ def tfds(
         train_split: split in TFDS's notation, such as train or train[:98%].
         heldout_split: held-out split in the same notation; "": validation, else test.
         label: the feature with the class; "": the only ClassLabel. Without one, the model is unconditional.
-        num_classes: expected number of classes, which a plan without the data uses; -1: not checked.
+        num_classes: expected number of classes; -1: not checked. --mode=plan uses it without the data.
 
     Raises:
         UserError: TFDS is not installed, the dataset is unknown or not prepared, or its splits or classes

@@ -205,5 +205,5 @@ def exit_process(status: int, *, wait: bool = True) -> NoReturn:
         with contextlib.suppress(Exception):
             ocp.multihost.get_barrier_sync_fn()(key="failed", timeout_ms=1000 * _EXIT_SECONDS)
             jax.distributed.shutdown()
-    # A regular exit would wait for the others, and for a save in which they no longer take part.
+    # A regular exit would wait for the other processes, and for a save in which they do not participate.
     os._exit(status)

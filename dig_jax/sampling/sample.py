@@ -43,13 +43,13 @@ def sample(
 ) -> None:
     """Draw images from a workdir's newest checkpoint into generated.npz and, if possible, generated.png.
 
-    The npz file holds `arr_0`, uint8 [N, height, width, C], as the common evaluators expect it, and `labels`
-    and `seeds`. generated.png exists only for grayscale and RGB images. If a run was interrupted, the same
-    call draws only the missing images.
+    The npz file holds `arr_0`, uint8 [N, height, width, C], as ADM's evaluator reads it, `labels` and
+    `seeds`. generated.png is written only for grayscale and RGB images. If a run was interrupted, the same call draws
+    only the missing images.
 
     Args:
         settings: `sampling` and `autoencoder` may differ from the checkpoint's; most other fields may not.
-        labels: a function from class names to the labels of `Sampler.__call__`.
+        labels: a function of the class names that returns the `labels` for `Sampler.__call__`.
         seeds: as in `Sampler.__call__`. Without labels and seeds, one image of each class is drawn.
 
     Raises:

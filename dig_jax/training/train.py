@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None) -> dict[str, Any] | None:
-    """Start or resume training, until `settings.training.steps`, then draw and score samples.
+    """Start or resume training until `settings.training.steps`, then draw and score samples.
 
     At SIGTERM, or at a cloud's preemption notice, the run finishes the step, saves and returns.
 

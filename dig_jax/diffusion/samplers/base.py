@@ -33,7 +33,7 @@ class BaseSampler(abc.ABC):
     raise ValueError with the option by name.
 
     Attributes:
-        steps: number of steps, or another description of them that the sampler supports.
+        steps: number of steps, or another specification that the sampler supports.
         clip: limit every predicted x_0 to [-1, 1], for pixels.
     """
 

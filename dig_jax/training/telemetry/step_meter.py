@@ -22,7 +22,7 @@ _SLOW, _RECENT, _ENOUGH, _NOTICEABLE = 3, 50, 10, 0.2
 
 
 class _Step(NamedTuple):
-    """A step that has ended: seconds it took, and seconds of them that the loop waited for data."""
+    """A finished step: its duration, and the time that the loop waited for data, in seconds."""
 
     number: int
     metrics: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Writing metrics and sample grids to metrics.jsonl, TensorBoard and Weights & Biases."""
+"""Write metrics and sample grids to metrics.jsonl, TensorBoard and Weights & Biases."""
 
 import logging
 import math
