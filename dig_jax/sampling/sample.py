@@ -44,8 +44,8 @@ def sample(
     """Draw images from a workdir's newest checkpoint into generated.npz and, if possible, generated.png.
 
     The npz file holds `arr_0`, uint8 [N, height, width, C], as ADM's evaluator reads it, `labels` and
-    `seeds`. generated.png is written only for grayscale and RGB images. If a run was interrupted, the same call draws
-    only the missing images.
+    `seeds`. generated.png is written only for grayscale and RGB images. If a run was interrupted, the
+    same call draws only the missing images.
 
     Args:
         settings: `sampling` and `autoencoder` may differ from the checkpoint's; most other fields may not.
