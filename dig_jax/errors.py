@@ -10,7 +10,7 @@ _MAX_LENGTH = 300
 
 
 class UserError(Exception):
-    """An error that the user can fix: its message says what is wrong, where, and what was expected."""
+    """An error that the user can fix. The message names the field, flag or file and the expected value."""
 
 
 class ConfigError(UserError, ValueError):

@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "n height width c"]
     ) -> Float[Array, "n image_height image_width c_out"]:
-        """Decode the whole image at once; `decode_in_stripes` needs less memory."""
+        """Decode the full image at once; `decode_in_stripes` needs less memory."""
         x = self.mid_block(self.conv_in(x))
         for stage in self.up_blocks:
             x = stage(x)

@@ -1,13 +1,13 @@
 """Decoding in stripes of rows, which needs the memory of a few activations at full resolution.
 
-A group norm needs statistics of the whole image before its first pixel, and attention needs all pixels, so
+A group norm needs statistics of the full image before its first pixel, and attention needs all pixels, so
 the image cannot simply be cut into tiles. Instead each layer runs over the image stripe by stripe: a first
 pass computes the statistics of the next norm; a second one reads stripes with one more row on either side,
 normalizes and convolves them, and stores the result. Sums around a residual block are updated in place. An
 upsampled image is never stored; each reader recomputes it. So two activations are in memory at once, and in
 the block after an upsampling a third one at half the resolution.
 
-The layers before the first upsampling are small and run on the whole image.
+The layers before the first upsampling are small and run on the full image.
 """
 
 import dataclasses
@@ -134,7 +134,7 @@ def _replace_rows(
 
 
 def _moments(norm: GroupNorm, image: _Image, stripes: int) -> Moments:
-    """Return mean and variance of each group over the whole image."""
+    """Return mean and variance of each group over the full image."""
 
     def step(stripe: Stripe, moments: Moments) -> Moments:
         # Merge the moments of the first `stripe` stripes and of the next one (Chan, Golub & LeVeque 1979).

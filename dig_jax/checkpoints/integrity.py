@@ -19,7 +19,7 @@ def write_checksums(directory: Path) -> None:
 
 
 def find_corruption(directory: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, or None if they are intact."""
+    """Return a description of the corruption of a checkpoint's files, or None if they are intact."""
     try:
         lines = (directory / CHECKSUM_FILE).read_text().splitlines()
         expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

@@ -31,7 +31,7 @@ def write_parameter_file(path: Path, components: Components, step: int, params: 
 
     Args:
         path: FILE.safetensors.
-        components: the model, whose config names the average that `params` are.
+        components: the model; its config names the average that `params` holds.
         step: the number of steps the parameters were trained for.
         params: the parameters.
 

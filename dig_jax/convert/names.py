@@ -260,7 +260,7 @@ def _piece(model: DiffusionTransformer, name: str, path: tuple, shape: tuple[int
 
 
 def _rotated(kernel: np.ndarray, direction: int) -> np.ndarray:
-    """Convert a [3, 3, D] kernel between upstream's rotated frame and raster order; its own inverse."""
+    """Convert a [3, 3, D] kernel from upstream's rotated frame to raster order, or back."""
     name = DIRECTIONS[direction]
     if name.startswith("column"):
         kernel = kernel.transpose(1, 0, 2)

@@ -131,6 +131,6 @@ CHIPS = {chip.name: chip for chip in _TPUS + _GPUS}
 
 
 def chip_of_kind(device_kind: str) -> Chip | None:
-    """Return the chip whose `kind` is the longest prefix of the device's; None if there is none."""
+    """Return the chip whose `kind` is the longest prefix of a device kind, or None if none matches."""
     matches = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
     return max(matches, key=lambda chip: len(chip.kind), default=None)

@@ -221,7 +221,7 @@ class BlockStack(nnx.Module):
         return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
     def _ready(self, graphdef: nnx.GraphDef, params: Any) -> nnx.Module:
-        """Return a module whose parameters have the layout in which it computes."""
+        """Return a module with its parameters gathered for computation."""
         return nnx.merge(graphdef, gather_params(nnx.to_pure_dict(params), self.dtype))
 
 

@@ -29,8 +29,7 @@ class Family:
     """A model family.
 
     Args:
-        options: dataclass whose fields are the options with their defaults, and which gives the block
-            pattern.
+        options: dataclass of the options and their defaults; its method `pattern` returns the blocks.
         sizes: default sizes by their names, such as "XL".
         constructor: (name, options, input_size=, num_classes=, rngs=) → model.
     """

@@ -46,7 +46,8 @@ def initialize_distributed(
     """Connect to the other processes of this run, if there are any.
 
     Call it before anything else uses JAX. Missing arguments come from the environment (TPU pods, SLURM,
-    Open MPI); without any the process runs alone. All processes except process 0 log warnings only.
+    Open MPI). If the environment has none, the process runs alone. All processes except process 0 log
+    warnings only.
 
     Args:
         coordinator: ADDRESS:PORT of process 0.
@@ -84,7 +85,7 @@ def initialize_distributed(
             logging.getLogger("dig_jax").setLevel(logging.WARNING)
     elif any(value is not None for value in given.values()):
         raise ConfigError(f"--coordinator, --num_processes and --process_id: {failures[0]}") from failures[0]
-    elif not isinstance(failures[0], ValueError):  # which means that the environment names no processes
+    elif not isinstance(failures[0], ValueError):  # ValueError: the environment names no processes
         raise UserError(f"cannot connect to the other processes: {failures[0]}") from failures[0]
 
 

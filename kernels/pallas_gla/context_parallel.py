@@ -2,7 +2,7 @@
 
 A shard maps its incoming state to S_out = diag(exp(sum of g)) S_in + S_local. Every shard first runs the
 scan to get S_local. All shards then gather these states and decay factors (K * V + K numbers per head,
-whatever the length), fold the ones of preceding shards, and run the scan again from the resulting state.
+for any length), fold the ones of preceding shards, and run the scan again from the resulting state.
 Running a kernel twice moves fewer bytes than running it once and summing decayed k v^T in XLA, which writes
 the decayed keys in float32. (LASP-2, Sun et al. 2025, gathers states in the same way, without a decay.)
 

@@ -124,7 +124,7 @@ def _portable_gradient(*arrays, names, scan):
 
 
 def _lowering(function: Callable, platform: str, ctx, *args, **params):
-    """Trace `function` for a platform, with types that have no mesh: the program is per shard by now."""
+    """Trace `function` for a platform, with types without a mesh: the program is already per shard."""
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
     axes = ctx.module_context.axis_context
     if isinstance(axes, mlir.SPMDAxisContext):

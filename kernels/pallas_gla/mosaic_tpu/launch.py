@@ -244,7 +244,7 @@ class Launch:
             "states": (batch, max(slots, self.steps * self.tiling.chunks), values, key_lanes),
             "weight": (batch, 1, value_lanes),
         }[FORM[name]]
-        # The program is per shard by now, so types have no mesh.
+        # The program is already per shard, so types have no mesh.
         local = jax.sharding.ManualAxisType(varying=frozenset())
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=local)
 

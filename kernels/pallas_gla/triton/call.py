@@ -128,7 +128,7 @@ def _(*avals, run, results):
 
 
 def _lowering(ctx, *args, run, results):
-    # The program is per shard by now, so types have no mesh.
+    # The program is already per shard, so types have no mesh.
     local = jax.sharding.ManualAxisType(varying=frozenset())
     shapes = [jax.ShapeDtypeStruct(*result, manual_axis_type=local) for result in results]
 
