@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import runpy
 from pathlib import Path
@@ -7,6 +8,8 @@ import pytest
 
 from dig_jax import ConfigError
 from dig_jax.components import param_count
+from dig_jax.config.fields import ModelConfig
+from dig_jax.models.dig import DiGOptions
 from dig_jax.testing import tiny_components
 from dig_jax.training.state import init_params
 
@@ -45,6 +48,15 @@ def test_the_resolution_changes_the_tokens_but_not_the_parameters(name):
 )
 def test_the_other_shipped_configs_build(name):
     assert param_count(cost(name).params) > 0
+
+
+def test_a_config_field_has_the_default_of_the_model_option():
+    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    options = {field.name: field.default for field in dataclasses.fields(DiGOptions)}
+    shared = fields.keys() & {name for name, default in options.items() if default is not dataclasses.MISSING}
+    assert {"directions", "conv", "skip"} <= shared
+    shared -= {"dtype"}  # a name in the config, a dtype in the model
+    assert {name: fields[name] for name in shared} == {name: options[name] for name in shared}
 
 
 @pytest.mark.parametrize("name", ["dig_s", "dit_s", "cifar10", "imagefolder"])

@@ -7,6 +7,7 @@ import pytest
 from dig_jax import ConfigError, Sampler
 from dig_jax.evaluation import digits, evaluate, registry
 from dig_jax.evaluation.evaluate import draw_neighbors, score
+from dig_jax.evaluation.evaluator import Evaluator
 from dig_jax.reporting import sample_grids
 from dig_jax.reporting.sample_grids import draw_samples
 from dig_jax.testing import PlainComponents, tiny_settings, write_checkpoint
@@ -71,8 +72,14 @@ def test_scores_are_written_with_what_they_depend_on(tmp_path, caplog):
     assert f"Fréchet distance {scores['frechet_distance']:.3f}" in line
 
 
+@pytest.fixture
+def only_digits(monkeypatch):
+    for name in set(registry.EVALUATORS) - {"digits"}:
+        monkeypatch.delitem(registry.EVALUATORS, name)
+
+
 @pytest.mark.parametrize("changes", [{}, DIGITS | {"evaluation__num_images": 0}], ids=["fake", "none"])
-def test_nothing_is_scored_without_an_evaluator_or_without_images(changes, tmp_path):
+def test_nothing_is_scored_without_an_evaluator_or_without_images(changes, tmp_path, only_digits):
     sampler = plain_sampler(**changes)
     assert score(sampler, tmp_path) == {}
     draw_neighbors(sampler, tmp_path)
@@ -115,7 +122,7 @@ def test_a_checkpoint_without_metrics_is_evaluated(tmp_path):
     assert "frechet_distance" in (tmp_path / "report.html").read_text()
 
 
-def test_data_without_an_evaluator_cannot_be_evaluated(tmp_path):
+def test_data_without_an_evaluator_cannot_be_evaluated(tmp_path, only_digits):
     settings = tiny_settings()
     write_checkpoint(tmp_path, settings)
     message = r"got config.data.name='fake' .*num_images=500; expected data with an evaluator \(digits\)"
@@ -123,20 +130,18 @@ def test_data_without_an_evaluator_cannot_be_evaluated(tmp_path):
         evaluate.evaluate(settings, tmp_path)
 
 
-class Brightness:
+class Brightness(Evaluator):
     """A second evaluator, of data that the first does not apply to."""
 
     def applies_to(self, settings):
         return settings.data.name == "fake"
 
-    def score(self, images, labels):
-        return {"brightness": float(images.mean())}
+    def score(self, images, labels, components):
+        real = np.mean([components.train_source[index]["image"].mean() for index in range(9)])
+        return {"brightness": float(images.mean() - real)}
 
     def summary(self, scores):
         return f"brightness {scores['brightness']:.1f}"
-
-    def nearest_training_images(self, images):
-        return None
 
 
 def test_training_and_evaluation_use_a_second_evaluator(tmp_path, monkeypatch, caplog):
@@ -147,7 +152,7 @@ def test_training_and_evaluation_use_a_second_evaluator(tmp_path, monkeypatch, c
     for command, workdir in ((train, tmp_path / "trained"), (evaluate.evaluate, tmp_path / "evaluated")):
         with caplog.at_level(logging.INFO, "dig_jax"):
             scores = command(settings, workdir)
-        assert 0 < scores["brightness"] < 255
+        assert 0 < abs(scores["brightness"]) < 255
         assert f"brightness {scores['brightness']:.1f}" in caplog.messages
         assert not (workdir / "neighbors.png").exists()
         caplog.clear()

@@ -113,12 +113,14 @@ def hybrid_blocks(*, num_heads=1):
         GatedLinearAttention, num_heads=num_heads, direction="column_reversed", implementation="reference"
     )
     softmax = functools.partial(SoftmaxAttention, num_heads=num_heads)
-    return BlockSpec(gla, SwiGLU, conv="inside", norm="rms"), BlockSpec(softmax, GeluMLP, conv="after")
+    swiglu, gelu = (functools.partial(mlp, hidden=48) for mlp in (SwiGLU, GeluMLP))
+    return BlockSpec(gla, swiglu, conv="inside", norm="rms"), BlockSpec(softmax, gelu, conv="after")
 
 
 def plain_block():
     """A block that compiles fast."""
-    return BlockSpec(functools.partial(SoftmaxAttention, num_heads=1), GeluMLP)
+    mlp = functools.partial(GeluMLP, hidden=48)
+    return BlockSpec(functools.partial(SoftmaxAttention, num_heads=1), mlp)
 
 
 def unrolled(stack, x, c, grid):

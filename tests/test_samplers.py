@@ -225,15 +225,15 @@ def test_equal_samplers_share_one_compiled_program():
 
 
 def test_samplers_are_made_by_name_with_their_options():
-    assert {name: type(make_sampler(name)) for name in SAMPLERS} == {"ddpm": DDPM, "ddim": DDIM}
+    assert {name: type(make_sampler(name)) for name in SAMPLERS} == SAMPLERS
     assert make_sampler("ddim", steps=20, clip=True, eta=0.5) == DDIM(steps=20, clip=True, eta=0.5)
 
 
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("dimm", {}, r"^unknown sampler: got 'dimm'; expected one of ddpm, ddim; did you mean 'ddim'\?$"),
-        ("heun", {}, "^unknown sampler: got 'heun'; expected one of ddpm, ddim$"),
+        ("dimm", {}, r"^unknown sampler: got 'dimm'; expected one of ddpm, ddim.*; did you mean 'ddim'\?$"),
+        ("no such", {}, "^unknown sampler: got 'no such'; expected one of ddpm, ddim"),
         ("ddpm", {"eta": 0.5}, "^unknown option of sampler 'ddpm': got 'eta'; expected one of steps, clip$"),
         ("ddim", {"etta": 0.5}, "got 'etta'; expected one of steps, clip, eta; did you mean 'eta'"),
         ("ddim", {"eta": -0.1}, "^eta out of range: got -0.1; expected 0 … 1$"),

@@ -8,6 +8,7 @@ import pytest
 
 import dig_jax
 from dig_jax import ConfigError, Sampler
+from dig_jax.diffusion import SAMPLERS
 from dig_jax.parallel import batch_sharding, state_sharding
 from dig_jax.sampling.generate import GenerationSpec, generate, noise
 from dig_jax.sampling.sampler import to_pixels
@@ -210,7 +211,7 @@ def test_the_config_gives_the_defaults_of_a_call():
         assert np.abs(draw() - draw(**other)).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_the_trajectory_has_every_step_and_ends_at_the_image(name):
     arguments = {"seeds": SEEDS, "sampler": name}
     trajectory = plain_sampler().trajectory(**arguments)

@@ -196,7 +196,7 @@ class SamplingConfig(Group, path="config.sampling"):
         10_000, "Steps between sample grids in training; 0: only at the end.", none=0, bounds="positive"
     )
     images_per_class: int = field(10, "Images per class in a sample grid.", bounds="positive")
-    sampler: str = field("ddim", "Sampler: ddim or ddpm.")
+    sampler: str = field("ddim", "Name of the sampler, such as ddim or ddpm.")
     steps: int = field(50, "Number of sampling steps.", bounds="positive")
     guidance_scale: float = field(
         1.5,

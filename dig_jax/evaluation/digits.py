@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float64, Int, UInt8
 
+from dig_jax.components import Components
 from dig_jax.config import Config
 from dig_jax.data.digits import digits
 from dig_jax.data.pipeline import normalize
+from dig_jax.evaluation.evaluator import Evaluator, Scores
 from dig_jax.evaluation.moments import frechet_distance
 
 if TYPE_CHECKING:
@@ -34,16 +36,16 @@ COMPONENTS = 20
 _SUBSETS = 20
 
 
-class DigitsEvaluator:
-    """The `Evaluator` of the digits data set."""
+class DigitsEvaluator(Evaluator):
+    """The evaluator of the digits data set."""
 
     def applies_to(self, settings: Config) -> bool:
         """Return whether the model was trained on digits."""
         return settings.data.name == "digits"
 
     def score(
-        self, images: UInt8[np.ndarray, "n 8 8 1"], labels: Int[np.ndarray, " n"]
-    ) -> dict[str, float | int | str]:
+        self, images: UInt8[np.ndarray, "n 8 8 1"], labels: Int[np.ndarray, " n"], components: Components
+    ) -> Scores:
         """Return `score_digits(images, labels)`."""
         return score_digits(images, labels)
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from dig_jax.config import Config
 from dig_jax.errors import ConfigError, naming_setting
-from dig_jax.evaluation.registry import EVALUATORS, Scores, evaluators_for
+from dig_jax.evaluation.evaluator import Scores
+from dig_jax.evaluation.registry import EVALUATORS, evaluators_for
 from dig_jax.files.atomic import write_json
 from dig_jax.reporting.grids import save_pair_grid
 from dig_jax.reporting.html import write_report
@@ -53,7 +54,7 @@ def score(sampler: Sampler, workdir: Path) -> Scores:
     scores: Scores = {}
     for evaluator in evaluators:
         with naming_setting("config.evaluation.num_images"):
-            figures = evaluator.score(images, labels)
+            figures = evaluator.score(images, labels, sampler.components)
         log.info(evaluator.summary(figures))
         scores |= figures
     s = settings.sampling

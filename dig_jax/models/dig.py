@@ -57,6 +57,7 @@ class DiGOptions(ModelOptions):
 
     def pattern(self) -> BlockPattern:
         """Return one block per scan direction; the period is also 4 with fewer directions."""
+        hidden = 256 * -(-int(8 / 3 * self.hidden_size) // 256)  # a multiple of 256, as in the released code
         blocks = tuple(
             BlockSpec(
                 mixer=functools.partial(
@@ -65,7 +66,7 @@ class DiGOptions(ModelOptions):
                     direction=DIRECTIONS[position % self.directions],
                     implementation=self.implementation,
                 ),
-                mlp=SwiGLU,
+                mlp=functools.partial(SwiGLU, hidden=hidden),
                 conv=self.conv,
                 norm=self.norm,
             )

@@ -15,4 +15,5 @@ class DiTOptions(ModelOptions):
     def pattern(self) -> BlockPattern:
         """Return the one block, with softmax attention."""
         mixer = functools.partial(SoftmaxAttention, num_heads=self.num_heads)
-        return BlockPattern((BlockSpec(mixer=mixer, mlp=GeluMLP),))
+        mlp = functools.partial(GeluMLP, hidden=4 * self.hidden_size)
+        return BlockPattern((BlockSpec(mixer=mixer, mlp=mlp),))

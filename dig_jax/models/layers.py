@@ -99,8 +99,7 @@ class Modulation(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(SiLU(gate)·up) without biases (Shazeer 2020); one fused projection, gate half first."""
 
-    def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        hidden = 256 * -(-int(8 / 3 * width) // 256)
+    def __init__(self, width: int, *, hidden: int, dtype: DTypeLike, rngs: nnx.Rngs):
         options = {"use_bias": False, "kernel_init": xavier, "dtype": dtype, "rngs": rngs}
         self.gate_up = FusedLinear(width, hidden, 2, **options)
         self.down = Linear(hidden, width, **options)
@@ -112,12 +111,12 @@ class SwiGLU(nnx.Module):
 
 
 class GeluMLP(nnx.Module):
-    """Linear, GELU (tanh), Linear, with a hidden width of 4·width."""
+    """Linear, GELU (tanh), Linear."""
 
-    def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, hidden: int, dtype: DTypeLike, rngs: nnx.Rngs):
         options = {"kernel_init": xavier, "dtype": dtype, "rngs": rngs}
-        self.hidden = Linear(width, 4 * width, **options)
-        self.out = Linear(4 * width, width, **options)
+        self.hidden = Linear(width, hidden, **options)
+        self.out = Linear(hidden, width, **options)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Apply the MLP to each token."""

@@ -68,7 +68,7 @@ class Sampler:
             labels: one class per image, or one for all, as an index or a name. By default, the image of
                 seed s has class s modulo the number of classes.
             seeds: non-negative integers, one per image; by default 0, 1, … for each label.
-            sampler: "ddim" or "ddpm".
+            sampler: a name in `dig_jax.diffusion.SAMPLERS`, such as "ddim".
             steps: number of sampling steps.
             guidance_scale: scale of classifier-free guidance; 1 is no guidance. The prediction is
                 null + scale·(class - null) (Ho & Salimans 2022).
