@@ -110,11 +110,7 @@ def hub(
     label = _label_column(library, dataset, rows.features, label)
     names = _class_names(dataset, train, label, num_classes)
     labels = _labels(rows, label)
-    if len(labels) and not 0 <= labels.min() <= labels.max() < max(len(names), 1):
-        raise UserError(
-            f"split {chosen!r} of {dataset} has labels from {labels.min()} to {labels.max()}; expected 0 to"
-            f" {len(names) - 1}. A label of -1 means that the split is unlabeled: use another one"
-        )
+    _check_labels(labels, len(names), f"split {chosen!r} of {dataset}")
     identity = fingerprint(_sizes(rows, image).tobytes(), labels.tobytes())
     return EncodedSource(
         name="hub",
@@ -247,6 +243,14 @@ def _labels(rows: Any, label: str) -> np.ndarray:
     if not label:
         return np.zeros(0, np.int64)
     return rows.select_columns(label)[:][label].fill_null(-1).to_numpy()
+
+
+def _check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
+    if len(labels) and not 0 <= labels.min() <= labels.max() < max(num_classes, 1):
+        raise UserError(
+            f"{name} has labels from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}. A"
+            " label of -1 means that the split is unlabeled: use another one"
+        )
 
 
 def _sizes(rows: Any, image: str) -> np.ndarray:
