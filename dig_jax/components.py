@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -94,21 +95,15 @@ class Components:
         """Static description of the network."""
         return ModelSpec(self.config.model, self.image_spec.image_shape, self.image_spec.num_classes)
 
-    def denoise(
-        self,
-        params: Params,
-        x: Float[Array, "b h w c"],
-        t: Num[Array, " b"],
-        y: Int[Array, " b"] | None,
-        drop: Bool[Array, " b"] | None = None,
-    ) -> Float[Array, "b h w out"]:
-        """Call the network with these parameters; see `DiffusionTransformer`."""
-        return self.model_spec.denoise(params, x, t, y, drop)
+    @property
+    def denoise(self) -> Callable[..., Float[Array, "b h w out"]]:
+        """The network as a pure function: `ModelSpec.denoise`."""
+        return self.model_spec.denoise
 
-    @functools.cached_property
+    @property
     def abstract_model(self) -> DiffusionTransformer:
-        """The network with shapes and dtypes instead of values."""
-        return nnx.eval_shape(lambda: self.model_spec.create(nnx.Rngs(0)))
+        """The network with shapes and dtypes instead of values. It is shared: do not modify it."""
+        return _abstract_model(self.model_spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +152,13 @@ class ModelSpec:
 
 # Cached outside the spec, because the spec must be picklable.
 @functools.lru_cache(maxsize=16)
+def _abstract_model(spec: ModelSpec) -> DiffusionTransformer:
+    return nnx.eval_shape(lambda: spec.create(nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=16)
 def _graphdef(spec: ModelSpec) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: spec.create(nnx.Rngs(0))))[0]
+    return nnx.split(_abstract_model(spec))[0]
 
 
 def param_count(params: Params) -> int:
