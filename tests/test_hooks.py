@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import types
 from unittest import mock
 
 import pytest
@@ -167,10 +166,8 @@ def test_a_save_by_time_waits_for_a_step_that_checks_it(calls, metrics, meter, m
 
 def test_processes_agree_on_a_save_by_time(calls, metrics, meter, monkeypatch):
     """Their clocks differ, so process 0 decides."""
-    monkeypatch.setattr(hooks.jax, "process_count", lambda: 2)
     for answer in (True, False):
-        broadcast = types.SimpleNamespace(broadcast_one_to_all=lambda flag, answer=answer: answer)
-        monkeypatch.setattr(hooks, "multihost_utils", broadcast)
+        monkeypatch.setattr(hooks, "on_process_0", lambda compute, answer=answer: answer)
         save_hook(calls, metrics, meter, every_steps=1000, every_minutes=60.0).after_step(event(2))
         assert saved(calls) == [2]
 

@@ -144,7 +144,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(
                 # Orbax calls this before it gives the directory its final name.
                 post_finalization_callback=self._write_checksums,
-                # With asynchronous creation Orbax waits five minutes for a directory that cannot be created.
+                # If the directory cannot be created, asynchronous creation blocks for five minutes.
                 create_directories_asynchronously=False,
             ),
         )

@@ -38,7 +38,7 @@ from dig_jax.convert.recognize import (
     recognize,
 )
 from dig_jax.convert.sources import open_upstream
-from dig_jax.errors import CheckpointError, ConfigError, InvalidFile, UserError
+from dig_jax.errors import CheckpointError, ConfigError, InvalidFile, UserError, one_line
 from dig_jax.files.atomic import new_folder, replacing, write_json
 from dig_jax.files.safetensors import open_safetensors, write_safetensors
 
@@ -225,6 +225,6 @@ def main(arguments: list[str]) -> int:
         jax.config.update("jax_platforms", "cpu")  # nothing is computed
         convert(**options)
     except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return 2 if isinstance(error, ConfigError) else 1
     return 0

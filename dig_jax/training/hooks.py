@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.config import CheckpointConfig
 from dig_jax.errors import one_line
+from dig_jax.parallel import on_process_0
 from dig_jax.progress import Progress
 from dig_jax.reporting.html import write_report
 from dig_jax.reporting.sample_grids import draw_samples
@@ -196,7 +195,7 @@ class SaveCheckpoint(Hook):
         minutes = self._settings.every_minutes
         if minutes is None or not event.is_due(self._check_time_every):
             return False
-        return _same_on_all_processes(time.monotonic() - self._last_save > 60 * minutes)
+        return on_process_0(lambda: time.monotonic() - self._last_save > 60 * minutes)  # clocks differ
 
 
 class DrawSamples(Hook):
@@ -285,10 +284,3 @@ def progress_text(row: Row) -> str:
     """Return the part of a metrics row that the progress line shows."""
     mfu = f"  MFU {row['mfu']:.1%}" if "mfu" in row else ""
     return f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s{mfu}"
-
-
-def _same_on_all_processes(flag: bool) -> bool:
-    """Return process 0's flag on all processes, because their clocks differ."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))
