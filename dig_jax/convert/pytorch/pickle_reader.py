@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dig_jax.errors import InvalidFile
+from dig_jax.errors import InvalidFile, one_line
 
 # Larger integers are never sizes, and they are slow to compute with.
 _MAX_BITS = 128
@@ -66,7 +66,7 @@ def read_pickle(data: bytes, builders: Builders, persistent: Callable[[Any], Any
     except (IndexError, KeyError) as error:
         raise InvalidFile("corrupt pickle: missing stack or memo entry") from error
     except ValueError as error:
-        raise InvalidFile(f"corrupt pickle: {str(error).splitlines()[0][:100]}") from error
+        raise InvalidFile(f"corrupt pickle: {one_line(error)[:100]}") from error
 
 
 def _run(data: bytes, builders: Builders, persistent: Callable[[Any], Any]) -> Any:
