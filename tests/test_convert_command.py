@@ -20,8 +20,6 @@ from dig_jax import config
 from dig_jax.checkpoints.reader import read_model
 from dig_jax.convert import command as convert
 from dig_jax.convert.names import torch_arrays
-from dig_jax.convert.pytorch.reader import open_torch
-from dig_jax.convert.pytorch.writer import write_torch
 from dig_jax.convert.recognize import (
     describe,
     is_flow_matching,
@@ -30,6 +28,8 @@ from dig_jax.convert.recognize import (
 )
 from dig_jax.convert.sources import UpstreamParams
 from dig_jax.data import ImageSpec
+from dig_jax.files.pytorch.reader import open_torch
+from dig_jax.files.pytorch.writer import write_torch
 from dig_jax.files.safetensors import StoredArray
 
 

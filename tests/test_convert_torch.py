@@ -9,7 +9,7 @@ from upstream_files import HEADS, assert_same, expected, run, state_dict
 
 import dig_jax
 from dig_jax.checkpoints.reader import read_model
-from dig_jax.convert.pytorch.writer import write_torch
+from dig_jax.files.pytorch.writer import write_torch
 
 
 @pytest.mark.parametrize("case", ["dig_plain", "dig_skip", "dit"])

@@ -32,10 +32,10 @@ from configs import smoke
 from dig_jax import autoencoder, config
 from dig_jax.cli.logging_setup import start_logging
 from dig_jax.convert.command import main as convert
-from dig_jax.convert.pytorch.writer import write_torch
 from dig_jax.data import batches, load_source
 from dig_jax.encoding.encode import encode
 from dig_jax.errors import UserError
+from dig_jax.files.pytorch.writer import write_torch
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "dig_plain.npz"

@@ -29,7 +29,6 @@ from dig_jax.components import Components
 from dig_jax.config import Config
 from dig_jax.convert import diffusers
 from dig_jax.convert.names import read_params, torch_arrays
-from dig_jax.convert.pytorch.writer import write_torch
 from dig_jax.convert.recognize import (
     EMA,
     images_of,
@@ -40,6 +39,7 @@ from dig_jax.convert.recognize import (
 from dig_jax.convert.sources import open_upstream
 from dig_jax.errors import CheckpointError, ConfigError, InvalidFile, UserError, one_line
 from dig_jax.files.atomic import new_folder, replacing, write_json
+from dig_jax.files.pytorch.writer import write_torch
 from dig_jax.files.safetensors import open_safetensors, write_safetensors
 
 log = logging.getLogger("dig_jax.convert")

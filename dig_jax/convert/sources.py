@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dig_jax.convert.diffusers import WEIGHTS, as_upstream
-from dig_jax.convert.pytorch.pickle_reader import Opaque, insert
-from dig_jax.convert.pytorch.reader import Tensor, TorchFile, open_torch
 from dig_jax.errors import CheckpointError, InvalidFile
+from dig_jax.files.pytorch.pickle_reader import Opaque, insert
+from dig_jax.files.pytorch.reader import Tensor, TorchFile, open_torch
 from dig_jax.files.safetensors import SafetensorsFile, StoredArray, open_safetensors
 
 _DIFFUSERS_FILES = (

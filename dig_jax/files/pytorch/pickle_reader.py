@@ -16,6 +16,8 @@ from dig_jax.errors import InvalidFile, one_line
 # Larger integers are never sizes, and they are slow to compute with.
 _MAX_BITS = 128
 _MAX_PROTOCOL = 5
+# Characters. A memoized text can be used again with every three bytes of a pickle.
+MAX_NAME = 300
 Builders = Mapping[str, Callable[[tuple], Any]]
 _VALUES = {
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
@@ -122,10 +124,10 @@ def _run(data: bytes, builders: Builders, persistent: Callable[[Any], Any]) -> A
                 items, stack = stack, outer.pop()
                 _extend(stack[-1], items)
             case "GLOBAL":
-                stack.append(Name(*argument.split(" ", 1)))
+                stack.append(_name(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(Name(str(module), str(name)))
+                stack.append(_name(module, name))
             case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
                 if opcode.name == "NEWOBJ_EX":
                     stack.pop()
@@ -155,6 +157,14 @@ def _run(data: bytes, builders: Builders, persistent: Callable[[Any], Any]) -> A
             case _:
                 raise InvalidFile(f"unsupported pickle opcode {opcode.name}, which PyTorch does not write")
     raise InvalidFile("corrupt pickle: no STOP opcode")
+
+
+def _name(module: Any, name: Any) -> Name:
+    if not all(isinstance(part, str) and len(part) <= MAX_NAME for part in (module, name)):
+        raise InvalidFile(
+            f"corrupt pickle: name of a class that is not text of at most {MAX_NAME} characters"
+        )
+    return Name(module, name)
 
 
 def _call(function: Any, arguments: Any, builders: Builders) -> Any:

@@ -14,8 +14,8 @@ import torch_files as made
 from torch_files import namespace, number, parameter, pickled, tensor, text, tree, write
 
 from dig_jax import CheckpointError
-from dig_jax.convert.pytorch.reader import open_torch
-from dig_jax.convert.pytorch.writer import write_torch
+from dig_jax.files.pytorch.reader import open_torch
+from dig_jax.files.pytorch.writer import write_torch
 
 SIX = np.arange(6, dtype="<f4").tobytes()
 

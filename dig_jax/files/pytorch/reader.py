@@ -20,8 +20,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dig_jax.convert.pytorch.pickle_reader import Name, Opaque, insert, read_pickle
 from dig_jax.errors import CheckpointError, InvalidFile
+from dig_jax.files.pytorch.pickle_reader import MAX_NAME, Name, Opaque, insert, read_pickle
 
 _DTYPES = {
     "FloatStorage": np.float32,
@@ -40,7 +40,9 @@ _BYTE_ORDERS = {b"little": "<", b"big": ">"}
 _MAX_PICKLE = 4 * 2**20
 _MAX_DIRECTORY = 8 * 2**20
 _MAX_DEPTH = _MAX_DIMENSIONS = 8
-_MAX_NAME = 300
+# A training run's file has some thousands of names. A pickle can refer to one dict many times, so that few
+# bytes describe any number of names.
+_MAX_ENTRIES = 100_000
 _OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -92,10 +94,11 @@ class TorchFile:
         if order not in _BYTE_ORDERS:
             raise InvalidFile(f"invalid byte order: got {order!r}; expected little or big")
         self._order = _BYTE_ORDERS[order]
+        self._entries = 0  # of all OrderedDicts that were made from lists
         self.content = read_pickle(
             bytes(self._bytes(f"{self._root}data.pkl", _MAX_PICKLE)),
             {
-                "collections.OrderedDict": _ordered_dict,
+                "collections.OrderedDict": self._ordered_dict,
                 "torch._utils._rebuild_tensor": _tensor,
                 "torch._utils._rebuild_tensor_v2": _tensor,
                 "torch._utils._rebuild_parameter": _parameter,
@@ -103,18 +106,34 @@ class TorchFile:
             self._storage,
         )
 
+    def names(self) -> list[str]:
+        """Return the dotted names of all tensors; entries with invalid names are left out."""
+        content = self.content if isinstance(self.content, dict) else {}
+        return [name for name, value in _flattened(content) if isinstance(value, Tensor)]
+
     def tensors(self, tree: str = "") -> dict[str, Tensor]:
         """Return the tensors below a dotted path, such as "ema" or "opt.state", by their names below it.
+
+        The last parts of the path may be a prefix of the names, such as "module" for "module.conv.weight".
 
         Raises:
             InvalidFile: unknown tree, an entry that is not a tensor, or tensors with more than twice the
                 bytes of the file.
         """
         found: dict[str, Tensor] = {}
-        for name, value in _flattened(self._subtree(tree)):
+        node, prefix = self._locate(tree)
+        for full_name, value in _flattened(node):
+            if not full_name.startswith(prefix):
+                continue
+            name = full_name[len(prefix) :]
+            if isinstance(value, InvalidFile):
+                raise value
             if not isinstance(value, Tensor):
                 raise InvalidFile(f"invalid {_joined(tree, name)}: got {_kind(value)}; expected a tensor")
             insert(found, name, value)
+        if prefix and not found:
+            choices = ", ".join(key for key in node if isinstance(key, str))[:200]
+            raise InvalidFile(f"unknown tree {tree!r}; expected one of: {choices or 'none'}")
         claimed = sum(tensor.nbytes for tensor in set(found.values()))
         if claimed > 2 * len(self._data):
             raise InvalidFile(
@@ -123,17 +142,14 @@ class TorchFile:
             )
         return found
 
-    def _subtree(self, tree: str) -> dict:
-        node = self.content
-        for part in filter(None, tree.split(".")):
-            if not isinstance(node, dict) or part not in node:
-                keys = node if isinstance(node, dict) else ()
-                choices = ", ".join(key for key in keys if isinstance(key, str))[:200]
-                raise InvalidFile(f"unknown tree {tree!r}; expected one of: {choices or 'none'}")
-            node = node[part]
+    def _locate(self, tree: str) -> tuple[dict, str]:
+        """Return the dict at the first parts of a dotted path, and the other parts as a prefix of names."""
+        node, parts = self.content, list(filter(None, tree.split(".")))
+        while parts and isinstance(node, dict) and parts[0] in node:
+            node = node[parts.pop(0)]
         if not isinstance(node, dict):
             raise InvalidFile(f"invalid {tree or 'content'}: got {_kind(node)}; expected a tree of tensors")
-        return node
+        return node, "".join(f"{part}." for part in parts)
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """Return a copy of a tensor's values.
@@ -172,9 +188,27 @@ class TorchFile:
             self._verified.add(member)
         return data
 
+    def _ordered_dict(self, arguments: tuple) -> dict:
+        result: dict = {}
+        match arguments:
+            case ():
+                pass
+            case (list(pairs),):
+                self._entries += len(pairs)
+                _check_entries(self._entries)
+                for pair in pairs:
+                    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                        raise InvalidFile("corrupt pickle: OrderedDict of something other than pairs")
+                    insert(result, *pair)
+            case _:
+                raise InvalidFile("corrupt pickle: OrderedDict of something other than pairs")
+        return result
+
     def _storage(self, persistent_id: Any) -> Storage | Opaque:
         match persistent_id:
-            case ("storage", Name(module="torch", name=kind), str(key), str(), int(numel)) if kind in _DTYPES:
+            case ("storage", Name(module="torch", name=kind), str(key), str(), int(numel)) if (
+                kind in _DTYPES and len(key) <= MAX_NAME
+            ):
                 dtype, member = np.dtype(_DTYPES[kind]), f"{self._root}data/{key}"
                 if member not in self._members:
                     raise InvalidFile(f"missing storage {member[:100]}")
@@ -246,19 +280,6 @@ def _check_directory(data: mmap.mmap) -> None:
         )
 
 
-def _ordered_dict(arguments: tuple) -> dict:
-    result: dict = {}
-    match arguments:
-        case ():
-            pass
-        case (list(pairs),) if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-            for key, value in pairs:
-                insert(result, key, value)
-        case _:
-            raise InvalidFile("corrupt pickle: OrderedDict of something other than pairs")
-    return result
-
-
 def _parameter(arguments: tuple) -> Tensor | Opaque:
     is_tensor = arguments and isinstance(arguments[0], Tensor)
     return arguments[0] if is_tensor else Opaque("parameter without a tensor")
@@ -272,11 +293,13 @@ def _tensor(arguments: tuple) -> Tensor | Opaque:
             return Opaque("unsupported tensor")
         case _:
             raise InvalidFile("corrupt pickle: tensor without a storage, offset, shape and strides")
+    if max(len(shape), len(strides)) > _MAX_DIMENSIONS:
+        raise InvalidFile(
+            f"too many dimensions: got {max(len(shape), len(strides))}; expected at most {_MAX_DIMENSIONS}"
+        )
     numbers = (offset, *shape, *strides)
     if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or len(shape) != len(strides):
         raise InvalidFile("corrupt pickle: invalid offset, shape or strides of a tensor")
-    if len(shape) > _MAX_DIMENSIONS:
-        raise InvalidFile(f"too many dimensions: got {len(shape)}; expected at most {_MAX_DIMENSIONS}")
     if math.prod(shape) == 0:
         return Opaque("tensor without values")
     return _view(storage, offset, shape, strides)
@@ -298,20 +321,30 @@ def _view(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[
     return Tensor(storage, offset, shape, strides)
 
 
+def _check_entries(count: int) -> None:
+    if count > _MAX_ENTRIES:
+        raise InvalidFile(f"too many names: expected at most {_MAX_ENTRIES:,}")
+
+
 def _flattened(tree: dict) -> Iterator[tuple[str, Any]]:
-    """Yield every leaf of nested dicts with its dotted name."""
+    """Yield every leaf of nested dicts with its dotted name; an InvalidFile in place of an invalid entry."""
     pending: list[tuple[str, int, Any]] = [("", 0, tree)]
+    entries = 0
     while pending:
         prefix, depth, node = pending.pop()
         if not isinstance(node, dict) or (prefix and not node):
             yield prefix, node
             continue
         if depth == _MAX_DEPTH:
-            raise InvalidFile(f"trees nested too deeply; expected at most {_MAX_DEPTH} levels")
+            yield prefix, InvalidFile(f"trees nested too deeply; expected at most {_MAX_DEPTH} levels")
+            continue
+        entries += len(node)
+        _check_entries(entries)
         for key, value in reversed(node.items()):
-            name = _joined(prefix, str(key) if isinstance(key, (str, int)) else "")
-            if isinstance(key, Opaque) or len(name) > _MAX_NAME or not name.isprintable():
-                raise InvalidFile(f"invalid name {name[:40]!r}")
+            text = str(key) if isinstance(key, (str, int)) else ""
+            name = _joined(prefix, text[:MAX_NAME])
+            if isinstance(key, Opaque) or len(prefix) + len(text) > MAX_NAME or not text.isprintable():
+                value = InvalidFile(f"invalid name {name[:40]!r}")
             pending.append((name, depth + 1, value))
 
 
