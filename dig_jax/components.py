@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from dig_jax import autoencoder
 from dig_jax.autoencoder import Autoencoder
 from dig_jax.config import Config, ModelConfig
-from dig_jax.data import ImageSpec, Source, load_source
+from dig_jax.data import ImageSpec, Source, open_source
 from dig_jax.diffusion import GaussianDiffusion, Process
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
@@ -44,14 +44,15 @@ class Components:
     @functools.cached_property
     def train_source(self) -> Source:
         """Training images."""
-        with naming_setting("config.data"):
-            return load_source(self.config.data.name, "train", **self.config.data.options)
+        return self._open("train")
 
     @functools.cached_property
     def heldout_source(self) -> Source:
         """Images of the same distribution that training never uses."""
-        with naming_setting("config.data"):
-            return load_source(self.config.data.name, "heldout", **self.config.data.options)
+        return self._open("heldout")
+
+    def _open(self, split: str) -> Source:
+        return open_source("config.data", self.config.data.name, split, self.config.data.options)
 
     @functools.cached_property
     def image_spec(self) -> ImageSpec:

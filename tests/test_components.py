@@ -83,7 +83,7 @@ def test_a_config_states_its_computed_cost(name):
         ({"model__skip": "linear"}, "config.model: invalid depth=1 with long skips; expected an even depth"),
         ({"data__name": "digit"}, "config.data: unknown data source 'digit'; .*did you mean 'digits'"),
         ({"data__options": {"size": 4}}, "config.data: unknown option 'size' of data source 'fake'"),
-        ({"data__options": {"channels": 0}}, "config.data: invalid channels=0 of the fake source"),
+        ({"data__options": {"channels": 0}}, "invalid config.data.options.channels=0; expected at least 1"),
         ({"diffusion__schedule": "cosin"}, "config.diffusion: invalid schedule: .* did you mean 'cosine'"),
         ({"diffusion__loss": "l2"}, "config.diffusion: invalid loss_type: got 'l2'"),
         ({"diffusion__num_steps": 1}, "config.diffusion: num_steps too small: got 1; expected at least 21"),

@@ -1,5 +1,6 @@
 import logging
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from test_data_images import noise, png_header
 from configs import imagefolder
 from dig_jax import config
 from dig_jax.components import Components
-from dig_jax.data import Source, batches, load_source
+from dig_jax.data import Source, batches, image_folder, load_source
+from dig_jax.data.images import HAS_AVIF
+from dig_jax.data.summary import summary
 from dig_jax.errors import ConfigError, UserError
 
 
@@ -137,7 +140,7 @@ def test_a_second_directory_is_held_out_with_the_labels_of_the_first(folder, tmp
         load(folder, "heldout", heldout_path=str(tmp_path / "other"))
 
 
-def test_other_files_are_ignored(folder, caplog):
+def test_other_files_are_ignored_and_counted(folder, tmp_path):
     expected = files(load(folder, heldout_fraction=0.0))
     (folder / "empty").mkdir()
     (folder / "README.txt").write_text("hello")
@@ -148,10 +151,19 @@ def test_other_files_are_ignored(folder, caplog):
     write(folder / ".hidden" / "0.jpg")
     write(folder / "loose.jpg")
     moved = folder.rename(folder.with_name("moved"))
-    assert files(load(moved, heldout_fraction=0.0)) == expected
-    messages = " ".join(record.getMessage() for record in caplog.records)
-    assert "ignored 1 directories without images" in messages
-    assert "ignored 1 images in" in messages
+    (moved / "cat" / "1.heic").touch()
+    (moved / "cat" / "LICENSE").touch()
+    source = load(moved, heldout_fraction=0.0)
+    assert files(source) == expected
+    assert list(source.notes) == [
+        f"ignored 1 images in {moved} that are not in a class directory",
+        f"ignored 1 directories without images in {moved}: empty",
+        "ignored 4 other files: 2 .txt, 1 .heic, 1 without extension",
+    ]
+    (tmp_path / "phone" / "cat").mkdir(parents=True)
+    (tmp_path / "phone" / "cat" / "1.HEIC").touch()
+    with pytest.raises(UserError, match="no images in .*phone, found 1 .heic; expected one directory"):
+        load(tmp_path / "phone")
 
 
 def test_links_that_loop_end_and_other_links_are_followed(folder, tmp_path):
@@ -212,6 +224,11 @@ def test_the_shipped_config_needs_the_directory_and_nothing_else(folder):
         ),
         ({"image_size": 0}, "invalid image_size=0 of the image_folder source; expected at least 1"),
         ({"crop": "admm"}, "invalid crop='admm' .*; expected adm or celeba; did you mean 'adm'"),
+        (
+            {"crop": "celeba", "image_size": (8, 16)},
+            r"image_size=\(8, 16\) .*; expected one number with crop",
+        ),
+        ({"channels": 4}, r"invalid channels=4 of the image_folder source; expected 3 \(RGB\) or 1 \(gray\)"),
         ({"size": 8}, "unknown option 'size'"),
     ],
 )
@@ -246,3 +263,86 @@ def test_a_missing_file_ends_the_run_and_is_not_replaced(folder):
     with pytest.raises(UserError, match="cannot read .*cat/0.jpg: No such file"):
         _ = source[0]
     assert source.num_unreadable == 0
+
+
+@pytest.mark.parametrize("extension", ["jfif", "JPE", "jpg", "PBM", *(["avif"] if HAS_AVIF else [])])
+def test_files_of_every_name_of_a_format_are_images(tmp_path, extension):
+    kind = {"PBM": "PPM", "avif": "AVIF"}.get(extension, "JPEG")
+    path = tmp_path / "dog" / f"1.{extension}"
+    write(path, format=kind)
+    source = load(tmp_path, heldout_fraction=0.0)
+    assert files(source) == [f"dog/1.{extension}"]
+    assert source[0]["image"].shape == (8, 8, 3)
+    assert source.num_unreadable == 0
+
+
+def test_a_parent_of_the_class_directories_is_hinted_at(tmp_path):
+    for number, name in enumerate(("ant", "bee", "cow")):
+        write(tmp_path / "up" / "dataset" / "images" / name / "sub" / f"{number}.png")
+    train, heldout = (load(tmp_path / "up", split) for split in ("train", "heldout"))
+    assert train.class_names == ("dataset",)
+    lines = summary(train, heldout)
+    assert lines[0] == "2 images of 1 class (dataset), 1 held out; 8 × 8, 3 channels"
+    right = tmp_path / "up" / "dataset" / "images"
+    assert lines[1:] == [
+        "all images are one class, 'dataset', and lie in 3 directories of dataset/images: ant, bee, cow; if"
+        f" these are the classes, set path to {right}"
+    ]
+    assert summary(load(right), load(right, "heldout")) == [
+        "2 images of 3 classes (ant, bee, cow), 1 held out; 8 × 8, 3 channels"
+    ]
+
+
+def test_a_class_with_images_in_subdirectories_and_beside_them_has_no_hint(tmp_path):
+    write(tmp_path / "cat" / "1.png")
+    write(tmp_path / "cat" / "old" / "2.png")
+    write(tmp_path / "cat" / "new" / "3.png")
+    assert load(tmp_path).notes == ()
+
+
+def test_the_summary_counts_images_classes_and_held_out_ones(tmp_path):
+    train = load_source("fake", "train", num_classes=9, length=1200)
+    lines = summary(train, load_source("fake", "heldout", num_classes=9, length=1200))
+    assert lines == ["1,200 images of 9 classes (0, 1, 2, 3, 4, …), 240 held out; 32 × 32, 3 channels"]
+    write(tmp_path / "cat" / "1.png")
+    train, heldout = (load(tmp_path, split, heldout_fraction=0.0) for split in ("train", "heldout"))
+    assert summary(train, heldout)[0].startswith("1 images of 1 class (cat), none held out; ")
+    assert "keep_best have no effect" in summary(train, heldout)[1]
+
+
+def test_images_may_be_gray_and_of_any_shape(folder):
+    source = load(folder, image_size=(8, 20), channels=1, heldout_fraction=0.0)
+    assert source.image_shape == source[0]["image"].shape == (8, 20, 1)
+    square = load(folder, image_size=8, heldout_fraction=0.0)
+    assert load(folder, image_size=[8, 8], heldout_fraction=0.0).fingerprint == square.fingerprint
+    prints = {source.fingerprint, square.fingerprint, load(folder, channels=1).fingerprint}
+    assert len(prints) == 3
+
+
+def test_the_fingerprint_of_square_rgb_images_never_changes(tmp_path):
+    """A resumed run compares it."""
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.jpg").write_bytes(b"1234")
+    assert load(tmp_path, image_size=8, heldout_fraction=0.0).fingerprint == "f7e23b4644e823f4"
+
+
+def test_sources_can_be_pickled(folder):
+    source = load(folder, heldout_fraction=0.0)
+    _ = [source[index] for index in range(len(source))]
+    copy = pickle.loads(pickle.dumps(source))
+    assert (copy.fingerprint, copy.num_unreadable) == (source.fingerprint, 2)
+    np.testing.assert_array_equal(copy[0]["image"], source[0]["image"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(folder):
+    source = load(folder, heldout_fraction=0.0)
+    (folder / "cat" / "0.jpg").unlink()
+    os.mkfifo(folder / "cat" / "0.jpg")
+    with pytest.raises(UserError, match="cannot read .*cat/0.jpg: not a regular file"):
+        _ = source[0]
+
+
+def test_the_directory_of_the_images_is_known(folder):
+    assert image_folder.folder(load(folder)) == folder
+    assert image_folder.folder(load_source("fake", "train")) is None

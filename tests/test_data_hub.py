@@ -160,8 +160,20 @@ ONE = {"image": [b"1"], "label": [1]}
         (ONE | {"class": [2]}, {}, "missing label; expected one of the columns label, class"),
         (ONE, {"label": "lable"}, "invalid label='lable'; expected a column of .*; did you mean 'label'"),
         (ONE, {"image": "label"}, r"has 0 image columns \(image, label\); expected one"),
-        (ONE | {"label": [-1]}, {}, "has labels from -1 to -1; expected "),
-        ({"image": [b"1", b"2"], "label": [3, None]}, {}, "has labels from -1 to 3; expected 0 to 3"),
+        (ONE | {"label": [-1]}, {}, "invalid label of row 0 of .*: got -1; expected 0 to 0; -1 means unlab"),
+        (
+            {"image": [b"1", b"2"], "label": [3, None]},
+            {},
+            r"row 1 of split 'train' of .* \(labels -1 to 3\): got -1; expected 0 to 3",
+        ),
+        (ONE | {"label": [10**12]}, {}, "got label 1000000000000 in row 0 of .*; expected at most 1,000,000"),
+        (ONE | {"label": [2**62]}, {}, "too many classes: got label 4611686018427387904 in row 0 of"),
+        (ONE | {"label": np.array([2**64 - 1], np.uint64)}, {}, "invalid column 'label': .*; expected integ"),
+        (
+            ONE,
+            {"num_classes": 10**23},
+            "too many classes: .* and num_classes=1.*; expected at most 1,000,000",
+        ),
     ],
 )
 def test_unsuitable_columns_are_reported_in_one_line(tmp_path, columns, options, message):
@@ -246,5 +258,5 @@ def test_invalid_and_missing_shards_are_reported_in_one_line(root, tmp_path, cap
 
 def test_without_the_library_the_error_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[hub\]'"):
+    with pytest.raises(UserError, match=r"pip install 'dig-jax\[hub\]'"):
         load_source("hub", "train", dataset="a/b")

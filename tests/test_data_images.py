@@ -1,11 +1,14 @@
 import io
 import struct
+import threading
+import time
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dig_jax.data import images
 from dig_jax.data.images import CROPS, MAX_PIXELS, UnreadableImage, adm_crop, celeba_crop, decode
 
 
@@ -160,3 +163,97 @@ def test_an_image_that_is_huge_after_resizing_is_rejected():
     assert MAX_PIXELS < 5000 * 256 * 256
     with pytest.raises(UnreadableImage, match="got 1,280,000 × 256; expected at most"):
         adm_crop(Image.new("RGB", (5000, 1)), 256)
+
+
+def test_a_crop_of_any_shape_covers_it_and_keeps_the_aspect_ratio():
+    random = np.random.default_rng(1)
+    for _ in range(20):
+        width, height = (int(side) for side in random.integers(5, 300, 2))
+        size = tuple(int(side) for side in random.integers(4, 80, 2))
+        assert adm_crop(Image.fromarray(noise(width, height)), size).shape == (*size, 3)
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None] * 4, (64, 64))
+    tall = adm_crop(Image.fromarray(ramp), (32, 8))[:, 0, 0].astype(int)  # halved, and cut at the sides
+    np.testing.assert_allclose(np.diff(tall), 8)
+
+
+def test_gray_images_keep_their_values_and_colors_become_luma():
+    gray = noise(6, 4, channels=1)
+    np.testing.assert_array_equal(np.asarray(decode(encoded(Image.fromarray(gray), "PNG"), channels=1)), gray)
+    red = encoded(Image.new("RGB", (2, 2), "red"), "PNG")
+    assert np.asarray(decode(red, channels=1))[0, 0] == 76
+    clear = encoded(Image.new("LA", (2, 2), (0, 0)), "PNG")
+    assert np.asarray(decode(clear, channels=1))[0, 0] == 255
+
+
+def progressive(scans):
+    """A progressive JPEG whose last scan is repeated until there are so many."""
+    data = encoded(Image.fromarray(noise(40, 30)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (scans - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (png_header(1, 80_000_000), "got 1 × 80,000,000 px; expected at most 65,535"),
+        (progressive(2_000), "too many JPEG scans for 1,200 pixels: got 2000"),
+        (
+            JPEG[:2] + b"\xff\xe0\x00\x02" * 20_000 + JPEG[2:],
+            "too many JPEG segments; expected at most 10000",
+        ),
+        (b"P3 400 400 255\n" + b"0 " * 3_000_000, "PPM of text is too large; expected at most 4 MiB"),
+        (b"P6 #" + b"c" * 10_000 + b"\n2 2 255\n" + bytes(12), "expected a header of at most 4096 B"),
+        (b"P6 #" + b"c" * 10_000, "expected a header of at most 4096 B"),
+    ],
+    ids=["side", "scans", "segments", "text", "comment", "endless comment"],
+)
+def test_an_image_that_would_take_minutes_or_gigabytes_is_rejected_without_decoding(
+    data, message, monkeypatch
+):
+    monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(UnreadableImage, match=message):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        progressive(12),
+        # A motion photo: a video follows the image, with bytes like those of a scan.
+        JPEG + b"\xff\xda\x00\x00" * 10_000,
+        b"P6 # a comment\n#another\n2 2\n255\n" + bytes(12),
+        b"P5\n2 2\n255\n" + bytes(4),
+        b"P1\n2 2\n1 0\n0 1\n",
+        b"P3 1 1 255\n0 0 0\n",
+    ],
+    ids=["progressive", "motion photo", "comments", "gray", "bits", "text"],
+)
+def test_ordinary_jpegs_and_ppms_are_decoded(data):
+    assert decode(data).mode == "RGB"
+
+
+def test_a_limited_number_of_pixels_is_decoded_at_once():
+    budget, running, most = images._Budget(100), set(), []
+
+    def decode_one(number, pixels):
+        with budget.of(pixels):
+            running.add(number)
+            most.append(len(running))
+            time.sleep(0.01)
+            running.remove(number)
+
+    for pixels, expected in ((1000, 1), (40, 2)):
+        most.clear()
+        threads = [threading.Thread(target=decode_one, args=(n, pixels)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(most) <= expected and len(most) == 6
+
+
+def test_strips_are_composited_as_the_whole_image(monkeypatch):
+    pixels = Image.fromarray(noise(5, 11, channels=4))
+    whole = np.asarray(decode(encoded(pixels, "PNG")))
+    monkeypatch.setattr(images, "_STRIP", 3)
+    np.testing.assert_array_equal(np.asarray(decode(encoded(pixels, "PNG"))), whole)

@@ -80,6 +80,13 @@ def data_dir(library, tmp_path_factory):
         lambda number: {"image": io.BytesIO(jpeg(number)), "attributes": {"Smiling": True}},
         {"train": 2, "validation": 1},
     )
+
+    def unlabeled(number):
+        return {"image": io.BytesIO(jpeg(number)), "label": -1 if number == 1 else 0}
+
+    prepare(library, directory, "Unlabeled", features, unlabeled, {"train": 3, "test": 1})
+    numbered = {"image": image, "label": np.int64}
+    prepare(library, directory, "Numbered", numbered, unlabeled, {"train": 3, "test": 1})
     return directory
 
 
@@ -133,6 +140,29 @@ def test_a_dataset_without_classes_is_unconditional(data_dir):
     source = load(data_dir, "faces")
     assert (source.num_classes, source.class_names) == (0, ())
     assert source[1]["label"] == 0
+
+
+def test_a_label_that_no_class_has_is_refused_and_its_record_named(data_dir):
+    source = load(data_dir, "unlabeled")
+    place = "invalid label of record . of unlabeled/1.0.0 train: got -1; expected 0 to 2; -1 means unlabeled"
+    with pytest.raises(UserError, match=place):
+        _ = [source[index] for index in range(3)]
+    with pytest.raises(UserError, match=place):
+        _ = [source.decode(source.images.read(index)) for index in range(3)]
+
+
+def test_a_number_that_is_not_declared_as_a_class_leaves_a_note(data_dir):
+    source = load(data_dir, "numbered")
+    assert source.num_classes == 0
+    (note,) = source.notes
+    assert note.startswith("no classes: none of the features of numbered/1.0.0 is a ClassLabel: ")
+    assert "label (" in note
+    assert load(data_dir).notes == ()
+
+
+def test_images_may_be_gray_and_of_any_shape(data_dir):
+    source = load(data_dir, image_size=(8, 12), channels=1)
+    assert source.image_shape == source[0]["image"].shape == (8, 12, 1)
 
 
 @pytest.mark.parametrize(
@@ -206,5 +236,5 @@ def test_reading_imports_no_tensorflow(data_dir):
 
 def test_without_the_library_the_error_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[tfds\]'"):
+    with pytest.raises(UserError, match=r"pip install 'dig-jax\[tfds\]'"):
         load_source("tfds", "train", dataset="cifar10")

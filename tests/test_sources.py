@@ -1,9 +1,14 @@
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latent_caches import random_moments, write_cache
 
-from dig_jax.data import Source, load_source
+from dig_jax.data import Source, load_source, open_source
+from dig_jax.data.registry import SOURCES
+from dig_jax.errors import ConfigError, UserError
 
 
 def test_digits_are_split_by_class_without_overlap_or_loss():
@@ -97,9 +102,81 @@ def test_fingerprints_tell_sources_apart():
         ("digits", "train", {"image_size": 8}, "unknown option 'image_size' .*; expected none"),
         ("fake", "train", {"size": 8}, "unknown option 'size' .*; expected image_size, .* 'image_size'"),
         ("fake", "train", {"length": 0}, "invalid length=0 of the fake source; expected at least 1"),
-        ("fake", "train", {"image_size": (0, 8)}, "invalid image_size=0 of the fake source"),
+        ("fake", "train", {"image_size": (0, 8)}, r"invalid image_size=\(0, 8\) of the fake source"),
     ],
 )
 def test_a_bad_argument_is_named(name, split, options, message):
     with pytest.raises(ValueError, match=message):
         load_source(name, split, **options)
+
+
+DEEP = functools.reduce(lambda inner, _: [inner], range(900), 1)
+
+
+@pytest.mark.parametrize(
+    "name, option, value, expected",
+    [
+        ("fake", "image_size", "88", "an integer or a tuple of 2 integers"),
+        ("fake", "image_size", None, "an integer or a tuple of 2 integers"),
+        ("fake", "image_size", 8.0, "an integer or a tuple of 2 integers"),
+        ("fake", "image_size", True, "an integer or a tuple of 2 integers"),
+        ("fake", "image_size", (8, 8, 8), "an integer or a tuple of 2 integers"),
+        ("fake", "image_size", (8, "8"), "an integer or a tuple of 2 integers"),
+        ("fake", "image_size", DEEP, "an integer or a tuple of 2 integers"),
+        ("fake", "image_size", 10**23, "at most 89,478,485 pixels"),
+        ("fake", "num_classes", 10**23, "at most 1,000,000"),
+        ("fake", "length", 10**23, "at most 1,000,000,000"),
+        ("fake", "seed", -1, "at least 0"),
+        ("fake", "path", {"a": 1}, "text without null characters"),
+        ("image_folder", "path", 5, "text without null characters"),
+        ("image_folder", "path", "a\0b", "text without null characters"),
+        ("image_folder", "heldout_fraction", "0.1", "a number"),
+        ("image_folder", "heldout_fraction", float("nan"), "0 ≤ x < 1"),
+        ("image_folder", "crop", 5, "text without null characters"),
+        ("image_folder", "upright", 1, "True or False"),
+        ("latents", "path", ["a"], "text without null characters"),
+        ("latents", "image_size", "32", "an integer or a tuple of 2 integers"),
+        ("tfds", "dataset", ["a"], "text without null characters"),
+        ("tfds", "num_classes", 1.5, "an integer"),
+        ("hub", "dataset", ["a"], "text without null characters"),
+        ("hub", "channels", "3", "an integer"),
+    ],
+)
+def test_options_are_checked_by_the_signature_of_the_source_and_named_by_their_field(
+    tmp_path, name, option, value, expected
+):
+    options = ({"path": str(tmp_path)} if name == "image_folder" else {}) | {option: value}
+    with pytest.raises(ConfigError) as caught:
+        open_source("config.data", name, "train", options)
+    message = str(caught.value)
+    assert message.startswith(f"invalid config.data.options.{option}=")
+    assert message.endswith(f"; expected {expected}")
+    assert len(message) < 300 and "\n" not in message
+
+
+@pytest.mark.parametrize("option", ["split", "name", 1, "a.b", "__class__", None, ("a",)])
+@pytest.mark.parametrize("name", SOURCES)
+def test_an_unknown_option_is_named_whatever_its_type(name, option):
+    with pytest.raises(ConfigError, match=f"config.encode: unknown option .* of data source '{name}'"):
+        open_source("config.encode", name, "train", {option: 1})
+
+
+def test_options_become_the_types_of_the_signature(tmp_path):
+    source = load_source("fake", "train", image_size=[4, 6], length=np.int64(3), path=tmp_path)
+    assert source.image_shape == (4, 6, 3)
+    assert type(source.length) is int
+
+
+def test_a_source_without_images_to_train_on_is_refused(tmp_path):
+    write_cache(tmp_path / "latents", random_moments(0), random_moments(3))
+    with pytest.raises(ConfigError, match="no images in the training split of data source 'latents'"):
+        open_source("config.data", "latents", "train", {"path": str(tmp_path / "latents")})
+    assert len(open_source("config.data", "latents", "heldout", {"path": str(tmp_path / "latents")})) == 3
+
+
+def test_a_latent_label_that_no_class_has_is_named(tmp_path):
+    write_cache(tmp_path, random_moments(4), class_names=["cat", "dog"])
+    source = load_source("latents", "train", path=str(tmp_path))
+    assert [source[index]["label"] for index in range(2)] == [0, 1]
+    with pytest.raises(UserError, match="invalid label of image 2 of .*: got 2; expected 0 to 1"):
+        _ = source[2]

@@ -9,9 +9,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from dig_jax.data.images import CROPS, UnreadableImage, decode
-from dig_jax.data.source import Example, fingerprint
-from dig_jax.errors import UserError, suggest
+from dig_jax.data.images import CROPS, MODES, SQUARE_CROPS, UnreadableImage, decode
+from dig_jax.data.options import OptionError, image_shape
+from dig_jax.data.source import Example, check_label, fingerprint
+from dig_jax.errors import UserError, alternatives, suggest
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 _LOGGED = 10
 # Give up after this many unreadable replacements in a row.
 _ATTEMPTS = 100
+# Of all sources together: a source with a lock of its own could not be pickled.
+_LOCK = threading.Lock()
 
 
 class EncodedImage(NamedTuple):
@@ -56,7 +59,11 @@ class EncodedImages(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedSource:
-    """Square crops of encoded images.
+    """Crops of encoded images.
+
+    image_size: height and width, or one number for both.
+    channels: 3 for RGB, 1 for gray.
+    notes: what was left out, for the start of a run.
 
     An image that cannot be decoded is logged, counted and replaced. The replacement depends only on the
     index of the image, not on threads, processes or restarts.
@@ -66,23 +73,23 @@ class EncodedSource:
     split: str
     images: EncodedImages
     class_names: tuple[str, ...]
-    image_size: int
+    image_size: int | tuple[int, int]
     crop: str
     upright: bool
+    channels: int = 3
     flip: bool = True
+    notes: tuple[str, ...] = ()
     _unreadable: set[int] = dataclasses.field(default_factory=set, init=False, repr=False)
-    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self):
-        if self.image_size < 1:
-            raise ValueError(
-                f"invalid image_size={self.image_size} of the {self.name} source; expected at least 1"
-            )
+        height, width, _ = self.image_shape
         if self.crop not in CROPS:
             hint = suggest(self.crop, CROPS)
-            raise ValueError(
-                f"invalid crop={self.crop!r} of the {self.name} source; expected {' or '.join(CROPS)}{hint}"
-            )
+            raise OptionError(self.name, "crop", self.crop, f"{alternatives(list(CROPS))}{hint}")
+        if self.crop in SQUARE_CROPS and height != width:
+            raise OptionError(self.name, "image_size", self.image_size, f"one number with crop={self.crop!r}")
+        if self.channels not in MODES:
+            raise OptionError(self.name, "channels", self.channels, "3 (RGB) or 1 (gray)")
 
     @property
     def num_classes(self) -> int:
@@ -92,12 +99,19 @@ class EncodedSource:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
-        return self.image_size, self.image_size, 3
+        return image_shape(self.name, self.image_size, self.channels)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of everything that the examples depend on and that is known without reading them."""
-        options = (self.image_size, self.crop, self.upright)
+        height, width, channels = self.image_shape
+        options: tuple[object, ...] = (
+            height if height == width else (height, width),
+            self.crop,
+            self.upright,
+        )
+        if channels != 3:  # absent in the fingerprints of older workdirs
+            options += (channels,)
         return fingerprint(self.name, self.split, self.images.identity, self.class_names, options)
 
     @property
@@ -129,12 +143,16 @@ class EncodedSource:
 
         Raises:
             UnreadableImage: the image cannot be decoded; the message gives the reason.
+            UserError: the label is not that of a class.
         """
-        pixels = CROPS[self.crop](decode(image.data, upright=self.upright), self.image_size)
+        check_label(image.label, self.num_classes, image.name)
+        height, width, channels = self.image_shape
+        decoded = decode(image.data, upright=self.upright, channels=channels)
+        pixels = CROPS[self.crop](decoded, (height, width))
         return {"image": pixels, "label": np.int32(image.label)}
 
     def _log_unreadable(self, index: int, name: str, error: UnreadableImage) -> None:
-        with self._lock:
+        with _LOCK:
             if index in self._unreadable:
                 return
             self._unreadable.add(index)

@@ -5,7 +5,10 @@ import functools
 
 import numpy as np
 
+from dig_jax.data.options import MAX_CLASSES, OptionError, image_shape
 from dig_jax.data.source import SPLITS, Example, fingerprint
+
+_BOUNDS = {"channels": (1, 1024), "num_classes": (0, MAX_CLASSES), "length": (1, 10**9), "seed": (0, 2**64)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,15 +79,15 @@ def fake(
         ValueError: an invalid option.
     """
     del path
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    minimums = {"image_size": 1, "channels": 1, "num_classes": 0, "length": 1}
-    values = (min(height, width), channels, num_classes, length)
-    for (option, minimum), value in zip(minimums.items(), values, strict=True):
-        if value < minimum:
-            raise ValueError(f"invalid {option}={value} of the fake source; expected at least {minimum}")
+    values = {"channels": channels, "num_classes": num_classes, "length": length, "seed": seed}
+    for option, (minimum, maximum) in _BOUNDS.items():
+        if values[option] < minimum:
+            raise OptionError("fake", option, values[option], f"at least {minimum}")
+        if values[option] > maximum:
+            raise OptionError("fake", option, values[option], f"at most {maximum:,}")
     return FakeSource(
         split=split,
-        image_shape=(height, width, channels),
+        image_shape=image_shape("fake", image_size, channels),
         num_classes=num_classes,
         length=length if split == "train" else -(-length // 5),
         seed=seed,

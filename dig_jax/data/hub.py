@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from dig_jax.data.encoded import EncodedImage, EncodedSource
-from dig_jax.data.source import default_heldout, fingerprint
+from dig_jax.data.options import MAX_CLASSES
+from dig_jax.data.source import check_label, default_heldout, fingerprint
 from dig_jax.errors import UserError, one_line, suggest
 
 # "cache" reads Arrow files prepared earlier when the Hub is unreachable.
@@ -63,8 +64,9 @@ class HubImages:
 def hub(
     split: str,
     dataset: str = "",
-    image_size: int = 256,
+    image_size: int | tuple[int, int] = 256,
     crop: str = "adm",
+    channels: int = 3,
     subset: str = "",
     train_split: str = "train",
     heldout_split: str = "",
@@ -80,8 +82,9 @@ def hub(
     Args:
         split: "train" or "heldout".
         dataset: a folder, or a name on the Hub such as ILSVRC/imagenet-1k.
-        image_size: height and width in pixels.
+        image_size: height and width in pixels, or one number for both.
         crop: adm | celeba.
+        channels: 3 for RGB, 1 for gray.
         subset: configuration of a dataset with several, such as full_numbers of svhn.
         train_split: split in the notation of `datasets`, such as train or train[:98%].
         heldout_split: held-out split in the same notation; "": validation, else test.
@@ -108,7 +111,7 @@ def hub(
         train, rows = (_rows(builder, dataset, name) for name in (train_split, chosen))
     image = _image_column(library, dataset, rows.features, image)
     label = _label_column(library, dataset, rows.features, label)
-    names = _class_names(dataset, train, label, num_classes)
+    names = _class_names(dataset, train_split, train, label, num_classes)
     labels = _labels(rows, label)
     _check_labels(labels, len(names), f"split {chosen!r} of {dataset}")
     identity = fingerprint(_sizes(rows, image).tobytes(), labels.tobytes())
@@ -120,6 +123,10 @@ def hub(
         image_size=image_size,
         crop=crop,
         upright=False,
+        channels=channels,
+        notes=()
+        if label
+        else (f"no classes: {dataset} has no column of labels: {', '.join(rows.features)}",),
     )
 
 
@@ -128,7 +135,7 @@ def _library() -> Any:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"the hub source needs Hugging Face's datasets: pip install -e '.[hub]' ({error})"
+            f"the hub source needs Hugging Face's datasets: pip install 'dig-jax[hub]' ({error})"
         ) from error
     return datasets
 
@@ -228,11 +235,18 @@ def _is_image(library: Any, feature: Any) -> bool:
     return isinstance(feature, library.Image) or getattr(feature, "dtype", "").endswith("binary")
 
 
-def _class_names(dataset: str, train: Any, label: str, num_classes: int) -> tuple[str, ...]:
+def _class_names(dataset: str, split: str, train: Any, label: str, num_classes: int) -> tuple[str, ...]:
     names = tuple(getattr(train.features.get(label), "names", ()))
     if label and not names:
-        largest = _labels(train, label).max(initial=-1)
-        names = tuple(map(str, range(max(int(largest) + 1, num_classes))))
+        labels = _labels(train, label)
+        count = max(int(labels.max(initial=-1)) + 1, num_classes)
+        if count > MAX_CLASSES:
+            where = f"row {labels.argmax()} of split {split!r} of {dataset}" if len(labels) else "no row"
+            raise UserError(
+                f"too many classes: got label {labels.max(initial=-1)} in {where} and"
+                f" num_classes={num_classes}; expected at most {MAX_CLASSES:,} classes"
+            )
+        names = tuple(map(str, range(count)))
     if num_classes not in (-1, len(names)):
         raise UserError(f"{dataset} has {len(names)} classes; expected num_classes={num_classes}")
     return names
@@ -242,14 +256,21 @@ def _labels(rows: Any, label: str) -> np.ndarray:
     """Return the labels of all rows, -1 for null."""
     if not label:
         return np.zeros(0, np.int64)
-    return rows.select_columns(label)[:][label].fill_null(-1).to_numpy()
+    labels = rows.select_columns(label)[:][label]
+    try:
+        return labels.cast("int64").fill_null(-1).to_numpy()
+    except Exception as error:  # Arrow's: beyond 64 bits
+        raise UserError(
+            f"invalid column {label!r}: {_root_cause(error)}; expected integers from 0"
+        ) from error
 
 
 def _check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
-    if len(labels) and not 0 <= labels.min() <= labels.max() < max(num_classes, 1):
-        raise UserError(
-            f"{name} has labels from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}. A"
-            " label of -1 means that the split is unlabeled: use another one"
+    invalid = np.flatnonzero((labels < 0) | (labels >= max(num_classes, 1)))
+    if len(invalid):
+        row = int(invalid[0])
+        check_label(
+            int(labels[row]), num_classes, f"row {row} of {name} (labels {labels.min()} to {labels.max()})"
         )
 
 

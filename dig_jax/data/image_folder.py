@@ -4,24 +4,27 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import logging
 import os
+import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from dig_jax.data.encoded import EncodedImage, EncodedSource
-from dig_jax.data.images import MAX_BYTES
-from dig_jax.data.source import fingerprint
+from dig_jax.data.images import HAS_AVIF, MAX_BYTES
+from dig_jax.data.options import OptionError
+from dig_jax.data.source import Source, fingerprint
 from dig_jax.errors import UserError, suggest
 
-log = logging.getLogger(__name__)
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+EXTENSIONS += (".ppm", ".pgm", ".pbm", *([".avif"] if HAS_AVIF else []))
 # Directories that all have such names are splits, not classes.
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_SHOWN = 5  # names in a message
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,14 +55,16 @@ class ImageFiles:
         """Read a file.
 
         Raises:
-            UserError: the file is missing, or the file system failed.
+            UserError: the file is missing or no longer a regular file, or the file system failed.
         """
         path = self.root / self.files[index]
         try:
-            with path.open("rb") as file:
+            with open(path, "rb", opener=_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise UserError(f"cannot read {path}: not a regular file")
                 return EncodedImage(str(path), file.read(MAX_BYTES + 1), int(self.labels[index]))
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
     def take(self, chosen: Sequence[int]) -> "ImageFiles":
         """Return the files of these indices, in this order."""
@@ -67,11 +72,20 @@ class ImageFiles:
         return ImageFiles(self.root, files, sizes, self.labels[np.asarray(chosen, int)])
 
 
+class _Listing(NamedTuple):
+    """The images under a directory, the names of their classes, and what was left out."""
+
+    images: ImageFiles
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 def image_folder(
     split: str,
     path: str = "",
-    image_size: int = 256,
+    image_size: int | tuple[int, int] = 256,
     crop: str = "adm",
+    channels: int = 3,
     heldout_path: str = "",
     heldout_fraction: float = 0.02,
     upright: bool = True,
@@ -85,8 +99,9 @@ def image_folder(
     Args:
         split: "train" or "heldout".
         path: the directory.
-        image_size: height and width in pixels.
+        image_size: height and width in pixels, or one number for both.
         crop: adm | celeba.
+        channels: 3 for RGB, 1 for gray.
         heldout_path: directory of held-out images with all or some of the classes; "": hold out a fraction
             of `path`.
         heldout_fraction: fraction of the images to hold out, 0 for none. The images are chosen by the hash
@@ -102,10 +117,8 @@ def image_folder(
             "missing path of the image_folder source; expected the directory of class directories"
         )
     if not 0 <= heldout_fraction < 1:
-        raise ValueError(
-            f"invalid heldout_fraction={heldout_fraction} of the image_folder source; expected 0 ≤ x < 1"
-        )
-    images, names = _listed(_directory(path))
+        raise OptionError("image_folder", "heldout_fraction", heldout_fraction, "0 ≤ x < 1")
+    images, names, notes = _listed(_directory(path))
     if _SPLIT_NAMES.issuperset(name.lower() for name in names):
         raise UserError(
             f"{images.root} has directories named like splits: {', '.join(names)}; expected one directory per"
@@ -113,7 +126,8 @@ def image_folder(
         )
     if heldout_path:
         if split == "heldout":
-            images = _relabel(*_listed(_directory(heldout_path)), names)
+            listing = _listed(_directory(heldout_path))
+            images, notes = _relabel(listing.images, listing.names, names), listing.notes
     else:
         heldout = _heldout_indices(images, heldout_fraction)
         images = images.take([i for i in range(len(images)) if (i in heldout) == (split == "heldout")])
@@ -125,7 +139,15 @@ def image_folder(
         image_size=image_size,
         crop=crop,
         upright=upright,
+        channels=channels,
+        notes=notes,
     )
+
+
+def folder(source: Source) -> Path | None:
+    """Return the directory of a source's image files; None for sources without such a directory."""
+    images = getattr(source, "images", None)
+    return images.root if isinstance(images, ImageFiles) else None
 
 
 def _directory(path: str) -> Path:
@@ -136,50 +158,76 @@ def _directory(path: str) -> Path:
 
 
 @functools.lru_cache(maxsize=2)  # both splits use it, and listing a million files takes seconds
-def _listed(root: Path) -> tuple[ImageFiles, tuple[str, ...]]:
-    """Return all images under a directory, sorted by class and path, and the names of the classes."""
-    classes = _classes(root)
+def _listed(root: Path) -> _Listing:
+    """Return all images under a directory, sorted by class and path."""
+    others: Counter[str] = Counter()
+    classes, notes = _classes(root, others)
+    if others:
+        notes.append(f"ignored {others.total():,} other files: {_counted(others)}")
     if not classes:
+        found = f", found {_counted(others)}" if others else ""
         raise UserError(
-            f"no images in {root}; expected one directory per class with {', '.join(EXTENSIONS)} files"
+            f"no images in {root}{found}; expected one directory per class with {', '.join(EXTENSIONS)} files"
         )
     files, sizes = zip(*itertools.chain(*classes.values()), strict=True)
+    if hint := _hint(root, files, tuple(classes)):
+        notes.append(hint)
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), list(map(len, classes.values())))
-    return ImageFiles(root, files, sizes, labels), tuple(classes)
+    return _Listing(ImageFiles(root, files, sizes, labels), tuple(classes), tuple(notes))
 
 
-def _classes(root: Path) -> dict[str, list[tuple[str, int]]]:
-    """Return path and size of the images of each class."""
-    top, entered = _entries(root), _identity(os.stat(root))
+def _classes(root: Path, others: Counter[str]) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
+    """Return path and size of the images of each class, and notes; count other files by extension."""
+    top, entered, notes = _entries(root), _identity(os.stat(root)), []
     found = {
-        entry.name: sorted(_images(entry, f"{entry.name}/", {entered})) for entry in top if entry.is_dir()
+        entry.name: sorted(_images(entry, f"{entry.name}/", {entered}, others))
+        for entry in top
+        if entry.is_dir()
     }
-    loose = [(entry.name, entry.stat().st_size) for entry in top if _is_image(entry)]
+    loose = [(entry.name, entry.stat().st_size) for entry in top if _is_image(entry, others)]
     classes = {name: images for name, images in found.items() if images}
     if loose and not classes:
         classes, loose = {root.resolve().name or "images": loose}, []
-    _warn_of_ignored(root, len(loose), [name for name in found if name not in classes])
-    return classes
-
-
-def _warn_of_ignored(root: Path, loose: int, empty: list[str]) -> None:
     if loose:
-        log.warning("ignored %d images in %s that are not in a class directory", loose, root)
-    if empty:
-        shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
-        log.warning("ignored %d directories without images in %s: %s", len(empty), root, shown)
+        notes.append(f"ignored {len(loose):,} images in {root} that are not in a class directory")
+    if empty := [name for name in found if name not in classes]:
+        notes.append(f"ignored {len(empty):,} directories without images in {root}: {_first(empty)}")
+    return classes, notes
 
 
-def _images(directory: os.DirEntry, prefix: str, entered: set[tuple[int, int]]) -> Iterator[tuple[str, int]]:
-    """Yield path and size of the images in a directory and its subdirectories."""
+def _hint(root: Path, files: Sequence[str], classes: tuple[str, ...]) -> str:
+    """Return a note if the only class holds directories alone, which may be the classes."""
+    directories = sorted({os.path.dirname(file) for file in files})
+    common = os.path.commonpath(directories)
+    if len(classes) > 1 or not common or common in directories:
+        return ""
+    names = sorted({directory[len(common) + 1 :].partition("/")[0] for directory in directories})
+    return (
+        f"all images are one class, {classes[0]!r}, and lie in {len(names)} directories of {common}:"
+        f" {_first(names)}; if these are the classes, set path to {root / common}"
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+
+
+def _counted(extensions: Counter[str]) -> str:
+    return _first([f"{count:,} {extension}" for extension, count in extensions.most_common()])
+
+
+def _images(
+    directory: os.DirEntry, prefix: str, entered: set[tuple[int, int]], others: Counter[str]
+) -> Iterator[tuple[str, int]]:
+    """Yield path and size of the images in a directory and below; count other files by extension."""
     identity = _identity(directory.stat())
     if identity in entered:
         return
     entered.add(identity)
     for entry in _entries(directory.path):
         if entry.is_dir():
-            yield from _images(entry, f"{prefix}{entry.name}/", entered)
-        elif _is_image(entry):
+            yield from _images(entry, f"{prefix}{entry.name}/", entered, others)
+        elif _is_image(entry, others):
             yield prefix + entry.name, entry.stat().st_size
 
 
@@ -193,8 +241,20 @@ def _is_visible(entry: os.DirEntry) -> bool:
     return not entry.name.startswith(".") and (not entry.is_symlink() or os.path.exists(entry.path))
 
 
-def _is_image(entry: os.DirEntry) -> bool:
-    return entry.name.lower().endswith(EXTENSIONS) and entry.is_file()
+def _is_image(entry: os.DirEntry, others: Counter[str]) -> bool:
+    """Return whether an entry is a file with an image's extension; count other files by theirs."""
+    if not entry.is_file():
+        return False
+    extension = os.path.splitext(entry.name)[1].lower()
+    if extension in EXTENSIONS:
+        return True
+    others[extension or "without extension"] += 1
+    return False
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file. A pipe, which may have taken its place since the listing, would wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from dig_jax.config import Config
-from dig_jax.data.source import SPLITS, Example, fingerprint
+from dig_jax.data.source import SPLITS, Example, check_label, fingerprint
 from dig_jax.errors import ConfigError, UserError, one_line
 
 FORMAT = 1
@@ -60,10 +60,12 @@ class Shard(NamedTuple):
         Raises:
             TypeError, ValueError: invalid fields.
         """
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-        }
-        shard = cls(**values)
+        shard = cls(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        )
+        for values, kind in ((shard.unreadable, str), (shard.sums, float), (shard.squares, float)):
+            if not isinstance(values, tuple) or not all(type(value) is kind for value in values):
+                raise ValueError(f"invalid unreadable, sums or squares of {shard.file}")
         if not re.fullmatch(rf"({'|'.join(SPLITS)})/\d{{5,}}\.array_record", shard.file):
             raise ValueError(f"invalid file name {shard.file!r}")
         if not all(type(size) is int and size >= 0 for size in (shard.images, shard.bytes)):
@@ -160,10 +162,13 @@ class LatentSource:
             entry = self._entries[2 * index + mirrored]
             label = int(np.frombuffer(entry, _LABEL, 1)[0])
             moments = np.frombuffer(entry, self.dtype, offset=_LABEL.itemsize).astype(np.float32, copy=False)
-            return Posterior(label, *moments.reshape(2, *self.image_shape))
+            mean, logvar = moments.reshape(2, *self.image_shape)
         except Exception as error:  # array_record defines no error classes
             reason = one_line(error, name_type=True)
             raise UserError(f"cannot read {self._place(index)}: {reason}; {_REPAIR}") from error
+        if not 0 <= label < max(self.num_classes, 1):
+            check_label(label, self.num_classes, self._place(index))
+        return Posterior(label, mean, logvar)
 
     @functools.cached_property
     def _entries(self) -> Any:
@@ -197,14 +202,18 @@ class _FileInstruction:
 
 
 def latents(
-    split: str, path: str = "", image_size: int = -1, channels: int = -1, num_classes: int = -1
+    split: str,
+    path: str = "",
+    image_size: int | tuple[int, int] = -1,
+    channels: int = -1,
+    num_classes: int = -1,
 ) -> LatentSource:
     """Open a latent cache that --mode=encode wrote.
 
     Args:
         split: "train" or "heldout".
         path: directory of the cache.
-        image_size: expected height and width of the latents; -1: not checked.
+        image_size: expected height and width of the latents, or one number for both; -1: not checked.
         channels: expected channels of the latents; -1: not checked.
         num_classes: expected number of classes; -1: not checked.
 
@@ -234,7 +243,8 @@ def latents(
         reason = one_line(error, name_type=True)
         raise UserError(f"{directory / INDEX_FILE} is corrupt: {reason}; {_REPAIR}") from error
     found = {"image_size": (height, width), "channels": depth, "num_classes": source.num_classes}
-    expected = {"image_size": (image_size, image_size), "channels": channels, "num_classes": num_classes}
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    expected = {"image_size": size, "channels": channels, "num_classes": num_classes}
     for name, value in expected.items():
         if value not in (-1, (-1, -1), found[name]):
             raise UserError(

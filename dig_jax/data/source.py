@@ -57,7 +57,11 @@ class ImageSpec:
 
 @runtime_checkable
 class Source(Protocol):
-    """Labeled images with random access, from any thread and any process."""
+    """Labeled images with random access, from any thread and any process.
+
+    A source may also have `notes: tuple[str, ...]`, lines about what it left out and why, for the start of a
+    run.
+    """
 
     @property
     def name(self) -> str:
@@ -102,6 +106,15 @@ class Source(Protocol):
         The image is uint8, or float32 in the model's range of about -1…1.
         """
         ...
+
+
+def check_label(label: int, num_classes: int, name: str) -> None:
+    """Raise a UserError that names the example unless its label is that of a class, or 0 without classes."""
+    if not 0 <= label < max(num_classes, 1):
+        reason = "; -1 means unlabeled: use a split with labels" if label == -1 else ""
+        raise UserError(
+            f"invalid label of {name}: got {label}; expected 0 to {max(num_classes, 1) - 1}{reason}"
+        )
 
 
 def default_heldout(dataset: str, splits: Collection[str]) -> str:

@@ -48,8 +48,9 @@ class TfdsImages:
 def tfds(
     split: str,
     dataset: str = "",
-    image_size: int = 256,
+    image_size: int | tuple[int, int] = 256,
     crop: str = "adm",
+    channels: int = 3,
     data_dir: str = "",
     train_split: str = "train",
     heldout_split: str = "",
@@ -63,8 +64,9 @@ def tfds(
     Args:
         split: "train" or "heldout".
         dataset: TFDS's name, such as cifar10, imagenet2012 or celeb_a:2.1.0.
-        image_size: height and width in pixels.
+        image_size: height and width in pixels, or one number for both.
         crop: adm | celeba.
+        channels: 3 for RGB, 1 for gray.
         data_dir: directory of prepared datasets; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets.
         train_split: split in TFDS's notation, such as train or train[:98%].
         heldout_split: held-out split in the same notation; "": validation, else test.
@@ -102,6 +104,8 @@ def tfds(
         image_size=image_size,
         crop=crop,
         upright=False,
+        channels=channels,
+        notes=() if label else (_without_classes(builder),),
     )
 
 
@@ -111,7 +115,7 @@ def _library() -> Any:
     except ImportError as error:
         raise UserError(
             "the tfds source needs TensorFlow Datasets (but not TensorFlow):"
-            f" pip install -e '.[tfds]' ({error})"
+            f" pip install 'dig-jax[tfds]' ({error})"
         ) from error
     return tensorflow_datasets
 
@@ -135,6 +139,11 @@ def _builder(library: Any, dataset: str, data_dir: str) -> Any:
         kind = builder.info.file_format.value
         raise UserError(f"{dataset} in {where} is stored as {kind}; expected array_record; {command}")
     return builder
+
+
+def _without_classes(builder: Any) -> str:
+    kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in builder.info.features.items())
+    return f"no classes: none of the features of {builder.info.full_name} is a ClassLabel: {kinds}"
 
 
 def _features(library: Any, builder: Any, label: str) -> tuple[str, str]:

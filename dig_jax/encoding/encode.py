@@ -24,10 +24,11 @@ from dig_jax import config
 from dig_jax.autoencoder import Autoencoder
 from dig_jax.components import Components
 from dig_jax.config import Config
-from dig_jax.data import SPLITS, Source, load_source
+from dig_jax.data import SPLITS, Source, open_source
 from dig_jax.data.latents import FORMAT, HEADER_FILE, INDEX_FILE, Shard, checksum
+from dig_jax.data.registry import source_options
 from dig_jax.encoding.shard_writer import Chunk, ShardWriter, file_sha256
-from dig_jax.errors import ConfigError, UserError, naming_directory, naming_setting, one_line
+from dig_jax.errors import ConfigError, UserError, naming_directory, one_line
 from dig_jax.files.atomic import write_json
 from dig_jax.parallel import barrier, check_agreement, check_shared_directory, on_process_0, processes_without
 from dig_jax.progress import duration
@@ -75,8 +76,10 @@ def encode(settings: Config) -> dict[str, Any]:
 
 
 def _directory(settings: Config) -> Path:
-    path = settings.data.options.get("path", "")
-    if settings.data.name != "latents" or not path:
+    path = ""
+    if settings.data.name == "latents":
+        path = source_options("config.data", "latents", settings.data.options).get("path", "")
+    if not path:
         raise ConfigError(
             f"invalid config.data.name={settings.data.name!r} or config.data.options.path={path!r} for"
             " --mode=encode; expected 'latents' and an output directory"
@@ -96,10 +99,8 @@ def _sources(settings: Config) -> dict[str, Source]:
         raise ConfigError(
             "missing config.encode.name; expected the source of the images, such as image_folder"
         )
-    with naming_setting("config.encode"):
-        return {
-            split: load_source(settings.encode.name, split, **settings.encode.options) for split in SPLITS
-        }
+    name, options = settings.encode.name, settings.encode.options
+    return {split: open_source("config.encode", name, split, options) for split in SPLITS}
 
 
 def _header(settings: Config, autoencoder: Autoencoder, sources: Mapping[str, Source]) -> dict[str, Any]:
@@ -116,12 +117,14 @@ def _header(settings: Config, autoencoder: Autoencoder, sources: Mapping[str, So
             f" multiples of {sizes.downsampling} pixels and {sizes.in_channels} channels for this autoencoder"
         )
     shape = [height // sizes.downsampling, width // sizes.downsampling, sizes.latent_channels]
-    found = {"image_size": shape[0], "channels": shape[2], "num_classes": source.num_classes}
+    side = shape[0] if shape[0] == shape[1] else tuple(shape[:2])
+    found = {"image_size": side, "channels": shape[2], "num_classes": source.num_classes}
+    given = source_options("config.data", "latents", settings.data.options)
     for name, value in found.items():
-        if settings.data.options.get(name, -1) not in (-1, value):
+        if given.get(name, -1) not in (-1, value, (value, value)):
             raise ConfigError(
-                f"invalid config.data.options.{name}={settings.data.options[name]}; expected {value} for this"
-                " config.encode and config.autoencoder"
+                f"invalid config.data.options.{name}={given[name]}; expected {value} for this config.encode"
+                " and config.autoencoder"
             )
     return {
         "format": FORMAT,
@@ -170,10 +173,10 @@ def _claim(directory: Path, header: dict[str, Any]) -> None:
 def _check_header(path: Path, header: dict[str, Any]) -> None:
     """Raise unless a file holds this header; the path of the autoencoder may differ."""
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_bytes())
         stored["autoencoder"]["path"] = header["autoencoder"]["path"]
         old, new = config.flattened(stored), config.flattened(header)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
         reason = one_line(error, name_type=True)
         raise UserError(f"cannot read {path}: {reason}; use a new config.data.options.path") from error
     changed = [
@@ -192,7 +195,7 @@ def _read_json(path: Path) -> Any:
     """Return the content of a file; None for a missing or corrupt one."""
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, FileNotFoundError):
+    except (ValueError, RecursionError, FileNotFoundError):
         return None
 
 
@@ -230,11 +233,14 @@ def _write_index(directory: Path, header: dict[str, Any], chunks: Sequence[Chunk
     splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
     for chunk in chunks:
         shard = _finished_shard(directory, chunk)
-        if shard is None:
+        if shard is None or {len(shard.sums), len(shard.squares)} != {header["latents"]["shape"][2]}:
             raise UserError(
                 f"{directory / chunk.file} was deleted or changed during the run; run --mode=encode again"
             )
         splits[chunk.split].append(shard)
+    if not any(shard.images for shard in splits["train"]):
+        unreadable = sum(len(shard.unreadable) for shard in splits["train"])
+        raise UserError(f"no image to train on: all {unreadable} images are unreadable; the log names them")
     index = {
         **header,
         "splits": {split: [shard._asdict() for shard in shards] for split, shards in splits.items()},
