@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import os
+import pathlib
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxtyping import Array
 from dig_jax.autoencoder.model import Autoencoder
 from dig_jax.autoencoder.networks import AutoencoderArchitecture
 from dig_jax.errors import CheckpointError, one_line
+from dig_jax.files.paths import Path, to_path
 from dig_jax.files.safetensors import StoredArray, open_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -38,7 +40,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _MAX_CONFIG = 2**20  # bytes
 
 
-def load(path_or_name: str | Path, *, dtype: DTypeLike = jnp.float32) -> Autoencoder:
+def load(path_or_name: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> Autoencoder:
     """Load an autoencoder in diffusers' format, such as `stabilityai/sd-vae-ft-ema` or `-mse`.
 
     Args:
@@ -58,9 +60,9 @@ def load(path_or_name: str | Path, *, dtype: DTypeLike = jnp.float32) -> Autoenc
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
-def _find(path_or_name: str | Path) -> tuple[Path, Path]:
+def _find(path_or_name: str | os.PathLike) -> tuple[Path, Path]:
     """Return the paths of the config and the weights."""
-    path = Path(path_or_name).expanduser()
+    path = to_path(path_or_name)
     if path.is_dir():
         return path / CONFIG_FILE, path / WEIGHTS_FILE
     if path.exists():
@@ -78,7 +80,9 @@ def _find(path_or_name: str | Path) -> tuple[Path, Path]:
             " `pip install huggingface_hub`"
         ) from error
     try:
-        config, weights = (Path(hf_hub_download(str(path_or_name), f)) for f in (CONFIG_FILE, WEIGHTS_FILE))
+        config, weights = (
+            pathlib.Path(hf_hub_download(str(path_or_name), f)) for f in (CONFIG_FILE, WEIGHTS_FILE)
+        )
     except Exception as error:  # raised by the network, the Hub or its cache
         raise CheckpointError(
             f"no such path: autoencoder {path_or_name}, and the download from the Hugging Face Hub failed"

@@ -5,12 +5,13 @@ Exit statuses: 0 success; 1 an error outside the program, such as a corrupt chec
 """
 
 import inspect
+import os
+import pathlib
 import re
 import runpy
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from dig_jax.cli.logging_setup import start_logging
 from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
 from dig_jax.errors import ConfigError, UserError, one_line, suggest
+from dig_jax.files.paths import Path, children, local_copy, to_path
 
 
 def run(main: Callable[[Config, Path], None], usage: str) -> None:
@@ -84,8 +86,8 @@ def _parse(argv: list[str]) -> tuple[Config, Path]:
         raise ConfigError(str(error)) from error
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
-    path = Path(text.partition(":")[0])
-    workdir = path.parent if path.suffix == ".json" else Path("runs", path.stem)
+    path = to_path(_split(text)[0])
+    workdir = path.parent if path.suffix == ".json" else pathlib.Path("runs", path.stem)
     return from_dict(holder.value.to_dict()), workdir
 
 
@@ -104,16 +106,19 @@ def _take_config_flag(argv: list[str]) -> tuple[str, list[str]]:
 
 def load_config(text: str) -> ConfigDict:
     """Return the config of FILE.py, FILE.py:ARGUMENT,ARGUMENT or a run's config.json."""
-    name, _, argument = text.partition(":")
-    if not Path(name).is_file():
-        files = [str(other) for other in Path(name).parent.glob("*.py")] or ["configs/digits.py"]
+    name, argument = _split(text)
+    path = to_path(name)
+    if not path.is_file():
+        files = [str(other) for other in children(path.parent) if other.suffix == ".py"]
+        files = files or ["configs/digits.py"]
         raise ConfigError(f"no such config file: {name!r}{suggest(name, files)}")
     if name.endswith(".json"):
         if argument:
             raise ConfigError(f"--config={text}: {name} takes no argument")
-        return ConfigDict(to_dict(read_settings(Path(name))))
+        return ConfigDict(to_dict(read_settings(path)))
     try:
-        get_config = runpy.run_path(name)["get_config"]
+        with local_copy(path) as file:
+            get_config = runpy.run_path(str(file))["get_config"]
         if not argument:
             return get_config()
         if parameters := inspect.signature(get_config).parameters:
@@ -121,6 +126,14 @@ def load_config(text: str) -> ConfigDict:
     except Exception as error:  # the user's file may raise anything
         raise ConfigError(f"--config={text}: {one_line(error, name_type=True)}") from error
     raise ConfigError(f"--config={text}: {name} takes no argument")
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Return the file and the argument of FILE.py:ARGUMENT; a file's name may have a colon."""
+    if os.path.isfile(os.path.expanduser(text)):
+        return text, ""
+    match = re.fullmatch("((?:[a-z0-9]+://)?[^:]*):?(.*)", text, re.DOTALL)
+    return match[1], match[2]
 
 
 def _check_path(settings: ConfigDict, path: str) -> None:

@@ -10,12 +10,12 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from absl import flags
 
 from dig_jax.config import Config
 from dig_jax.errors import ConfigError, alternatives
+from dig_jax.files.paths import Path, to_path
 from dig_jax.runtime import disable_llvm_symbolizer, enable_compilation_cache, prepare_cpu
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def run(settings: Config, default_workdir: Path) -> None:
     disable_llvm_symbolizer()
     if mode != "plan":  # a cache would fill with programs for other chips, which are never loaded again
         enable_compilation_cache()
-    COMMANDS[mode].run(settings, Path(flags.FLAGS.workdir or default_workdir))
+    COMMANDS[mode].run(settings, to_path(flags.FLAGS.workdir or default_workdir))
 
 
 def _check_flags(mode: str) -> None:
@@ -100,7 +100,7 @@ def _export(settings: Config, workdir: Path) -> None:
         raise ConfigError("missing --output; expected --output=FILE.safetensors")
     from dig_jax.export.export import export
 
-    export(settings, workdir, Path(flags.FLAGS.output))
+    export(settings, workdir, to_path(flags.FLAGS.output))
 
 
 def _plan(settings: Config, _: Path) -> None:

@@ -8,12 +8,12 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from dig_jax.config.field import Group
 from dig_jax.config.fields import Config
 from dig_jax.errors import ConfigError, one_line, suggest
+from dig_jax.files.paths import Path
 
 # Fields that may differ when a workdir is resumed. Data may move, because the fingerprint of its content is
 # compared too, and latents store the fingerprint of their autoencoder.

@@ -2,7 +2,7 @@
 
 import datetime
 import logging
-from pathlib import Path
+import pathlib
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from dig_jax.errors import ConfigError, naming_setting
 from dig_jax.evaluation.evaluator import Scores
 from dig_jax.evaluation.registry import EVALUATORS, evaluators_for
 from dig_jax.files.atomic import write_json
+from dig_jax.files.mirror import mirror
+from dig_jax.files.paths import Path
 from dig_jax.reporting.grids import save_pair_grid
 from dig_jax.reporting.html import write_report
 from dig_jax.reporting.sample_grids import draw_samples, grid_of_samples
@@ -26,20 +28,21 @@ def evaluate(settings: Config, workdir: Path) -> Scores:
         UserError: there is no checkpoint, its settings differ, or no evaluator applies to the data.
     """
     sampler = load(workdir, settings=settings)
-    scores = score(sampler, workdir)
-    if not scores:
-        raise ConfigError(
-            f"nothing to evaluate: got config.data.name={settings.data.name!r} and"
-            f" config.evaluation.num_images={settings.evaluation.num_images}; expected data with an evaluator"
-            f" ({', '.join(EVALUATORS)}) and at least 1 image"
-        )
-    draw_samples(sampler, workdir)
-    draw_neighbors(sampler, workdir)
-    write_report(workdir)
+    with mirror(workdir) as output:
+        scores = score(sampler, output.folder)
+        if not scores:
+            raise ConfigError(
+                f"nothing to evaluate: got config.data.name={settings.data.name!r} and"
+                f" config.evaluation.num_images={settings.evaluation.num_images}; expected data with an"
+                f" evaluator ({', '.join(EVALUATORS)}) and at least 1 image"
+            )
+        draw_samples(sampler, output.folder)
+        draw_neighbors(sampler, output.folder)
+        write_report(output.folder)
     return scores
 
 
-def score(sampler: Sampler, workdir: Path) -> Scores:
+def score(sampler: Sampler, workdir: pathlib.Path) -> Scores:
     """Score images of seeds 0, 1, …, with equal shares of the classes; log a summary and write scores.json.
 
     Returns:
@@ -72,7 +75,7 @@ def score(sampler: Sampler, workdir: Path) -> Scores:
     return scores
 
 
-def draw_neighbors(sampler: Sampler, workdir: Path) -> None:
+def draw_neighbors(sampler: Sampler, workdir: pathlib.Path) -> None:
     """Write neighbors.png: the images of samples.png, each next to its nearest training image.
 
     Writes nothing if no evaluator measures distances to the training images.

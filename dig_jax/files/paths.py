@@ -14,13 +14,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import fsspec
 import fsspec.config
 import fsspec.core
 from etils import epath
 
-from dig_jax.errors import ConfigError
+from dig_jax.errors import ConfigError, one_line
 
 Path = pathlib.Path | epath.Path
 """A local path or a path in object storage; call `to_path` to make one."""
@@ -87,7 +88,8 @@ def children(folder: Path) -> list[Path]:
         OSError: the folder cannot be listed.
     """
     try:
-        return sorted(folder.iterdir())
+        with _as_os_error(folder):
+            return sorted(folder.iterdir())
     except FileNotFoundError:
         return []
 
@@ -100,7 +102,7 @@ def size(path: Path) -> int:
 def delete(path: Path) -> None:
     """Delete a file or a folder, if it exists."""
     if is_remote(path):
-        with contextlib.suppress(FileNotFoundError):
+        with _as_os_error(path), contextlib.suppress(FileNotFoundError):
             storage(path).rm(str(path), recursive=True)
     elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -114,8 +116,9 @@ def rename(path: Path, target: Path) -> None:
         path.rename(target)
         return
     files, prefix = fsspec.core.url_to_fs(str(path))
-    for name in files.find(prefix):
-        files.copy(name, str(target) + name.removeprefix(prefix))
+    with _as_os_error(path):
+        for name in files.find(prefix):
+            files.copy(name, str(target) + name.removeprefix(prefix))
     delete(path)
 
 
@@ -123,7 +126,8 @@ def create_exclusively(path: Path, content: bytes) -> bool:
     """Create a file unless it exists; return whether it was created. Of several processes one succeeds."""
     try:
         if is_remote(path):
-            storage(path).pipe_file(str(path), content, mode="create")
+            with _as_os_error(path):
+                storage(path).pipe_file(str(path), content, mode="create")
         else:
             with open(path, "xb") as file:
                 file.write(content)
@@ -143,18 +147,41 @@ def local_copy(path: Path) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, path.name)
-        storage(path).get_file(str(path), str(copy))
+        with _as_os_error(path):
+            storage(path).get_file(str(path), str(copy))
         yield copy
+
+
+@contextlib.contextmanager
+def uploading(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary local file that is uploaded when the block ends without an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        local = pathlib.Path(folder, path.name)
+        with open(local, "wb") as file:
+            yield file
+        upload(local, path)
 
 
 def upload(local: pathlib.Path, target: Path) -> None:
     """Copy a local file to object storage."""
-    storage(target).put_file(str(local), str(target))
+    with _as_os_error(target):
+        storage(target).put_file(str(local), str(target))
 
 
 def storage(path: Path) -> fsspec.AbstractFileSystem:
     """Return the file system of a path in object storage."""
     return fsspec.filesystem(str(path).partition(":")[0])
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """Turn the exceptions of gcsfs, s3fs and the network, which share no class, into an OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {one_line(error, name_type=True)}") from error
 
 
 def _remote_path(text: str, scheme: str) -> epath.Path:

@@ -7,7 +7,6 @@ import os
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from safetensors.numpy import save_file
 
 from dig_jax.errors import CheckpointError, InvalidFile, one_line
 from dig_jax.files.atomic import replacing
+from dig_jax.files.paths import Path, local_copy
 
 # Bytes. Headers of DiG-XL and the published autoencoder have about 30 kB; ours may hold many class names.
 MAX_HEADER = 8 * 2**20
@@ -52,14 +52,17 @@ def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
     Raises:
         CheckpointError: the file is missing, unreadable or invalid.
     """
-    with _naming_file(path):
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > MAX_HEADER:
-                raise InvalidFile(f"header too large: got {size:,} bytes; expected at most {MAX_HEADER:,}")
-            _check_names(file.read(size))
-        opened = safe_open(path, framework="numpy")
-    with opened as file:
+    with contextlib.ExitStack() as stack:
+        with _naming_file(path):
+            local = stack.enter_context(local_copy(path))
+            with local.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                if size > MAX_HEADER:
+                    raise InvalidFile(
+                        f"header too large: got {size:,} bytes; expected at most {MAX_HEADER:,}"
+                    )
+                _check_names(file.read(size))
+            file = stack.enter_context(safe_open(local, framework="numpy"))
         arrays = {}
         for name in file.keys():  # noqa: SIM118 (not a dict)
             entry = file.get_slice(name)

@@ -6,11 +6,10 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import threading
+import uuid
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import jax
@@ -19,6 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dig_jax.errors import ConfigError, UserError
+from dig_jax.files.paths import Path
 
 # Checksums that every process contributes in `check_agreement`: the size must not depend on the settings.
 _SLOTS = 256
@@ -168,12 +168,14 @@ def check_shared_directory(directory: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    with contextlib.ExitStack() as until_seen:
-        # A new name each time: network file systems cache that a file is missing.
-        name = on_process_0(
-            lambda: until_seen.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix=".seen-")).name
-        )
-        lacking = processes_without(Path(name).exists())
+    # A new name each time: network file systems cache that a file is missing.
+    seen = directory / on_process_0(lambda: f".seen-{uuid.uuid4().hex}")
+    try:
+        on_process_0(lambda: seen.write_bytes(b""))
+        lacking = processes_without(seen.exists())
+    finally:
+        if jax.process_index() == 0:
+            seen.unlink(missing_ok=True)
     if lacking:
         raise UserError(
             f"process {', '.join(map(str, lacking))} does not see the files that process 0 writes to"

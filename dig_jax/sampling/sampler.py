@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components, Params
 from dig_jax.config import Config, check_same
 from dig_jax.data.class_names import class_index
+from dig_jax.files.paths import to_path
 from dig_jax.parallel import (
     batch_sharding,
     batch_shards,
@@ -200,10 +201,10 @@ class Sampler:
 
 
 def load(
-    path: str | Path,
+    path: str | os.PathLike,
     ema: str | None = None,
     *,
-    autoencoder: str | Path | None = None,
+    autoencoder: str | os.PathLike | None = None,
     settings: Config | None = None,
     mesh: Mesh | None = None,
 ) -> Sampler:
@@ -226,7 +227,7 @@ def load(
     """
     if ema is None and settings is not None:
         ema = settings.sampled_ema
-    stored, step, params = read_model(Path(path), ema)
+    stored, step, params = read_model(to_path(path), ema)
     if settings is None:
         settings = stored.config
     else:

@@ -225,6 +225,28 @@ class WriteReport(Hook):
                 try_to_write_report(self._output)
 
 
+class Publish(Hook):
+    """Hook that copies files to a workdir in object storage: after a save, after samples, and every minute.
+
+    A failure is logged; the next call copies the same files again.
+    """
+
+    def __init__(self, publish: Callable[[], None], check_time_every: int, meter: StepMeter):
+        self._publish, self._check_time_every, self._meter = publish, check_time_every, meter
+        self._last = time.monotonic()
+
+    def after_step(self, event: StepEvent) -> None:
+        """Publish if it is due."""
+        minute_passed = event.is_due(self._check_time_every) and time.monotonic() - self._last > 60
+        if event.has_new_files or minute_passed:
+            with self._meter.paused():
+                try:
+                    self._publish()
+                except OSError as error:
+                    log.warning("could not copy files to the workdir, will try again: %s", one_line(error))
+            self._last = time.monotonic()
+
+
 def make_hooks(
     run: Run,
     first: int,
@@ -242,6 +264,7 @@ def make_hooks(
         return bounds.utilization(row["images_per_second"]) | peak_memory(run.mesh.local_devices)
 
     def save(event: StepEvent) -> None:
+        run.publish()  # first: a run that resumes from this checkpoint has the rows of its steps
         data = run.data_item(event.examples)
         checkpoints.save(event.step, event.state, data, settings, heldout_loss=event.heldout_loss)
 
@@ -262,6 +285,7 @@ def make_hooks(
             meter,
         ),
         WriteReport(run.output, meter),
+        Publish(run.publish, every, meter),
     ]
 
 

@@ -1,7 +1,8 @@
 """The parts of a training run that stay the same from the first step to the last."""
 
 import dataclasses
-from pathlib import Path
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from dig_jax.components import Components, Params
 from dig_jax.config import Config
 from dig_jax.data import batches
+from dig_jax.files.paths import Path
 from dig_jax.parallel import process_shard
 from dig_jax.sampling.sampler import Sampler
 from dig_jax.training.state import State
@@ -23,13 +25,16 @@ class Run:
         components: model, diffusion process and data.
         mesh: the devices of all processes.
         workdir: where the checkpoints are; all processes share it.
-        output: where all other files go: the workdir on process 0, a temporary directory on other processes.
+        output: where all other files go: on process 0 the workdir, or a local folder that stands for it if it
+            is in object storage; a temporary folder on other processes.
+        publish: copies new and changed files of `output` to a workdir in object storage.
     """
 
     components: Components
     mesh: Mesh
     workdir: Path
-    output: Path
+    output: pathlib.Path
+    publish: Callable[[], None] = lambda: None
 
     @property
     def settings(self) -> Config:

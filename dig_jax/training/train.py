@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
+import pathlib
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from dig_jax.data.latents import LatentSource, check_latents
 from dig_jax.diffusion import make_sampler
 from dig_jax.errors import naming_setting
 from dig_jax.evaluation.evaluate import draw_neighbors, score
+from dig_jax.files.mirror import Mirror, mirror
+from dig_jax.files.paths import Path, absolute
 from dig_jax.parallel import check_agreement, make_mesh, on_process_0
 from dig_jax.progress import duration
 from dig_jax.training.compile import abstract_batch, compile_train_step
@@ -57,7 +59,7 @@ def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None)
         UserError: invalid settings, a workdir with different settings, or no intact checkpoint.
     """
     began, steps = time.monotonic(), settings.training.steps
-    check_agreement({"workdir": workdir.absolute(), **config.flattened(config_and_versions(settings))})
+    check_agreement({"workdir": str(absolute(workdir)), **config.flattened(config_and_versions(settings))})
     mesh = make_mesh(settings.mesh, settings.data.batch_size, settings.training.accumulation)
     components = Components(settings)
     _check_settings(components)
@@ -71,7 +73,7 @@ def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None)
         _output_directory(workdir) as output,
         Checkpoints(workdir, settings.checkpoint) as checkpoints,
     ):
-        run = Run(components, mesh, workdir, output)
+        run = Run(components, mesh, workdir, output.folder, output.push)
         state, examples = first_state(run, abstract, checkpoints)
         _introduce(run, state)
         with contextlib.closing(_make_writer(run, int(state["step"]))) as writer:
@@ -112,13 +114,14 @@ def _finish(run: Run, state: State, writer: MetricWriter) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _output_directory(workdir: Path) -> Iterator[Path]:
-    """Yield the workdir on process 0 and a temporary directory on other processes."""
+def _output_directory(workdir: Path) -> Iterator[Mirror]:
+    """Yield the workdir or its mirror on process 0, and a temporary folder on other processes."""
     if jax.process_index() == 0:
-        yield workdir
+        with mirror(workdir) as mirrored:
+            yield mirrored
         return
-    with tempfile.TemporaryDirectory() as directory:
-        yield Path(directory)
+    with tempfile.TemporaryDirectory() as folder:
+        yield Mirror(pathlib.Path(folder), pathlib.Path(folder))
 
 
 def _check_settings(components: Components) -> None:
@@ -161,6 +164,7 @@ def _introduce(run: Run, state: State) -> None:
     (run.output / "parameters.txt").write_text(table + "\n")
     step = int(state["step"])
     note_start(run.output, step)
+    run.publish()
     log.info(
         "%s, %.2f M parameters, on %d × %s, %s %s",
         run.settings.model.name,

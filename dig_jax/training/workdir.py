@@ -1,14 +1,14 @@
 """A workdir belongs to the config that it was created with."""
 
 import functools
-from pathlib import Path
 
 from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.checkpoints.reader import has_checkpoints, read_config
 from dig_jax.config import Config
-from dig_jax.errors import UserError
+from dig_jax.errors import UserError, one_line
 from dig_jax.files.atomic import write_json
+from dig_jax.files.paths import Path, check_plain, make_folder
 from dig_jax.parallel import check_shared_directory, on_process_0
 
 
@@ -19,6 +19,7 @@ def claim_workdir(settings: Config, workdir: Path) -> None:
         UserError: the workdir has checkpoints of a different or unreadable config, is not writable, or is not
             shared by all processes.
     """
+    check_plain(workdir, "--workdir")
     on_process_0(functools.partial(_claim, settings, workdir))
     check_shared_directory(workdir)
 
@@ -27,10 +28,11 @@ def _claim(settings: Config, workdir: Path) -> None:
     if has_checkpoints(workdir):
         config.check_same(_stored_config(workdir), settings, workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir)
         write_json(workdir / "config.json", config_and_versions(settings))
     except OSError as error:
-        raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}") from error
+        reason = error.strerror or one_line(error)
+        raise UserError(f"cannot write to the workdir {workdir}: {reason}") from error
 
 
 def _stored_config(workdir: Path) -> Config:
