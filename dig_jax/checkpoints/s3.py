@@ -48,7 +48,7 @@ def _s3_spec(path: str) -> dict[str, Any]:
 
 @functools.cache
 def _s3_server() -> dict[str, str]:
-    """Return the endpoint and region of the user's settings; none for Amazon, where TensorStore finds them."""
+    """Return the endpoint and region of the user's settings; {} for Amazon, where TensorStore finds them."""
     import botocore.session
 
     client = botocore.session.get_session().create_client("s3")

@@ -1,7 +1,7 @@
 """The files of a run whose workdir is in object storage, where nothing can be appended to.
 
-They are written to a local folder, and `push` uploads those that changed. Only the checkpoints and the sets of
-images are written to object storage directly.
+They are written to a local folder, and `push` uploads those that changed. Only the checkpoints and the sets
+of images are written to object storage directly.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ class Mirror:
     """A local folder that stands for a workdir.
 
     Attributes:
-        folder: the workdir itself if it is local; else a temporary folder with the files that a run continues.
+        folder: the workdir itself if it is local; else a temporary folder with the files that a run
+            continues.
     """
 
     def __init__(self, workdir: Path, folder: pathlib.Path):
