@@ -18,7 +18,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
@@ -200,7 +199,7 @@ def _bisect_chunk(
         d_g += _sum_gradients(tiling, level, queries * d_queries, keys * d_keys)
         return d_q + d_queries * from_start, d_k + d_keys * to_end, d_g
 
-    d_q, d_k, d_g = jax.lax.fori_loop(0, tiles.levels(tiling.chunk), add, (d_q, d_k, d_g))
+    d_q, d_k, d_g = tiles.loop(tiles.levels(tiling.chunk), add, (d_q, d_k, d_g))
     refs["d_q"].store(chunk, group.keys, d_q * scale)
     refs["d_k"].store(chunk, group.keys, d_k)
     _store_decay(refs, chunk, group, d_g, gating)

@@ -261,7 +261,7 @@ def bisected_scores(
         cross = tiling.dot(q * jnp.exp2(from_start), keys, "nt")
         return jnp.where(tiles.pair_masks(i, j, level), cross, scores)
 
-    return jax.lax.fori_loop(0, tiles.levels(tiling.chunk), add, tiles.keep(i == j, diagonal))
+    return tiles.loop(tiles.levels(tiling.chunk), add, tiles.keep(i == j, diagonal))
 
 
 def finish(

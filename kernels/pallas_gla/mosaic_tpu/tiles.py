@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_gla.mosaic_tpu.tokens import LANES
@@ -181,6 +180,12 @@ def emit_in_stages(items: Iterable[Iterator[None]]) -> None:
             return
 
 
+def loop(count: int, body: Callable[[Int[Array, ""], Any], Any], carry: Any) -> Any:
+    """Return the carry after `carry = body(n, carry)` for n = 0, ..., count - 1."""
+    # Python integers would make n an int64 with jax_enable_x64, which the chip does not have.
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), body, carry)
+
+
 def levels(chunk: int) -> int:
     """Return the number of doublings from 1 token to the chunk."""
     return (chunk - 1).bit_length()
@@ -203,6 +208,7 @@ def sum_masks(
 def for_chunks(tiling: TpuTiling, body: Callable[[Int[Array, ""]], None], last_first: bool = False) -> None:
     """Loop `body(chunk)` over the chunks of a step, along the scan or, with `last_first`, against it."""
 
-    @pl.loop(0, tiling.chunks)
-    def _(n: Int[Array, ""]) -> None:
+    def visit(n: Int[Array, ""], _: None) -> None:
         body(tiling.chunks - 1 - n if tiling.reverse != last_first else n)
+
+    loop(tiling.chunks, visit, None)

@@ -45,7 +45,7 @@ class Decay:
             g, row = g.astype(jnp.float32) * unit, iota(g.shape, 0)
             total = jnp.cumsum(jnp.where(row > 0, g, 0.0), axis=0)
             halves = (jnp.sum(jnp.where(rows, g, 0.0), axis=0)[None, :] for rows in (row < half, row >= half))
-            return cls(total - pick(total, half - 1), *halves)
+            return cls(total - pick(total, half - 1)[None, :], *halves)
         i, j = (iota((tiling.chunk, tiling.chunk), axis) for axis in (0, 1))
         from_middle = jnp.where(j < half, jnp.where(j > i, -1.0, 0.0), jnp.where(j <= i, 1.0, 0.0))
         j = iota((tiling.value_width, tiling.chunk), 1)

@@ -1,0 +1,58 @@
+"""Every platform's default lowers on a machine without the chip, whatever JAX's global settings are."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from pallas_gla import gated_gla_2d, gla_2d
+
+# What identifies a kernel in a lowered program. A CPU has none.
+KERNEL = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
+SETTINGS = {
+    "64-bit": {"jax_enable_x64": True},
+    "strict": {
+        "jax_numpy_rank_promotion": "raise",
+        "jax_numpy_dtype_promotion": "strict",
+        "jax_default_matmul_precision": "bfloat16",
+    },
+}
+
+
+def loss(q, k, v, g, gates, state, ids, *, direction):
+    """Reach every result of a plain scan or, with gates, of a gated scan."""
+    options = {"grid": (16, 8), "direction": direction, "segment_ids": ids, "return_final_state": True}
+    scan = gated_gla_2d if gates else gla_2d
+    o, final_state = scan(q, k, v, g, *gates, initial_state=state, **options)
+    return o.astype(jnp.float32).sum() + final_state.sum()
+
+
+def arrays(dtype, gated, segmented=True):
+    """Return the types of a scan's arrays: B = 2, T = 128, H = 2, K = 32, V = 64."""
+    narrow, wide = (jax.ShapeDtypeStruct((2, 128, 2, width), dtype) for width in (32, 64))
+    gates = (wide, jax.ShapeDtypeStruct((64,), jnp.float32)) if gated else ()
+    ids = jax.ShapeDtypeStruct((2, 128), jnp.int32) if segmented else None
+    return narrow, narrow, wide, narrow, gates, jax.ShapeDtypeStruct((2, 2, 32, 64), jnp.float32), ids
+
+
+@pytest.fixture
+def settings(request):
+    before = {name: getattr(jax.config, name) for name in SETTINGS[request.param]}
+    for name, value in SETTINGS[request.param].items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, indirect=True)
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize(
+    ("dtype", "gated", "direction"),
+    [("float32", False, "column_reversed"), ("bfloat16", True, "column"), ("float32", True, "row_reversed")],
+)
+def test_lowers_under_any_settings_of_jax(settings, platform, dtype, gated, direction):
+    gradient = jax.value_and_grad(functools.partial(loss, direction=direction), argnums=range(6))
+    traced = jax.jit(gradient).trace(*arrays(dtype, gated))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert platform == "cpu" or text.count(KERNEL[platform]) >= 2
