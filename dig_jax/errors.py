@@ -26,7 +26,15 @@ class InvalidFile(ValueError):
 
     def __str__(self) -> str:
         # The message may quote the file.
-        return "".join(c if c.isprintable() else "?" for c in super().__str__())
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal: control characters become "?", and line breaks and tabs become spaces.
+
+    Names of files and classes may contain them, and would forge lines or set a terminal's title.
+    """
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 @contextlib.contextmanager
@@ -50,7 +58,7 @@ def naming_directory(directory: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException, *, name_type: bool = False) -> str:
-    """Return the message of an exception as one line.
+    """Return the message of an exception as one printable line.
 
     The message of a `UserError` is not cut. Messages of other exceptions are cut to their first line and
     300 characters; an operating-system error is reduced to the system's message and the file name.
@@ -61,7 +69,7 @@ def one_line(error: BaseException, *, name_type: bool = False) -> str:
     """
     text = str(error).strip()
     if isinstance(error, UserError):
-        return " ".join(text.split())
+        return " ".join(printable(text).split())
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     elif system := re.search(r"([^:]+) \[os_error_code=", text):  # TensorStore's, below Orbax
@@ -69,7 +77,7 @@ def one_line(error: BaseException, *, name_type: bool = False) -> str:
     name = type(error).__name__
     if name_type and text:
         text = f"{name}: {text}"
-    return text.splitlines()[0][:_MAX_LENGTH] if text else name
+    return printable(text.splitlines()[0][:_MAX_LENGTH]) if text else name
 
 
 def alternatives(choices: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import shutil
 import sys
 
@@ -12,6 +13,11 @@ log = logging.getLogger(__name__)
 
 _WITH_RATE = "{desc} {n_fmt}/{total_fmt} {rate_fmt}, ETA {remaining}"
 _WITH_DETAILS = "{desc} {n_fmt}/{total_fmt}{postfix}, ETA {remaining}"
+
+
+def is_terminal() -> bool:
+    """Return whether standard error is a terminal that understands escape sequences."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Progress:
@@ -25,7 +31,7 @@ class Progress:
     """
 
     def __init__(self, what: str, *, first: int, total: int, every_seconds: float = 0.0):
-        terminal = sys.stderr.isatty()
+        terminal = is_terminal()
         self._bar = _Bar(
             desc=what,
             unit=what,

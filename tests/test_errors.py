@@ -9,6 +9,8 @@ from dig_jax.errors import CheckpointError, ConfigError, UserError, naming_direc
         (UserError("the disk\nis full" + "!" * 300), "the disk is full" + "!" * 300),
         (ValueError("no such field\nhint: read the documentation"), "no such field"),
         (RuntimeError("x" * 1000), "x" * 300),
+        (UserError("no a\nerror: all is well\x1b]0;title\x07.png"), "no a error: all is well?]0;title?.png"),
+        (OSError(2, "No such file", "\x1b[2J\udcff"), "No such file: ?[2J?"),
         (RuntimeError("\n"), "RuntimeError"),
         (OSError(28, "No space left on device", "w/a.png"), "No space left on device: w/a.png"),
         (OSError(28, "No space left on device"), "No space left on device"),

@@ -37,6 +37,7 @@ def test_without_a_terminal_progress_is_logged(lines):
 
 def test_progress_is_rewritten_in_place_on_a_terminal(caplog, monkeypatch):
     caplog.set_level(logging.INFO, "dig_jax")
+    monkeypatch.setenv("TERM", "xterm")
     controller, terminal = pty.openpty()
     with open(terminal, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -49,6 +50,20 @@ def test_progress_is_rewritten_in_place_on_a_terminal(caplog, monkeypatch):
     os.close(controller)
     assert re.fullmatch(rf"(\r{LINE} *)+\r\n", shown)
     assert not caplog.messages
+
+
+def test_a_dumb_terminal_gets_lines_without_escape_codes(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "dig_jax")
+    monkeypatch.setenv("TERM", "dumb")
+    controller, terminal = pty.openpty()
+    with open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with contextlib.closing(Progress("step", first=4, total=20)) as line:
+            line.show(5, "loss 0.5")
+        stderr.write("end")
+    assert os.read(controller, 1000) == b"end"
+    os.close(controller)
+    assert re.fullmatch(LINE, caplog.messages[0])
 
 
 def test_the_remaining_time_follows_from_the_rate_since_this_start(lines, clock):

@@ -5,16 +5,38 @@ import sys
 import warnings
 from typing import Any
 
+from dig_jax.errors import one_line, printable
+from dig_jax.progress import is_terminal
+
 
 def start_logging() -> None:
     """Log progress of dig_jax and warnings of other packages to standard error."""
     # On a terminal a message replaces the progress line, which is then drawn again.
-    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-    logging.basicConfig(format=f"{clear}%(message)s", level=logging.WARNING, force=True)
+    clear = "\r\x1b[K" if is_terminal() else ""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable(f"{clear}%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("dig_jax").setLevel(logging.INFO)
     _hide_orbax()
+    warnings.showwarning = _log_warning
+    # Pillow warns of damaged metadata of images that it can read.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     # We report images above Pillow's limit ourselves.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
+
+
+class _Printable(logging.Formatter):
+    """A formatter for messages with names of files and classes, which may contain control characters."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+def _log_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    """Log a warning as one line, without the line of code that raised it."""
+    text = one_line(message) if isinstance(message, Warning) else message
+    logging.getLogger("py.warnings").warning("%s: %s", category.__name__, text)
 
 
 def _hide_orbax() -> None:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import logging
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dig_jax.data.encoded import EncodedImage, EncodedSource
 from dig_jax.data.options import MAX_CLASSES
 from dig_jax.data.source import check_label, default_heldout, fingerprint
 from dig_jax.errors import UserError, one_line, suggest
+from dig_jax.progress import is_terminal
 
 # "cache" reads Arrow files prepared earlier when the Hub is unreachable.
 _READERS = ("parquet", "webdataset", "cache")
@@ -149,7 +149,7 @@ def _quiet(library: Any) -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        if not sys.stderr.isatty():
+        if not is_terminal():
             library.disable_progress_bars()
         yield
     finally:
