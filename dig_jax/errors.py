@@ -80,6 +80,11 @@ def one_line(error: BaseException, *, name_type: bool = False) -> str:
     return printable(text.splitlines()[0][:_MAX_LENGTH]) if text else name
 
 
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra, a group of optional dependencies in pyproject.toml."""
+    return f"pip install 'dig-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+
+
 def alternatives(choices: Sequence[str]) -> str:
     """Return "a, b or c"."""
     return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))

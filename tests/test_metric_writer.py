@@ -122,6 +122,7 @@ def test_wandb_needs_its_package(monkeypatch):
     require_wandb(None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match="config.logging.wandb='digits' needs the package wandb: pip install wandb"
+        ConfigError,
+        match=r"config.logging.wandb='digits' needs the package wandb: pip install 'dig-jax\[wandb\]'",
     ):
         require_wandb("digits")

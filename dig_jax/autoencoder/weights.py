@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from dig_jax.autoencoder.model import Autoencoder
 from dig_jax.autoencoder.networks import AutoencoderArchitecture
-from dig_jax.errors import CheckpointError, one_line
+from dig_jax.errors import CheckpointError, install_command, one_line
 from dig_jax.files.paths import Path, to_path
 from dig_jax.files.safetensors import StoredArray, open_safetensors
 
@@ -76,8 +76,8 @@ def _find(path_or_name: str | os.PathLike) -> tuple[Path, Path]:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise CheckpointError(
-            f"no such path: autoencoder {path_or_name}; to download from the Hugging Face Hub, run"
-            " `pip install huggingface_hub`"
+            f"no such path: autoencoder {path_or_name}; a download from the Hugging Face Hub needs the"
+            f" package huggingface_hub: {install_command('latents')}"
         ) from error
     try:
         config, weights = (

@@ -17,7 +17,7 @@ import numpy as np
 from dig_jax.data.encoded import EncodedImage, EncodedSource
 from dig_jax.data.options import MAX_CLASSES
 from dig_jax.data.source import check_label, default_heldout, fingerprint
-from dig_jax.errors import UserError, one_line, suggest
+from dig_jax.errors import UserError, install_command, one_line, suggest
 from dig_jax.progress import is_terminal
 
 # "cache" reads Arrow files prepared earlier when the Hub is unreachable.
@@ -134,9 +134,7 @@ def _library() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(
-            f"the hub source needs Hugging Face's datasets: pip install 'dig-jax[hub]' ({error})"
-        ) from error
+        raise UserError(f"the hub source needs the package datasets: {install_command('hub')}") from error
     return datasets
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dig_jax.data.encoded import EncodedImage, EncodedSource
 from dig_jax.data.source import default_heldout, fingerprint
-from dig_jax.errors import UserError, one_line, suggest
+from dig_jax.errors import UserError, install_command, one_line, suggest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,8 +114,7 @@ def _library() -> Any:
         import tensorflow_datasets
     except ImportError as error:
         raise UserError(
-            "the tfds source needs TensorFlow Datasets (but not TensorFlow):"
-            f" pip install 'dig-jax[tfds]' ({error})"
+            f"the tfds source needs TensorFlow Datasets (but not TensorFlow): {install_command('tfds')}"
         ) from error
     return tensorflow_datasets
 

@@ -21,7 +21,7 @@ import fsspec.config
 import fsspec.core
 from etils import epath
 
-from dig_jax.errors import ConfigError, one_line
+from dig_jax.errors import ConfigError, install_command, one_line
 
 Path = pathlib.Path | epath.Path
 """A local path or a path in object storage; call `to_path` to make one."""
@@ -191,7 +191,7 @@ def _remote_path(text: str, scheme: str) -> epath.Path:
             f"unsupported path: got {text}; expected a local path, gs://BUCKET/PATH or s3://BUCKET/PATH"
         )
     if importlib.util.find_spec(_PACKAGES[scheme]) is None:
-        raise ConfigError(f"{text} needs the package {_PACKAGES[scheme]}: pip install 'dig-jax[storage]'")
+        raise ConfigError(f"{text} needs the package {_PACKAGES[scheme]}: {install_command('storage')}")
     if "#" in text:  # Orbax reads it as the end of the path
         raise ConfigError(f"invalid path: got {text}; expected a path without #")
     path = epath.Path(text)

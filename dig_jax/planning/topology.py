@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from dig_jax.errors import ConfigError, UserError, one_line, suggest
+from dig_jax.errors import ConfigError, UserError, install_command, one_line, suggest
 from dig_jax.hardware.chips import CHIPS, Chip, chip_of_kind
 
 THIS = "this"
@@ -104,7 +104,7 @@ def _require_compiler(chip: Chip) -> None:
     if not any(_installed(module) for module in modules):
         raise UserError(
             f"the compiler for {chip.name} is not installed ({' or '.join(modules)}):"
-            " pip install -e '.[compilers]'"
+            f" {install_command('compilers')}"
         )
 
 

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from dig_jax.errors import ConfigError, UserError, one_line
+from dig_jax.errors import ConfigError, UserError, install_command, one_line
 
 
 def require_wandb(project: str | None) -> None:
@@ -16,7 +16,9 @@ def require_wandb(project: str | None) -> None:
         ConfigError: it is not installed.
     """
     if project is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(f"config.logging.wandb={project!r} needs the package wandb: pip install wandb")
+        raise ConfigError(
+            f"config.logging.wandb={project!r} needs the package wandb: {install_command('wandb')}"
+        )
 
 
 class WandbRun:
