@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_data_images import noise
 
-from dig_jax.data import batches, load_source
+from dig_jax.data import archives, batches, load_source
 from dig_jax.data.images import adm_crop, decode
 from dig_jax.errors import UserError
 
@@ -216,6 +216,51 @@ def test_local_shards_are_read_without_a_network_and_nothing_in_them_is_run(root
         load(tmp_path, "shards")
     assert not (tmp_path / "ran").exists()
     assert not called
+
+
+@pytest.mark.parametrize("pattern", ["../secret/*.parquet", "{tmp}/secret/train.parquet", "/{tmp}/secret/*"])
+def test_a_readme_cannot_name_files_outside_its_folder(root, tmp_path, pattern):
+    copy = shutil.copytree(root / "animals", tmp_path / "shards")
+    (tmp_path / "secret").mkdir()
+    shutil.copy(copy / "data/test-00000-of-00001.parquet", tmp_path / "secret/train.parquet")
+    front = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: {}\n    path: '{}'\n---\n"
+    (copy / "README.md").write_text(front.format("train", pattern.format(tmp=tmp_path)))
+    with pytest.raises(
+        UserError, match="invalid data file '.*secret.*' in README.md of .*: outside the folder"
+    ):
+        load(tmp_path, "shards")
+    (copy / "README.md").write_text(front.format("train", "data/train-*"))
+    assert len(load(tmp_path, "shards", train_split="train[:6]", split="train")) == 6
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("00005.jpg.gz", b"", "compressed member '00005.jpg.gz' of .*00.tar"),
+        ("00005.npz", b"", "compressed member '00005.npz'"),
+        ("00005.jpg", None, "member '00005.jpg' of .* is too large; expected at most 1 MiB"),
+    ],
+)
+def test_a_member_of_a_tar_that_takes_gigabytes_is_refused(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr(archives, "MAX_BYTES", 2**20)
+    path = tmp_path / "tars/train-000000.tar"
+    write_tar(path, range(4))
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo(name)
+        if content is None:  # sparse: 3 GiB of zeros in 512 bytes
+            member.size = 512
+            member.pax_headers = {
+                "GNU.sparse.major": "0",
+                "GNU.sparse.minor": "1",
+                "GNU.sparse.size": str(3 * 2**30),
+                "GNU.sparse.numblocks": "1",
+                "GNU.sparse.map": "0,512",
+            }
+            content = bytes(512)
+        archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, "tars")
+    assert "\n" not in str(caught.value)
 
 
 def test_invalid_and_missing_shards_are_reported_in_one_line(root, tmp_path, capfd, monkeypatch):

@@ -1,12 +1,14 @@
 """Images in the Hugging Face Hub's formats: parquet files or tars, on the Hub or in a folder.
 
 `datasets` copies the shards once into Arrow files, which are memory-mapped and read by index. Only the
-built-in parquet and tar readers are used: no code of a dataset runs, and its paths are not followed.
+built-in parquet and tar readers are used: no code of a dataset runs, its paths are not followed, and members
+of tars are bounded.
 """
 
 import contextlib
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dig_jax.data.archives import bound_members
 from dig_jax.data.encoded import EncodedImage, EncodedSource
 from dig_jax.data.options import MAX_CLASSES
 from dig_jax.data.source import check_label, default_heldout, fingerprint
@@ -177,12 +180,24 @@ def _prepared_builder(library: Any, dataset: str, subset: str, cache_dir: str) -
                 f"unsupported format of {dataset}: got {builder.name}; expected shards in parquet files or"
                 " tars (for a folder of images use config.data.name=image_folder)"
             )
+        if folder.is_dir():
+            _check_inside(builder, folder.absolute())
+        if builder.name == "webdataset":
+            builder._split_generators = bound_members(builder._split_generators)
         builder.download_and_prepare()
     except UserError:
         raise
     except Exception as error:  # raised by the network, the Hub, the file system or Arrow
         raise UserError(f"datasets cannot open {dataset}: {_root_cause(error)}") from error
     return builder
+
+
+def _check_inside(builder: Any, folder: Path) -> None:
+    """Check that a folder's README.md names no files outside the folder; datasets checks this for the Hub."""
+    for files in (builder.config.data_files or {}).values():
+        for file in map(str, files):
+            if "://" in file or not Path(os.path.normpath(file)).is_relative_to(os.path.normpath(folder)):
+                raise UserError(f"invalid data file {file!r} in README.md of {folder}: outside the folder")
 
 
 def _rows(builder: Any, dataset: str, split: str) -> Any:
