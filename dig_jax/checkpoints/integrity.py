@@ -4,9 +4,9 @@ Orbax detects a missing file, but reads a changed byte as a different number.
 """
 
 import hashlib
-from pathlib import Path
 
 from dig_jax.errors import one_line
+from dig_jax.files.paths import Path, files_below
 
 CHECKSUM_FILE = "SHA256SUMS"
 _ITEMS = ("config", "data", "state")
@@ -33,8 +33,7 @@ def find_corruption(directory: Path) -> str | None:
 def _checksums(directory: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in the checkpoint's items, by relative path."""
     sums = {}
-    for path in sorted(path for item in _ITEMS for path in (directory / item).rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                sums[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in (path for item in _ITEMS for path in files_below(directory / item)):
+        with path.open("rb") as file:
+            sums[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums

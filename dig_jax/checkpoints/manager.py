@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,8 +21,10 @@ from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.checkpoints.integrity import write_checksums
 from dig_jax.checkpoints.reader import has_checkpoints, newest_intact, restore_items, state_metadata
+from dig_jax.checkpoints.s3 import prepare_orbax
 from dig_jax.config import Config
 from dig_jax.errors import CheckpointError, one_line
+from dig_jax.files.paths import Path, absolute, is_remote, rename
 from dig_jax.parallel import is_peer_failure, on_process_0
 
 
@@ -35,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, settings: config.CheckpointConfig):
-        self._directory = workdir.absolute() / "checkpoints"
+        self._directory = absolute(workdir) / "checkpoints"
         self._settings = settings
         self._corrupt: list[Path] = []
         self._manager: ocp.CheckpointManager | None = None
@@ -125,7 +126,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         """Open the manager for the first save. This removes the temporary files of killed saves."""
         for directory in self._corrupt if jax.process_index() == 0 else []:
-            directory.rename(_free_name(directory.with_suffix(".unreadable")))
+            rename(directory, _free_name(directory.with_suffix(".unreadable")))
         kept = [
             policies.LatestN(self._settings.keep),
             policies.BestN(
@@ -148,10 +149,14 @@ class Checkpoints:
                 create_directories_asynchronously=False,
             ),
         )
+        prepare_orbax(self._directory)
         return ocp.CheckpointManager(self._directory, options=options)
 
     def _write_checksums(self) -> None:
-        write_checksums(next(self._directory.glob(f"{self._saving}.*tmp*")))
+        if is_remote(self._directory):  # Orbax writes a marker instead of renaming the directory
+            write_checksums(self._directory / str(self._saving))
+        else:
+            write_checksums(next(self._directory.glob(f"{self._saving}.*tmp*")))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

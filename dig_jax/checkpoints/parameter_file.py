@@ -10,7 +10,6 @@ import contextlib
 import json
 import reprlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.components import Components, Params
 from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError, ConfigError, one_line
+from dig_jax.files.paths import Path, make_folder
 from dig_jax.files.safetensors import StoredArray, open_safetensors, write_safetensors
 
 FORMAT = "dig-jax"
@@ -60,7 +60,7 @@ def writing_to(path: Path) -> Iterator[None]:
         CheckpointError: `path` could not be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         yield
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error}") from error

@@ -6,7 +6,6 @@ Readers take the newest intact checkpoint, fall back to older ones and change no
 import contextlib
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,13 +15,18 @@ from etils import epath
 from dig_jax import config
 from dig_jax.checkpoints.integrity import CHECKSUM_FILE, find_corruption
 from dig_jax.checkpoints.parameter_file import read_parameter_file
+from dig_jax.checkpoints.s3 import prepare_orbax
 from dig_jax.components import Components, Params
 from dig_jax.config import Config
 from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError, ConfigError, one_line
+from dig_jax.files.paths import Path, absolute, children, is_remote, to_path
 from dig_jax.parallel import is_peer_failure, on_process_0, processes_without
 
 log = logging.getLogger(__name__)
+
+# Orbax writes this file last, where a directory cannot be renamed atomically.
+_MARKER = "commit_success.txt"
 
 
 def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Params]:
@@ -104,7 +108,7 @@ def newest_intact(path: Path) -> tuple[Path, list[Path]]:
         chosen, corrupt = _find_newest_intact(path)
         return [str(chosen), *map(str, corrupt)]
 
-    directory, *corrupt = map(Path, on_process_0(find))
+    directory, *corrupt = map(to_path, on_process_0(find))
     blind = processes_without((directory / CHECKSUM_FILE).exists())
     if blind:
         raise CheckpointError(
@@ -116,6 +120,7 @@ def newest_intact(path: Path) -> tuple[Path, list[Path]]:
 
 def state_metadata(directory: Path) -> dict[str, Any]:
     """Return shapes and dtypes of the train state in a checkpoint, as a nested dict."""
+    prepare_orbax(directory)
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         return handler.metadata(epath.Path(directory / "state")).tree
 
@@ -126,6 +131,7 @@ def restore_items(directory: Path, **items: ocp.args.CheckpointArgs) -> Any:
     Raises:
         CheckpointError: Orbax could not restore them.
     """
+    prepare_orbax(directory)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             return reader.restore(directory, ocp.args.Composite(**items))
@@ -154,10 +160,12 @@ def _find_newest_intact(path: Path) -> tuple[Path, list[Path]]:
 
 def _candidates(path: Path) -> list[Path]:
     """Return the checkpoint directory itself, or a workdir's checkpoint directories, newest first."""
-    path = path.absolute()
+    path = absolute(path)
     if (path / "state").is_dir():
         return [path]
-    steps = [entry for entry in (path / "checkpoints").glob("*") if entry.name.isdigit()]
+    steps = [entry for entry in children(path / "checkpoints") if entry.name.isdigit()]
+    if is_remote(path):  # what a killed save left has no marker
+        steps = [entry for entry in steps if (entry / _MARKER).exists()]
     return sorted(steps, key=lambda entry: int(entry.name), reverse=True)
 
 

@@ -8,10 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dig_jax.files.paths import is_remote, to_path, uploading
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` when the block ends; an error deletes it instead."""
+    if is_remote(path):
+        with uploading(to_path(path)) as file:
+            yield file
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -94,6 +94,15 @@ def children(folder: Path) -> list[Path]:
         return []
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return all files in a folder and its subfolders, sorted; none if the folder does not exist."""
+    if not is_remote(folder):
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    files, prefix = fsspec.core.url_to_fs(str(folder))
+    with _as_os_error(folder):
+        return [folder / name.removeprefix(prefix).lstrip("/") for name in sorted(files.find(prefix))]
+
+
 def size(path: Path) -> int:
     """Return the size of a file in bytes."""
     return path.stat().length if isinstance(path, epath.Path) else path.stat().st_size
@@ -115,10 +124,9 @@ def rename(path: Path, target: Path) -> None:
     if not is_remote(path):
         path.rename(target)
         return
-    files, prefix = fsspec.core.url_to_fs(str(path))
     with _as_os_error(path):
-        for name in files.find(prefix):
-            files.copy(name, str(target) + name.removeprefix(prefix))
+        for file in files_below(path):
+            storage(path).copy(str(file), str(target / file.relative_to(path)))
     delete(path)
 
 
