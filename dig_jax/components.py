@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -141,6 +141,7 @@ class ModelSpec:
         height, width, channels = self.image_shape
         with naming_setting("config.model"):
             accepted = accepted_options(self.config.name)
+            _check_unused(self.config, accepted)
             options = {name: value for name, value in vars(self.config).items() if name in accepted}
             return create_model(
                 self.config.name,
@@ -148,6 +149,20 @@ class ModelSpec:
                 num_classes=self.num_classes,
                 rngs=rngs,
                 **options | {"in_channels": channels, "dtype": jnp.dtype(self.config.dtype)},
+            )
+
+
+def _check_unused(settings: ModelConfig, accepted: Collection[str]) -> None:
+    """Reject options that the model family lacks, unless they ask for nothing: the default, or none."""
+    defaults = ModelConfig()
+    # The alignment of skips has no meaning without skips, and recipes set it for all families.
+    ignored = {"name", *accepted} | ({"skip_alignment"} if settings.skip is None else set())
+    for name, value in vars(settings).items():
+        default = getattr(defaults, name)
+        if name not in ignored and value not in (None, default):
+            raise ValueError(
+                f"unsupported option {name} of {settings.name}: got {value!r}; expected the default,"
+                f" {default!r}"
             )
 
 

@@ -141,8 +141,8 @@ def test_a_file_is_read_like_its_folder_and_the_scale_is_the_configs(tmp_path):
     assert by_file.fingerprint() == by_folder.fingerprint()
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_files_are_read_as_float32(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_files_of_other_precisions_are_read_as_float32(tmp_path, dtype):
     arrays = random_arrays(published_shapes(TINY), dtype)
     bias = load(write(tmp_path, arrays)).quant_conv.bias[...]
     np.testing.assert_array_equal(bias, arrays["quant_conv.bias"].astype(np.float32))
@@ -167,10 +167,6 @@ def without(name):
         (
             lambda: tiny_arrays(**{"quant_conv.weight": np.ones((8, 4, 1, 1), np.float32)}),
             r"quant_conv.weight has shape \[8, 4, 1, 1\] \(expected \[8, 8, 1, 1\]\)",
-        ),
-        (
-            lambda: tiny_arrays(**{"quant_conv.bias": np.ones(8)}),
-            r"quant_conv.bias is float64 \(expected float32",
         ),
         (lambda: tiny_arrays(**{"quant_conv.bias": np.ones(8, np.int32)}), "quant_conv.bias is I32"),
         (
@@ -229,7 +225,7 @@ def test_missing_files_are_named(tmp_path):
         load(tmp_path / WEIGHTS)
     write(tmp_path, tiny_arrays())
     (tmp_path / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: .*no such file"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: no weights; expected {WEIGHTS}"):
         load(tmp_path)
 
 

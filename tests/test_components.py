@@ -106,6 +106,36 @@ def test_fields_override_the_sizes_of_the_name():
     assert counts[2] - counts[1] == counts[1] - counts[0] > 64**2
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("skip", "linear"),
+        ("directions", 2),
+        ("conv", "inside"),
+        ("norm", "rms"),
+    ],
+)
+def test_options_that_a_family_lacks_are_rejected(option, value):
+    components = tiny_components(**{"model__name": "DiT-S/2", f"model__{option}": value})
+    message = f"config.model: unsupported option {option} of DiT-S/2: got {value!r}; expected the default"
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(functools.partial(init_params, components))
+
+
+def test_the_width_of_the_mlp_is_an_option_with_the_default_of_the_family():
+    for name, default in (("DiT-S/2", 128), ("DiG-S/2", 256)):
+        wide = [
+            param_count(jax.eval_shape(functools.partial(init_params, tiny_components(**fields))))
+            for fields in (
+                {"model__name": name},
+                {"model__name": name, "model__mlp_hidden_size": default},
+                {"model__name": name, "model__mlp_hidden_size": default + 8},
+            )
+        ]
+        assert wide[0] == wide[1]
+        assert wide[2] - wide[1] == 8 * (32 + 32 + 1 if name == "DiT-S/2" else 3 * 32)
+
+
 def test_options_of_dig_are_not_passed_to_dit():
-    components = tiny_components(model__name="DiT-S/2", model__num_heads=2)
+    components = tiny_components(model__name="DiT-S/2", model__num_heads=2, model__conv="none")
     assert param_count(jax.eval_shape(functools.partial(init_params, components))) > 0

@@ -277,12 +277,10 @@ def test_invalid_commands_give_one_line(released, converted, tmp_path):
     assert "--model=DiG-XL/2 does not match the parameters: got parameter names of DiT" in refused(
         source, target, "--model=DiG-XL/2", status=2
     )
-    assert "unknown tree 'emma'; expected one of: model, ema" in refused(
-        source, target, "--tree=emma", status=1
-    )
+    assert "unknown tree 'emma'; expected one of: ema" in refused(source, target, "--tree=emma", status=1)
     assert "expected FILE.safetensors or a new workdir" in refused(source, tmp_path / "x.pt", status=2)
     assert "no such file" in refused(tmp_path / "none.pt", target, status=1)
-    assert "no checkpoints or diffusers weights" in refused(tmp_path, target, status=1)
+    assert "no weights; expected diffusion_pytorch_model.safetensors" in refused(tmp_path, target, status=1)
     assert "the following arguments are required: target" in refused(source, status=2)
     assert "--num_heds=3; see --help" in refused(source, target, "--num_heds=3", status=2)
     line = refused(converted("dit"), tmp_path / "x.npz", status=2)

@@ -101,7 +101,10 @@ def shift(first, second):
 # Damage and its error message; "" if the library words it.
 DAMAGES = {
     "empty": (lambda content: b"", ""),
-    "text": (lambda content: b"<!DOCTYPE html><title>404</title>", "header too large: got"),
+    "text": (
+        lambda content: b"<!DOCTYPE html><title>404</title>",
+        "a web page, not the file; download it again",
+    ),
     "half": (lambda content: content[: len(content) // 2], ""),
     "cut off in the header": (lambda content: content[:100], ""),
     "a byte short": (lambda content: content[:-1], ""),

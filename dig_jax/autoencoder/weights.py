@@ -19,9 +19,10 @@ from dig_jax.autoencoder.model import Autoencoder
 from dig_jax.autoencoder.networks import AutoencoderArchitecture
 from dig_jax.errors import CheckpointError, install_command, one_line
 from dig_jax.files.paths import Path, to_path
-from dig_jax.files.safetensors import StoredArray, open_safetensors
+from dig_jax.files.safetensors import StoredArray
+from dig_jax.files.weights import WEIGHTS_FILE, find_weights, open_weights
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG_FILE = "config.json"
 # Config fields that describe other networks, and their values for this one.
 _FIXED = {
     "_class_name": "AutoencoderKL",
@@ -36,7 +37,7 @@ _FIXED = {
 _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 # Names of attention layers before diffusers 0.16, which the published files use.
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-_DTYPES = ("float32", "float16", "bfloat16")
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _MAX_CONFIG = 2**20  # bytes
 
 
@@ -44,8 +45,8 @@ def load(path_or_name: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> 
     """Load an autoencoder in diffusers' format, such as `stabilityai/sd-vae-ft-ema` or `-mse`.
 
     Args:
-        path_or_name: a folder with config.json and diffusion_pytorch_model.safetensors, a safetensors file
-            next to its config.json, or a Hugging Face repository id (owner/name).
+        path_or_name: a folder that diffusers wrote, of the autoencoder or of a pipeline with one; a file of
+            weights next to its config.json; or a Hugging Face repository id (owner/name).
         dtype: dtype of activations and matrix products; parameters are float32.
 
     Raises:
@@ -64,7 +65,8 @@ def _find(path_or_name: str | os.PathLike) -> tuple[Path, Path]:
     """Return the paths of the config and the weights."""
     path = to_path(path_or_name)
     if path.is_dir():
-        return path / CONFIG_FILE, path / WEIGHTS_FILE
+        path = find_weights(path, "vae")
+        return path.with_name(CONFIG_FILE), path
     if path.exists():
         return path.with_name(CONFIG_FILE), path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_name)):
@@ -142,12 +144,11 @@ def _same_kind(value: object, default: object) -> bool:
 
 def _read_weights(path: Path, shapes: Mapping[tuple, tuple[int, ...]]) -> dict[tuple, Array]:
     """Return float32 arrays by their path in the module; all names, shapes and dtypes are checked first."""
-    with open_safetensors(path) as file:
+    with open_weights(path) as weights:
         try:
-            names = _match(file.arrays, shapes)
-            return {
-                ours: _converted(name, file.arrays[name].read(), shapes[ours]) for ours, name in names.items()
-            }
+            arrays = weights.below("")
+            names = _match(arrays, shapes)
+            return {ours: _converted(name, arrays[name].read(), shapes[ours]) for ours, name in names.items()}
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
@@ -195,7 +196,8 @@ def _torch_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _converted(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Array:
-    array = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # an infinite value is reported below
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} has non-finite values")
     if len(shape) == 4:

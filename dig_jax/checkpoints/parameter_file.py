@@ -24,6 +24,7 @@ from dig_jax.files.paths import Path, make_folder
 from dig_jax.files.safetensors import StoredArray, open_safetensors, write_safetensors
 
 FORMAT = "dig-jax"
+CONVERT_HINT = "convert it with `python -m dig_jax.convert`"
 
 
 def write_parameter_file(path: Path, components: Components, step: int, params: Params) -> None:
@@ -93,7 +94,7 @@ def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[Components,
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} was not written by --mode=export: got format={metadata.get('format')!r} in its header;"
-            f" expected {FORMAT!r}"
+            f" expected {FORMAT!r}; {CONVERT_HINT}"
         )
     try:
         settings = config.from_dict(json.loads(metadata["config"]))

@@ -14,13 +14,14 @@ from etils import epath
 
 from dig_jax import config
 from dig_jax.checkpoints.integrity import CHECKSUM_FILE, find_corruption
-from dig_jax.checkpoints.parameter_file import read_parameter_file
+from dig_jax.checkpoints.parameter_file import CONVERT_HINT, read_parameter_file
 from dig_jax.checkpoints.s3 import prepare_orbax
 from dig_jax.components import Components, Params
 from dig_jax.config import Config
 from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError, ConfigError, one_line
 from dig_jax.files.paths import Path, absolute, children, is_remote, to_path
+from dig_jax.files.weights import has_weights
 from dig_jax.parallel import is_peer_failure, on_process_0, processes_without
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Par
     """Read the components, step and parameters of a trained model. All processes must call this.
 
     Args:
-        path: a workdir, a checkpoint directory in it, or FILE.safetensors as written by --mode=export.
+        path: a workdir, a checkpoint directory in it, or a file that --mode=export wrote.
         ema: the decay of an average, such as "0.9999", or "params" for the parameters themselves. The default
             (None or "") is the average that the config samples from; an exported file holds only one.
 
@@ -44,8 +45,10 @@ def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Par
     Raises:
         CheckpointError: no file or checkpoint, no such average, or a corrupt or incompatible file.
     """
-    if path.suffix == ".safetensors" and not path.is_dir():
+    if not path.is_dir() and (path.exists() or path.suffix == ".safetensors"):
         return read_parameter_file(path, ema)
+    if not has_checkpoints(path) and has_weights(path):
+        raise CheckpointError(f"{path}: a folder of diffusers; {CONVERT_HINT}")
     return read_checkpoint(path, ema)
 
 

@@ -30,6 +30,13 @@ class ModelConfig(Group, path="config.model"):
     num_heads: int | None = field(
         None, "Heads of the token mixer; 0: from the name.", none=0, bounds="positive"
     )
+    mlp_hidden_size: int | None = field(
+        None,
+        "Hidden channels of the MLP; 0: 4 × hidden_size in DiT; 8/3 × hidden_size, rounded up to a multiple"
+        " of 256, in DiG.",
+        none=0,
+        bounds="positive",
+    )
     learn_sigma: bool = field(True, "Also predict the variance (Nichol & Dhariwal 2021).")
     directions: int = field(4, "Number of scan directions: 4, 2 or 1 (DiG only).")
     conv: str | None = field(

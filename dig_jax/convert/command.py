@@ -12,9 +12,10 @@ Targets are written atomically. dig_jax.load and --config.init_from read our for
 import argparse
 import contextlib
 import logging
+import os
+import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -26,7 +27,6 @@ from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.checkpoints.parameter_file import FORMAT, write_parameter_file, writing_to
 from dig_jax.checkpoints.reader import has_checkpoints, read_model
 from dig_jax.components import Components
-from dig_jax.config import Config
 from dig_jax.convert import diffusers
 from dig_jax.convert.names import read_params, torch_arrays
 from dig_jax.convert.recognize import (
@@ -35,17 +35,22 @@ from dig_jax.convert.recognize import (
     is_flow_matching,
     looks_like_official_dit,
     recognize,
+    with_null_class,
 )
-from dig_jax.convert.sources import open_upstream
+from dig_jax.convert.sources import UpstreamParams, open_upstream
 from dig_jax.errors import CheckpointError, ConfigError, InvalidFile, UserError, one_line
 from dig_jax.files.atomic import new_folder, replacing, write_json
+from dig_jax.files.paths import Path, to_path
 from dig_jax.files.pytorch.writer import write_torch
 from dig_jax.files.safetensors import open_safetensors, write_safetensors
+from dig_jax.files.weights import WEIGHTS_FILE
 
 log = logging.getLogger("dig_jax.convert")
 
 
-def convert(source: Path, target: Path, tree: str | None = None, **options: Any) -> None:
+def convert(
+    source: str | os.PathLike, target: str | os.PathLike, tree: str | None = None, **options: Any
+) -> None:
     """Convert a file; the kind of source decides the direction.
 
     Args:
@@ -53,13 +58,14 @@ def convert(source: Path, target: Path, tree: str | None = None, **options: Any)
             it, or an exported file.
         target: FILE.safetensors; from upstream also a new workdir, from ours also FILE.pt or a new folder in
             diffusers' layout.
-        tree: the tree of a .pt file; for a workdir of ours, the average's decay or "params".
+        tree: as in `open_upstream`; for a workdir of ours, the average's decay or "params".
         options: as in `recognize`.
 
     Raises:
         ConfigError: the target exists, or an option is invalid or missing.
         CheckpointError: the source is unreadable or unsupported, or writing failed.
     """
+    source, target = to_path(source), to_path(target)
     if target.exists():
         raise ConfigError(f"{target} exists; delete it or choose another name")
     ours = _is_ours(source)
@@ -84,14 +90,16 @@ def _from_upstream(source: Path, target: Path, tree: str | None, **options: Any)
         try:
             settings = recognize(upstream, **options)
             components = Components(settings, images_of(settings))
-            params = read_params(components.abstract_model, upstream.stored)
+            complete = with_null_class(upstream, components.image_spec.num_classes)
+            params = read_params(components.abstract_model, complete.stored)
         except ConfigError:
             raise
         except InvalidFile:  # open_upstream adds the file's name
             raise
         except (UserError, ValueError) as error:
             raise CheckpointError(f"{source}: {error}") from error
-        _log_model(settings, upstream.tree, params)
+        _log_model(components, upstream.tree, params)
+        _log_notes(upstream, complete, components, options.get("num_classes") is not None)
         if is_flow_matching(upstream, name):
             log.warning(
                 "SiT was trained with flow matching, which no sampler here supports yet: the parameters can"
@@ -129,7 +137,7 @@ def _from_ours(source: Path, target: Path, tree: str | None) -> None:
             with new_folder(target) as folder:
                 write_json(folder / "config.json", about)
                 arrays = diffusers.from_upstream(arrays, model.blocks.depth)
-                write_safetensors(folder / diffusers.WEIGHTS, arrays, {"format": "pt"})
+                write_safetensors(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
     log.info("wrote %s: %d arrays of step %d", target, len(arrays), step)
 
 
@@ -138,27 +146,49 @@ def _is_ours(source: Path) -> bool:
         raise CheckpointError(f"{source}: no such file or folder")
     if source.is_dir():
         return has_checkpoints(source)
-    if source.suffix != ".safetensors":
-        return False
     # The reader reports an invalid file.
     with contextlib.suppress(CheckpointError), open_safetensors(source) as file:
         return file.metadata.get("format") == FORMAT
     return False
 
 
-def _log_model(settings: Config, tree: str, params: Mapping[tuple, np.ndarray]) -> None:
-    model, options = settings.model, settings.data.options
+def _log_model(components: Components, tree: str, params: Mapping[tuple, np.ndarray]) -> None:
+    model, images = components.config.model, components.image_spec
     log.info(
         "%s, %s parameters%s: %s × %s px, %s channels, %s classes; conv=%s, norm=%s, skip=%s, directions=%s",
         model.name,
         f"{sum(leaf.size for leaf in params.values()):,}",
         f" of tree {tree!r}" if tree else "",
-        *(options[name] for name in ("image_size", "image_size", "channels", "num_classes")),
+        *images.image_shape,
+        images.num_classes,
         model.conv or "none",
         model.norm,
         model.skip or "none",
         model.directions,
     )
+
+
+def _log_notes(
+    upstream: UpstreamParams, complete: UpstreamParams, components: Components, classes_given: bool
+) -> None:
+    """Tell what was assumed or changed."""
+    classes = components.image_spec.num_classes
+    if complete is not upstream:
+        log.info(
+            "the label table has no null class: added the mean of the %d classes as one; guidance is off"
+            " (sampling.guidance_scale=1), because the model was not trained with it",
+            classes,
+        )
+    elif classes not in (0, 1000) and not classes_given:
+        log.info(
+            "the last of the %d rows of the label table is taken for the null class; if it is a class, use"
+            " --num_classes=%d",
+            classes + 1,
+            classes + 1,
+        )
+    rounded = sum(array.dtype == "float64" for array in upstream.stored.values())
+    if rounded:
+        log.info("rounded %d float64 arrays to float32", rounded)
 
 
 def _write_workdir(target: Path, components: Components, params: Mapping[tuple, np.ndarray]) -> None:
@@ -177,6 +207,13 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
+def _size(text: str) -> int | tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})(?:[x×](\d{1,6}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"invalid size {text!r}; expected a number or HEIGHTxWIDTH")
+    return (int(match[1]), int(match[2])) if match[2] else int(match[1])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m dig_jax.convert",
@@ -186,20 +223,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "source",
-        type=Path,
         help="file or folder to convert: upstream's, diffusers', or a workdir or exported file of ours",
     )
     parser.add_argument(
-        "target", type=Path, help="FILE.safetensors, FILE.pt, a new workdir or a new folder for diffusers"
+        "target", help="FILE.safetensors, FILE.pt, a new workdir or a new folder for diffusers"
     )
     parser.add_argument(
-        "--tree", help="tree of a .pt file (ema, model, …); for ours, the average's decay or params"
+        "--tree",
+        help="what stands before the model's names in a file (ema, model, state_dict.module, …); for a run of"
+        " ours, the average's decay or params",
     )
     parser.add_argument("--model", help="model name such as DiG-XL/2 (default: from the shapes)")
     parser.add_argument(
-        "--input_size", type=int, help="side of the images or latents (default: from the positions)"
+        "--input_size",
+        type=_size,
+        help="height and width of the images or latents, such as 32 or 32x64 (default: from the positions)",
     )
-    parser.add_argument("--num_classes", type=int, help="number of classes (default: from the label table)")
+    parser.add_argument(
+        "--num_classes",
+        type=int,
+        help="number of classes (default: the rows of the label table but the last, the null class)",
+    )
     parser.add_argument("--num_heads", type=int, help="number of heads; required for a DiT of unusual width")
     parser.add_argument(
         "--directions", type=int, choices=[4, 2, 1], help="DiG's scan directions (default: 4)"

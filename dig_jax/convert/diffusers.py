@@ -31,7 +31,6 @@ _SHARED = {
     "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
     "norm1.emb.class_embedder.embedding_table": "y_embedder.embedding_table",
 }
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CLASSES = {"DiT": "DiTTransformer2DModel"}  # by model family
 _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 

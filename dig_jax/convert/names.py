@@ -52,8 +52,8 @@ _BLOCKS = {"DiG": _BLOCK, "DiT": _DIT_BLOCK}  # by model family
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
 # Upstream saves each RMSNorm under a second name.
 _ALIASES = {"norm1": "attn_norm", "norm2": "mlp_norm"}
-# Dtypes that float32 represents exactly.
-_FLOATS = ("float32", "float16", "bfloat16")
+# float32 represents all exactly but float64, which is rounded.
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,11 +193,16 @@ def _first(names: list[str]) -> str:
 
 
 def _read(stored: Mapping[str, StoredArray], name: str) -> np.ndarray:
-    array = stored[name].read().astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # an infinite value is reported below
+        array = stored[name].read().astype(np.float32, copy=False)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} has non-finite values")
     alias = _alias(name)
-    if alias is not None and alias in stored and not np.array_equal(stored[alias].read(), array):
+    if (
+        alias is not None
+        and alias in stored
+        and not np.array_equal(stored[alias].read().astype(np.float32), array)
+    ):
         raise ValueError(f"{name} and {alias} differ; expected equal copies of one weight")
     return array
 

@@ -1,20 +1,25 @@
 """Infer the model and its config from the names and shapes of upstream's parameters."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from dig_jax.config import Config, from_dict, to_dict
 from dig_jax.convert.sources import UpstreamParams
 from dig_jax.data import ImageSpec
 from dig_jax.data.class_names import imagenet_ids
 from dig_jax.errors import CheckpointError, ConfigError
+from dig_jax.files.safetensors import StoredArray
 from dig_jax.models.registry import FAMILIES
 
 # Width → size name and number of heads; DiT's parameters do not show the heads.
 _SIZES = {size.hidden_size: (name, size.num_heads) for name, size in FAMILIES["DiT"].sizes.items()}
 _FAMILIES = {"attn.gk_proj.0.weight": "DiG", "attn.qkv.weight": "DiT"}
+_LABELS = "y_embedder.embedding_table.weight"
 EMA = "0.9999"  # upstream's decay
 _AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # the recipe's, of four channels
 
@@ -23,8 +28,8 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
     """Return the config of the model that the parameters belong to.
 
     Args:
-        options: model (a name such as "DiG-XL/2"), input_size, num_classes, num_heads, directions, conv and
-            skip_alignment replace the inferred values; None infers the value.
+        options: model (a name such as "DiG-XL/2"), input_size (a number or (height, width)), num_classes,
+            num_heads, directions, conv and skip_alignment replace the inferred values; None infers the value.
 
     Raises:
         CheckpointError: unknown parameter names or invalid shapes.
@@ -43,13 +48,35 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
         "skip": "linear" if has_skips else None,
         # The released code trained the parameters with this alignment of the skips.
         "skip_alignment": "upstream" if has_skips else "raster",
+        "mlp_hidden_size": _mlp_hidden_size(source),
     }
     data = {
         "image_size": given.pop("input_size", None) or _input_size(source, patch),
         "channels": channels,
         "num_classes": given.pop("num_classes", None) or _num_classes(source),
     }
-    return describe(model | given, data, EMA if source.tree == "ema" else "params")
+    settings = describe(model | given, data, EMA if source.is_average else "params")
+    if _label_rows(source) == data["num_classes"] > 0:  # the model has never seen the null class
+        sampling = dataclasses.replace(settings.sampling, guidance_scale=1.0)
+        settings = dataclasses.replace(settings, sampling=sampling)
+    return settings
+
+
+def with_null_class(source: UpstreamParams, num_classes: int) -> UpstreamParams:
+    """Return the parameters with a row for the null class, the mean of all classes, if the table has none.
+
+    The released code has no such row if it was run with class_dropout_prob=0.
+    """
+    if not num_classes or _label_rows(source) != num_classes:
+        return source
+    table = source.stored[_LABELS]
+
+    def read() -> np.ndarray:
+        rows = table.read()
+        return np.concatenate([rows, rows.mean(axis=0, keepdims=True)])
+
+    extended = StoredArray((num_classes + 1, *table.shape[1:]), table.dtype, read)
+    return dataclasses.replace(source, stored={**source.stored, _LABELS: extended})
 
 
 def is_flow_matching(source: UpstreamParams, name: str) -> bool:
@@ -88,7 +115,8 @@ def images_of(settings: Config) -> ImageSpec:
         settings.data.options[name] for name in ("image_size", "channels", "num_classes")
     )
     names = imagenet_ids() if classes == 1000 else tuple(map(str, range(classes)))
-    return ImageSpec((size, size, channels), names)
+    height, width = (size, size) if isinstance(size, int) else size
+    return ImageSpec((height, width, channels), names)
 
 
 def _name_and_sizes(source: UpstreamParams, name: str | None, heads: int | None) -> dict[str, Any]:
@@ -112,6 +140,16 @@ def _name_and_sizes(source: UpstreamParams, name: str | None, heads: int | None)
         "hidden_size": width,
         "num_heads": heads,
     }
+
+
+def _mlp_hidden_size(source: UpstreamParams) -> int | None:
+    """Infer the width of the MLP; None if it is the family's default."""
+    family, width = _family(source), _shape(source, "x_embedder.proj.weight", 4)[0]
+    down = "blocks.0.mlp.fc2.weight" if family == "DiT" else "blocks.0.mlp.down_proj.weight"
+    if down not in source.stored:  # told by the reader
+        return None
+    hidden = _shape(source, down, 2)[1]
+    return None if hidden == FAMILIES[family].options.default_mlp_hidden_size(width) else hidden
 
 
 def _family(source: UpstreamParams) -> str:
@@ -154,20 +192,37 @@ def _heads(source: UpstreamParams, width: int) -> int | None:
     return heads if type(heads) is int else None
 
 
+def _label_rows(source: UpstreamParams) -> int:
+    return _shape(source, _LABELS, 2)[0] if _LABELS in source.stored else 0
+
+
 def _num_classes(source: UpstreamParams) -> int:
-    """Infer the number of classes: the label table has one more row, the null class."""
-    name = "y_embedder.embedding_table.weight"
-    return _shape(source, name, 2)[0] - 1 if name in source.stored else 0
+    """Infer the number of classes: the label table has one more row, unless the saved arguments differ."""
+    rows = _label_rows(source)
+    stated = (source.hints.get(name) for name in ("num_classes", "num_embeds_ada_norm"))
+    if rows and rows in stated:
+        return rows
+    return max(rows - 1, 0)
 
 
-def _input_size(source: UpstreamParams, patch: int) -> int:
-    """Infer the side of the square input from the position table or diffusers' config."""
+def _input_size(source: UpstreamParams, patch: int) -> int | tuple[int, int]:
+    """Infer the size of the input from the position table or diffusers' config."""
     if "pos_embed" in source.stored:
-        tokens = _shape(source, "pos_embed", 3)[1]
+        _, tokens, width = _shape(source, "pos_embed", 3)
         if math.isqrt(tokens) ** 2 == tokens:
             return math.isqrt(tokens) * patch
+        columns = _columns(source.stored["pos_embed"].read()[0, :, : width // 2])
+        if columns and tokens % columns == 0:
+            return tokens // columns * patch, columns * patch
     if type(size := source.hints.get("sample_size")) is int:
         return size
     raise ConfigError(
         "missing --input_size: the size of the model's images or latents cannot be inferred from the file"
     )
+
+
+def _columns(encoded: np.ndarray) -> int:
+    """Return the number of columns of a table of encoded columns, whose rows repeat; 0 if they do not."""
+    repeats = np.isclose(encoded, encoded[:1], atol=1e-3).all(axis=1)
+    repeats[:1] = False
+    return int(repeats.argmax())

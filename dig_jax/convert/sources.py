@@ -2,26 +2,27 @@
 
 import contextlib
 import dataclasses
-import json
+import logging
 import re
-import reprlib
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from dig_jax.convert.diffusers import WEIGHTS, as_upstream
-from dig_jax.errors import CheckpointError, InvalidFile
-from dig_jax.files.pytorch.pickle_reader import Opaque, insert
-from dig_jax.files.pytorch.reader import Tensor, TorchFile, open_torch
-from dig_jax.files.safetensors import SafetensorsFile, StoredArray, open_safetensors
+from dig_jax.convert.diffusers import as_upstream
+from dig_jax.errors import CheckpointError, ConfigError, InvalidFile
+from dig_jax.files.paths import Path
+from dig_jax.files.pytorch.pickle_reader import Opaque
+from dig_jax.files.safetensors import StoredArray
+from dig_jax.files.weights import Weights, find_weights, open_weights, read_json_object
 
-_DIFFUSERS_FILES = (
-    WEIGHTS,
-    f"{WEIGHTS}.index.json",  # sharded
-    "diffusion_pytorch_model.bin",
-)
-_TREES = ("ema", "model", "state_dict")
-_MAX_JSON = 2**20  # bytes
+log = logging.getLogger(__name__)
+
+# Every model has one of these, under upstream's or under diffusers' names. What stands before it is a tree.
+_FIRST_NAMES = ("x_embedder.proj.weight", "pos_embed.proj.weight")
+# The tree to take by default, if several hold a model.
+_PREFERRED = ("ema", "model", "state_dict")
+_OPTIMIZERS = ("opt", "optimizer", "optimizer_states")
+# Networks that only the training needs: REPA (Yu et al. 2024) aligns hidden states with another encoder.
+_TRAINING_ONLY = ("projectors.",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class UpstreamParams:
     """Parameters under upstream's names.
 
     stored: the arrays by name.
-    tree: the tree of the file that holds them; "" if the file has no trees.
+    tree: what stands before the names in the file, such as "ema" or "state_dict.model"; "" for nothing.
     hints: arguments of the training run or diffusers' config, if there are any.
     """
 
@@ -37,88 +38,89 @@ class UpstreamParams:
     tree: str
     hints: dict[Any, Any]
 
+    @property
+    def is_average(self) -> bool:
+        """Whether the name of the tree says that it is an average of the parameters."""
+        return "ema" in re.split(r"[._]", self.tree)
+
 
 @contextlib.contextmanager
 def open_upstream(path: Path, tree: str | None = None) -> Iterator[UpstreamParams]:
-    """Open a PyTorch file (.pt, .bin), a safetensors file or index, or a folder written by diffusers.
+    """Open a PyTorch file, a safetensors file, an index of several, or a folder written by diffusers.
 
     Args:
-        tree: "model", "ema" or another dotted path in a PyTorch file. The default is the first of "ema",
-            "model" and "state_dict" in the file.
+        tree: a part of what stands before the names of the model's parameters, such as "model" or
+            "state_dict.ema_model". Only needed if several trees hold a model; even then the default is "ema",
+            "model" or "state_dict".
 
     Raises:
-        CheckpointError: the file is missing, invalid or unsupported.
+        CheckpointError: the file is missing, invalid or unsupported, or the tree is unknown.
+        ConfigError: several trees hold a model, and `tree` does not choose one.
     """
     if path.is_dir():
-        there = [path / name for name in _DIFFUSERS_FILES if (path / name).is_file()]
-        if not there:
-            raise CheckpointError(
-                f"{path}: no checkpoints or diffusers weights; expected {' or '.join(_DIFFUSERS_FILES)}"
-            )
-        path = there[0]
+        path = find_weights(path, "transformer")
+        log.info("reading %s", path)
     try:
-        with contextlib.ExitStack() as stack:
-            if path.suffix in (".safetensors", ".json"):
-                if tree:
-                    raise InvalidFile(f"--tree={tree} does not apply to a safetensors file")
-                files = [path] if path.suffix == ".safetensors" else _shards(path)
-                opened = [stack.enter_context(open_safetensors(file)) for file in files]
-                params = UpstreamParams(_from_safetensors(opened), "", _diffusers_config(path))
-            else:
-                params = _from_torch(stack.enter_context(open_torch(path)), tree, path)
-            yield dataclasses.replace(params, stored=as_upstream(params.stored))
+        with open_weights(path) as weights:
+            chosen = _choose(weights.names, tree, path)
+            _log_rest(weights.names, chosen)
+            stored = _without_training_networks(as_upstream(weights.below(chosen)))
+            yield UpstreamParams(stored, chosen, _hints(weights, path))
     except InvalidFile as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _from_safetensors(files: Iterable[SafetensorsFile]) -> dict[str, StoredArray]:
-    arrays: dict[str, StoredArray] = {}
-    for file in files:
-        for name, array in file.arrays.items():
-            insert(arrays, name, array)
-    return arrays
+def _trees(names: Collection[str]) -> list[str]:
+    """Return what stands before the names of each model in a file; "" for a model without a prefix."""
+    return list(
+        dict.fromkeys(
+            name.removesuffix(first).removesuffix(".")
+            for name in names
+            for first in _FIRST_NAMES
+            if name == first or name.endswith(f".{first}")
+        )
+    )
 
 
-def _from_torch(file: TorchFile, tree: str | None, path: Path) -> UpstreamParams:
-    content = file.content if isinstance(file.content, dict) else {}
-    if tree is None:
-        tree = next((name for name in _TREES if isinstance(content.get(name), dict)), "")
-    arrays = {name: _stored_array(file, tensor) for name, tensor in file.tensors(tree).items()}
-    arguments = content.get("args")
-    hints = arguments.state if isinstance(arguments, Opaque) else _diffusers_config(path)
-    return UpstreamParams(arrays, tree, hints)
+def _choose(names: Collection[str], tree: str | None, path: Path) -> str:
+    """Return the tree to read: the given one, the only one with a model, or the preferred one."""
+    found = _trees(names)
+    if not found:  # reading the tree tells what is missing
+        default = (first for first in _PREFERRED if any(name.startswith(f"{first}.") for name in names))
+        return tree or next(default, "")
+    matching = [name for name in found if tree is None or f".{tree}." in f".{name}."]
+    if tree in matching:
+        return tree
+    if len(matching) > 1 and tree is None:
+        preferred = ([name for name in matching if name.split(".")[0] == first] for first in _PREFERRED)
+        matching = next(filter(None, preferred), matching)
+    if len(matching) == 1:
+        return matching[0]
+    choices = ", ".join(name for name in found if name) or "none, because names have no prefix"
+    if not matching:
+        raise CheckpointError(f"{path}: unknown tree {tree!r}; expected one of: {choices}")
+    raise ConfigError(f"{path} holds several models; expected --tree with one of: {choices}")
 
 
-def _shards(index: Path) -> list[Path]:
-    """Return the files of a diffusers index. Only files in the same folder are allowed."""
-    names = _json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise InvalidFile("missing weight_map; expected the index of diffusers weights")
-    files = sorted(set(map(str, names.values())))
-    for file in files:
-        if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
-            raise InvalidFile(
-                f"invalid file in weight_map: got {reprlib.repr(file)}; expected a safetensors file in the"
-                " same folder"
-            )
-    return [index.with_name(file) for file in files]
-
-
-def _diffusers_config(path: Path) -> dict[Any, Any]:
-    """Return config.json in the file's folder if it describes diffusers' DiT, else {}."""
-    config = _json(path.with_name("config.json"))
+def _hints(weights: Weights, path: Path) -> dict[Any, Any]:
+    content = weights.content if isinstance(weights.content, dict) else {}
+    if isinstance(arguments := content.get("args"), Opaque):
+        return arguments.state
+    config = read_json_object(path.with_name("config.json"))
     return config if "num_attention_heads" in config else {}
 
 
-def _json(path: Path) -> dict[Any, Any]:
-    """Return the object in a small JSON file, or {} if there is none."""
-    try:
-        with path.open("rb") as file:
-            content = json.loads(file.read(_MAX_JSON))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _log_rest(names: Collection[str], chosen: str) -> None:
+    """Tell which arrays beside the model's tree are not converted, except other copies of the model."""
+    elsewhere = [tree for tree in (*_PREFERRED, *_OPTIMIZERS) if not f"{chosen}.".startswith(f"{tree}.")]
+    known = tuple(f"{tree}." for tree in (*_trees(names), *elsewhere) if tree)
+    rest = [name for name in names if not name.startswith(known)]
+    if chosen and rest:
+        log.info("ignored %d arrays outside %s, such as %s", len(rest), chosen, rest[0][:100])
 
 
-def _stored_array(file: TorchFile, tensor: Tensor) -> StoredArray:
-    return StoredArray(tensor.shape, tensor.dtype.name, lambda: file.read(tensor))
+def _without_training_networks(stored: Mapping[str, StoredArray]) -> Mapping[str, StoredArray]:
+    extra = [name for name in stored if name.startswith(_TRAINING_ONLY)]
+    if extra:
+        log.info("dropped %d arrays that only training needs, such as %s", len(extra), extra[0][:100])
+    return {name: array for name, array in stored.items() if name not in extra}

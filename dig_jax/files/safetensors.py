@@ -15,10 +15,9 @@ from safetensors.numpy import save_file
 
 from dig_jax.errors import CheckpointError, InvalidFile, one_line
 from dig_jax.files.atomic import replacing
+from dig_jax.files.content import MAX_HEADER, weights_format
 from dig_jax.files.paths import Path, local_copy
 
-# Bytes. Headers of DiG-XL and the published autoencoder have about 30 kB; ours may hold many class names.
-MAX_HEADER = 8 * 2**20
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
 
@@ -55,6 +54,8 @@ def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
     with contextlib.ExitStack() as stack:
         with _naming_file(path):
             local = stack.enter_context(local_copy(path))
+            if weights_format(local) == "pytorch":
+                raise InvalidFile("a PyTorch file; convert it with `python -m dig_jax.convert`")
             with local.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 if size > MAX_HEADER:

@@ -31,6 +31,7 @@ class ModelOptions:
         learn_sigma: also predict the interpolation of the variance, which doubles the output channels.
         dtype: dtype of matrix products and activations; parameters are float32.
         remat: what the backward pass recomputes: None (nothing), "dots" (all but matrix products) or "full".
+        mlp_hidden_size: hidden channels of the MLP; None: the family's default for the width.
 
     Raises:
         ValueError: an invalid value.
@@ -44,9 +45,12 @@ class ModelOptions:
     learn_sigma: bool = True
     dtype: DTypeLike = jnp.float32
     remat: Remat | None = None
+    mlp_hidden_size: int | None = None
 
     def __post_init__(self):
-        for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
+        if self.mlp_hidden_size is None:
+            object.__setattr__(self, "mlp_hidden_size", self.default_mlp_hidden_size(self.hidden_size))
+        for name in ("mlp_hidden_size", "depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"invalid {name}={value}; expected a positive number")
         if self.hidden_size % 4:  # sines and cosines of rows and columns
@@ -55,6 +59,11 @@ class ModelOptions:
     def pattern(self) -> BlockPattern:
         """Return the blocks that these options describe."""
         raise NotImplementedError
+
+    @staticmethod
+    def default_mlp_hidden_size(hidden_size: int) -> int:
+        """Return the hidden channels of the family's MLP for a width of the tokens."""
+        return 4 * hidden_size
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for an image size that the model does not support."""

@@ -55,9 +55,13 @@ class DiGOptions(ModelOptions):
                 f'invalid input {height}×{width} with skip_alignment="upstream"; expected a square'
             )
 
+    @staticmethod
+    def default_mlp_hidden_size(hidden_size: int) -> int:
+        """Return 8/3 of the width, rounded up to a multiple of 256, as in the released code."""
+        return 256 * -(-int(8 / 3 * hidden_size) // 256)
+
     def pattern(self) -> BlockPattern:
         """Return one block per scan direction; the period is also 4 with fewer directions."""
-        hidden = 256 * -(-int(8 / 3 * self.hidden_size) // 256)  # a multiple of 256, as in the released code
         blocks = tuple(
             BlockSpec(
                 mixer=functools.partial(
@@ -66,7 +70,7 @@ class DiGOptions(ModelOptions):
                     direction=DIRECTIONS[position % self.directions],
                     implementation=self.implementation,
                 ),
-                mlp=functools.partial(SwiGLU, hidden=hidden),
+                mlp=functools.partial(SwiGLU, hidden=self.mlp_hidden_size),
                 conv=self.conv,
                 norm=self.norm,
             )

@@ -10,17 +10,18 @@ import dataclasses
 import math
 import mmap
 import os
+import pathlib
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from dig_jax.errors import CheckpointError, InvalidFile
+from dig_jax.files.paths import Path, local_copy
 from dig_jax.files.pytorch.pickle_reader import MAX_NAME, Name, Opaque, insert, read_pickle
 
 _DTYPES = {
@@ -82,7 +83,7 @@ class TorchFile:
         content: the pickled object: dicts, lists, numbers, `Tensor`s, and `Opaque` for everything else.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap):
+    def __init__(self, path: pathlib.Path, data: mmap.mmap):
         self._data = data
         self._verified: set[str] = set()  # members with a correct checksum
         self._members = _members(path, data)
@@ -229,18 +230,18 @@ def open_torch(path: Path) -> Iterator[TorchFile]:
         CheckpointError: the file is missing, unreadable or invalid.
     """
     try:
-        with path.open("rb") as file:
+        with local_copy(path) as local, local.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise InvalidFile("empty file")
             # Closed by the garbage collector: after an error, views of its bytes may still exist.
-            yield TorchFile(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            yield TorchFile(local, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except InvalidFile as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
 
 
-def _members(path: Path, data: mmap.mmap) -> Mapping[str, zipfile.ZipInfo]:
+def _members(path: pathlib.Path, data: mmap.mmap) -> Mapping[str, zipfile.ZipInfo]:
     """Return the archive's directory; reject members that PyTorch does not write."""
     _check_directory(data)
     try:
