@@ -21,6 +21,13 @@ class CheckpointError(UserError):
     """A checkpoint or parameter file that is missing, corrupt, or could not be written."""
 
 
+class StalledRead(UserError):
+    """Data that did not arrive before the process had to exit.
+
+    A thread still waits for it, so the process must exit without waiting for its threads.
+    """
+
+
 class InvalidFile(ValueError):
     """Invalid content of a file. The message is one line and does not name the file."""
 

@@ -14,6 +14,8 @@ from dig_jax.data import Source, batches, image_folder, load_source
 from dig_jax.data.images import HAS_AVIF
 from dig_jax.data.summary import summary
 from dig_jax.errors import ConfigError, UserError
+from dig_jax.testing import tiny_settings
+from dig_jax.training.train import train
 
 
 def write(path, width=20, height=16, seed=0, **options):
@@ -341,6 +343,19 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(folder):
     os.mkfifo(folder / "cat" / "0.jpg")
     with pytest.raises(UserError, match="cannot read .*cat/0.jpg: not a regular file"):
         _ = source[0]
+
+
+@pytest.mark.parametrize("place", ["", "cat", "cat/../run", "link/run"])
+def test_a_workdir_among_the_images_is_refused_before_anything_is_written(folder, tmp_path, place):
+    (tmp_path / "pictures" / "link").symlink_to(folder / "dog")
+    options = {"path": str(folder), "image_size": 4, "heldout_fraction": 0.1}
+    settings = tiny_settings(data__name="image_folder", data__options=options)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(
+        ConfigError, match="invalid --workdir=.*: inside the images in .*pictures; expected an"
+    ):
+        train(settings, folder / place)
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_the_directory_of_the_images_is_known(folder):

@@ -23,6 +23,7 @@ from configs import base
 from dig_jax import autoencoder, config
 from dig_jax.autoencoder.model import encode_images
 from dig_jax.data import load_source
+from dig_jax.data.latents import check_latents
 from dig_jax.encoding import encode as encode_module
 from dig_jax.encoding import shard_writer
 from dig_jax.encoding.encode import encode
@@ -232,11 +233,83 @@ def test_what_a_killed_run_left_is_removed(made, complete, copy):
     assert tree(copy) == expected
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"5"])
+def test_a_description_that_is_not_json_of_ours_is_written_again(made, complete, copy, content):
+    (copy / "index.json").unlink()
+    (copy / "train" / "00001.json").write_bytes(content)
+    encode(settings(made, copy))
+    assert tree(copy) == tree(complete[0])
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("unreadable", 5), ("sums", ["a"]), ("squares", [1.0, None]), ("images", 2.0), ("file", None)],
+)
+def test_a_description_with_other_types_is_written_again(made, complete, copy, field, value):
+    (copy / "index.json").unlink()
+    path = copy / "train" / "00001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    encode(settings(made, copy))
+    assert tree(copy) == tree(complete[0])
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"{"])
+def test_an_unreadable_header_is_one_line(made, copy, content):
+    (copy / "encoding.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match="cannot read .*encoding.json: .*; use a new config.data.options.path"
+    ):
+        encode(settings(made, copy))
+
+
+def test_latents_may_have_any_shape(made, tmp_path):
+    options = {"path": str(made / "pictures"), "image_size": (16, 12), "heldout_fraction": 0.25}
+    for size in ((8, 6), [8, 6], -1):
+        data = {"path": str(tmp_path / "cache"), "image_size": size}
+        wanted = settings(made, "", encode__options=options, data__options=data)
+        assert encode(wanted)["latents"]["shape"] == [8, 6, 4]
+        source = load_source("latents", "train", **wanted.data.options)
+        assert source[0]["image"].shape == (8, 6, 4)
+        check_latents(source, wanted, None)
+    data["image_size"] = 8
+    with pytest.raises(ConfigError, match=r"invalid config.data.options.image_size=8; expected \(8, 6\)"):
+        encode(settings(made, "", encode__options=options, data__options=data))
+    with pytest.raises(UserError, match="have image_size=8×6; expected config.data.options.image_size=8×8"):
+        load_source("latents", "train", **data)
+
+
+def test_images_that_are_all_unreadable_are_not_a_cache(tmp_path, made):
+    for number in range(4):
+        path = tmp_path / "pictures" / "cat" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"nothing")
+    options = {"path": str(tmp_path / "pictures"), "image_size": 16}
+    wanted = settings(made, tmp_path / "cache", encode__options=options)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no image to train on: all 3 images are unreadable"):
+            encode(wanted)
+    assert not (tmp_path / "cache" / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"path": 5}, "invalid config.data.options.path=5; expected text"),
+        ({"path": "x", "image_size": "8"}, "invalid config.data.options.image_size='8'; expected an integer"),
+        ({"path": "x", "size": 8}, "config.data: unknown option 'size' of data source 'latents'"),
+    ],
+)
+def test_options_of_the_latents_are_checked(made, options, message):
+    with pytest.raises(ConfigError, match=message):
+        encode(settings(made, "", data__options=options))
+
+
 def test_a_complete_cache_is_verified_and_corrupt_files_are_rewritten(made, complete, copy, caplog):
     caplog.set_level(logging.INFO)
     expected, config_ = tree(complete[0]), settings(made, copy)
     times = {name: (copy / name).stat().st_mtime_ns for name in expected if name.endswith("record")}
     encode(config_)
+    assert "12 images of 2 classes (ant, bee), 4 held out; 16 × 16, 3 channels" in caplog.messages
     assert "corrupt" not in caplog.text
     file = copy / "train" / "00001.array_record"
     content = bytearray(file.read_bytes())

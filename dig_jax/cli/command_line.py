@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dig_jax.cli.logging_setup import start_logging
 from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
-from dig_jax.errors import ConfigError, UserError, one_line, suggest
+from dig_jax.errors import ConfigError, StalledRead, UserError, one_line, suggest
 from dig_jax.files.paths import Path, children, local_copy, to_path
 
 
@@ -39,6 +39,10 @@ def run(main: Callable[[Config, Path], None], usage: str) -> None:
         main(*_parse(sys.argv))
     except ConfigError as error:
         _fail(one_line(error), 2)
+    except StalledRead as error:
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.stderr.flush()
+        os._exit(1)
     except (UserError, OSError) as error:
         _fail(one_line(error), 1)
     except KeyboardInterrupt:

@@ -27,6 +27,7 @@ from dig_jax.config import Config
 from dig_jax.data import SPLITS, Source, open_source
 from dig_jax.data.latents import FORMAT, HEADER_FILE, INDEX_FILE, Shard, checksum
 from dig_jax.data.registry import source_options
+from dig_jax.data.summary import summary
 from dig_jax.encoding.shard_writer import Chunk, ShardWriter, file_sha256
 from dig_jax.errors import ConfigError, UserError, naming_directory, one_line
 from dig_jax.files.atomic import write_json
@@ -51,6 +52,8 @@ def encode(settings: Config) -> dict[str, Any]:
     check_agreement(config.flattened({name: fields[name] for name in ("data", "autoencoder", "encode")}))
     directory = _directory(settings)
     autoencoder, sources = _autoencoder(settings), _sources(settings)
+    for line in summary(sources["train"], sources["heldout"]) if jax.process_index() == 0 else ():
+        log.info(line)
     header = _header(settings, autoencoder, sources)
     check_agreement(config.flattened(header))
     on_process_0(functools.partial(_claim, directory, header))

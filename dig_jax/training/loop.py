@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import numpy as np
 
+from dig_jax.errors import StalledRead
 from dig_jax.parallel import to_global
+from dig_jax.training.batch_reader import BatchReader, HostBatch
 from dig_jax.training.hooks import Hook, StepEvent
 from dig_jax.training.objectives.denoising import Batch, Metrics
 from dig_jax.training.preemption import preemption_notice
@@ -40,14 +41,22 @@ def loop(
 
     Returns:
         The state after the last step.
+
+    Raises:
+        StalledRead: the process must exit and the next batch does not arrive. The last step is saved.
     """
     first, last = int(state["step"]), run.settings.training.steps
     with contextlib.ExitStack() as stack:
         data = stack.enter_context(contextlib.closing(run.batches(examples)))
         is_preempted = stack.enter_context(preemption_notice())
+        reader = stack.enter_context(contextlib.closing(_reader(data, lambda: is_preempted(first))))
         for hook in hooks:
             stack.callback(hook.close)
-        batch = _next_batch(run, data, meter)
+        batch = _next_batch(run, reader, meter)
+        if batch is None:
+            raise StalledRead(
+                "stopped while waiting for the first batch; run the same command again to resume"
+            )
         for step in range(first + 1, last + 1):
             for hook in hooks:
                 hook.before_step(step)
@@ -55,19 +64,31 @@ def loop(
             with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, batch)
             if step < last:
-                batch = _next_batch(run, data, meter)
+                batch = _next_batch(run, reader, meter)
             meter.add(step, metrics)
             consumed = examples + (step - first) * run.settings.data.batch_size
-            event = StepEvent(step, state, last=last, examples=consumed, preempted=is_preempted(step))
+            stalled = batch is None
+            preempted = is_preempted(step) or stalled
+            event = StepEvent(step, state, last=last, examples=consumed, preempted=preempted)
             for hook in hooks:
                 hook.after_step(event)
+            if stalled:
+                raise StalledRead(
+                    f"stopped while waiting for a batch, after saving step {step} of {last}; run the same"
+                    " command again to resume"
+                )
             if event.preempted:
                 break
     return state
 
 
-def _next_batch(run: Run, data: Iterator[dict[str, np.ndarray]], meter: StepMeter) -> Batch:
-    """Wait for the next batch and start its transfer to the devices."""
+def _reader(data: Iterator[HostBatch], is_preempted: Callable[[], bool]) -> BatchReader:
+    # Several processes save the same step, on which one that waits cannot agree with the others.
+    return BatchReader(data, is_preempted if jax.process_count() == 1 else lambda: False)
+
+
+def _next_batch(run: Run, reader: BatchReader, meter: StepMeter) -> Batch | None:
+    """Wait for the next batch and start its transfer to the devices; None: see `BatchReader.read`."""
     with meter.waiting_for_data():
-        batch = next(data)
-    return to_global(batch, run.mesh)
+        batch = reader.read()
+    return None if batch is None else to_global(batch, run.mesh)

@@ -17,12 +17,13 @@ from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.components import Components, Params, param_count
 from dig_jax.config import Config
+from dig_jax.data.image_folder import folder
 from dig_jax.data.latents import LatentSource, check_latents
 from dig_jax.diffusion import make_sampler
-from dig_jax.errors import naming_setting
+from dig_jax.errors import ConfigError, naming_setting
 from dig_jax.evaluation.evaluate import draw_neighbors, score
 from dig_jax.files.mirror import Mirror, mirror
-from dig_jax.files.paths import Path, absolute
+from dig_jax.files.paths import Path, absolute, is_remote
 from dig_jax.parallel import check_agreement, make_mesh, on_process_0
 from dig_jax.progress import duration
 from dig_jax.training.compile import abstract_batch, compile_train_step
@@ -63,6 +64,7 @@ def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None)
     mesh = make_mesh(settings.mesh, settings.data.batch_size, settings.training.accumulation)
     components = Components(settings)
     _check_settings(components)
+    _check_workdir(workdir, components)
     check_agreement({"data": components.train_source.fingerprint})
     abstract = abstract_state(components, mesh)
     _check_mesh(components, mesh, abstract["params"])
@@ -144,6 +146,24 @@ def _check_settings(components: Components) -> None:
             raise ValueError(
                 f"invalid guidance_channels={settings.guidance_channels}; expected at most {channels}, the"
                 " number of image channels"
+            )
+
+
+def _check_workdir(workdir: Path, components: Components) -> None:
+    """Check that the workdir is not among the images, or its samples would become training images.
+
+    Raises:
+        ConfigError: it is.
+    """
+    for source in (components.train_source, components.heldout_source):
+        images = folder(source)
+        if (
+            images
+            and not is_remote(workdir)
+            and pathlib.Path(workdir).resolve().is_relative_to(images.resolve())
+        ):
+            raise ConfigError(
+                f"invalid --workdir={workdir}: inside the images in {images}; expected another directory"
             )
 
 
