@@ -39,13 +39,11 @@ def main(port, number, folder):
         "broadcast": lambda: on_process_0(lambda: {"index": jax.process_index()}),
         "rejection": lambda: on_process_0(reject),
         "without": lambda: processes_without(number == 0),
-        "shared workdir": lambda: claim_workdir(tiny_settings(), folder / "run"),
-        "workdir of different settings": lambda: claim_workdir(
+        "shared workdir": lambda: claim(tiny_settings(), folder / "run"),
+        "workdir of different settings": lambda: claim(
             tiny_settings(training__accumulation=2), folder / "run"
         ),
-        "workdirs of their own": lambda: claim_workdir(
-            tiny_settings(), Path(f"/proc/self/fd/{OWN_FOLDER}/run")
-        ),
+        "workdirs of their own": lambda: claim(tiny_settings(), Path(f"/proc/self/fd/{OWN_FOLDER}/run")),
     }
     outcomes = {name: outcome(step) for name, step in steps.items()}
     barrier("before the death of process 1")
@@ -56,6 +54,12 @@ def main(port, number, folder):
     outcomes["peer failure"] = failure(lambda: check_agreement({"seed": 0}))
     sys.stdout.write(json.dumps(outcomes))
     exit_process(3, wait=False)
+
+
+def claim(settings, workdir):
+    """Hold the workdir for a moment."""
+    with claim_workdir(settings, workdir):
+        pass
 
 
 def outcome(step):

@@ -28,6 +28,7 @@ from dig_jax.encoding import encode as encode_module
 from dig_jax.encoding import shard_writer
 from dig_jax.encoding.encode import encode
 from dig_jax.errors import ConfigError, UserError
+from dig_jax.files.atomic import temporary_name
 from dig_jax.parallel import batch_sharding, local_mesh, replicated
 
 ROOT = Path(__file__).parent.parent
@@ -223,8 +224,8 @@ def test_what_a_killed_run_left_is_removed(made, complete, copy):
     expected = tree(complete[0])
     train = copy / "train"
     (copy / "index.json").unlink()
-    (train / ".00001.array_record.1234").write_bytes(b"half")
-    (train / ".00001.json.1234").write_bytes(b"{")
+    temporary_name(train / "00001.array_record").write_bytes(b"half")
+    temporary_name(train / "00001.json").write_bytes(b"{")
     (train / "00000.json").write_bytes(b"")  # a machine that lost its power
     (train / "00001.json").unlink()
     (train / "00001.array_record").write_bytes(b"half")

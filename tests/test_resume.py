@@ -167,8 +167,9 @@ def test_a_run_resumes_only_with_the_same_data(copied, monkeypatch):
 
 
 def test_settings_may_change_before_the_first_checkpoint(tmp_path):
-    claim_workdir(settings(), tmp_path)
-    claim_workdir(settings(seed=5), tmp_path)
+    for seed in (0, 5):
+        with claim_workdir(settings(seed=seed), tmp_path):
+            pass
     assert json.loads((tmp_path / "config.json").read_text())["config"]["seed"] == 5
 
 
@@ -212,7 +213,7 @@ def test_a_removed_field_in_config_json_is_named(copied):
 def test_a_workdir_that_is_not_writable_raises_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match=f"cannot write to the workdir {workdir}: "):
+        with pytest.raises(UserError, match=f"invalid directory {workdir}: it is a file or in a file"):
             train.train(settings(), workdir)
 
 

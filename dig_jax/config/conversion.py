@@ -4,7 +4,6 @@ In dicts a field without a value has its external form, such as 0, "" or "none";
 """
 
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,8 @@ from typing import Any
 
 from dig_jax.config.field import Group
 from dig_jax.config.fields import Config
-from dig_jax.errors import ConfigError, one_line, suggest
+from dig_jax.errors import ConfigError, InvalidFile, one_line, suggest
+from dig_jax.files.json_file import read_json
 from dig_jax.files.paths import Path
 
 # Fields that may differ when a workdir is resumed. Data may move, because the fingerprint of its content is
@@ -54,8 +54,8 @@ def read_settings(path: Path) -> Config:
         ConfigError: the file is unreadable, or was written by a different version.
     """
     try:
-        stored = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        stored = read_json(path)["config"]
+    except (InvalidFile, KeyError, OSError) as error:
         raise ConfigError(
             f"cannot read {path}: {one_line(error, name_type=True)}; delete it (checkpoints contain a copy)"
         ) from error

@@ -23,7 +23,8 @@ from jaxtyping import Float, Float32
 
 from dig_jax.config import Config
 from dig_jax.data.source import SPLITS, Example, check_label, fingerprint
-from dig_jax.errors import ConfigError, UserError, one_line
+from dig_jax.errors import ConfigError, InvalidFile, UserError, one_line
+from dig_jax.files.json_file import read_json
 
 FORMAT = 1
 HEADER_FILE, INDEX_FILE = "encoding.json", "index.json"
@@ -66,6 +67,8 @@ class Shard(NamedTuple):
         for values, kind in ((shard.unreadable, str), (shard.sums, float), (shard.squares, float)):
             if not isinstance(values, tuple) or not all(type(value) is kind for value in values):
                 raise ValueError(f"invalid unreadable, sums or squares of {shard.file}")
+        if not isinstance(shard.file, str) or not isinstance(shard.sha256, str):
+            raise ValueError("invalid file or sha256")
         if not re.fullmatch(rf"({'|'.join(SPLITS)})/\d{{5,}}\.array_record", shard.file):
             raise ValueError(f"invalid file name {shard.file!r}")
         if not all(type(size) is int and size >= 0 for size in (shard.images, shard.bytes)):
@@ -294,13 +297,12 @@ def _read(directory: Path) -> dict[str, Any]:
             )
         raise UserError(f"no latents in {directory}; run --mode=encode first (docs/latents.md)")
     try:
-        with path.open("rb") as file:
-            index = json.loads(file.read(_MAX_INDEX))
+        index = read_json(path, max_bytes=_MAX_INDEX)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is corrupt: {one_line(error, name_type=True)}; {_REPAIR}") from error
-    if not isinstance(index, dict) or index.get("sha256") != checksum(index):
+    except InvalidFile as error:
+        raise UserError(f"{path} is corrupt: {error}; {_REPAIR}") from error
+    if index.get("sha256") != checksum(index):
         raise UserError(f"{path} is corrupt: checksum mismatch; {_REPAIR}")
     if index.get("format") != FORMAT:
         raise UserError(f"unsupported format of {path}: got {index.get('format')}; expected {FORMAT}")

@@ -29,9 +29,24 @@ from dig_jax.data.latents import FORMAT, HEADER_FILE, INDEX_FILE, Shard, checksu
 from dig_jax.data.registry import source_options
 from dig_jax.data.summary import summary
 from dig_jax.encoding.shard_writer import Chunk, ShardWriter, file_sha256
-from dig_jax.errors import ConfigError, UserError, naming_directory, one_line
-from dig_jax.files.atomic import write_json
-from dig_jax.parallel import barrier, check_agreement, check_shared_directory, on_process_0, processes_without
+from dig_jax.errors import (
+    ConfigError,
+    InvalidFile,
+    UserError,
+    naming_directory,
+    one_line,
+)
+from dig_jax.files.atomic import remove_leftovers, write_json
+from dig_jax.files.json_file import read_json
+from dig_jax.files.lock import LOCK_FILE
+from dig_jax.parallel import (
+    barrier,
+    check_agreement,
+    check_shared_directory,
+    on_process_0,
+    one_writer,
+    processes_without,
+)
 from dig_jax.progress import duration
 
 log = logging.getLogger(__name__)
@@ -44,7 +59,7 @@ def encode(settings: Config) -> dict[str, Any]:
         The content of index.json.
 
     Raises:
-        UserError: invalid settings, a directory with other files, or a full disk.
+        UserError: invalid settings, a directory that is in use or has other files, or a full disk.
         KeyboardInterrupt: also on SIGTERM.
     """
     started = time.monotonic()
@@ -56,11 +71,11 @@ def encode(settings: Config) -> dict[str, Any]:
         log.info(line)
     header = _header(settings, autoencoder, sources)
     check_agreement(config.flattened(header))
-    on_process_0(functools.partial(_claim, directory, header))
-    check_shared_directory(directory)
     size = settings.encode.shard_size
     chunks = [chunk for split in SPLITS for chunk in _chunks(split, len(sources[split]), size)]
-    with _sigterm_as_interrupt():
+    with one_writer(directory / LOCK_FILE, f"the latent cache {directory}"), _sigterm_as_interrupt():
+        on_process_0(functools.partial(_claim, directory, header))
+        check_shared_directory(directory)
         if on_process_0((directory / INDEX_FILE).exists):
             _check_files(directory, chunks)
         missing = on_process_0(
@@ -73,7 +88,9 @@ def encode(settings: Config) -> dict[str, Any]:
             with naming_directory(directory):
                 ShardWriter(directory, autoencoder, sources, settings.encode).write(mine)
         barrier("encoded")
-    index = on_process_0(functools.partial(_write_index, directory, header, chunks))
+        index = on_process_0(functools.partial(_write_index, directory, header, chunks))
+    if not missing:
+        log.info("all latents are already in %s; nothing was encoded", directory)
     _log_summary(directory, index, time.monotonic() - started)
     return index
 
@@ -169,17 +186,17 @@ def _claim(directory: Path, header: dict[str, Any]) -> None:
             write_json(path, header)
         for split in SPLITS:
             (directory / split).mkdir(exist_ok=True)
-            for temporary in (directory / split).glob(".*"):
-                temporary.unlink()
+            remove_leftovers(directory / split)
+        remove_leftovers(directory)
 
 
 def _check_header(path: Path, header: dict[str, Any]) -> None:
     """Raise unless a file holds this header; the path of the autoencoder may differ."""
     try:
-        stored = json.loads(path.read_bytes())
+        stored = read_json(path)
         stored["autoencoder"]["path"] = header["autoencoder"]["path"]
         old, new = config.flattened(stored), config.flattened(header)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         reason = one_line(error, name_type=True)
         raise UserError(f"cannot read {path}: {reason}; use a new config.data.options.path") from error
     changed = [
@@ -194,18 +211,10 @@ def _check_header(path: Path, header: dict[str, Any]) -> None:
         )
 
 
-def _read_json(path: Path) -> Any:
-    """Return the content of a file; None for a missing or corrupt one."""
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError, FileNotFoundError):
-        return None
-
-
 def _finished_shard(directory: Path, chunk: Chunk) -> Shard | None:
     """Return the description of a chunk's file, or None unless the file is complete."""
     try:
-        shard = Shard.from_dict(_read_json(directory / chunk.description))
+        shard = Shard.from_dict(read_json(directory / chunk.description))
         size = (directory / chunk.file).stat().st_size
     except (AttributeError, TypeError, ValueError, FileNotFoundError):
         return None
@@ -252,8 +261,10 @@ def _write_index(directory: Path, header: dict[str, Any], chunks: Sequence[Chunk
     index["sha256"] = checksum(index)
     index = json.loads(json.dumps(index))
     with naming_directory(directory):
-        if _read_json(directory / INDEX_FILE) != index:
-            write_json(directory / INDEX_FILE, index)
+        with contextlib.suppress(FileNotFoundError, InvalidFile):
+            if read_json(directory / INDEX_FILE) == index:
+                return index
+        write_json(directory / INDEX_FILE, index)
     return index
 
 
@@ -273,7 +284,7 @@ def _log_summary(directory: Path, index: Mapping[str, Any], seconds: float) -> N
     shards = [shard for split in SPLITS for shard in index["splits"][split]]
     images, unreadable = sum(s["images"] for s in shards), sum(len(s["unreadable"]) for s in shards)
     log.info(
-        "wrote the latents of %d images to %s: %d files, %.4g GB, in %s%s",
+        "latents of %d images in %s: %d files, %.4g GB, in %s%s",
         images,
         directory,
         len(shards),

@@ -25,7 +25,7 @@ from dig_jax.data.latents import Shard, pack
 from dig_jax.data.pipeline import read_options
 from dig_jax.data.source import Example, Source
 from dig_jax.errors import UserError, one_line
-from dig_jax.files.atomic import write_json
+from dig_jax.files.atomic import temporary_name, write_json
 from dig_jax.parallel import batch_sharding, local_mesh, replicated
 from dig_jax.progress import Progress
 
@@ -113,7 +113,7 @@ class ShardWriter:
 
     def _write(self, chunk: Chunk, show: Callable[[int], None]) -> Shard:
         path = self._directory / chunk.file
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = temporary_name(path)
         unreadable: list[str] = []
         images, sums, squares = 0, 0.0, 0.0
         try:

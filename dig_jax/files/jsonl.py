@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dig_jax.files.atomic import replacing
+from dig_jax.errors import InvalidFile
+from dig_jax.files.atomic import naming_file, replacing
+from dig_jax.files.json_file import parse_object
 
 Row = dict[str, Any]
 
@@ -20,13 +22,17 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
 
 
 def append_row(path: str | os.PathLike, row: Row) -> None:
-    """Append a row on a new line, even if a killed run left an incomplete line."""
+    """Append a row on a new line, even if a killed run left an incomplete line.
+
+    Raises:
+        OSError: writing failed; the error names the file.
+    """
     line = json.dumps(row, ensure_ascii=False) + "\n"
-    with open(path, "ab+") as file:
+    with naming_file(Path(path)), open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             line = line if file.read() == b"\n" else "\n" + line
-        file.write(line.encode())
+        file.write(line.encode(errors="backslashreplace"))
 
 
 def truncate_rows(path: str | os.PathLike, *, last_step: int) -> int:
@@ -50,7 +56,7 @@ def _parse(path: Path) -> list[tuple[bytes, Row | None]]:
 
 def _row(line: bytes) -> Row | None:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_object(line)
+    except InvalidFile:
         return None
-    return value if isinstance(value, dict) and type(value.get("step")) is int else None
+    return value if type(value.get("step")) is int else None

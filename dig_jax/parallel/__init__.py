@@ -18,6 +18,7 @@ from dig_jax.parallel.distributed import (
     initialize_distributed,
     is_peer_failure,
     on_process_0,
+    one_writer,
     processes_without,
 )
 from dig_jax.parallel.mesh import (
@@ -50,6 +51,7 @@ __all__ = [
     "context_size",
     "distribute",
     "on_process_0",
+    "one_writer",
     "gather_params",
     "is_peer_failure",
     "initialize_distributed",

@@ -9,7 +9,7 @@ import sys
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn, TypeVar
 
 import jax
@@ -17,7 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dig_jax.errors import ConfigError, UserError
+from dig_jax.errors import ConfigError, UserError, naming_directory
+from dig_jax.files.lock import writer_lock
 from dig_jax.files.paths import Path
 
 # Checksums that every process contributes in `check_agreement`: the size must not depend on the settings.
@@ -158,6 +159,27 @@ def barrier(name: str) -> None:
     if jax.process_count() > 1:
         # Not `sync_global_devices`: collectives time out after minutes, and a process may work for hours.
         ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * _BARRIER_SECONDS)
+
+
+@contextlib.contextmanager
+def one_writer(lock: Path, what: str | os.PathLike) -> Iterator[None]:
+    """Hold a lock file on process 0, for all processes of this run; see `dig_jax.files.lock`.
+
+    Args:
+        lock: the lock file.
+        what: what the lock protects, for messages.
+
+    Raises:
+        UserError: another run holds the lock, or the lock file could not be written.
+    """
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            with naming_directory(lock.parent):
+                held.enter_context(writer_lock(lock, what))
+
+        on_process_0(take)
+        yield
 
 
 def check_shared_directory(directory: Path) -> None:

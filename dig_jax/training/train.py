@@ -22,6 +22,7 @@ from dig_jax.data.latents import LatentSource, check_latents
 from dig_jax.diffusion import make_sampler
 from dig_jax.errors import ConfigError, naming_setting
 from dig_jax.evaluation.evaluate import draw_neighbors, score
+from dig_jax.files.atomic import replacing
 from dig_jax.files.mirror import Mirror, mirror
 from dig_jax.files.paths import Path, absolute, is_remote
 from dig_jax.parallel import check_agreement, make_mesh, on_process_0
@@ -57,7 +58,8 @@ def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None)
         The scores, as in scores.json; None if the run was preempted before the last step.
 
     Raises:
-        UserError: invalid settings, a workdir with different settings, or no intact checkpoint.
+        UserError: invalid settings, a workdir that is in use or has different settings, or no intact
+            checkpoint.
     """
     began, steps = time.monotonic(), settings.training.steps
     check_agreement({"workdir": str(absolute(workdir)), **config.flattened(config_and_versions(settings))})
@@ -68,9 +70,9 @@ def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None)
     check_agreement({"data": components.train_source.fingerprint})
     abstract = abstract_state(components, mesh)
     _check_mesh(components, mesh, abstract["params"])
-    claim_workdir(settings, workdir)
     # Kernels read the mesh from the context: the compiler cannot partition them.
     with (
+        claim_workdir(settings, workdir),
         jax.set_mesh(mesh),
         _output_directory(workdir) as output,
         Checkpoints(workdir, settings.checkpoint) as checkpoints,
@@ -181,7 +183,8 @@ def _check_mesh(components: Components, mesh: Mesh, params: Params) -> None:
 def _introduce(run: Run, state: State) -> None:
     """Log the model, the devices and the first step; write parameters.txt and a row of starts.jsonl."""
     table = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
-    (run.output / "parameters.txt").write_text(table + "\n")
+    with replacing(run.output / "parameters.txt") as file:
+        file.write(f"{table}\n".encode())
     step = int(state["step"])
     note_start(run.output, step)
     run.publish()

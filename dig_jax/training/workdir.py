@@ -1,38 +1,44 @@
 """A workdir belongs to the config that it was created with."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.checkpoints.reader import has_checkpoints, read_config
 from dig_jax.config import Config
-from dig_jax.errors import UserError, one_line
-from dig_jax.files.atomic import write_json
-from dig_jax.files.paths import Path, check_plain, make_folder
-from dig_jax.parallel import check_shared_directory, on_process_0
+from dig_jax.errors import naming_directory
+from dig_jax.files.atomic import remove_leftovers, write_json
+from dig_jax.files.lock import LOCK_FILE
+from dig_jax.files.paths import Path, check_plain
+from dig_jax.parallel import check_shared_directory, on_process_0, one_writer
 
 
-def claim_workdir(settings: Config, workdir: Path) -> None:
-    """Create the workdir if needed and write config.json into it. All processes must call this.
+@contextlib.contextmanager
+def claim_workdir(settings: Config, workdir: Path) -> Iterator[None]:
+    """Create the workdir if needed, write config.json into it, and be its only writer within the context.
+
+    All processes must call this. Temporary files of killed runs are deleted.
 
     Raises:
-        UserError: the workdir has checkpoints of a different or unreadable config, is not writable, or is not
-            shared by all processes.
+        UserError: the workdir is in use, has checkpoints of a different or unreadable config, is not
+            writable, or is not shared by all processes.
     """
     check_plain(workdir, "--workdir")
-    on_process_0(functools.partial(_claim, settings, workdir))
-    check_shared_directory(workdir)
+    with one_writer(workdir / LOCK_FILE, workdir):
+        on_process_0(functools.partial(_claim, settings, workdir))
+        check_shared_directory(workdir)
+        yield
 
 
 def _claim(settings: Config, workdir: Path) -> None:
     if has_checkpoints(workdir):
         config.check_same(_stored_config(workdir), settings, workdir)
-    try:
-        make_folder(workdir)
+    for directory in (workdir, workdir / "samples"):
+        remove_leftovers(directory)
+    with naming_directory(workdir):
         write_json(workdir / "config.json", config_and_versions(settings))
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise UserError(f"cannot write to the workdir {workdir}: {reason}") from error
 
 
 def _stored_config(workdir: Path) -> Config:

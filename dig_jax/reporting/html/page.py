@@ -3,13 +3,14 @@
 import datetime
 import functools
 import importlib.resources
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dig_jax.config import Config, flattened, to_dict
+from dig_jax.errors import InvalidFile
 from dig_jax.files.atomic import replacing
+from dig_jax.files.json_file import read_json
 from dig_jax.files.jsonl import Row, read_rows
 from dig_jax.reporting.html.charts import COLORS, Chart, Curve, chart, number, percent
 from dig_jax.reporting.html.embedded_grids import embedded_grids
@@ -154,7 +155,6 @@ def _start(start: Row) -> list[tuple[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file, or an empty one if there is none."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except (OSError, InvalidFile):
         return {}
-    return value if isinstance(value, dict) else {}
