@@ -416,7 +416,7 @@ def test_a_directory_with_other_files_is_not_written_to(made):
 
 def test_a_directory_that_is_not_writable_is_reported_in_one_line(made, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="cannot write to .*file/cache: Not a directory"):
+    with pytest.raises(UserError, match="invalid directory .*file/cache: it is a file or in a file"):
         encode(settings(made, tmp_path / "file" / "cache"))
 
 

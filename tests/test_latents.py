@@ -258,8 +258,8 @@ SUMS = {"sums": [], "squares": []}
     [
         (shutil.rmtree, "no latents in .*; run --mode=encode first"),
         (unfinish, "are incomplete; run --mode=encode again to finish them"),
-        (lambda d: (d / "index.json").write_text("{"), "index.json is corrupt: JSONDecodeError"),
-        (lambda d: (d / "index.json").write_text("[]"), "index.json is corrupt: checksum mismatch"),
+        (lambda d: (d / "index.json").write_text("{"), "index.json is corrupt: invalid JSON: "),
+        (lambda d: (d / "index.json").write_text("[]"), "index.json is corrupt: invalid JSON: got a list"),
         (lambda d: (d / "index.json").write_bytes(b"\xff"), "index.json is corrupt"),
         (lambda d: (d / "index.json").write_text("[" * 10**5), "index.json is corrupt"),
         (flip, "index.json is corrupt: checksum mismatch"),

@@ -14,7 +14,9 @@ import pytest
 from dig_jax.errors import UserError
 from dig_jax.files import lock
 from dig_jax.files.lock import writer_lock
+from dig_jax.files.paths import to_path
 from dig_jax.files.processes import is_running, machine, start_time
+from tests.object_storage import bucket, storage_servers  # noqa: F401 (fixtures)
 
 _HOLD = """
 import sys, time
@@ -200,3 +202,18 @@ def test_running_processes_are_told_from_others():
     assert not is_running(2**22 + 1)  # above the largest number
     assert is_running(1)
     assert machine() == machine() != ""
+
+
+def test_a_lock_in_object_storage_excludes_names_and_replaces_like_a_local_one(bucket, fast, monkeypatch):  # noqa: F811
+    path = to_path(f"{bucket}/run/.lock")
+    with writer_lock(path, "the run"):
+        assert_refused(path, f"in use by process {os.getpid()} on .* since ")
+        content = path.read_bytes()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(lock, "machine", lambda: "another")
+            assert_refused(path, f"in use by process {os.getpid()} ")  # it renews its lock
+    assert not path.exists()
+    for fields in ({"started": "1"}, {"machine": "another"}):  # a dead process; a dead machine
+        path.write_bytes(json.dumps(json.loads(content) | fields).encode())
+        with writer_lock(path, "the run"):
+            assert json.loads(path.read_bytes())["started"] == start_time(os.getpid())

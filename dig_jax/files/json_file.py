@@ -1,26 +1,28 @@
 """The reader of JSON files that DiG-JAX wrote. Whatever they hold, an error is one line."""
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from dig_jax.errors import InvalidFile
+from dig_jax.files.paths import Path, is_remote
 
 # Our files have at most 8 levels, and integers of at most 64 bits.
 _MAX_LEVELS = 32
 _MAX_DIGITS = 20
 
 
-def read_json(path: str | os.PathLike, *, max_bytes: int = 2**26) -> dict[str, Any]:
+def read_json(path: Path, *, max_bytes: int = 2**26) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
         OSError: reading failed.
         InvalidFile: the file does not hold a JSON object, or one that is too large or nested too deeply.
     """
-    with Path(path).open("rb") as file:
-        text = file.read(max_bytes + 1)
+    if is_remote(path):
+        text = path.read_bytes()
+    else:
+        with path.open("rb") as file:
+            text = file.read(max_bytes + 1)
     if len(text) > max_bytes:
         raise InvalidFile(f"too large: expected at most {max_bytes:,} bytes")
     return parse_object(text)

@@ -17,11 +17,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from dig_jax.errors import InvalidFile, UserError
-from dig_jax.files.atomic import naming_file
 from dig_jax.files.json_file import parse_object
+from dig_jax.files.paths import Path, as_os_error, create_exclusively, is_remote, make_folder, storage
 from dig_jax.files.processes import is_running, machine, start_time
 
 log = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ def writer_lock(path: Path, what: str | os.PathLike) -> Iterator[None]:
     """
     owner = _Owner.this_process()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"invalid directory {path.parent}: it is a file or in a file") from error
     _acquire(path, owner, what)
@@ -129,6 +128,9 @@ def _replace(path: Path, stale: tuple[bytes, int], owner: _Owner, what: str | os
 @contextlib.contextmanager
 def _only_replacement(directory: Path) -> Iterator[None]:
     """Exclude other processes that replace a lock in this directory, where the file system can."""
+    if is_remote(directory):
+        yield
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(ImportError, OSError):
@@ -165,7 +167,7 @@ def _keep(path: Path, owner: _Owner, what: str | os.PathLike, ended: threading.E
             if other is None:
                 _create(path, owner)  # somebody deleted it
             elif other == owner:
-                os.utime(path)
+                _renew(path, owner)
             else:
                 sys.stderr.write(f"error: {what} was taken over by {other}, as this process was suspended\n")
                 sys.stderr.flush()
@@ -174,21 +176,32 @@ def _keep(path: Path, owner: _Owner, what: str | os.PathLike, ended: threading.E
 
 def _create(path: Path, owner: _Owner) -> bool:
     """Create the lock file; return False if it exists."""
-    try:
-        with naming_file(path), open(path, "xb") as file:
-            file.write(json.dumps(dataclasses.asdict(owner)).encode())
-    except FileExistsError:
-        return False
-    return True
+    return create_exclusively(path, _content(owner))
+
+
+def _renew(path: Path, owner: _Owner) -> None:
+    """Change what `_read` returns."""
+    if is_remote(path):
+        with as_os_error(path):
+            path.write_bytes(_content(owner) + b" " * (time.monotonic_ns() % 100))
+    else:
+        os.utime(path)
 
 
 def _read(path: Path) -> tuple[bytes, int] | None:
-    """Return the content of the lock file and the time of its last renewal; None if there is none."""
+    """Return the content of the lock file and the time of its last change; None if there is none."""
     try:
+        if is_remote(path):
+            with as_os_error(path):
+                return storage(path).cat_file(str(path)), 0  # in one request: the owner may rewrite it
         with open(path, "rb") as file:  # opening it also updates what a network file system caches
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
+
+
+def _content(owner: _Owner) -> bytes:
+    return json.dumps(dataclasses.asdict(owner)).encode()
 
 
 def _owner(found: tuple[bytes, int] | None) -> _Owner | None:

@@ -88,7 +88,7 @@ def children(folder: Path) -> list[Path]:
         OSError: the folder cannot be listed.
     """
     try:
-        with _as_os_error(folder):
+        with as_os_error(folder):
             return sorted(folder.iterdir())
     except FileNotFoundError:
         return []
@@ -99,7 +99,7 @@ def files_below(folder: Path) -> list[Path]:
     if not is_remote(folder):
         return sorted(path for path in folder.rglob("*") if path.is_file())
     files, prefix = fsspec.core.url_to_fs(str(folder))
-    with _as_os_error(folder):
+    with as_os_error(folder):
         return [folder / name.removeprefix(prefix).lstrip("/") for name in sorted(files.find(prefix))]
 
 
@@ -111,7 +111,7 @@ def size(path: Path) -> int:
 def delete(path: Path) -> None:
     """Delete a file or a folder, if it exists."""
     if is_remote(path):
-        with _as_os_error(path), contextlib.suppress(FileNotFoundError):
+        with as_os_error(path), contextlib.suppress(FileNotFoundError):
             storage(path).rm(str(path), recursive=True)
     elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -124,7 +124,7 @@ def rename(path: Path, target: Path) -> None:
     if not is_remote(path):
         path.rename(target)
         return
-    with _as_os_error(path):
+    with as_os_error(path):
         for file in files_below(path):
             storage(path).copy(str(file), str(target / file.relative_to(path)))
     delete(path)
@@ -134,7 +134,7 @@ def create_exclusively(path: Path, content: bytes) -> bool:
     """Create a file unless it exists; return whether it was created. Of several processes one succeeds."""
     try:
         if is_remote(path):
-            with _as_os_error(path):
+            with as_os_error(path):
                 storage(path).pipe_file(str(path), content, mode="create")
         else:
             with open(path, "xb") as file:
@@ -155,7 +155,7 @@ def local_copy(path: Path) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, path.name)
-        with _as_os_error(path):
+        with as_os_error(path):
             storage(path).get_file(str(path), str(copy))
         yield copy
 
@@ -172,7 +172,7 @@ def uploading(path: Path) -> Iterator[BinaryIO]:
 
 def upload(local: pathlib.Path, target: Path) -> None:
     """Copy a local file to object storage."""
-    with _as_os_error(target):
+    with as_os_error(target):
         storage(target).put_file(str(local), str(target))
 
 
@@ -182,7 +182,7 @@ def storage(path: Path) -> fsspec.AbstractFileSystem:
 
 
 @contextlib.contextmanager
-def _as_os_error(path: Path) -> Iterator[None]:
+def as_os_error(path: Path) -> Iterator[None]:
     """Turn the exceptions of gcsfs, s3fs and the network, which share no class, into an OSError."""
     try:
         yield
