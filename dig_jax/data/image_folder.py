@@ -19,6 +19,7 @@ from dig_jax.data.images import HAS_AVIF, MAX_BYTES
 from dig_jax.data.options import OptionError
 from dig_jax.data.source import Source, fingerprint
 from dig_jax.errors import UserError, suggest
+from dig_jax.files.paths import is_remote, to_path
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 EXTENSIONS += (".ppm", ".pgm", ".pbm", *([".avif"] if HAS_AVIF else []))
@@ -151,6 +152,10 @@ def folder(source: Source) -> Path | None:
 
 
 def _directory(path: str) -> Path:
+    if is_remote(to_path(path)):
+        raise UserError(
+            f"unsupported path {path!r} of images in object storage; mount the bucket (docs/data.md)"
+        )
     directory = Path(path).expanduser().absolute()
     if not directory.is_dir():
         raise UserError(f"no such directory: {str(directory)!r}")

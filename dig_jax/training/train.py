@@ -138,9 +138,8 @@ def _check_settings(components: Components) -> None:
     settings, channels = components.config.sampling, components.image_spec.image_shape[2]
     source = components.train_source
     # Load components that are first used between steps, so that a failure ends the run before it starts.
-    diffusion, _ = components.diffusion, components.heldout_source
+    diffusion, decoder, _ = components.diffusion, components.autoencoder, components.heldout_source
     if isinstance(source, LatentSource):
-        decoder = components.autoencoder
         check_latents(source, components.config, decoder.fingerprint() if decoder else None)
     with naming_setting("config.sampling"):
         make_sampler(settings.sampler, steps=settings.steps, clip=settings.clip).check(diffusion)
