@@ -17,7 +17,8 @@ from dig_jax.data import ImageSpec, Source, open_source
 from dig_jax.diffusion import GaussianDiffusion, Process
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
-from dig_jax.models.registry import accepted_options
+from dig_jax.models.backbone import ModelOptions
+from dig_jax.models.registry import accepted_options, resolve_options
 from dig_jax.parallel import gather_params
 
 Params = dict[str, Any]
@@ -53,6 +54,11 @@ class Components:
 
     def _open(self, split: str) -> Source:
         return open_source("config.data", self.config.data.name, split, self.config.data.options)
+
+    @property
+    def stored_spec(self) -> ImageSpec | None:
+        """Shape and classes of the images, if a checkpoint tells them; the data need not exist."""
+        return self._stored_spec
 
     @functools.cached_property
     def image_spec(self) -> ImageSpec:
@@ -140,16 +146,32 @@ class ModelSpec:
         """Return the network as a module with random parameters."""
         height, width, channels = self.image_shape
         with naming_setting("config.model"):
-            accepted = accepted_options(self.config.name)
-            _check_unused(self.config, accepted)
-            options = {name: value for name, value in vars(self.config).items() if name in accepted}
             return create_model(
                 self.config.name,
                 input_size=(height, width),
                 num_classes=self.num_classes,
                 rngs=rngs,
-                **options | {"in_channels": channels, "dtype": jnp.dtype(self.config.dtype)},
+                **_options(self.config) | {"in_channels": channels},
             )
+
+
+def model_options(settings: ModelConfig) -> tuple[str, ModelOptions]:
+    """Return the family and the options of a model, with the sizes that its name stands for.
+
+    Raises:
+        ConfigError: an invalid setting.
+    """
+    with naming_setting("config.model"):
+        family, options = resolve_options(settings.name, **_options(settings))
+    return family.name, options
+
+
+def _options(settings: ModelConfig) -> dict[str, Any]:
+    """Return the options for `create_model`."""
+    accepted = accepted_options(settings.name)
+    _check_unused(settings, accepted)
+    options = {name: value for name, value in vars(settings).items() if name in accepted}
+    return options | {"dtype": jnp.dtype(settings.dtype)}
 
 
 def _check_unused(settings: ModelConfig, accepted: Collection[str]) -> None:

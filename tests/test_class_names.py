@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from dig_jax.cli.number_lists import labels
-from dig_jax.data.class_names import class_index, display_name, imagenet_ids
+from dig_jax.data.class_names import class_index, display_name, imagenet_ids, match_classes
 from dig_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -107,8 +107,45 @@ def test_what_is_written_in_digits_is_an_index_whatever_the_classes_are_called()
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('"dog, puppy"', [1]),
+        ('dog,"dog, puppy" , "a,b",0-1', [0, 1, 2, 0, 1]),
+        ('"10","2"', [4, 5]),
+        ('Cat,cat,"cat"', [6, 7, 7]),
+    ],
+)
+def test_names_in_double_quotes_may_have_commas_and_digits(text, expected):
+    assert labels(text, ("dog", "dog, puppy", "a,b", "x", "10", "2", "Cat", "cat")).tolist() == expected
+
+
+def test_an_equal_name_wins_over_one_of_several_and_over_case():
+    names = ("dog, puppy", "Dog", "CAT", "cat")
+    assert [class_index(name, names) for name in ("Dog", "DOG", "puppy", "CAT", "cat")] == [1, 1, 0, 2, 3]
+    with pytest.raises(ValueError, match=r"ambiguous class 'Cat'; expected an index: 2 \(CAT\) or 3 \(cat\)"):
+        class_index("Cat", names)
+
+
+def test_an_index_that_is_also_the_name_of_another_class_is_told(caplog):
+    names = tuple(sorted(map(str, range(12))))
+    assert labels("0,2", names).tolist() == [0, 2]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "--labels: 2 is an index here, of class '10'; for the class named '2' use its index 4, or the name in"
+        " double quotes: --labels='\"2\"'"
+    )
+    caplog.clear()
+    assert labels("0,1", names).tolist() == [0, 1]
+    assert labels('"2"', names).tolist() == [4]
+    assert labels("2,3", ("a", "b", "c", "d")).tolist() == [2, 3]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
     "text, told",
     [
+        ('"tench', "unknown class '\"tench'"),
+        ('""', "unknown class ''"),
         ("tench,golden retreiver", "--labels: unknown class 'golden retreiver'; did you mean"),
         ("3-", "--labels='3-'; expected numbers and ranges"),
         ("7-5,tench", "--labels='7-5,tench'; expected numbers and ranges"),
@@ -119,6 +156,12 @@ def test_what_is_written_in_digits_is_an_index_whatever_the_classes_are_called()
 def test_invalid_labels_raise_one_line(text, told):
     with pytest.raises(ConfigError, match=told):
         labels(text, imagenet_ids())
+
+
+def test_classes_are_matched_by_any_of_their_names():
+    known = ("n02099601", "tench, Tinca tinca", "Sea_lion", "n02012849", "n03126707")
+    names = ("golden retriever", "n01440764", "sea lion", "crane", "horse")
+    assert match_classes(names, known) == [0, 1, 2, None, None]
 
 
 def test_data_files_are_installed_with_the_package():

@@ -1,5 +1,6 @@
 """Lists of numbers and of class names in flags, such as --seeds=0,3,5-7."""
 
+import logging
 import re
 from collections.abc import Sequence
 
@@ -9,6 +10,10 @@ from dig_jax.data.class_names import class_index
 from dig_jax.errors import ConfigError, naming_setting
 
 _MAX_COUNT = 10**6
+# The text before a comma that is not in double quotes.
+_ITEM = re.compile(r'((?:[^,"]|"[^"]*"?)*),')
+
+log = logging.getLogger(__name__)
 
 
 def numbers(text: str | None, flag: str) -> np.ndarray | None:
@@ -24,10 +29,10 @@ def labels(text: str | None, class_names: Sequence[str]) -> np.ndarray | None:
     """Return the class indices of a list such as "0,5-7,golden retriever", here [0, 5, 6, 7, 207].
 
     Digits are always an index, even if classes are named by numbers: names are sorted as text, so index 2 of
-    the hundred classes "1", "2", …, "100" is the class "100".
+    the hundred classes "1", "2", …, "100" is the class "100". A note tells if this may surprise.
 
     Args:
-        text: indices, ranges and names, separated by commas.
+        text: indices, ranges and names, separated by commas. Text in double quotes is a name.
         class_names: names of all classes, by index; see `class_index`.
 
     Raises:
@@ -35,10 +40,39 @@ def labels(text: str | None, class_names: Sequence[str]) -> np.ndarray | None:
     """
     if text is None:
         return None
-    items = [item.strip() for item in text.split(",")]
     with naming_setting("--labels"):
-        named = {item: class_index(item, class_names) for item in items if re.search(r"[^\d-]", item)}
-    return _join([_range(str(named.get(item, item))) for item in items], text, "labels")
+        numbers = _join(
+            [_label(item.strip(), class_names) for item in _ITEM.findall(f"{text},")], text, "labels"
+        )
+    _note_numeric_names(text, numbers, class_names)
+    return numbers
+
+
+def _label(item: str, class_names: Sequence[str]) -> range:
+    """Return the index of a name, or the indices of a range."""
+    quoted = re.fullmatch('"(.*)"', item, re.DOTALL)
+    if not quoted and not re.search(r"[^\d-]", item):
+        return _range(item)
+    index = class_index(quoted[1] if quoted else item, class_names)
+    return range(index, index + 1)
+
+
+def _note_numeric_names(text: str, numbers: np.ndarray, class_names: Sequence[str]) -> None:
+    """Tell if an index is also the name of another class."""
+    indices = {name: index for index, name in enumerate(class_names) if name.isdecimal()}
+    for number in numbers if '"' not in text else ():
+        name, other = class_names[number : number + 1], indices.get(str(number))
+        if name and other not in (None, number):
+            log.warning(
+                "--labels: %d is an index here, of class %r; for the class named %r use its index %d, or the"
+                " name in double quotes: --labels='\"%s\"'",
+                number,
+                name[0],
+                str(number),
+                other,
+                number,
+            )
+            return
 
 
 def _range(item: str) -> range:

@@ -266,6 +266,11 @@ class Config(Group, path="config"):
         "Workdir, checkpoint or parameter file to initialize parameters from; empty: random.",
         none="",
     )
+    init_partial: bool = field(
+        False,
+        "With init_from: accept a model with different settings. Parameters whose shapes differ start at"
+        " random.",
+    )
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)
     diffusion: DiffusionConfig = group(DiffusionConfig)

@@ -15,27 +15,38 @@ def imagenet_ids() -> tuple[str, ...]:
 
 
 def class_index(name: str, class_names: Sequence[str]) -> int:
-    """Return the index of a class by name, ignoring case, "_" and "-".
+    """Return the index of a class by name. An equal name wins over one that ignores case, "_" and "-".
 
     Args:
         name: the class name. If a class name is a comma-separated list or a WordNet id, any one of its names,
-            such as "golden retriever" for n02099601.
+            such as "golden retriever" for n02099601, unless it is the whole name of another class.
         class_names: names of all classes, in order.
 
     Raises:
         ValueError: an unknown name, with suggestions, or an ambiguous one.
     """
-    index_by_alias: dict[str, dict[int, None]] = {}  # indices in order, each once
-    for index, class_name in enumerate(class_names):
-        for alias in (class_name, *_names(class_name)):
-            index_by_alias.setdefault(_plain(alias), {})[index] = None
-    indices = list(index_by_alias.get(_plain(name), ()))
+    indices = _candidates(name, tuple(class_names))
     if len(indices) > 1:
         choices = " or ".join(f"{index} ({_full_name(class_names[index])})" for index in indices)
         raise ValueError(f"ambiguous class {name!r}; expected an index: {choices}")
     if not indices:
         raise ValueError(f"unknown class {name!r}{_hint(name, class_names)}")
     return indices[0]
+
+
+def match_classes(class_names: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """Return for each class the index of the one class in `known` that shares a name; None without one."""
+    matches: list[int | None] = []
+    for class_name in class_names:
+        found = (_candidates(name, tuple(known)) for name in (class_name, *_names(class_name)))
+        indices = next(filter(None, found), ())
+        matches.append(indices[0] if len(indices) == 1 else None)
+    return matches
+
+
+def are_names(class_names: Sequence[str]) -> bool:
+    """Return whether classes have names, and not only their numbers."""
+    return tuple(class_names) != tuple(map(str, range(len(class_names))))
 
 
 def display_name(class_name: str) -> str:
@@ -49,6 +60,24 @@ def _lemmas() -> Mapping[str, tuple[str, ...]]:
     text = (importlib.resources.files("dig_jax.data") / "imagenet_classes.txt").read_text("utf-8")
     rows = (line.split("\t") for line in text.splitlines() if not line.startswith("#"))
     return {wordnet_id: tuple(lemmas.split(", ")) for wordnet_id, lemmas in rows}
+
+
+def _candidates(name: str, class_names: tuple[str, ...]) -> Sequence[int]:
+    """Return the classes with an equal name; else with one equal but for case; else with it as an alias."""
+    equal, whole, aliases = _tables(class_names)
+    return equal.get(name) or whole.get(_plain(name)) or aliases.get(_plain(name)) or ()
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(class_names: tuple[str, ...]) -> tuple[dict[str, list[int]], ...]:
+    """Return indices by name, by name without case and punctuation, and by each of a class's names."""
+    equal, whole, aliases = {}, {}, {}
+    for index, class_name in enumerate(class_names):
+        equal.setdefault(class_name, []).append(index)
+        whole.setdefault(_plain(class_name), []).append(index)
+        for alias in dict.fromkeys(map(_plain, (class_name, *_names(class_name)))):
+            aliases.setdefault(alias, []).append(index)
+    return equal, whole, aliases
 
 
 def _names(class_name: str) -> Sequence[str]:

@@ -112,6 +112,23 @@ def create_model(
     Raises:
         ValueError: an unknown name or option, an invalid value, or sizes that do not fit together.
     """
+    family, options = resolve_options(name, **overrides)
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    return family.constructor(
+        family.name,
+        options,
+        input_size=(height, width),
+        num_classes=num_classes,
+        rngs=rngs,
+    )
+
+
+def resolve_options(name: str, **overrides) -> tuple[Family, ModelOptions]:
+    """Return a model's family and its options, with the sizes of its name; arguments as in `create_model`.
+
+    Raises:
+        ValueError: an unknown name or option, or an invalid value.
+    """
     family, size, patch_size = find_model(name)
     accepted = accepted_options(name)
     for key in overrides:
@@ -124,14 +141,7 @@ def create_model(
         if allowed and given.get(field.name, allowed[0]) not in allowed:
             expected = ", ".join(map(str, allowed))
             raise ValueError(f"invalid {field.name}={given[field.name]!r}; expected one of {expected}")
-    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
-    return family.constructor(
-        family.name,
-        family.options(**named | given),
-        input_size=(height, width),
-        num_classes=num_classes,
-        rngs=rngs,
-    )
+    return family, family.options(**named | given)
 
 
 def _choices(annotation: Any) -> tuple:

@@ -1,22 +1,18 @@
 """The state that a run starts from: restored, initialized from another run, or random."""
 
 import functools
-import logging
 import reprlib
-from pathlib import Path
 
 import jax
-import numpy as np
+from jaxtyping import Array
 
 from dig_jax.checkpoints.manager import Checkpoints
-from dig_jax.checkpoints.reader import read_model
-from dig_jax.components import Params
-from dig_jax.errors import ConfigError, naming_setting
+from dig_jax.components import Components
+from dig_jax.errors import ConfigError
 from dig_jax.parallel import state_sharding
 from dig_jax.training.run import Run
-from dig_jax.training.state import State, fresh_state
-
-log = logging.getLogger(__name__)
+from dig_jax.training.state import State, fresh_state, init_params
+from dig_jax.training.warm_start import WarmStart, complete, read_warm_start
 
 
 def first_state(run: Run, abstract: State, checkpoints: Checkpoints) -> tuple[State, int]:
@@ -36,11 +32,17 @@ def first_state(run: Run, abstract: State, checkpoints: Checkpoints) -> tuple[St
         state, data = restored
         _check_same_data(run, data)
         return state, data["examples"]
-    params = None
+    start = WarmStart({}, ())
     if run.settings.init_from is not None:
-        params = _init_from(Path(run.settings.init_from), abstract["params"])
+        start = read_warm_start(run.components, abstract["params"])
     layout = state_sharding(abstract, run.mesh)
-    return jax.jit(functools.partial(fresh_state, run.components), out_shardings=layout)(params), 0
+    make = functools.partial(_new_state, run.components, start.known_rows)
+    return jax.jit(make, out_shardings=layout)(start.arrays), 0
+
+
+def _new_state(components: Components, known_rows: tuple[bool, ...], arrays: dict[str, Array]) -> State:
+    """Return a state at step 0 with known parameters; the others are random."""
+    return fresh_state(components, complete(init_params(components), arrays, known_rows))
 
 
 def _check_same_data(run: Run, stored: dict) -> None:
@@ -55,26 +57,3 @@ def _check_same_data(run: Run, stored: dict) -> None:
             f"{run.workdir} was trained on different data: {'; '.join(changed)}. Use a new --workdir or"
             " restore the data"
         )
-
-
-def _init_from(path: Path, expected: Params) -> Params:
-    """Read parameters and shard them like `expected`."""
-    with naming_setting("config.init_from"):
-        _, step, params = read_model(path)
-    shapes, wanted = _shapes(params), _shapes(expected)
-    wrong = [name for name in sorted(shapes | wanted) if shapes.get(name) != wanted.get(name)]
-    if wrong:
-        raise ConfigError(
-            f"config.init_from={path} has {len(wrong)} parameters that do not match this model; the first is"
-            f" {wrong[0]}: got {shapes.get(wrong[0])}; expected {wanted.get(wrong[0])}"
-        )
-    log.info("initialized the parameters from %s, step %d", path, step)
-    return jax.tree.map(
-        lambda x, target: jax.make_array_from_callback(x.shape, target.sharding, np.asarray(x).__getitem__),
-        params,
-        expected,
-    )
-
-
-def _shapes(tree: Params) -> dict[str, tuple[int, ...]]:
-    return {jax.tree_util.keystr(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}

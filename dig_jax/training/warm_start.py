@@ -1,0 +1,193 @@
+"""Start from the parameters of another run: their meaning is compared, not only their shapes."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dig_jax.checkpoints.reader import read_model
+from dig_jax.components import Components, Params, model_options
+from dig_jax.config import to_dict
+from dig_jax.data.class_names import are_names, match_classes
+from dig_jax.errors import naming_setting
+from dig_jax.files.paths import to_path
+
+log = logging.getLogger(__name__)
+
+# Options that change how a network is computed, but not its function.
+_IMPLEMENTATION = ("dtype", "remat", "implementation", "in_channels")
+_LABELS = "label_embed.table.embedding"
+_LISTED = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStart:
+    """Parameters of another run, in the shapes and shardings of this one.
+
+    arrays: by dotted name; parameters that are missing start at random.
+    known_rows: which rows of the label table are known; the others start at random.
+    """
+
+    arrays: dict[str, Array]
+    known_rows: tuple[bool, ...]
+
+
+def complete(fresh: Params, arrays: Mapping[str, Array], known_rows: Sequence[bool]) -> Params:
+    """Replace random parameters by those of a `WarmStart`."""
+
+    def replaced(path: tuple, leaf: Array) -> Array:
+        name = _name(path)
+        if name == _LABELS and name in arrays:
+            return jnp.where(jnp.array(known_rows)[:, None], arrays[name], leaf)
+        return arrays.get(name, leaf)
+
+    return jax.tree.map_with_path(replaced, fresh)
+
+
+def read_warm_start(components: Components, expected: Params) -> WarmStart:
+    """Read the parameters that `init_from` names.
+
+    Args:
+        components: of the new run.
+        expected: shapes and shardings of its parameters.
+
+    Raises:
+        ConfigError: the source is unreadable or, without `init_partial`, its parameters have other shapes or
+            another meaning.
+    """
+    settings = components.config
+    with naming_setting("config.init_from"):
+        source, step, params = read_model(to_path(settings.init_from))
+    with naming_setting(f"config.init_from={settings.init_from}"):
+        _compare_settings(source, components)
+        found, wanted = _by_name(params), _by_name(expected)
+        known_rows = ()
+        if _LABELS in found and _LABELS in wanted:
+            found[_LABELS], known_rows = _label_table(found[_LABELS], source, components)
+        _compare_shapes(found, wanted, settings.init_partial)
+    log.info("initialized the parameters from %s, step %d", settings.init_from, step)
+    fitting = [name for name in wanted if name in found and found[name].shape == wanted[name].shape]
+    arrays = {name: _sharded(np.asarray(found[name]), wanted[name].sharding) for name in fitting}
+    return WarmStart(arrays, tuple(known_rows))
+
+
+def _compare_settings(source: Components, new: Components) -> None:
+    """Compare the settings that give parameters their meaning."""
+    before, after = _meaning(source), _meaning(new)
+    changed = [
+        f"{name}: {_shown(before.get(name))} → {_shown(after.get(name))}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]
+    if changed and not new.config.init_partial:
+        raise ValueError(
+            f"different settings, which give the parameters another meaning: {'; '.join(changed)}. Restore"
+            " those settings, or start from what fits with --config.init_partial=True"
+        )
+    if changed:
+        log.warning("config.init_partial: parameters change their meaning: %s", "; ".join(changed))
+    sizes = [spec.image_shape[:2] for spec in (source.stored_spec, new.image_spec) if spec]
+    if len(set(sizes)) > 1:
+        log.info("initialized from images of %d × %d for images of %d × %d", *sizes[0], *sizes[1])
+
+
+def _meaning(components: Components) -> dict[str, Any]:
+    """Return the settings that change the function of the network, or what its inputs and outputs mean."""
+    family, options = model_options(components.config.model)
+    fields = {name: value for name, value in vars(options).items() if name not in _IMPLEMENTATION}
+    if "skip" in fields:
+        # "identity" differs only in how it is initialized.
+        fields["skip"] = "linear" if fields["skip"] else None
+        fields["skip_alignment"] = fields["skip"] and fields["skip_alignment"]
+    diffusion = to_dict(components.config.diffusion)
+    del diffusion["loss"]
+    return {
+        "model family": family,
+        **{f"model.{name}": value for name, value in fields.items()},
+        **{f"diffusion.{name}": value for name, value in diffusion.items()},
+    }
+
+
+def _compare_shapes(found: Mapping[str, Array], wanted: Mapping[str, Any], partial: bool) -> None:
+    afresh = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
+    unused = [name for name in found if name not in wanted]
+    described = [
+        f"{name}: got {found[name].shape if name in found else None}; expected"
+        f" {wanted[name].shape if name in wanted else None}"
+        for name in (*afresh, *unused)
+    ]
+    if described and not partial:
+        raise ValueError(
+            f"{len(described)} parameters do not match this model; the first is {described[0]}. To start from"
+            " those that match, use --config.init_partial=True"
+        )
+    blocks = [name for name in wanted if name.startswith("blocks.")]
+    if set(blocks) <= set(afresh):
+        raise ValueError(
+            "no parameter of the blocks matches this model, so that nothing would be left of the source; the"
+            f" first is {described[0]}"
+        )
+    if described:
+        log.info(
+            "config.init_partial: %d of %d parameters start at random, %d of the source are not used: %s",
+            len(afresh),
+            len(wanted),
+            len(unused),
+            "; ".join(described),
+        )
+
+
+def _label_table(
+    table: Float[Array, "old d"], source: Components, new: Components
+) -> tuple[Float[np.ndarray, "new d"], list[bool]]:
+    """Order the rows of a label table by the new run's classes; the null class is the last row.
+
+    Returns:
+        The table, and which of its rows are known.
+    """
+    rows = [*_known_classes(source, new, len(table) - 1), len(table) - 1]
+    # Unknown rows are replaced later.
+    return np.asarray(table)[[row or 0 for row in rows]], [row is not None for row in rows]
+
+
+def _known_classes(source: Components, new: Components, count: int) -> Sequence[int | None]:
+    """Return the old index of each class of the new run, by name where both runs have names."""
+    names = new.image_spec.class_names
+    old_names = source.stored_spec.class_names if source.stored_spec else ()
+    if names == old_names:
+        return range(count)
+    if len(names) == count and not (are_names(names) and are_names(old_names)):
+        log.warning(
+            "the names of the %d classes are unknown in one of the runs: they keep their order", count
+        )
+        return range(count)
+    rows = (
+        match_classes(names, old_names) if are_names(names) == are_names(old_names) else [None] * len(names)
+    )
+    log.info(
+        "%d of %d classes are known by name, the others start afresh",
+        sum(row is not None for row in rows),
+        len(rows),
+    )
+    return rows
+
+
+def _sharded(array: np.ndarray, sharding: jax.sharding.Sharding) -> Array:
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
+def _by_name(tree: Params) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)

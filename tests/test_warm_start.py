@@ -1,0 +1,180 @@
+"""init_from takes parameters by their meaning: settings, classes and shapes."""
+
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dig_jax import ConfigError
+from dig_jax.checkpoints.parameter_file import write_parameter_file
+from dig_jax.components import Components
+from dig_jax.data import ImageSpec
+from dig_jax.testing import mesh_of, random_params, tiny_settings
+from dig_jax.training.state import abstract_state, init_params
+from dig_jax.training.warm_start import complete, read_warm_start
+
+PETS = ("cat", "dog", "n02099601", "a")
+
+
+def components(names=None, size=(4, 4, 1), **fields):
+    spec = None if names is None else ImageSpec(size, tuple(names))
+    return Components(tiny_settings(**fields), spec)
+
+
+def written(folder, source):
+    """Write a file of random parameters; return the path and the parameters."""
+    params = random_params(source)
+    write_parameter_file(folder / "source.safetensors", source, 7, params)
+    return folder / "source.safetensors", params
+
+
+def started(path, new, partial=False):
+    """Return the parameters that a run starts from."""
+    new = new.with_config(dataclasses.replace(new.config, init_from=str(path), init_partial=partial))
+    start = read_warm_start(new, abstract_state(new, mesh_of(1))["params"])
+    return complete(init_params(new), start.arrays, start.known_rows)
+
+
+def table(params):
+    return np.asarray(params["label_embed"]["table"]["embedding"])
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, "dig_jax.training.warm_start")
+    return caplog
+
+
+SKIPS = {"model__depth": 4, "model__skip": "linear"}
+MEANINGS = {
+    "heads of DiT": ({"model__name": "DiT-S/2"}, {"model__num_heads": 2}, "model.num_heads: 1 → 2"),
+    "convolution": ({}, {"model__conv": "inside"}, "model.conv: after → inside"),
+    "directions": ({}, {"model__directions": 2}, "model.directions: 4 → 2"),
+    "alignment": (SKIPS, {"model__skip_alignment": "upstream"}, "model.skip_alignment: raster → upstream"),
+    "schedule": ({}, {"diffusion__schedule": "cosine"}, "diffusion.schedule: linear → cosine"),
+    "noise levels": ({}, {"diffusion__num_steps": 500}, "diffusion.num_steps: 1000 → 500"),
+}
+
+
+@pytest.mark.parametrize("case", MEANINGS)
+def test_equal_shapes_with_another_meaning_are_refused_or_taken_on_request(tmp_path, log, case):
+    fields, changes, message = MEANINGS[case]
+    path, params = written(tmp_path, components(**fields))
+    new = components(**fields | changes)
+    with pytest.raises(
+        ConfigError, match=f"config.init_from={path}: different settings, .*: {message}"
+    ) as caught:
+        started(path, new)
+    assert "--config.init_partial=True" in str(caught.value)
+    assert_equal(started(path, new, partial=True), params)
+    assert f"parameters change their meaning: {message}" in log.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes"),
+    [
+        ({}, {"model__dtype": "bfloat16"}),
+        ({}, {"model__remat": "full"}),
+        ({}, {"diffusion__loss": "rescaled_mse"}),
+        ({}, {"model__skip_alignment": "upstream"}),
+        ({}, {"model__name": "DiG-B/2"}),
+        ({}, {"model__mlp_hidden_size": 256}),
+        (SKIPS, {"model__skip": "identity"}),
+    ],
+)
+def test_settings_that_keep_the_function_may_change(tmp_path, fields, changes):
+    path, params = written(tmp_path, components(**fields))
+    assert_equal(started(path, components(**fields | changes)), params)
+
+
+def test_parameters_of_another_resolution_are_taken_with_a_line(tmp_path, log):
+    path, params = written(tmp_path, components(PETS))
+    assert_equal(started(path, components(PETS, (8, 6, 1))), params)
+    assert "initialized from images of 4 × 4 for images of 8 × 6" in log.text
+
+
+def test_rows_of_the_label_table_follow_the_names_of_classes(tmp_path, log):
+    path, params = written(tmp_path, components(PETS))
+    new = components(("golden retriever", "bee", "Cat"))
+    found, random = started(path, new), init_params(new)
+    np.testing.assert_array_equal(table(found)[[0, 2, 3]], table(params)[[2, 0, 4]])
+    np.testing.assert_array_equal(table(found)[1], table(random)[1])
+    assert "2 of 3 classes are known by name, the others start afresh" in log.text
+    del found["label_embed"], params["label_embed"]
+    assert_equal(found, params)
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    """A model of `PETS`: (path, parameters)."""
+    return written(tmp_path_factory.mktemp("pets"), components(PETS))
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.permutations([*PETS, "b", "c"]), st.integers(1, 6))
+def test_known_classes_keep_their_rows_and_new_ones_are_random(pets, order, count):
+    path, params, new = *pets, components(order[:count])
+    found, random = table(started(path, new)), table(init_params(new))
+    np.testing.assert_array_equal(found[-1], table(params)[-1])
+    for row, name in enumerate(order[:count]):
+        expected = table(params)[PETS.index(name)] if name in PETS else random[row]
+        np.testing.assert_array_equal(found[row], expected)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "rows", "message"),
+    [
+        (("cat", "dog"), ("ant", "bee"), [None, None], "0 of 2 classes are known by name"),
+        (("0", "1", "2"), ("0", "1"), [0, 1], "2 of 2 classes are known by name"),
+        (("0", "1"), ("ant", "bee"), [0, 1], "names of the 2 classes are unknown in one of the runs"),
+        (("0", "1"), ("ant", "bee", "cow"), [None] * 3, "0 of 3 classes are known by name"),
+        (("dog", "dog, puppy"), ("dog, puppy", "dog"), [1, 0], "2 of 2 classes are known by name"),
+    ],
+)
+def test_classes_without_names_keep_their_order(tmp_path, log, old, new, rows, message):
+    path, params = written(tmp_path, components(old))
+    new = components(new)
+    found, random = table(started(path, new)), table(init_params(new))
+    for row, known in enumerate(rows):
+        np.testing.assert_array_equal(found[row], random[row] if known is None else table(params)[known])
+    assert message in log.text
+
+
+def test_parameters_of_other_shapes_start_at_random_on_request(tmp_path, log):
+    path, params = written(tmp_path, components())
+    new = components(model__patch_size=4)
+    with pytest.raises(ConfigError, match="different settings, .*: model.patch_size: 2 → 4. Restore"):
+        started(path, new)
+    found, random = started(path, new, partial=True), init_params(new)
+    assert_equal(found["blocks"], params["blocks"])
+    assert_equal(found["patch_embed"]["kernel"], np.asarray(random["patch_embed"]["kernel"]))
+    assert "3 of " in log.text
+    assert "patch_embed.kernel: got (4, 32); expected (16, 32)" in log.text
+
+
+def test_a_model_with_and_one_without_classes_share_parameters_on_request(tmp_path, log):
+    path, params = written(tmp_path, components(()))
+    new = components(PETS)
+    with pytest.raises(
+        ConfigError, match=r"\d+ parameters do not match this model; the first is .*: got None"
+    ):
+        started(path, new)
+    found = started(path, new, partial=True)
+    assert_equal(found["blocks"], params["blocks"])
+    assert table(found).shape == (5, 32)
+    assert "start at random, 0 of the source are not used: " in log.text
+
+
+def test_a_source_of_which_no_block_fits_is_refused(tmp_path):
+    path, _ = written(tmp_path, components(()))
+    with pytest.raises(ConfigError, match="no parameter of the blocks matches this model, .*; the first is "):
+        started(path, components((), model__hidden_size=16), partial=True)
