@@ -1,16 +1,17 @@
 """Save and restore WORKDIR/checkpoints/STEP with Orbax. The items are `state`, `data` and `config`.
 
-Each checkpoint also holds checksums of its files. They are written before Orbax renames the temporary
-directory to STEP, so a directory named STEP was complete when it got this name.
+Each checkpoint also holds a record of its files. It is written before Orbax renames the temporary directory
+to STEP, so a directory named STEP was complete when it got this name.
 
 All processes share the workdir. Each process writes its shards of the state. Process 0 does everything else:
-it writes the checksums and chooses the checkpoint to restore.
+it writes the record and chooses the checkpoint to restore.
 """
 
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
-from dig_jax.checkpoints.integrity import write_checksums
+from dig_jax.checkpoints.integrity import write_record
 from dig_jax.checkpoints.reader import has_checkpoints, newest_intact, restore_items, state_metadata
 from dig_jax.checkpoints.s3 import prepare_orbax
 from dig_jax.config import Config
@@ -32,7 +33,7 @@ class Checkpoints:
     """The checkpoints of a workdir. Saves run in the background and are atomic.
 
     Corrupt checkpoints are never deleted: the first save after training resumed from an older one renames
-    them to STEP.unreadable.
+    them to STEP.unreadable. A STEP that is a symbolic link is never deleted either.
     """
 
     def __init__(self, workdir: Path, settings: config.CheckpointConfig):
@@ -41,6 +42,7 @@ class Checkpoints:
         self._corrupt: list[Path] = []
         self._manager: ocp.CheckpointManager | None = None
         self._saving = 0
+        self._has_saved = False
 
     def save(
         self,
@@ -135,6 +137,7 @@ class Checkpoints:
                 n=self._settings.keep_best,
                 keep_checkpoints_without_metrics=False,
             ),
+            _KeepLinks(self._directory),
         ]
         if self._settings.keep_every_steps is not None:
             kept.append(policies.EveryNSteps(self._settings.keep_every_steps))
@@ -144,7 +147,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
                 # Orbax calls this before it gives the directory its final name.
-                post_finalization_callback=self._write_checksums,
+                post_finalization_callback=self._complete,
                 # If the directory cannot be created, asynchronous creation blocks for five minutes.
                 create_directories_asynchronously=False,
             ),
@@ -152,11 +155,16 @@ class Checkpoints:
         prepare_orbax(self._directory)
         return ocp.CheckpointManager(self._directory, options=options)
 
-    def _write_checksums(self) -> None:
+    def _complete(self) -> None:
+        """Verify the first save, and write the record of the files."""
         if is_remote(self._directory):  # Orbax writes a marker instead of renaming the directory
-            write_checksums(self._directory / str(self._saving))
+            directory = self._directory / str(self._saving)
         else:
-            write_checksums(next(self._directory.glob(f"{self._saving}.*tmp*")))
+            directory = next(self._directory.glob(f"{self._saving}.*tmp*"))
+        if not self._has_saved:
+            state_metadata(directory)  # opens every array: Orbax only logs that it could not join its files
+            self._has_saved = True
+        write_record(directory, checksums=self._settings.checksums)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -170,6 +178,19 @@ class Checkpoints:
                 f"checkpoint {self._saving} could not be written to {self._directory}: {one_line(error)};"
                 " older checkpoints are unchanged"
             ) from error
+
+
+class _KeepLinks(policies.PreservationPolicy):
+    """Preserve checkpoints that are symbolic links: they were archived, and Orbax cannot delete links."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Return for each checkpoint whether it is a link."""
+        if is_remote(self._directory):
+            return [False] * len(checkpoints)
+        return [os.path.islink(self._directory / str(checkpoint.step)) for checkpoint in checkpoints]
 
 
 def _finite_heldout_loss(metrics: dict[str, float]) -> float:

@@ -4,8 +4,9 @@ Readers take the newest intact checkpoint, fall back to older ones and change no
 """
 
 import contextlib
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dig_jax import config
-from dig_jax.checkpoints.integrity import CHECKSUM_FILE, find_corruption
+from dig_jax.checkpoints.integrity import find_corruption, has_record
 from dig_jax.checkpoints.parameter_file import CONVERT_HINT, read_parameter_file
 from dig_jax.checkpoints.s3 import prepare_orbax
 from dig_jax.components import Components, Params
@@ -89,43 +90,65 @@ def read_config(path: Path) -> Config:
     Raises:
         CheckpointError: no checkpoint, only corrupt ones, or one of a different version.
     """
-    return _read_config(_find_newest_intact(path)[0])
+    return _read_config(_first_intact(path, _candidates(path), find_corruption)[0])
 
 
 def has_checkpoints(workdir: Path) -> bool:
-    """Return whether the workdir has any checkpoint, including corrupt ones."""
+    """Return whether the workdir has any checkpoint, including corrupt ones.
+
+    Raises:
+        CheckpointError: the workdir cannot be read.
+    """
     return bool(_candidates(workdir))
 
 
 def newest_intact(path: Path) -> tuple[Path, list[Path]]:
-    """Find the newest intact checkpoint. Process 0 chooses; all processes must call this.
+    """Find the newest intact checkpoint. All processes must call this; each checks a share of the files.
 
     Returns:
         Its directory, and the corrupt checkpoints that are newer.
 
     Raises:
-        CheckpointError: no checkpoint, only corrupt ones, or not all processes can see the chosen one.
+        CheckpointError: no checkpoint, only corrupt ones, one that cannot be read, or not all processes can
+            see the same ones.
     """
+    candidates = [to_path(text) for text in on_process_0(lambda: list(map(str, _candidates(path))))]
+    share = {"index": jax.process_index(), "count": jax.process_count()}
+    return _first_intact(path, candidates, functools.partial(_find_corruption_together, **share))
 
-    def find() -> list[str]:
-        chosen, corrupt = _find_newest_intact(path)
-        return [str(chosen), *map(str, corrupt)]
 
-    directory, *corrupt = map(to_path, on_process_0(find))
-    blind = processes_without((directory / CHECKSUM_FILE).exists())
-    if blind:
+def _find_corruption_together(directory: Path, **share: int) -> str | None:
+    """Return how a checkpoint is corrupt, the same on all processes, each of which checks its share."""
+    sees = on_process_0(lambda: has_record(directory)) <= has_record(directory)
+    if blind := processes_without(sees):
         raise CheckpointError(
             f"process {', '.join(map(str, blind))} cannot see {directory}, which process 0 sees; checkpoints"
             " must be on a file system that all hosts share"
         )
-    return directory, corrupt
+    corruption, unreadable = None, None
+    try:
+        corruption = find_corruption(directory, **share)
+    except CheckpointError as error:
+        unreadable = error
+    if others := processes_without(unreadable is None):
+        raise unreadable or CheckpointError(f"process {others[0]} cannot read checkpoint {directory}")
+    if others := processes_without(corruption is None):
+        return corruption or f"process {others[0]} found a corrupt file"
+    return None
 
 
 def state_metadata(directory: Path) -> dict[str, Any]:
-    """Return shapes and dtypes of the train state in a checkpoint, as a nested dict."""
+    """Return shapes and dtypes of the train state in a checkpoint, as a nested dict.
+
+    Raises:
+        CheckpointError: Orbax could not open all arrays.
+    """
     prepare_orbax(directory)
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        return handler.metadata(epath.Path(directory / "state")).tree
+    try:
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            return handler.metadata(epath.Path(directory / "state")).tree
+    except Exception as error:  # Orbax and TensorStore do not document what they raise
+        raise CheckpointError(f"{directory} could not be opened: {one_line(error)}") from error
 
 
 def restore_items(directory: Path, **items: ocp.args.CheckpointArgs) -> Any:
@@ -146,15 +169,18 @@ def restore_items(directory: Path, **items: ocp.args.CheckpointArgs) -> Any:
         ) from error
 
 
-def _find_newest_intact(path: Path) -> tuple[Path, list[Path]]:
-    candidates = _candidates(path)
+def _first_intact(
+    path: Path, candidates: Sequence[Path], find: Callable[[Path], str | None]
+) -> tuple[Path, list[Path]]:
+    """Return the first of some checkpoints in which `find` finds no corruption, and those before it."""
     for position, directory in enumerate(candidates):
-        corruption = find_corruption(directory)
+        corruption = find(directory)
         if corruption is None:
-            return directory, candidates[:position]
+            return directory, list(candidates[:position])
         older = candidates[position + 1 :]
         next_try = f"falling back to {older[0].name}" if older else "there is no older checkpoint"
-        log.warning("checkpoint %s is corrupt (%s); %s", directory, corruption, next_try)
+        if jax.process_index() == 0:
+            log.warning("checkpoint %s is corrupt (%s); %s", directory, corruption, next_try)
     if candidates:
         names = ", ".join(directory.name for directory in candidates)
         raise CheckpointError(f"all checkpoints in {candidates[0].parent} are corrupt: {names}")
@@ -162,13 +188,20 @@ def _find_newest_intact(path: Path) -> tuple[Path, list[Path]]:
 
 
 def _candidates(path: Path) -> list[Path]:
-    """Return the checkpoint directory itself, or a workdir's checkpoint directories, newest first."""
+    """Return the checkpoint directory itself, or a workdir's checkpoint directories, newest first.
+
+    Raises:
+        CheckpointError: they cannot be listed, which does not tell whether there are any.
+    """
     path = absolute(path)
-    if (path / "state").is_dir():
-        return [path]
-    steps = [entry for entry in children(path / "checkpoints") if entry.name.isdigit()]
-    if is_remote(path):  # what a killed save left has no marker
-        steps = [entry for entry in steps if (entry / _MARKER).exists()]
+    try:
+        if (path / "state").is_dir():
+            return [path]
+        steps = [entry for entry in children(path / "checkpoints") if entry.name.isdecimal()]
+        if is_remote(path):  # what a killed save left has no marker
+            steps = [entry for entry in steps if (entry / _MARKER).exists()]
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoints in {path}: {one_line(error)}") from error
     return sorted(steps, key=lambda entry: int(entry.name), reverse=True)
 
 

@@ -181,6 +181,10 @@ class CheckpointConfig(Group, path="config.checkpoint"):
         none=0,
         bounds="positive",
     )
+    checksums: bool = field(
+        True,
+        "Verify checkpoints on disks by SHA-256, not only by size; in object storage only the size counts.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
