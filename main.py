@@ -23,7 +23,12 @@ flags.DEFINE_string(
     "labels", None, "With --mode=sample: classes, such as 0,5-7 or tabby,goldfish; by default all."
 )
 flags.DEFINE_string("seeds", None, "With --mode=sample: seeds, such as 0-15; by default 0, 1, …")
-flags.DEFINE_string("output", None, "With --mode=export: the file to write, FILE.safetensors.")
+flags.DEFINE_string(
+    "output",
+    None,
+    "The file to write. With --mode=export: FILE.safetensors. With --mode=sample: FILE.npz, by default"
+    " WORKDIR/generated.npz.",
+)
 flags.DEFINE_string(
     "topology",
     None,

@@ -109,9 +109,21 @@ def test_settings_of_another_model_are_rejected(workdir, exported, tmp_path):
 def test_an_existing_file_is_not_overwritten(workdir, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_text("somebody's weights")
-    with pytest.raises(ConfigError, match=f"--output={path} exists; delete it or choose another name"):
+    with pytest.raises(ConfigError, match=f"--output={path} exists and holds something else; choose another"):
         export(tiny_settings(), workdir[0], path)
     assert path.read_text() == "somebody's weights"
+
+
+def test_the_same_export_again_writes_nothing_and_another_one_is_refused(workdir, tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "x.safetensors"
+    export(tiny_settings(), workdir[0], path)
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    export(tiny_settings(), workdir[0], path)
+    assert f"{path} already holds step 7 (0.9)" in caplog.messages
+    with pytest.raises(ConfigError, match=f"--output={path} exists and holds something else"):
+        export(tiny_settings(sampling__ema="params"), workdir[0], path)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
 
 def test_an_output_without_the_safetensors_suffix_is_rejected(workdir, tmp_path):

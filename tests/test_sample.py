@@ -15,7 +15,11 @@ from dig_jax import ConfigError, Sampler
 from dig_jax.autoencoder import to_uint8
 from dig_jax.data import ImageSpec
 from dig_jax.errors import UserError
-from dig_jax.sampling.sample import _ImageSet, replacing, sample
+from dig_jax.export.export import export
+from dig_jax.files.lock import writer_lock
+from dig_jax.sampling import image_set
+from dig_jax.sampling.image_set import ImageSet, replacing
+from dig_jax.sampling.sample import sample
 from dig_jax.testing import PlainComponents, tiny_settings, write_checkpoint
 
 CATS = ImageSpec((4, 6, 4), ("n02123045", "n02099601", "siamese"))
@@ -26,7 +30,7 @@ def draw(tmp_path, monkeypatch):
     """Draw a set in `draw.workdir` and return the arrays of generated.npz; `draw.drawn` lists the seeds."""
     (tmp_path / "run").mkdir()
 
-    def draw(labels=None, seeds=None, params=(), **changes):
+    def draw(labels=None, seeds=None, params=(), output=None, **changes):
         settings = tiny_settings(**{"sampling__batch_size": 2, "sampling__steps": 3} | changes)
         draw.sampler = sampler = Sampler(PlainComponents(settings), dict(params), step=7)
         monkeypatch.setattr("dig_jax.sampling.sample.load", lambda *_, **__: sampler)
@@ -39,8 +43,8 @@ def draw(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patched:
             patched.setattr(Sampler, "__call__", noted)
-            sample(settings, draw.workdir, lambda names: labels, seeds)
-        with np.load(draw.workdir / "generated.npz") as file:
+            sample(settings, draw.workdir, lambda names: labels, seeds, output)
+        with np.load(output or draw.workdir / "generated.npz") as file:
             return dict(file)
 
     draw.drawn, draw.workdir = [], tmp_path / "run"
@@ -54,14 +58,14 @@ def interrupt(*_):
 def leave_chunks(draw, monkeypatch, **arguments):
     """Draw all chunks of a set, but not generated.npz; return the directory."""
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("dig_jax.sampling.sample._collect", interrupt)
+        patched.setattr(ImageSet, "collect", interrupt)
         draw(**arguments)
     return draw.workdir / "generated"
 
 
 def test_sampled_images_are_written_as_evaluators_read_them(draw):
     written = draw([1, 4, 2], np.array([7]))
-    assert set(written) == {"arr_0", "labels", "seeds"}
+    assert set(written) == {"arr_0", "labels", "seeds", "set"}
     assert written["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(written["arr_0"], draw.sampler([1, 4, 2], seeds=7))
     np.testing.assert_array_equal(written["labels"], [1, 4, 2])
@@ -81,7 +85,7 @@ def test_latents_without_an_autoencoder_have_no_grid(draw):
 
 def test_an_interrupted_set_is_completed_without_redrawing(draw, monkeypatch):
     seeds = np.arange(7)
-    whole = draw(seeds=seeds)
+    whole = draw(seeds=seeds, output=draw.workdir / "whole.npz")
     assert draw.drawn == seeds.tolist()
     draw.drawn.clear()
 
@@ -108,11 +112,11 @@ def test_an_interrupted_set_is_completed_without_redrawing(draw, monkeypatch):
 def test_processes_share_the_chunks_of_a_set(draw, tmp_path):
     seeds = np.arange(7)
     whole = draw(seeds=seeds)["arr_0"]
-    images = _ImageSet(tmp_path / "set", draw.sampler, seeds % 5, seeds)
+    images = ImageSet(tmp_path / "set.npz", draw.sampler, seeds % 5, seeds)
     images.claim()
     for index in (2, 0, 1):
         images.draw(index=index, count=3)
-    np.testing.assert_array_equal(np.concatenate(list(images.read())), whole)
+    np.testing.assert_array_equal(np.concatenate(list(images.chunks())), whole)
     assert draw.sampler.output_shape == whole.shape[1:]
 
 
@@ -126,7 +130,7 @@ def test_chunks_of_another_set_are_neither_used_nor_deleted(draw, monkeypatch):
         ({"seeds": np.arange(1, 5)}, "labels and seeds: "),
     ]:
         with pytest.raises(
-            ConfigError, match=f"contains a different set of images .*{message}.* delete the directory"
+            ConfigError, match=f"contains a different set of images .*{message}.* --output=FILE.npz"
         ):
             draw(**{"seeds": np.arange(4)} | changes)
     assert before == {path: path.read_bytes() for path in (draw.workdir / "generated").iterdir()}
@@ -137,7 +141,7 @@ def test_chunks_of_another_set_are_neither_used_nor_deleted(draw, monkeypatch):
 
 def test_a_corrupt_chunk_is_drawn_again(draw, monkeypatch):
     seeds = np.arange(4)
-    whole = draw(seeds=seeds)["arr_0"]
+    whole = draw(seeds=seeds, output=draw.workdir / "whole.npz")["arr_0"]
     leave_chunks(draw, monkeypatch, seeds=seeds)
     (draw.workdir / "generated" / "00000002.npy").write_bytes(b"")
     np.testing.assert_array_equal(draw(seeds=seeds)["arr_0"], whole)
@@ -160,15 +164,14 @@ def test_chunks_are_never_left_without_set_json(draw, monkeypatch):
         patched.setattr(Path, "unlink", interrupted)
         patched.setattr(shutil, "rmtree", rmtree)
         draw(seeds=np.arange(4))
-    with pytest.raises(ConfigError, match="contains a different set of images"):
-        draw(seeds=np.arange(4, 8))
+    assert (draw.workdir / "generated" / "set.json").exists()
     np.testing.assert_array_equal(draw(seeds=np.arange(4))["seeds"], range(4))
 
 
 def test_other_files_in_the_directory_are_left_alone(draw):
     (draw.workdir / "generated").mkdir()
     (draw.workdir / "generated" / "best.png").write_text("a picture")
-    with pytest.raises(ConfigError, match="generated contains other files; move them to another directory"):
+    with pytest.raises(ConfigError, match="generated contains other files; choose another name"):
         draw(seeds=np.arange(2))
     assert (draw.workdir / "generated" / "best.png").read_text() == "a picture"
 
@@ -191,17 +194,116 @@ def test_a_full_disk_is_one_line_and_the_set_can_be_completed(draw, monkeypatch,
     message = f"cannot write to .*: {name} requested"
     with monkeypatch.context() as patched, pytest.raises(UserError, match=message):
         patched.setattr(
-            "dig_jax.sampling.sample.replacing", lambda path: (full if path.name == name else replacing)(path)
+            "dig_jax.sampling.image_set.replacing",
+            lambda path: (full if path.name == name else replacing)(path),
         )
         draw(seeds=np.arange(2))
     assert draw(seeds=np.arange(2))["arr_0"].shape[0] == 2
 
 
-def test_the_grid_of_an_earlier_set_is_deleted(draw):
-    draw(seeds=np.arange(2))
-    assert (draw.workdir / "generated.png").exists()
-    draw(data__options={"image_size": 4, "channels": 4, "num_classes": 5, "length": 60})
-    assert not (draw.workdir / "generated.png").exists()
+@pytest.fixture
+def finished(draw):
+    """The files of a finished set of three images."""
+    draw(seeds=np.arange(3))
+    draw.drawn.clear()
+    return contents(draw.workdir)
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_finished_set_is_not_drawn_again(draw, finished, caplog):
+    caplog.set_level("INFO")
+    draw(seeds=np.arange(3))
+    assert draw.drawn == [] and contents(draw.workdir) == finished
+    assert f"{draw.workdir}/generated.npz already holds these 3 images; nothing was drawn" in caplog.messages
+
+
+def test_chunks_that_a_killed_run_left_beside_its_finished_set_are_deleted(draw, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ImageSet, "delete", interrupt)
+        draw(seeds=np.arange(3))
+    assert (draw.workdir / "generated").exists()
+    draw.drawn.clear()
+    draw(seeds=np.arange(3))
+    assert draw.drawn == []
+    assert {path.name for path in draw.workdir.iterdir()} == {"generated.npz", "generated.png"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": np.arange(2)}, "images: 3 → 2"),
+        ({"seeds": np.arange(3), "sampling__steps": 2}, "steps: 3 → 2"),
+        ({"seeds": np.arange(3), "params": {"bias": np.ones(3, np.float32)}}, "values of the parameters: "),
+    ],
+)
+def test_a_finished_set_is_not_replaced_by_another_one(draw, finished, changes, message):
+    with pytest.raises(ConfigError, match=f"holds another set of images .*{message}.*--output=FILE.npz"):
+        draw(**changes)
+    assert draw.drawn == [] and contents(draw.workdir) == finished
+    draw(**changes, output=draw.workdir / "another.npz")
+    assert draw.drawn == changes["seeds"].tolist()
+    assert contents(draw.workdir).items() >= finished.items()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", "another program's"])
+def test_a_file_of_somebody_else_is_not_replaced(draw, content):
+    path = draw.workdir / "generated.npz"
+    if isinstance(content, str):
+        np.savez(path, arr_0=np.zeros(3))
+    else:
+        path.write_bytes(content)
+    before = contents(draw.workdir)
+    with pytest.raises(ConfigError, match=r"generated.npz exists and does not say what it holds: .*--output"):
+        draw(seeds=np.arange(3))
+    assert contents(draw.workdir) == before
+    path.unlink()
+    (draw.workdir / "generated.png").write_bytes(b"a picture")
+    with pytest.raises(ConfigError, match=r"generated.png exists; choose another name with --output"):
+        draw(seeds=np.arange(3))
+    assert draw.drawn == []
+    assert [path.name for path in draw.workdir.iterdir()] == ["generated.png"]
+
+
+def test_a_second_sampler_of_a_set_is_refused_and_one_of_another_set_is_not(draw):
+    with writer_lock(draw.workdir / ".generated.npz.lock", "the set"):
+        with pytest.raises(UserError, match=r"the set of images .*generated.npz is in use by process"):
+            draw(seeds=np.arange(2))
+        assert [path.name for path in draw.workdir.iterdir()] == [".generated.npz.lock"]
+        draw(seeds=np.arange(2), output=draw.workdir / "another.npz")
+
+
+def test_a_grid_that_cannot_be_written_is_a_warning(draw, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "generated.png")
+
+    monkeypatch.setattr(image_set, "save_grid", full)
+    assert len(draw(seeds=np.arange(2))["arr_0"]) == 2
+    assert [path.name for path in draw.workdir.iterdir()] == ["generated.npz"]
+    assert "could not write" in caplog.text and "No space left on device" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.png"])
+def test_the_output_must_be_an_npz_file(draw, name):
+    with pytest.raises(ConfigError, match=f"invalid --output=.*{name}; expected a name that ends with .npz"):
+        draw(seeds=np.arange(2), output=draw.workdir / name)
+
+
+def test_a_run_that_may_only_be_read_and_an_exported_file_can_be_sampled_elsewhere(tmp_path):
+    settings = tiny_settings(sampling__steps=2)
+    run, file = tmp_path / "run", tmp_path / "x.safetensors"
+    write_checkpoint(run, settings)
+    export(settings, run, file)
+    with pytest.raises(ConfigError, match=f"missing --output: --workdir={file} is a file; expected --output"):
+        sample(settings, file)
+    for source in (run, file):
+        source.chmod(0o555)
+        sample(settings, source, seeds=np.arange(2), output=tmp_path / "new" / f"{source.name}.npz")
+    sets = [np.load(path)["arr_0"] for path in (tmp_path / "new").glob("*.npz")]
+    np.testing.assert_array_equal(*sets)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints"]
 
 
 def test_set_json_holds_what_the_images_depend_on(draw, monkeypatch):

@@ -78,8 +78,9 @@ def _sample(settings: Config, workdir: Path) -> None:
     from dig_jax.sampling.sample import sample
 
     seeds = numbers(flags.FLAGS.seeds, "seeds")
+    output = to_path(flags.FLAGS.output) if flags.FLAGS.output else None
     _join_processes()
-    sample(settings, workdir, functools.partial(labels, flags.FLAGS.labels), seeds)
+    sample(settings, workdir, functools.partial(labels, flags.FLAGS.labels), seeds, output)
 
 
 def _evaluate(settings: Config, workdir: Path) -> None:
@@ -111,7 +112,7 @@ def _plan(settings: Config, _: Path) -> None:
 
 COMMANDS = {
     "train": Command(_train, ("profile_steps", *_PROCESSES)),
-    "sample": Command(_sample, ("labels", "seeds", *_PROCESSES)),
+    "sample": Command(_sample, ("labels", "seeds", "output", *_PROCESSES)),
     "evaluate": Command(_evaluate),
     "encode": Command(_encode, _PROCESSES),
     "export": Command(_export, ("output",)),

@@ -15,6 +15,7 @@ from dig_jax.files.mirror import mirror
 from dig_jax.files.paths import Path
 from dig_jax.reporting.grids import save_pair_grid
 from dig_jax.reporting.html import write_report
+from dig_jax.reporting.pictures import warning_of_failure
 from dig_jax.reporting.sample_grids import draw_samples, grid_of_samples
 from dig_jax.sampling.sampler import Sampler, load
 
@@ -89,5 +90,6 @@ def draw_neighbors(sampler: Sampler, workdir: pathlib.Path) -> None:
         if nearest is not None:
             source = sampler.components.train_source
             neighbors = np.stack([source[int(index)]["image"] for index in nearest])
-            save_pair_grid(workdir / "neighbors.png", images, neighbors, **options)
+            with warning_of_failure(workdir / "neighbors.png"):
+                save_pair_grid(workdir / "neighbors.png", images, neighbors, **options)
             return

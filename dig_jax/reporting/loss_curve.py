@@ -41,7 +41,8 @@ def series(
     rows: list[Row], name: str, *, positive: bool = False
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Return the steps and values where a metric is finite, and positive if asked."""
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    # A file that was edited may hold anything.
+    points = [(row["step"], row[name]) for row in rows if type(row.get(name)) in (int, float)]
     steps, values = np.array(points, float).reshape(-1, 2).T
     drawable = np.isfinite(values) & ((values > 0) | (not positive))
     return steps[drawable], values[drawable]

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from dig_jax.data.class_names import display_name
 from dig_jax.reporting.grids import save_grid, save_small_grid
 from dig_jax.reporting.loss_curve import save_loss_curve
+from dig_jax.reporting.pictures import warning_of_failure
 
 if TYPE_CHECKING:
     from dig_jax.sampling.sampler import Sampler
@@ -23,17 +24,19 @@ _MAX_ROWS = 10
 def draw_samples(sampler: "Sampler", workdir: Path) -> None:
     """Write samples.png, a smaller copy samples/STEP.png, and loss.png if losses were logged.
 
-    There is no grid if the images are neither grayscale nor RGB, such as latents without an autoencoder.
+    There is no grid if the images are neither grayscale nor RGB, such as latents without an autoencoder. A
+    picture that cannot be written is a warning.
     """
     if sampler.output_shape[2] in (1, 3):
         images, options = grid_of_samples(sampler)
-        save_grid(workdir / "samples.png", images, **options)
-        (workdir / "samples").mkdir(exist_ok=True)
-        save_small_grid(workdir / "samples" / f"{sampler.step}.png", images, **options)
-    try:
+        with warning_of_failure(workdir / "samples.png"):
+            save_grid(workdir / "samples.png", images, **options)
+        small = workdir / "samples" / f"{sampler.step}.png"
+        with warning_of_failure(small):
+            small.parent.mkdir(exist_ok=True)
+            save_small_grid(small, images, **options)
+    with warning_of_failure(workdir / "loss.png"):
         save_loss_curve(workdir / "loss.png", workdir / "metrics.jsonl")
-    except ValueError as error:
-        log.warning("could not write loss.png: %s", error)
 
 
 def grid_of_samples(
