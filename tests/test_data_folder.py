@@ -1,6 +1,8 @@
 import logging
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -356,6 +358,27 @@ def test_a_workdir_among_the_images_is_refused_before_anything_is_written(folder
     ):
         train(settings, folder / place)
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names of any bytes")
+def test_classes_are_named_the_same_in_every_locale_and_need_not_be_utf_8(tmp_path):
+    root = tmp_path / os.fsdecode(b"d\xe9ta")
+    for name in (b"caf\xe9", "naïve".encode(), b"dog"):
+        write(root / os.fsdecode(name) / os.fsdecode(b"\xe9.png"))
+    source = load(root, heldout_fraction=0.0)
+    assert source.class_names == ("caf\udce9", "dog", "naïve")
+    assert source[0]["image"].shape == (8, 8, 3)
+    assert source.num_unreadable == 0
+    code = (
+        "import os, sys; from dig_jax.data import load_source;"
+        "path = os.fsdecode(bytes.fromhex(sys.argv[1]));"
+        "options = {'path': path, 'image_size': 8, 'heldout_fraction': 0.0};"
+        "print(load_source('image_folder', 'train', **options).fingerprint)"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, os.fsencode(root).hex()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == source.fingerprint
 
 
 def test_the_directory_of_the_images_is_known(folder):

@@ -298,6 +298,7 @@ def test_images_that_are_all_unreadable_are_not_a_cache(tmp_path, made):
         ({"path": 5}, "invalid config.data.options.path=5; expected text"),
         ({"path": "x", "image_size": "8"}, "invalid config.data.options.image_size='8'; expected an integer"),
         ({"path": "x", "size": 8}, "config.data: unknown option 'size' of data source 'latents'"),
+        ({"path": "\udce9"}, "invalid config.data.options.path: got .*; expected a name in UTF-8"),
     ],
 )
 def test_options_of_the_latents_are_checked(made, options, message):

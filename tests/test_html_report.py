@@ -156,6 +156,11 @@ def test_text_from_files_is_escaped(tmp_path):
     assert not any("onload" in attributes for _, attributes in page.tags)
 
 
+def test_names_that_are_not_utf_8_are_shown_with_a_question_mark(tmp_path):
+    write_run_of_two_starts(tmp_path, command="python main.py --config=d\udce9ta")
+    assert "--config=d?ta" in "".join(page_of(tmp_path).texts)
+
+
 def write_run_of_two_starts(workdir, **fields) -> None:
     lines = [{"step": step, "loss": 1.0} for step in (1, 2, 3, 4)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

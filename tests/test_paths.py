@@ -1,5 +1,6 @@
 """One layer for the paths that people type: `~`, gs:// and s3://, and what is refused."""
 
+import os
 import pathlib
 
 import pytest
@@ -64,6 +65,14 @@ def test_a_folder_that_orbax_takes_for_a_pattern_is_refused(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / name)  # a relative path has the characters of the current directory
     with pytest.raises(ConfigError, match="invalid --workdir"):
         paths.check_plain(to_path("x"), "--workdir")
+
+
+def test_a_folder_that_is_not_utf_8_is_refused(tmp_path):
+    name = os.fsdecode(b"w\xe9rk")
+    with pytest.raises(ConfigError, match="invalid --workdir: got .*; expected a name in UTF-8"):
+        paths.check_plain(tmp_path / name, "--workdir")
+    with pytest.raises(ConfigError, match="invalid --output: got .*; expected a name in UTF-8"):
+        paths.check_utf8(to_path(name), "--output")
 
 
 @pytest.mark.parametrize("name", ["a b", "ä#%=,@+~", "logs:x", "{}()'\"", "s3:"])

@@ -261,11 +261,11 @@ def test_init_from_a_missing_or_different_model_is_rejected(trained, tmp_path):
 
 @pytest.mark.parametrize(("heldout", "reported"), [(9, [2, 4, 5]), (0, [])])
 def test_the_heldout_split_may_have_any_size(tmp_path, drawn, heldout, reported, monkeypatch):
-    def load_source(name, split, **options):
+    def open_source(path, name, split, options):
         length = heldout if split == "heldout" else 100
         return FakeSource(split=split, image_shape=(8, 8, 3), num_classes=4, length=length, seed=0)
 
-    monkeypatch.setattr(components, "load_source", load_source)
+    monkeypatch.setattr(components, "open_source", open_source)
     fields = {"training__steps": 5, "logging__heldout_every_steps": 2, "logging__every_steps": 100}
     train.train(settings(checkpoint__every_steps=100, **fields), tmp_path)
     steps = [record["step"] for record in records(tmp_path) if record.get("heldout_loss", 0) > 0]

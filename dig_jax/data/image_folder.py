@@ -178,7 +178,8 @@ def _listed(root: Path) -> _Listing:
     if hint := _hint(root, files, tuple(classes)):
         notes.append(hint)
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), list(map(len, classes.values())))
-    return _Listing(ImageFiles(root, files, sizes, labels), tuple(classes), tuple(notes))
+    names = tuple(os.fsencode(name).decode(errors="surrogateescape") for name in classes)  # in every locale
+    return _Listing(ImageFiles(root, files, sizes, labels), names, tuple(notes))
 
 
 def _classes(root: Path, others: Counter[str]) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:

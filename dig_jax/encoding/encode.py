@@ -39,6 +39,7 @@ from dig_jax.errors import (
 from dig_jax.files.atomic import remove_leftovers, write_json
 from dig_jax.files.json_file import read_json
 from dig_jax.files.lock import LOCK_FILE
+from dig_jax.files.paths import check_utf8
 from dig_jax.parallel import (
     barrier,
     check_agreement,
@@ -104,7 +105,9 @@ def _directory(settings: Config) -> Path:
             f"invalid config.data.name={settings.data.name!r} or config.data.options.path={path!r} for"
             " --mode=encode; expected 'latents' and an output directory"
         )
-    return Path(path).expanduser().absolute()
+    directory = Path(path).expanduser().absolute()
+    check_utf8(directory, "config.data.options.path")
+    return directory
 
 
 def _autoencoder(settings: Config) -> Autoencoder:

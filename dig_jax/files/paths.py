@@ -63,6 +63,8 @@ def absolute(path: Path) -> Path:
 def check_plain(path: Path, what: str) -> None:
     """Check that Orbax can write to a folder: it treats some characters of the absolute path as a pattern.
 
+    The path must also be UTF-8.
+
     Args:
         path: the folder.
         what: the flag or field that the path comes from, for the error.
@@ -70,9 +72,25 @@ def check_plain(path: Path, what: str) -> None:
     Raises:
         ConfigError: the path has such characters.
     """
+    check_utf8(path, what)
     text = str(absolute(path))
     if found := _PATTERN.search(text.removeprefix("gs://")):
         raise ConfigError(f"invalid {what}: got {text}; expected an absolute path without {found[0]}")
+
+
+def check_utf8(path: Path, what: str) -> None:
+    """Check that a path is UTF-8, because array_record and TensorStore open no others.
+
+    Args:
+        path: a file or folder.
+        what: the flag or field that the path comes from, for the error.
+
+    Raises:
+        ConfigError: the path is not UTF-8.
+    """
+    text = str(absolute(path))
+    if text != text.encode(errors="replace").decode():
+        raise ConfigError(f"invalid {what}: got {text}; expected a name in UTF-8")
 
 
 def make_folder(path: Path) -> None:

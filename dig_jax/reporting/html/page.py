@@ -44,7 +44,7 @@ def write_report(workdir: Path) -> None:
         starts=[_start(start) for start in reversed(starts)],
     )
     with replacing(workdir / "report.html") as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="replace"))  # names of files need not be UTF-8
 
 
 @functools.cache
