@@ -22,6 +22,7 @@ from dig_jax.cli.logging_setup import start_logging
 from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
 from dig_jax.errors import ConfigError, StalledRead, UserError, one_line, suggest
 from dig_jax.files.paths import Path, children, local_copy, to_path
+from dig_jax.streams import prepare_streams
 
 
 def run(main: Callable[[Config, Path], None], usage: str) -> None:
@@ -31,6 +32,7 @@ def run(main: Callable[[Config, Path], None], usage: str) -> None:
         main: function of the config and the default workdir; it may read absl's flags.
         usage: text that --help prints above the list of flags.
     """
+    prepare_streams()
     start_logging()
     try:
         if any(argument.lstrip("-") in ("help", "h", "helpfull") for argument in sys.argv[1:]):

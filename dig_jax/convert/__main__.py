@@ -3,6 +3,8 @@
 import sys
 
 from dig_jax.convert.command import main
+from dig_jax.streams import prepare_streams
 
 if __name__ == "__main__":
+    prepare_streams()
     sys.exit(main(sys.argv[1:]))
