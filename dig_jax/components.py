@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from dig_jax import autoencoder
 from dig_jax.autoencoder import Autoencoder
-from dig_jax.config import Config, ModelConfig
+from dig_jax.config import Config, ModelConfig, to_dict
 from dig_jax.data import ImageSpec, Source, open_source
 from dig_jax.diffusion import GaussianDiffusion, Process
 from dig_jax.errors import naming_setting
@@ -176,15 +176,14 @@ def _options(settings: ModelConfig) -> dict[str, Any]:
 
 def _check_unused(settings: ModelConfig, accepted: Collection[str]) -> None:
     """Reject options that the model family lacks, unless they ask for nothing: the default, or none."""
-    defaults = ModelConfig()
+    defaults, values = to_dict(ModelConfig()), to_dict(settings)  # as people write them
     # The alignment of skips has no meaning without skips, and recipes set it for all families.
     ignored = {"name", *accepted} | ({"skip_alignment"} if settings.skip is None else set())
-    for name, value in vars(settings).items():
-        default = getattr(defaults, name)
-        if name not in ignored and value not in (None, default):
+    for name in values.keys() - ignored:
+        if getattr(settings, name) is not None and values[name] != defaults[name]:
             raise ValueError(
-                f"unsupported option {name} of {settings.name}: got {value!r}; expected the default,"
-                f" {default!r}"
+                f"unsupported option {name} of {settings.name}: got {values[name]!r}; expected the default,"
+                f" {defaults[name]!r}"
             )
 
 

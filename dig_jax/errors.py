@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,15 @@ def printable(text: str) -> str:
     Names of files and classes may contain them, and would forge lines or set a terminal's title.
     """
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """A formatter of log messages with names of files and classes, which may contain control characters."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the message as one line of printable text."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from upstream_files import assert_same, expected, refused, run, state_dict
 import dig_jax
 from dig_jax import CheckpointError, autoencoder
 from dig_jax.checkpoints.reader import read_model
+from dig_jax.convert import command
 from dig_jax.files.pytorch.writer import write_torch
 from dig_jax.models.embeddings import sincos_positions
 
@@ -314,3 +315,19 @@ def test_load_names_the_converter_for_files_of_other_programs(tmp_path):
     for name in ("x.pt", "x.safetensors", "pipeline", "pipeline/transformer"):
         with pytest.raises(CheckpointError, match="convert it with `python -m dig_jax.convert`"):
             dig_jax.load(tmp_path / name)
+
+
+def test_control_characters_of_names_cannot_forge_lines(tmp_path):
+    name = "x\nerror: all is well\x1b]0;title\x07"
+    save_file(state_dict("dit") | {name: np.ones(3, np.float32)}, tmp_path / "x.safetensors")
+    line = refused(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--num_heads=1", status=1)
+    assert "unexpected: x error: all is well?]0;title?" in line
+    assert line.isprintable()
+
+
+def test_an_interrupted_conversion_gives_one_line(tmp_path, monkeypatch):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "convert", interrupted)
+    assert "interrupted; nothing was written" in refused("x.pt", tmp_path / "y.safetensors", status=130)

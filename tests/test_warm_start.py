@@ -61,6 +61,7 @@ MEANINGS = {
     "directions": ({}, {"model__directions": 2}, "model.directions: 4 → 2"),
     "alignment": (SKIPS, {"model__skip_alignment": "upstream"}, "model.skip_alignment: raster → upstream"),
     "schedule": ({}, {"diffusion__schedule": "cosine"}, "diffusion.schedule: linear → cosine"),
+    "family": ({}, {"model__name": "DiT-S/2"}, "model family: DiG → DiT. Restore"),
     "noise levels": ({}, {"diffusion__num_steps": 500}, "diffusion.num_steps: 1000 → 500"),
 }
 
@@ -75,6 +76,8 @@ def test_equal_shapes_with_another_meaning_are_refused_or_taken_on_request(tmp_p
     ) as caught:
         started(path, new)
     assert "--config.init_partial=True" in str(caught.value)
+    if case == "family":
+        return
     assert_equal(started(path, new, partial=True), params)
     assert f"parameters change their meaning: {message}" in log.text
 

@@ -5,7 +5,7 @@ import sys
 import warnings
 from typing import Any
 
-from dig_jax.errors import one_line, printable
+from dig_jax.errors import PrintableFormatter, one_line
 from dig_jax.progress import is_terminal
 
 
@@ -14,7 +14,7 @@ def start_logging() -> None:
     # On a terminal a message replaces the progress line, which is then drawn again.
     clear = "\r\x1b[K" if is_terminal() else ""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Printable(f"{clear}%(message)s"))
+    handler.setFormatter(PrintableFormatter(f"{clear}%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("dig_jax").setLevel(logging.INFO)
     _hide_orbax()
@@ -23,14 +23,6 @@ def start_logging() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     # We report images above Pillow's limit ourselves.
     warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
-
-
-class _Printable(logging.Formatter):
-    """A formatter for messages with names of files and classes, which may contain control characters."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message)
-        return super().formatMessage(record)
 
 
 def _log_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

@@ -38,7 +38,14 @@ from dig_jax.convert.recognize import (
     with_null_class,
 )
 from dig_jax.convert.sources import UpstreamParams, open_upstream
-from dig_jax.errors import CheckpointError, ConfigError, InvalidFile, UserError, one_line
+from dig_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    InvalidFile,
+    PrintableFormatter,
+    UserError,
+    one_line,
+)
 from dig_jax.files.atomic import new_folder, replacing, write_json
 from dig_jax.files.paths import Path, to_path
 from dig_jax.files.pytorch.writer import write_torch
@@ -260,8 +267,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command and return the exit status: 0, 1 (error) or 2 (invalid arguments)."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    """Run the command and return the exit status: 0, 1 (error), 2 (invalid arguments), 130 (interrupted)."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each file
     try:
@@ -271,4 +280,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; nothing was written\n")
+        return 130
     return 0

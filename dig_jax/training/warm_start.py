@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 # Options that change how a network is computed, but not its function.
 _IMPLEMENTATION = ("dtype", "remat", "implementation", "in_channels")
 _LABELS = "label_embed.table.embedding"
-_LISTED = 4
+_FAMILY = "model family"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,8 @@ def read_warm_start(components: Components, expected: Params) -> WarmStart:
 def _compare_settings(source: Components, new: Components) -> None:
     """Compare the settings that give parameters their meaning."""
     before, after = _meaning(source), _meaning(new)
+    if before[_FAMILY] != after[_FAMILY]:  # the options of the families do not compare
+        before, after = ({_FAMILY: meaning[_FAMILY]} for meaning in (before, after))
     changed = [
         f"{name}: {_shown(before.get(name))} → {_shown(after.get(name))}"
         for name in dict.fromkeys([*before, *after])
@@ -107,7 +109,7 @@ def _meaning(components: Components) -> dict[str, Any]:
     diffusion = to_dict(components.config.diffusion)
     del diffusion["loss"]
     return {
-        "model family": family,
+        _FAMILY: family,
         **{f"model.{name}": value for name, value in fields.items()},
         **{f"diffusion.{name}": value for name, value in diffusion.items()},
     }
