@@ -179,7 +179,7 @@ def _check_unused(settings: ModelConfig, accepted: Collection[str]) -> None:
     defaults, values = to_dict(ModelConfig()), to_dict(settings)  # as people write them
     # The alignment of skips has no meaning without skips, and recipes set it for all families.
     ignored = {"name", *accepted} | ({"skip_alignment"} if settings.skip is None else set())
-    for name in values.keys() - ignored:
+    for name in (name for name in values if name not in ignored):
         if getattr(settings, name) is not None and values[name] != defaults[name]:
             raise ValueError(
                 f"unsupported option {name} of {settings.name}: got {values[name]!r}; expected the default,"

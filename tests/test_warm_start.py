@@ -61,7 +61,6 @@ MEANINGS = {
     "directions": ({}, {"model__directions": 2}, "model.directions: 4 → 2"),
     "alignment": (SKIPS, {"model__skip_alignment": "upstream"}, "model.skip_alignment: raster → upstream"),
     "schedule": ({}, {"diffusion__schedule": "cosine"}, "diffusion.schedule: linear → cosine"),
-    "family": ({}, {"model__name": "DiT-S/2"}, "model family: DiG → DiT. Restore"),
     "noise levels": ({}, {"diffusion__num_steps": 500}, "diffusion.num_steps: 1000 → 500"),
 }
 
@@ -76,8 +75,6 @@ def test_equal_shapes_with_another_meaning_are_refused_or_taken_on_request(tmp_p
     ) as caught:
         started(path, new)
     assert "--config.init_partial=True" in str(caught.value)
-    if case == "family":
-        return
     assert_equal(started(path, new, partial=True), params)
     assert f"parameters change their meaning: {message}" in log.text
 
@@ -175,6 +172,16 @@ def test_a_model_with_and_one_without_classes_share_parameters_on_request(tmp_pa
     assert_equal(found["blocks"], params["blocks"])
     assert table(found).shape == (5, 32)
     assert "start at random, 0 of the source are not used: " in log.text
+
+
+def test_another_family_is_refused_without_its_options(tmp_path):
+    path, _ = written(tmp_path, components())
+    for partial, message in (
+        (False, "model family: DiG → DiT. Restore"),
+        (True, "no parameter of the blocks"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            started(path, components(model__name="DiT-S/2"), partial)
 
 
 def test_a_source_of_which_no_block_fits_is_refused(tmp_path):
