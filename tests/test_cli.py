@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import flags
+from aiohttp import ClientError
 
 from configs import smoke
 from dig_jax import config
@@ -154,6 +155,30 @@ def test_the_config_json_of_a_run_also_sets_the_workdir(command, tmp_path):
     assert status == 2 and stderr.startswith(f"error: cannot read {tmp_path}/config.json: ")
 
 
+def test_paths_of_flags_are_expanded_and_checked(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_json(tmp_path / "config.json", config_and_versions(config.Config()))
+    seen = []
+    table = {"train": commands.Command(lambda settings, workdir: seen.append(workdir))}
+    monkeypatch.setattr(commands, "COMMANDS", table)
+    assert command("--config=~/config.json", "--workdir=~/runs/x", main=commands.run) == (0, "")
+    assert command("--config=~/config.json", main=commands.run) == (0, "")
+    assert seen == [tmp_path / "runs" / "x", tmp_path]
+    for workdir in ("http://host/run", "a\0b"):
+        status, stderr = command(SMOKE, f"--workdir={workdir}", main=commands.run)
+        assert status == 2 and stderr.count("\n") == 1 and "expected" in stderr
+
+
+def test_a_config_file_may_have_a_colon_in_its_path(command, tmp_path):
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    (folder / "x.py").write_text((ROOT / "configs" / "smoke.py").read_text())
+    seen = []
+    status, stderr = command(f"--config={folder}/x.py", main=lambda *given: seen.append(given))
+    assert (status, stderr) == (0, "")
+    assert seen[0][1] == Path("runs/x")
+
+
 def raising(error):
     def main(settings, workdir):
         raise error
@@ -172,6 +197,7 @@ def raising(error):
             "No space left on device: w/a.png",
         ),
         (OSError("no data"), 1, "no data"),
+        (ClientError("refused"), 1, "cannot use object storage: ClientError: refused"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume"),
     ],
 )

@@ -6,11 +6,11 @@ import pathlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from object_storage import bucket, directed, storage_servers  # noqa: F401 (fixtures)
 
 from dig_jax.errors import ConfigError
 from dig_jax.files import paths
 from dig_jax.files.paths import to_path
-from tests.object_storage import bucket, storage_servers  # noqa: F401 (fixtures)
 
 
 def test_tilde_is_the_home_directory(monkeypatch):

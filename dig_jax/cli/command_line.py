@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from dig_jax.cli.logging_setup import start_logging
 from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
 from dig_jax.errors import ConfigError, StalledRead, UserError, one_line, suggest
-from dig_jax.files.paths import Path, children, local_copy, to_path
+from dig_jax.files.paths import Path, children, is_storage_error, local_copy, to_path
 from dig_jax.streams import prepare_streams
 
 
@@ -50,6 +50,8 @@ def run(main: Callable[[Config, Path], None], usage: str) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to resume", 130)
     except Exception as error:
+        if is_storage_error(error):
+            _fail(f"cannot use object storage: {one_line(error, name_type=True)}", 1)
         if not jax.distributed.is_initialized():
             raise
         from dig_jax.parallel import is_peer_failure

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,13 +24,17 @@ from jaxtyping import Float, Float32
 from dig_jax.config import Config
 from dig_jax.data.source import SPLITS, Example, check_label, fingerprint
 from dig_jax.errors import ConfigError, InvalidFile, UserError, one_line
+from dig_jax.files.download import local_copies
 from dig_jax.files.json_file import read_json
+from dig_jax.files.paths import Path, absolute, as_os_error, to_path
+from dig_jax.files.paths import size as file_size
 
 FORMAT = 1
 HEADER_FILE, INDEX_FILE = "encoding.json", "index.json"
 
 _LABEL = np.dtype("<i4")
 _DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+_CONNECTIONS = 16
 _MAX_INDEX = 2**26  # bytes; ImageNet's has 100 kB
 _REPAIR = "run --mode=encode again, which rewrites corrupt files"
 
@@ -175,14 +179,15 @@ class LatentSource:
 
     @functools.cached_property
     def _entries(self) -> Any:
-        """All entries by number; each process opens files on first use."""
+        """All entries by number; each process opens files on first use, and downloads remote ones before."""
         from grain.sources import ArrayRecordDataSource
 
+        shards = [shard for shard in self.shards if shard.images]
+        files = local_copies({self.path / shard.file: shard.sha256 for shard in shards})
         return ArrayRecordDataSource(
             [
-                _FileInstruction(str(self.path / shard.file), 2 * shard.images, 2 * shard.images)
-                for shard in self.shards
-                if shard.images
+                _FileInstruction(str(file), 2 * shard.images, 2 * shard.images)
+                for file, shard in zip(files, shards, strict=True)
             ]
         )
 
@@ -226,7 +231,7 @@ def latents(
     """
     if not path:
         raise ValueError("missing path of the latents source; expected a directory written by --mode=encode")
-    directory = Path(path).expanduser().absolute()
+    directory = absolute(to_path(path))
     index = _read(directory)
     try:
         height, width, depth = map(int, index["latents"]["shape"])
@@ -254,8 +259,8 @@ def latents(
                 f"the latents in {directory} have {name}={_format(found[name])};"
                 f" expected config.data.options.{name}={_format(value)}"
             )
-    for shard in source.shards:
-        _check_size(directory / shard.file, shard.bytes)
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:  # in object storage each size is a request
+        list(pool.map(lambda shard: _check_size(directory / shard.file, shard.bytes), source.shards))
     return source
 
 
@@ -311,9 +316,10 @@ def _read(directory: Path) -> dict[str, Any]:
 
 def _check_size(path: Path, size: int) -> None:
     try:
-        actual = path.stat().st_size
+        with as_os_error(path):
+            actual = file_size(path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {_REPAIR}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}; {_REPAIR}") from error
     if actual != size:
         raise UserError(f"{path} has {actual:,} bytes; expected {size:,}; {_REPAIR}")
 

@@ -9,12 +9,10 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,7 +37,8 @@ from dig_jax.errors import (
 from dig_jax.files.atomic import remove_leftovers, write_json
 from dig_jax.files.json_file import read_json
 from dig_jax.files.lock import LOCK_FILE
-from dig_jax.files.paths import check_utf8
+from dig_jax.files.paths import Path, absolute, check_utf8, children, delete, make_folder, to_path
+from dig_jax.files.paths import size as file_size
 from dig_jax.parallel import (
     barrier,
     check_agreement,
@@ -105,7 +104,7 @@ def _directory(settings: Config) -> Path:
             f"invalid config.data.name={settings.data.name!r} or config.data.options.path={path!r} for"
             " --mode=encode; expected 'latents' and an output directory"
         )
-    directory = Path(path).expanduser().absolute()
+    directory = absolute(to_path(path))
     check_utf8(directory, "config.data.options.path")
     return directory
 
@@ -181,14 +180,14 @@ def _claim(directory: Path, header: dict[str, Any]) -> None:
     path = directory / HEADER_FILE
     if path.exists():
         _check_header(path, header)
-    elif directory.exists() and any(not name.startswith(".") for name in os.listdir(directory)):
+    elif any(not entry.name.startswith(".") for entry in children(directory)):
         raise UserError(f"{directory} contains other files; expected a new directory for the latents")
     with naming_directory(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         if not path.exists():
             write_json(path, header)
         for split in SPLITS:
-            (directory / split).mkdir(exist_ok=True)
+            make_folder(directory / split)
             remove_leftovers(directory / split)
         remove_leftovers(directory)
 
@@ -218,7 +217,7 @@ def _finished_shard(directory: Path, chunk: Chunk) -> Shard | None:
     """Return the description of a chunk's file, or None unless the file is complete."""
     try:
         shard = Shard.from_dict(read_json(directory / chunk.description))
-        size = (directory / chunk.file).stat().st_size
+        size = file_size(directory / chunk.file)
     except (AttributeError, TypeError, ValueError, FileNotFoundError):
         return None
     is_complete = shard.images + len(shard.unreadable) == len(chunk)
@@ -236,10 +235,10 @@ def _check_files(directory: Path, chunks: Sequence[Chunk]) -> None:
     barrier("checked")
     if processes_without(not corrupt):
         with naming_directory(directory):
-            on_process_0(functools.partial((directory / INDEX_FILE).unlink, missing_ok=True))
+            on_process_0(functools.partial(delete, directory / INDEX_FILE))
             for chunk in corrupt:
                 log.warning("rewriting corrupt file %s", directory / chunk.file)
-                (directory / chunk.description).unlink(missing_ok=True)
+                delete(directory / chunk.description)
     barrier("corrupt files deleted")
 
 

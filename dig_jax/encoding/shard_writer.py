@@ -6,8 +6,9 @@ import functools
 import hashlib
 import logging
 import os
+import pathlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -26,6 +27,7 @@ from dig_jax.data.pipeline import read_options
 from dig_jax.data.source import Example, Source
 from dig_jax.errors import UserError, one_line
 from dig_jax.files.atomic import temporary_name, write_json
+from dig_jax.files.paths import Path, is_remote, upload
 from dig_jax.parallel import batch_sharding, local_mesh, replicated
 from dig_jax.progress import Progress
 
@@ -113,10 +115,9 @@ class ShardWriter:
 
     def _write(self, chunk: Chunk, show: Callable[[int], None]) -> Shard:
         path = self._directory / chunk.file
-        temporary = temporary_name(path)
         unreadable: list[str] = []
         images, sums, squares = 0, 0.0, 0.0
-        try:
+        with _new_file(path) as temporary:
             with array_record_writer(temporary) as write:
                 for labels, *both in self._moments(self._batches(chunk, unreadable)):
                     stored = self._cast(np.stack(both, axis=1), chunk)  # [image, 2, h, w, moments]
@@ -129,9 +130,6 @@ class ShardWriter:
                     images += len(labels)
                     show(images + len(unreadable))
             size, sha256 = temporary.stat().st_size, file_sha256(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         sums, squares = (tuple(np.broadcast_to(total, self._channels).tolist()) for total in (sums, squares))
         return Shard(chunk.file, images, size, sha256, tuple(unreadable), sums, squares)
 
@@ -206,7 +204,23 @@ def _read(source: Source, index: int) -> Example | _Unreadable:
 
 
 @contextlib.contextmanager
-def array_record_writer(path: Path) -> Iterator[Callable[[bytes], None]]:
+def _new_file(path: Path) -> Iterator[pathlib.Path]:
+    """Yield the name of a local file that becomes `path` when the block ends; an error deletes it instead."""
+    with contextlib.ExitStack() as stack:
+        if is_remote(path):
+            temporary = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
+        else:
+            temporary = temporary_name(pathlib.Path(path))
+        stack.callback(temporary.unlink, missing_ok=True)
+        yield temporary
+        if is_remote(path):
+            upload(temporary, path)
+        else:
+            os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def array_record_writer(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]:
     """Yield a function that appends entries to a new file, which is synced to disk on exit.
 
     Raises:

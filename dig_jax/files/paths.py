@@ -28,6 +28,7 @@ Path = pathlib.Path | epath.Path
 
 # The package that reads and writes each kind of object storage.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+_STORAGE_PACKAGES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs")
 # Orbax and fsspec treat these characters of a path as a pattern, and Orbax rewrites "gs:/" within a path.
 _PATTERN = re.compile(r"[*?\[\]\\]|gs:(?=/|$)")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -208,6 +209,11 @@ def as_os_error(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{path}: {one_line(error, name_type=True)}") from error
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Return whether gcsfs, s3fs or a package below them raised an exception."""
+    return type(error).__module__.partition(".")[0] in _STORAGE_PACKAGES
 
 
 def _remote_path(text: str, scheme: str) -> epath.Path:
