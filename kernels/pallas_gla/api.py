@@ -5,10 +5,12 @@
 
 from typing import no_type_check
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_gla import context_parallel, dispatch, primitive, sharding, validation
+from pallas_gla import context_parallel, dispatch, primitive, validation
 from pallas_gla.scan import Gating, Operands, Scan
 
 
@@ -19,7 +21,7 @@ def gla(
     v: Float[Array, "b t h v"],
     g: Float[Array, "b t h k"],
     *,
-    scale: float | None = None,
+    scale: float | Float[Array, "..."] | None = None,
     initial_state: Float[Array, "b h k v"] | None = None,
     return_final_state: bool = False,
     reverse: bool = False,
@@ -43,7 +45,8 @@ def gla(
         v: values, [B, T, H, V], in the dtype of ``q``.
         g: natural logarithm of the decay, [B, T, H, K], finite and <= 0, in the dtype of ``q`` or float32.
             A value of -1e4 resets the state.
-        scale: factor applied to the output. Default: K**-0.5.
+        scale: factor applied to the output: a number, or a real array with one number or one per head, [H],
+            which may be traced and has a gradient. Default: K**-0.5.
         initial_state: S before the first token, [B, H, K, V], in the dtype of ``q`` or float32. Default:
             zeros.
         return_final_state: whether to also return S after the last token.
@@ -56,8 +59,10 @@ def gla(
             sequence.
         chunk_size: number of tokens per chunk, a power of two and at least 16. Default: chosen from shape
             and device.
-        implementation: ``"reference"`` (token by token), ``"xla"`` (chunked), ``"triton"`` or ``"mosaic"``.
-            Default: the best implementation for the platform that the program is compiled for.
+        implementation: ``"triton"`` (a kernel for NVIDIA GPUs), ``"mosaic"`` (a kernel for TPUs, and an
+            experimental one for Hopper GPUs), ``"xla"`` (plain JAX, in chunks) or ``"reference"`` (plain JAX,
+            token by token). Default: the kernel of the chip that the program is compiled for, or ``"xla"`` if
+            there is none or if it does not support the call.
         interpret: whether to run a Pallas kernel in interpret mode, which works on every platform.
 
     Returns:
@@ -97,7 +102,7 @@ def gla_2d(
     *,
     grid: tuple[int, int],
     direction: str = "row",
-    scale: float | None = None,
+    scale: float | Float[Array, "..."] | None = None,
     initial_state: Float[Array, "b h k v"] | None = None,
     return_final_state: bool = False,
     segment_ids: Int[Array, "b t"] | None = None,
@@ -150,7 +155,7 @@ def gated_gla_2d(
     direction: str = "row",
     gate_normalizer: float = 16,
     eps: float = 1e-6,
-    scale: float | None = None,
+    scale: float | Float[Array, "..."] | None = None,
     initial_state: Float[Array, "b h k v"] | None = None,
     return_final_state: bool = False,
     segment_ids: Int[Array, "b t"] | None = None,
@@ -224,6 +229,10 @@ def _run(
     operands = Operands(*(None if x is None else jnp.asarray(x) for x in operands))
     if validation.debug_checks_enabled():
         validation.check_values(operands, gated=gating is not None)
+    if isinstance(scale, jax.Array | np.ndarray):
+        # In float32, so that q is rounded once.
+        scaled = operands.q.astype(jnp.float32) * jnp.reshape(scale, (1, 1, -1, 1)).astype(jnp.float32)
+        operands, scale = operands._replace(q=scaled.astype(q.dtype)), 1.0
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     scan = Scan(scale, grid, direction, chunk_size, gating, bool(interpret))
     if operands.initial_state is not None:
@@ -236,7 +245,7 @@ def _run(
     else:
 
         def run(operands: Operands, scan: Scan) -> tuple:
-            return sharding.per_shard(lambda shard: primitive.run(shard, scan, implementation), operands)
+            return primitive.run(operands, scan, implementation)
 
     if axis_name is None:
         return run(operands, scan)

@@ -74,7 +74,7 @@ def choose(
         log_once(name, platform, reason)
         return _module(name, platform)
     kernel = _kernel(implementation, scan, platform)
-    if reason := kernel.unsupported(operands, scan):
+    if reason := _unsupported(kernel, operands, scan):
         raise NotImplementedError(f"implementation={implementation!r} does not support this call: {reason}")
     return kernel
 
@@ -86,8 +86,15 @@ def _automatic(operands: Operands, scan: Scan, platform: str, partitioned: bool)
         return "xla", f"no kernel for {platform}"
     if partitioned:
         return "xla", "several devices without a mesh; jax.set_mesh lets the kernel run per shard"
-    reason = _module(name, platform).unsupported(operands, scan)
+    reason = _unsupported(_module(name, platform), operands, scan)
     return ("xla", reason) if reason else (name, None)
+
+
+def _unsupported(kernel: ModuleType, operands: Operands, scan: Scan) -> str | None:
+    """Return why a kernel does not support a scan, or None if it does."""
+    if not all(isinstance(size, int) for size in operands.q.shape):
+        return f"unsupported shape of q: got the symbols {operands.q.shape}; expected numbers"
+    return kernel.unsupported(operands, scan)
 
 
 def _module(name: str, platform: str) -> ModuleType:

@@ -25,7 +25,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jaxtyping import Array, Float
 
-from pallas_gla import chunked_xla, dispatch
+from pallas_gla import chip, chunked_xla, dispatch, sharding
 from pallas_gla.scan import Operands, Scan, saved_shape
 
 # Fields of Operands without derivatives.
@@ -48,7 +48,7 @@ def run(
         NotImplementedError: the named kernel does not run on the platform that the program is lowered for.
     """
     names, arrays = _flatten(operands)
-    arrays = _varying_alike(arrays)
+    arrays = sharding.varying_alike(arrays)
     return tuple(scan_p.bind(*arrays, names=names, scan=scan, implementation=implementation, save=False))
 
 
@@ -63,16 +63,6 @@ def _operands(names: Sequence[str], arrays: Sequence) -> Operands:
 
 def _differentiable(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in _DISCRETE)
-
-
-def _varying_alike(arrays: list[jax.Array]) -> list[jax.Array]:
-    """Inside `jax.shard_map`, make all arrays vary over the same mesh axes, as its checks require."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    axes = frozenset().union(*varying)
-    return [
-        jax.lax.pcast(x, tuple(axes - own), to="varying") if axes - own else x
-        for x, own in zip(arrays, varying, strict=True)
-    ]
 
 
 # Lowering.
@@ -93,8 +83,8 @@ def _gradient(*arrays, names, scan, implementation, platform, partitioned):
     return [getattr(gradients, name) for name in _differentiable(names)]
 
 
-def _tangent(*arrays, names, scan, implementation):
-    del implementation
+def _tangent(*arrays, names, scan, implementation, platform, partitioned):
+    del implementation, platform, partitioned
     arrays = arrays[: len(names)] + arrays[len(names) + 1 :]
     return _portable_tangent(*arrays, names=names, scan=scan)
 
@@ -123,8 +113,27 @@ def _portable_gradient(*arrays, names, scan):
     return list(jax.vjp(function, *(values[name] for name in wanted))[1]([d_out, d_final_state]))
 
 
-def _lowering(function: Callable, platform: str, ctx, *args, **params):
-    """Trace `function` for a platform, with types without a mesh: the program is already per shard."""
+def _array_names(primitive: Primitive, names: Sequence[str], save: bool = False, **_) -> tuple[list, list]:
+    """Return what the operands and the results of a primitive are, as in `sharding.Partition.spec`."""
+    results, wanted = ["out", "final_state"], list(_differentiable(names))
+    if primitive is scan_p:
+        return [*names], results + ["states"] * save
+    if primitive is scan_gradient_p:
+        return [*names, "states", "d_out", "d_final_state"], wanted
+    return [*names, "states", *wanted], results
+
+
+def _lowering(primitive: Primitive, function: Callable, platform: str, ctx, *args, **params):
+    """Lower a primitive: on every shard if the context mesh has free axes, else as the traced `function`."""
+    if partition := sharding.Partition.of(ctx.avals_in[0]):
+        operands, results = _array_names(primitive, **params)
+        bind = functools.partial(primitive.bind, **params)
+
+        def per_shard(*arrays):
+            return partition.run(bind, arrays, operands, results, ctx.avals_out)
+
+        return mlir.lower_fun(per_shard, multiple_results=True)(ctx, *args)
+    # Types without a mesh: the program is already per shard.
     plain = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
     axes = ctx.module_context.axis_context
     if isinstance(axes, mlir.SPMDAxisContext):
@@ -132,7 +141,8 @@ def _lowering(function: Callable, platform: str, ctx, *args, **params):
     else:
         partitioned = (axes.num_devices or 1) > 1
     chosen = functools.partial(function, platform=platform, partitioned=partitioned)
-    return mlir.lower_fun(chosen, multiple_results=True)(ctx.replace(avals_in=plain), *args, **params)
+    with chip.lowering_for(platform, ctx):
+        return mlir.lower_fun(chosen, multiple_results=True)(ctx.replace(avals_in=plain), *args, **params)
 
 
 def _eager(function: Callable, *args, **params):
@@ -140,35 +150,41 @@ def _eager(function: Callable, *args, **params):
     return function(*args, **params, platform="cpu", partitioned=False)
 
 
-for _primitive, _function in ((scan_p, _forward), (scan_gradient_p, _gradient)):
+for _primitive, _function in ((scan_p, _forward), (scan_gradient_p, _gradient), (scan_tangent_p, _tangent)):
     _primitive.def_impl(functools.partial(_eager, _function))
     for _platform in dispatch.PLATFORMS:
-        _rule = functools.partial(_lowering, _function, _platform)
+        _rule = functools.partial(_lowering, _primitive, _function, _platform)
         mlir.register_lowering(_primitive, _rule, platform=_platform)
-scan_tangent_p.def_impl(_tangent)
-mlir.register_lowering(scan_tangent_p, mlir.lower_fun(_tangent, multiple_results=True))
 
 
 # Result types.
 
 
-def _aval(like, shape, dtype):
+def _aval(like, shape, dtype, spec=()):
     """Return an array type that varies over the same mesh axes as `like`."""
-    sharding = like.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
-    return like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+    spec = jax.sharding.PartitionSpec(*spec, *[None] * (len(shape) - len(spec)))
+    return like.update(
+        shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=like.sharding.update(spec=spec)
+    )
 
 
-def _result_avals(operands: Operands) -> list:
+def _result_avals(operands: Operands, *states: tuple) -> list:
+    """Return the types of the output, the final state and, if given by shape and dtype, the saved states."""
     batch, _, heads, width = operands.k.shape
-    v = operands.v
-    return [_aval(v, v.shape, v.dtype), _aval(v, (batch, heads, width, v.shape[3]), jnp.float32)]
+    # Explicit mesh axes shard the results as they shard the batch and the heads of q.
+    by_batch, _, by_heads, _ = operands.q.sharding.spec
+    v, state = operands.v, (batch, heads, width, operands.v.shape[3])
+    return [
+        _aval(v, v.shape, v.dtype, (by_batch, None, by_heads)),
+        _aval(v, state, jnp.float32, (by_batch, by_heads)),
+        *(_aval(v, *saved, (by_batch, None, None, by_heads)) for saved in states),
+    ]
 
 
 @scan_p.def_abstract_eval
 def _(*avals, names, scan, implementation, save):
     operands = _operands(names, avals)
-    results = _result_avals(operands)
-    return [*results, _aval(operands.v, *saved_shape(operands, scan))] if save else results
+    return _result_avals(operands, *([saved_shape(operands, scan)] if save else []))
 
 
 @scan_tangent_p.def_abstract_eval
@@ -179,7 +195,7 @@ def _(*avals, names, scan, implementation):
 @scan_gradient_p.def_abstract_eval
 def _(*avals, names, scan, implementation):
     by_name = dict(zip(names, avals, strict=False))
-    return [_aval(by_name[name], by_name[name].shape, by_name[name].dtype) for name in _differentiable(names)]
+    return [by_name[name].update(weak_type=False) for name in _differentiable(names)]
 
 
 # Derivatives.
@@ -250,17 +266,26 @@ pe.dce_rules[scan_p] = _drop_unused_states
 
 
 def _batching(primitive: Primitive):
-    def rule(arrays, axes, **params):
-        size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
-        merged = []
-        for x, axis in zip(arrays, axes, strict=True):
-            x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-            merged.append(x.reshape(-1, *x.shape[2:]))
-        results = primitive.bind(*merged, **params)
-        return [x.reshape(size, -1, *x.shape[1:]) for x in results], [0] * len(results)
+    def rule(axis, arrays, axes, **params):
+        # If the mesh may shard B but not the mapped axis, B has to be the outer one to keep its shards whole.
+        inner = bool(sharding.free_axes()) and not (axis.explicit_mesh_axis or axis.spmd_name)
+
+        def merge(x, position):
+            x = (
+                jnp.broadcast_to(x, (axis.size, *x.shape))
+                if position is None
+                else jnp.moveaxis(x, position, 0)
+            )
+            return sharding.merge_axes(jnp.swapaxes(x, 0, 1) if inner else x, axis.explicit_mesh_axis or ())
+
+        def split(x):
+            return sharding.split_axis(x, axis.size, inner, axis.explicit_mesh_axis or ())
+
+        results = primitive.bind(*map(merge, arrays, axes), **params)
+        return list(map(split, results)), [int(inner)] * len(results)
 
     return rule
 
 
 for _primitive in (scan_p, scan_tangent_p, scan_gradient_p):
-    batching.primitive_batchers[_primitive] = _batching(_primitive)
+    batching.fancy_primitive_batchers[_primitive] = _batching(_primitive)

@@ -1,7 +1,7 @@
 """The description of a scan that every backend takes: its arrays and its static options."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int
 
@@ -56,7 +56,7 @@ class Scan:
 STATE_INTERVAL = 64
 
 
-def saved_shape(operands: Operands, scan: Scan) -> tuple[tuple[int, ...], str]:
+def saved_shape(operands: Operands, scan: Scan) -> tuple[tuple[Any, ...], str]:
     """Return the shape and dtype of the states that a forward pass saves for the backward pass.
 
     The shape is [B, N, V, H * K]: one transposed state, heads side by side, for every `chunk_size` tokens but

@@ -23,7 +23,7 @@ def one_of(choices: tuple[Any, ...]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def check_array(name: str, x: Any, layout: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+def check_array(name: str, x: Any, layout: str, shape: tuple[Any, ...], dtypes: tuple[str, ...]) -> None:
     """Raise ValueError unless `x` is an array of this shape (`layout` in words) and one of these dtypes."""
     if not isinstance(x, jax.Array | np.ndarray):
         raise ValueError(f"invalid {name}: got {type(x).__name__}; expected an array {layout}")
@@ -41,6 +41,11 @@ def check_qkvg(q: Any, k: Any, v: Any, g: Any, *, gate_name: str = "g") -> None:
         if not shape or len(shape) != 4 or 0 in shape:
             got = type(x).__name__ if shape is None else f"shape {shape}"
             raise ValueError(f"invalid {name}: got {got}; expected a nonempty array {layout}")
+    for name, size in (("T", q.shape[1]), ("K", q.shape[3]), ("V", v.shape[3])):
+        if not _is_integer(size):
+            raise ValueError(
+                f"invalid {name}: got the symbol {size}; expected a number (only B and H may be symbols)"
+            )
     dtype = str(q.dtype)
     check_array("q", q, "[B, T, H, K]", q.shape, FLOATS)
     check_array("k", k, "[B, T, H, K]", q.shape, (dtype,))
@@ -51,8 +56,7 @@ def check_qkvg(q: Any, k: Any, v: Any, g: Any, *, gate_name: str = "g") -> None:
 def check_options(q: Any, v: Any, scale: Any, initial_state: Any, segment_ids: Any, chunk_size: Any) -> None:
     """Raise ValueError for an option that `pallas_gla.gla` does not accept."""
     batch, tokens, heads, width = q.shape
-    if scale is not None and not (_is_number(scale) and math.isfinite(scale)):
-        raise ValueError(f"invalid scale: got {scale!r}; expected a finite Python number or None")
+    check_scale(scale, heads)
     if initial_state is not None:
         shape = (batch, heads, width, v.shape[3])
         check_array("initial_state", initial_state, "[B, H, K, V]", shape, (str(q.dtype), "float32"))
@@ -65,6 +69,20 @@ def check_options(q: Any, v: Any, scale: Any, initial_state: Any, segment_ids: A
         if not is_power:
             expected = f"a power of two >= {MIN_CHUNK_SIZE}, or None"
             raise ValueError(f"invalid chunk_size: got {chunk_size!r}; expected {expected}")
+
+
+def check_scale(scale: Any, heads: Any) -> None:
+    """Raise ValueError unless `scale` is None, a finite number, or an array of one number or one per head."""
+    if isinstance(scale, jax.Array | np.ndarray):
+        is_real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
+        if is_real and scale.shape in ((), (heads,)):
+            return
+        got = f"an array {scale.shape} of {scale.dtype}"
+    elif scale is None or (_is_number(scale) and math.isfinite(scale)):
+        return
+    else:
+        got = repr(scale)
+    raise ValueError(f"invalid scale: got {got}; expected None, a finite number, or a real array [] or [H]")
 
 
 def check_grid(grid: Any, direction: Any, tokens: int) -> tuple[int, int]:

@@ -24,8 +24,10 @@ BAD = [
     ({"v": V.astype(jnp.float16)}, "invalid dtype of v: got float16; expected float32"),
     ({"g": V}, r"shape of g: got \(2, 6, 1, 8\); expected \[B, T, H, K\] = \(2, 6, 1, 4\)"),
     ({"g": G.astype(jnp.bfloat16)}, "invalid dtype of g: got bfloat16; expected float32"),
-    ({"scale": "big"}, "invalid scale: got 'big'; expected a finite Python number or None"),
-    ({"scale": float("nan")}, "invalid scale: got nan; expected a finite Python number or None"),
+    ({"scale": "big"}, r"invalid scale: got 'big'; expected None, a finite number, or a real array \[\] or"),
+    ({"scale": float("nan")}, "invalid scale: got nan; expected None, a finite number, or a real array"),
+    ({"scale": jnp.ones(3)}, r"invalid scale: got an array \(3,\) of float32; expected None, a finite"),
+    ({"scale": np.array(True)}, r"invalid scale: got an array \(\) of bool; expected None, a finite"),
     (
         {"initial_state": STATE[0]},
         r"initial_state: got \(1, 4, 8\); expected \[B, H, K, V\] = \(2, 1, 4, 8\)",
@@ -99,6 +101,28 @@ def test_gated_gla_matches_the_oracle(dtype):
     expected = oracle.gated_recurrence(arrays, gates, normalizer=4, eps=1e-3, **options)["o"]
     assert actual.dtype == dtype
     oracle.assert_close([actual], [expected], 2e-5 if dtype == "float32" else 1e-2, ["out"])
+
+
+def test_a_scale_may_be_traced_and_has_a_gradient_per_head():
+    (q, k, v, g, state), (d_out, d_state) = oracle.inputs(2, t=6, h=2)
+
+    @jax.jit
+    def results(scale):
+        def scan(scale):
+            return gla(q, k, v, g, scale=scale, initial_state=state, return_final_state=True)
+
+        out, vjp = jax.vjp(scan, scale)
+        return out, vjp((d_out, d_state))[0]
+
+    scale = jnp.array([0.5, -2.0])
+    expected = oracle.recurrence((q, k, v, g, state), scale=1.0)
+    unscaled = np.asarray(expected["o"])
+    by_head = np.sum(unscaled * np.float64(d_out), axis=(0, 1, 3))
+    (o, final_state), gradient = results(scale)
+    wanted = [unscaled * np.float64(scale)[:, None], expected["final_state"], by_head]
+    oracle.assert_close([o, final_state, gradient], wanted, 2e-5, ["o", "final_state", "dscale"])
+    (o, _), gradient = results(jnp.float32(0.5))
+    oracle.assert_close([o, gradient], [unscaled * 0.5, by_head.sum()], 2e-5, ["o", "dscale"])
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
-"""Every platform's default lowers on a machine without the chip, whatever JAX's global settings are."""
+"""Programs that are lowered and exported without the chip, under any of JAX's global settings."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import oracle
 import pytest
-from pallas_gla import gated_gla_2d, gla_2d
+from pallas_gla import gated_gla_2d, gla, gla_2d
 
 # What identifies a kernel in a lowered program. A CPU has none.
 KERNEL = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
@@ -56,3 +57,46 @@ def test_lowers_under_any_settings_of_jax(settings, platform, dtype, gated, dire
     traced = jax.jit(gradient).trace(*arrays(dtype, gated))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert platform == "cpu" or text.count(KERNEL[platform]) >= 2
+
+
+def exported(function, platform, *arrays):
+    # JAX does not promise that a stored Triton kernel runs on later versions.
+    checks = [jax.export.DisabledSafetyCheck.custom_call(KERNEL["cuda"])]
+    return jax.export.export(jax.jit(function), platforms=(platform,), disabled_checks=checks)(*arrays)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+@pytest.mark.parametrize("shape", ["b, 20, 1, 16", "b, 20, h, 16"])
+def test_a_symbolic_batch_or_number_of_heads_runs_plain_jax_on_every_platform(platform, shape):
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+
+    def gradient(x):
+        return jax.grad(lambda x: gla(x, x, x, -x * x).sum())(x)
+
+    program = exported(gradient, platform, x)
+    assert not any(kernel in program.mlir_module() for kernel in KERNEL.values())
+    if platform == "cpu":
+        x = jnp.linspace(-1, 1, 3 * 20 * 16).reshape(3, 20, 1, 16)
+        oracle.assert_close([program.call(x)], [gradient(x)], 1e-6, ["dx"])
+
+
+def test_a_kernel_that_is_named_or_a_symbolic_length_raises():
+    batch, length = (
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+        for shape in ("b, 20, 1, 16", "1, t, 1, 16")
+    )
+    with pytest.raises(NotImplementedError, match=r"got the symbols \(b, 20, 1, 16\); expected numbers"):
+        exported(lambda x: gla(x, x, x, -x * x, implementation="mosaic"), "tpu", batch)
+    with pytest.raises(ValueError, match="invalid T: got the symbol t; expected a number"):
+        exported(lambda x: gla(x, x, x, -x * x), "cpu", length)
+
+
+def test_an_exported_program_has_the_kernel_of_each_platform():
+    narrow, _, wide, *_ = arrays("bfloat16", gated=False)
+    platforms = ("cpu", "cuda", "tpu")
+    checks = [jax.export.DisabledSafetyCheck.custom_call(KERNEL["cuda"])]
+    program = jax.export.export(jax.jit(gla), platforms=platforms, disabled_checks=checks)
+    module = program(narrow, narrow, wide, narrow).mlir_module()
+    assert all(kernel in module for kernel in KERNEL.values())
+    with pytest.raises(ValueError, match=r"custom calls .*compatibility guarantees"):
+        jax.export.export(jax.jit(gla), platforms=platforms)(narrow, narrow, wide, narrow)

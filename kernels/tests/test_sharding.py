@@ -1,4 +1,5 @@
 import functools
+import logging
 import re
 
 import jax
@@ -50,19 +51,82 @@ def test_sizes_that_a_mesh_does_not_divide_run_unsharded():
 
 
 def test_auto_axes_inside_a_shard_map_still_shard_the_batch():
-    (q, k, v, g, _), _ = oracle.inputs(2, b=4, t=32)
+    (q, k, v, g, _), (d_out, _) = oracle.inputs(2, b=4, t=32)
     mesh = jax.make_mesh((2, 2), ("data", "context"), axis_types=AUTO)
-    expected = gla(q, k, v, g)
+
+    def results(scan, q, k, v, g):
+        o, vjp = jax.vjp(scan, q, k, v, g)
+        return (o, *vjp(d_out))
+
+    expected = results(gla, q, k, v, g)
     with jax.set_mesh(mesh):
         scan = functools.partial(gla, axis_name="context")
         tokens = P(None, "context")
         split = jax.shard_map(scan, in_specs=(tokens,) * 4, out_specs=tokens, axis_names={"context"})
-        oracle.assert_close([jax.jit(split)(q, k, v, g)], [expected], 1e-5, ["o"])
+        actual = jax.jit(functools.partial(results, split))(q, k, v, g)
+        oracle.assert_close(actual, expected, 1e-5, ["o", *NAMES[:4]])
 
 
-def test_vmap_and_sharding_combine():
+@pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("manual", ["data", "tensor"])
+def test_gradients_inside_a_partly_manual_shard_map_equal_those_of_one_device(types, manual):
+    arrays, gradient = arrays_and_gradient()
+    expected = jax.jit(gradient)(*arrays)
+    local = P("data") if manual == "data" else P(None, None, "tensor")
+    specs = (local,) * 5 + (P(),)
+
+    def loss(*arrays):
+        return jnp.sum(jnp.sin(scan(*arrays)))
+
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=types)
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs, strict=True)]
+        scan = functools.partial(gated_gla_2d, **GRID)
+        scan = jax.shard_map(scan, in_specs=specs, out_specs=local, axis_names={manual})
+        actual = jax.jit(jax.grad(jax.checkpoint(loss), argnums=range(6)))(*split)
+    oracle.assert_close(actual, expected, 1e-5, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("types", "place", "spmd_axis_name"),
+    [
+        (AUTO, P(), None),
+        (AUTO, P("data"), "data"),
+        (EXPLICIT, P("data", None, None, "tensor"), None),
+        (EXPLICIT, P("tensor", "data"), None),
+        (EXPLICIT, P(None, "data", None, "tensor"), None),
+    ],
+    ids=str,
+)
+def test_gradients_per_example_under_a_mesh_equal_those_without_one(types, place, spmd_axis_name):
+    arrays, gradient = arrays_and_gradient()
+    *mapped, weight = arrays
+    mapped = [jnp.stack([x, x + 1 if x is mapped[0] else x]) for x in mapped]
+    axes = (0,) * 5 + (None,)
+    expected = jax.jit(jax.vmap(gradient, axes))(*mapped, weight)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=types)
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(x, NamedSharding(mesh, place)) for x in mapped]
+        actual = jax.jit(jax.vmap(gradient, axes, spmd_axis_name=spmd_axis_name))(*split, weight)
+        oracle.assert_close(actual, expected, 1e-5, NAMES)
+
+
+@pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_mapping_over_a_sharded_batch_gathers_nothing(types):
     arrays, _ = oracle.inputs(3, b=4)
-    q, k, v, g = (jnp.stack([x, 2 * x]) for x in arrays[:4])
-    expected = jnp.stack([gla(q[i], k[i], v[i], g[i]) for i in range(2)])
-    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"), axis_types=AUTO)):
-        oracle.assert_close([jax.jit(jax.vmap(gla))(q, k, v, g)], [expected], 1e-5, ["o"])
+    mesh = jax.make_mesh((4,), ("data",), axis_types=types[:1])
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(jnp.stack([x, x]), NamedSharding(mesh, P(None, "data"))) for x in arrays[:4]]
+        text = jax.jit(jax.vmap(gla)).lower(*split).compile().as_text()
+    assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", text)
+
+
+@pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_the_second_call_outside_jit_compiles_nothing(types, caplog):
+    (q, k, v, g, _), _ = oracle.inputs(3, b=4, t=16)
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"), axis_types=types)):
+        expected = gla(q, k, v, g)
+        with jax.log_compiles(), caplog.at_level(logging.DEBUG):
+            again = gla(q, k, v, g)
+    assert not [message for message in caplog.messages if "compil" in message.lower()]
+    oracle.assert_close([again], [expected], 0, ["o"])

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array, Float
 
+from pallas_gla import chip
 from pallas_gla.mosaic_gpu.kernel import CHUNK, VALUES, HopperKernel, HopperProgram
 from pallas_gla.scan import Operands, Scan, saved_shape
 from pallas_gla.triton import backend as triton_backend
@@ -29,7 +30,10 @@ def unsupported(operands: Operands, scan: Scan) -> str | None:
     tokens, keys, values = operands.q.shape[1], operands.q.shape[3], operands.v.shape[3]
     v, g, lines = operands.v.dtype, operands.g.dtype, _lines(scan, tokens)
     aligned = not scan.by_columns or lines in (8, 16, 32) or lines % CHUNK == 0
+    gpu = chip.current()
+    old_or_new = not scan.interpret and gpu.compute_capability not in (None, (9, 0))
     checks = (
+        (not old_or_new, f"unsupported GPU: got {gpu}; expected sm_90a (Hopper)"),
         (keys in KEYS, f"unsupported K: got {keys}; expected {one_of(KEYS)}"),
         (values == VALUES, f"unsupported V: got {values}; expected {VALUES}"),
         (v == jnp.bfloat16, f"unsupported dtype of v: got {v}; expected bfloat16"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-import jax
+from pallas_gla import chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +37,6 @@ BLOCKS = {
 ANY_TPU = Blocks(64, 2, 1, column_tokens=256)
 
 
-def device_kind() -> str | None:
-    """Return the kind of TPU that is compiled for, or None if unknown.
-
-    Ahead of time this is the abstract device of the context mesh (`jax.sharding.use_abstract_mesh`).
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.device_kind
-    device = jax.devices()[0]
-    return device.device_kind if device.platform == "tpu" else None
-
-
 def blocks() -> Blocks:
     """Return the sizes for the TPU that is compiled for, or sizes that run on every TPU."""
-    return BLOCKS.get(device_kind() or "", ANY_TPU)
+    return BLOCKS.get(chip.current().kind or "", ANY_TPU)

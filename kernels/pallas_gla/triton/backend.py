@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Shaped
 
+from pallas_gla import chip
 from pallas_gla.scan import STATE_INTERVAL, Operands, Scan, saved_shape
 from pallas_gla.scan_order import segment_starts, to_scan_order
 from pallas_gla.triton import call, tuning
@@ -25,6 +26,8 @@ from pallas_gla.validation import one_of
 
 WIDTHS = (16, 128)
 DTYPES = ("bfloat16", "float16", "float32")
+# The compute capability from which XLA compiles Triton kernels.
+OLDEST_GPU = (8, 0)
 # The smallest tile of a tensor core.
 SHORTEST_CHUNK = 16
 # Shape and dtype of a result.
@@ -35,6 +38,9 @@ def unsupported(operands: Operands, scan: Scan) -> str | None:
     """Return why these kernels do not support a scan, or None if they do."""
     if not call.available:
         return f"unsupported jax: got {jax.__version__}; expected a version with Pallas's Triton backend"
+    gpu = chip.current()
+    if not scan.interpret and gpu.compute_capability is not None and gpu.compute_capability < OLDEST_GPU:
+        return f"unsupported GPU: got {gpu}; expected sm_80 (Ampere) or later"
     for name, x in (("K", operands.q), ("V", operands.v)):
         if not WIDTHS[0] <= x.shape[-1] <= WIDTHS[1]:
             return f"unsupported {name}: got {x.shape[-1]}; expected {WIDTHS[0]} to {WIDTHS[1]}"
@@ -112,7 +118,7 @@ def _prepare(operands: Operands, scan: Scan) -> tuple[TritonTiling, dict[str, Sh
     batch, tokens, heads, keys = operands.q.shape
     chunk = min(scan.chunk_size or STATE_INTERVAL, STATE_INTERVAL)
     chunk = min(chunk, max(SHORTEST_CHUNK, 1 << (tokens - 1).bit_length()))
-    device = tuning.gpu(None if scan.interpret else call.device_kind())
+    device = tuning.gpu(None if scan.interpret else chip.current().kind)
     tiling = TritonTiling(
         scan=scan,
         batch=batch,
@@ -163,7 +169,7 @@ def _launch(
     results: dict[str, Result],
 ) -> dict[str, Shaped[Array, "..."]]:
     """Launch a kernel; return its results by name."""
-    device = tuning.gpu(None if tiling.scan.interpret else call.device_kind())
+    device = tuning.gpu(None if tiling.scan.interpret else chip.current().kind)
     # Per token: products with a state, and products with half the tokens of its chunk.
     states, pairs = (5, 6) if "states" in arrays else (2, 2)
     flops = (

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,17 +71,6 @@ def _inline(code: str, constraints: str, *arrays: Float[Array, "..."], pack: int
     return y
 
 
-def device_kind() -> str | None:
-    """Return the kind of GPU that is compiled for, or None if unknown."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None:
-        return device.device_kind
-    try:
-        return jax.local_devices(backend="gpu")[0].device_kind
-    except RuntimeError:
-        return None
-
-
 triton_call_p = Primitive("gla_triton_call")
 triton_call_p.multiple_results = True
 
@@ -135,7 +124,7 @@ def _lowering(ctx, *args, run, results):
     def function(*arrays):
         return run(out_shape=shapes)(*arrays)
 
-    with warnings.catch_warnings(), _device_to_lower_for():
+    with warnings.catch_warnings(), _any_gpu():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
 
@@ -143,13 +132,10 @@ def _lowering(ctx, *args, run, results):
 mlir.register_lowering(triton_call_p, _lowering)
 
 
-@contextlib.contextmanager
-def _device_to_lower_for() -> Iterator[None]:
-    """Name a GPU for ahead-of-time compilation without one, as JAX 0.11 and later require."""
+def _any_gpu() -> contextlib.AbstractContextManager:
+    """Name a GPU, as JAX 0.11 and later require; its kind affects only casts to float8."""
     abstract_device = getattr(jax.sharding, "AbstractDevice", None)
-    if abstract_device is None or device_kind() is not None:
-        yield
-        return
+    if abstract_device is None:
+        return contextlib.nullcontext()
     device = abstract_device(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        yield
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
