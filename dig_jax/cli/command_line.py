@@ -90,7 +90,7 @@ def _parse(argv: list[str]) -> tuple[Config, Path]:
         # DEFINE_config_file uses a deprecated Python API to load the file, and lacks our checks.
         holder = config_flags.DEFINE_config_dict("config", settings, sys_argv=argv, flag_values=flags.FLAGS)
         rest = flags.FLAGS(argv)
-    except flags.Error as error:
+    except (flags.Error, AttributeError) as error:  # ml_collections raises it for names such as __class__
         raise ConfigError(str(error)) from error
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
