@@ -3,11 +3,15 @@
 Only programs call these functions; the library does not.
 """
 
+import _thread
 import contextlib
 import ctypes
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.monitoring
@@ -29,6 +33,24 @@ def enable_compilation_cache() -> None:
     except RuntimeError:  # the user has no home directory
         return
     jax.config.update("jax_compilation_cache_dir", str(cache / "dig_jax" / "compiled"))
+
+
+def raise_lost_interrupts() -> None:
+    """Raise Ctrl-C again if Python dropped it.
+
+    Python drops a KeyboardInterrupt that a signal handler raises in a callback of its garbage collector, and
+    JAX has such a callback.
+    """
+    show = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            # By another thread, a moment later: here it would be dropped again.
+            threading.Timer(0.01, _thread.interrupt_main).start()
+        else:
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def disable_llvm_symbolizer() -> None:

@@ -290,14 +290,14 @@ def test_a_checkpoint_that_is_a_link_is_read_and_never_deleted(workdir, tmp_path
     assert_equal(restore(workdir)[0], make_state(1))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_save_whose_files_cannot_be_opened_is_an_error(tmp_path, monkeypatch):
     async def skip(*arguments, **options):
         """Orbax skips the merge, and logs it, if it finds no files to merge."""
 
     monkeypatch.setattr(ocdbt_utils, "merge_ocdbt_per_process_files", skip)
-    with pytest.raises(CheckpointError, match=r"checkpoint 1 could not be written to .* could not be opened"):
-        save(tmp_path, 1)
+    message = r"checkpoint 1 could not be written to .* could not be opened: NOT_FOUND"
+    with pytest.raises(CheckpointError, match=message), Checkpoints(tmp_path, SETTINGS.checkpoint) as run:
+        run.save(1, {"w": jnp.ones(3)}, {}, SETTINGS)
     assert not has_checkpoints(tmp_path)
 
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -55,3 +57,29 @@ def test_jaxs_own_setting_of_the_cache_takes_precedence(cache, directory):
     jax.config.update("jax_compilation_cache_dir", directory)
     runtime.enable_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == directory
+
+
+class _Interrupted:
+    """An object whose deletion is interrupted, which Python cannot raise."""
+
+    def __del__(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_that_python_drops_is_raised_again(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    runtime.raise_lost_interrupts()
+    with pytest.raises(KeyboardInterrupt):
+        _Interrupted()
+        time.sleep(10)
+    assert shown == []
+
+
+def test_other_exceptions_that_cannot_be_raised_are_shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable.exc_type))
+    runtime.raise_lost_interrupts()
+    monkeypatch.setattr(_Interrupted, "__del__", lambda self: 1 / 0)
+    _Interrupted()
+    assert shown == [ZeroDivisionError]

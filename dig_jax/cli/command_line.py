@@ -22,6 +22,7 @@ from dig_jax.cli.logging_setup import start_logging
 from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
 from dig_jax.errors import ConfigError, StalledRead, UserError, one_line, suggest
 from dig_jax.files.paths import Path, children, is_storage_error, local_copy, to_path
+from dig_jax.runtime import raise_lost_interrupts
 from dig_jax.streams import prepare_streams
 
 
@@ -34,6 +35,7 @@ def run(main: Callable[[Config, Path], None], usage: str) -> None:
     """
     prepare_streams()
     start_logging()
+    raise_lost_interrupts()
     try:
         if any(argument.lstrip("-") in ("help", "h", "helpfull") for argument in sys.argv[1:]):
             sys.stdout.write(f"{usage}\n{flags.FLAGS.main_module_help()}\n")
