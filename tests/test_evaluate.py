@@ -156,3 +156,10 @@ def test_training_and_evaluation_use_a_second_evaluator(tmp_path, monkeypatch, c
         assert f"brightness {scores['brightness']:.1f}" in caplog.messages
         assert not (workdir / "neighbors.png").exists()
         caplog.clear()
+
+
+def test_a_file_as_workdir_is_an_error_before_anything_is_drawn(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"invalid --workdir={path}: got a file; expected a directory"):
+        evaluate.evaluate(tiny_settings(), path)

@@ -28,6 +28,8 @@ def evaluate(settings: Config, workdir: Path) -> Scores:
     Raises:
         UserError: there is no checkpoint, its settings differ, or no evaluator applies to the data.
     """
+    if workdir.is_file():
+        raise ConfigError(f"invalid --workdir={workdir}: got a file; expected a directory for the scores")
     sampler = load(workdir, settings=settings)
     with mirror(workdir) as output:
         scores = score(sampler, output.folder)
