@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_files as made
@@ -142,10 +143,11 @@ def test_float64_is_rounded_to_float32_with_a_line(tmp_path, capsys):
     assert "final_layer.linear.bias has non-finite values" in line
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("options", [[], ["--input_size=4x16"]])
-def test_an_input_that_is_not_square_is_inferred_from_the_positions_or_given(tmp_path, options):
+def test_an_input_that_is_not_square_is_inferred_from_the_positions_or_given(tmp_path, options, dtype):
     size = (4, 16) if options else (4, 12)
-    table = sincos_positions((size[0] // 2, size[1] // 2), 32)[None]
+    table = sincos_positions((size[0] // 2, size[1] // 2), 32)[None].astype(dtype)
     save_file(state_dict("dit") | {"pos_embed": table}, tmp_path / "x.safetensors")
     spec = converted(tmp_path / "x.safetensors", *options).components.image_spec
     assert spec.image_shape == (*size, 4)

@@ -34,8 +34,8 @@ def written(folder, source):
 
 def started(path, new, partial=False):
     """Return the parameters that a run starts from."""
-    new = new.with_config(dataclasses.replace(new.config, init_from=str(path), init_partial=partial))
-    start = read_warm_start(new, abstract_state(new, mesh_of(1))["params"])
+    new = new.with_config(dataclasses.replace(new.config, init_partial=partial))
+    start = read_warm_start(str(path), new, abstract_state(new, mesh_of(1))["params"])
     return complete(init_params(new), start.arrays, start.known_rows)
 
 

@@ -48,9 +48,7 @@ class ModelOptions:
     mlp_hidden_size: int | None = None
 
     def __post_init__(self):
-        if self.mlp_hidden_size is None:
-            object.__setattr__(self, "mlp_hidden_size", self.default_mlp_hidden_size(self.hidden_size))
-        for name in ("mlp_hidden_size", "depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
+        for name in ("mlp_width", "depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"invalid {name}={value}; expected a positive number")
         if self.hidden_size % 4:  # sines and cosines of rows and columns
@@ -59,6 +57,12 @@ class ModelOptions:
     def pattern(self) -> BlockPattern:
         """Return the blocks that these options describe."""
         raise NotImplementedError
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden channels of the MLP."""
+        given = self.mlp_hidden_size
+        return self.default_mlp_hidden_size(self.hidden_size) if given is None else given
 
     @staticmethod
     def default_mlp_hidden_size(hidden_size: int) -> int:

@@ -70,7 +70,7 @@ class DiGOptions(ModelOptions):
                     direction=DIRECTIONS[position % self.directions],
                     implementation=self.implementation,
                 ),
-                mlp=functools.partial(SwiGLU, hidden=self.mlp_hidden_size),
+                mlp=functools.partial(SwiGLU, hidden=self.mlp_width),
                 conv=self.conv,
                 norm=self.norm,
             )

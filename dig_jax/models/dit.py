@@ -15,5 +15,5 @@ class DiTOptions(ModelOptions):
     def pattern(self) -> BlockPattern:
         """Return the one block, with softmax attention."""
         mixer = functools.partial(SoftmaxAttention, num_heads=self.num_heads)
-        mlp = functools.partial(GeluMLP, hidden=self.mlp_hidden_size)
+        mlp = functools.partial(GeluMLP, hidden=self.mlp_width)
         return BlockPattern((BlockSpec(mixer=mixer, mlp=mlp),))

@@ -34,7 +34,7 @@ def first_state(run: Run, abstract: State, checkpoints: Checkpoints) -> tuple[St
         return state, data["examples"]
     start = WarmStart({}, ())
     if run.settings.init_from is not None:
-        start = read_warm_start(run.components, abstract["params"])
+        start = read_warm_start(run.settings.init_from, run.components, abstract["params"])
     layout = state_sharding(abstract, run.mesh)
     make = functools.partial(_new_state, run.components, start.known_rows)
     return jax.jit(make, out_shardings=layout)(start.arrays), 0

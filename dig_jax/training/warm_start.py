@@ -49,10 +49,11 @@ def complete(fresh: Params, arrays: Mapping[str, Array], known_rows: Sequence[bo
     return jax.tree.map_with_path(replaced, fresh)
 
 
-def read_warm_start(components: Components, expected: Params) -> WarmStart:
-    """Read the parameters that `init_from` names.
+def read_warm_start(path: str, components: Components, expected: Params) -> WarmStart:
+    """Read the parameters of another run.
 
     Args:
+        path: its workdir, a checkpoint in it, or an exported file.
         components: of the new run.
         expected: shapes and shardings of its parameters.
 
@@ -60,17 +61,16 @@ def read_warm_start(components: Components, expected: Params) -> WarmStart:
         ConfigError: the source is unreadable or, without `init_partial`, its parameters have other shapes or
             another meaning.
     """
-    settings = components.config
     with naming_setting("config.init_from"):
-        source, step, params = read_model(to_path(settings.init_from))
-    with naming_setting(f"config.init_from={settings.init_from}"):
+        source, step, params = read_model(to_path(path))
+    with naming_setting(f"config.init_from={path}"):
         _compare_settings(source, components)
         found, wanted = _by_name(params), _by_name(expected)
         known_rows = ()
         if _LABELS in found and _LABELS in wanted:
             found[_LABELS], known_rows = _label_table(found[_LABELS], source, components)
-        _compare_shapes(found, wanted, settings.init_partial)
-    log.info("initialized the parameters from %s, step %d", settings.init_from, step)
+        _compare_shapes(found, wanted, components.config.init_partial)
+    log.info("initialized the parameters from %s, step %d", path, step)
     fitting = [name for name in wanted if name in found and found[name].shape == wanted[name].shape]
     arrays = {name: _sharded(np.asarray(found[name]), wanted[name].sharding) for name in fitting}
     return WarmStart(arrays, tuple(known_rows))
@@ -102,6 +102,7 @@ def _meaning(components: Components) -> dict[str, Any]:
     """Return the settings that change the function of the network, or what its inputs and outputs mean."""
     family, options = model_options(components.config.model)
     fields = {name: value for name, value in vars(options).items() if name not in _IMPLEMENTATION}
+    fields["mlp_hidden_size"] = options.mlp_width
     if "skip" in fields:
         # "identity" differs only in how it is initialized.
         fields["skip"] = "linear" if fields["skip"] else None
