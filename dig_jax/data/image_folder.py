@@ -205,7 +205,7 @@ def _hint(root: Path, files: Sequence[str], classes: tuple[str, ...]) -> str:
     """Return a note if the only class holds directories alone, which may be the classes."""
     directories = sorted({os.path.dirname(file) for file in files})
     common = os.path.commonpath(directories)
-    if len(classes) > 1 or not common or common in directories:
+    if len(classes) != 1 or not common or common in directories:
         return ""
     names = sorted({directory[len(common) + 1 :].partition("/")[0] for directory in directories})
     return (

@@ -64,7 +64,8 @@ def decode(data: bytes, *, upright: bool = True, channels: int = 3) -> Image.Ima
                 image.load()
                 if upright:
                     ImageOps.exif_transpose(image, in_place=True)
-                return _as_rgb(image).convert(MODES[channels])
+                rgb = _as_rgb(image)
+                return rgb if rgb.mode == MODES[channels] else rgb.convert(MODES[channels])
     except UnreadableImage:
         raise
     except UnidentifiedImageError:

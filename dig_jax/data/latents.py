@@ -65,11 +65,12 @@ class Shard(NamedTuple):
         Raises:
             TypeError, ValueError: invalid fields.
         """
-        shard = cls(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        )
-        for values, kind in ((shard.unreadable, str), (shard.sums, float), (shard.squares, float)):
-            if not isinstance(values, tuple) or not all(type(value) is kind for value in values):
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        shard = cls(**values)
+        for items, kind in ((shard.unreadable, str), (shard.sums, float), (shard.squares, float)):
+            if not isinstance(items, tuple) or not all(type(item) is kind for item in items):
                 raise ValueError(f"invalid unreadable, sums or squares of {shard.file}")
         if not isinstance(shard.file, str) or not isinstance(shard.sha256, str):
             raise ValueError("invalid file or sha256")

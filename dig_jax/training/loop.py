@@ -67,12 +67,11 @@ def loop(
                 batch = _next_batch(run, reader, meter)
             meter.add(step, metrics)
             consumed = examples + (step - first) * run.settings.data.batch_size
-            stalled = batch is None
-            preempted = is_preempted(step) or stalled
+            preempted = is_preempted(step) or batch is None
             event = StepEvent(step, state, last=last, examples=consumed, preempted=preempted)
             for hook in hooks:
                 hook.after_step(event)
-            if stalled:
+            if batch is None:
                 raise StalledRead(
                     f"stopped while waiting for a batch, after saving step {step} of {last}; run the same"
                     " command again to resume"
