@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from object_storage import bucket, directed, storage_servers  # noqa: F401 (fixtures)
 
 from dig_jax.errors import UserError
 from dig_jax.files import lock
 from dig_jax.files.lock import writer_lock
 from dig_jax.files.paths import to_path
 from dig_jax.files.processes import is_running, machine, start_time
-from tests.object_storage import bucket, storage_servers  # noqa: F401 (fixtures)
 
 _HOLD = """
 import sys, time
