@@ -31,7 +31,7 @@ DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call: `kind` is forward, forward+states (as in training) or backward; K = 32, V = 64."""
+    """One call: `kind` is forward, forward+states (as in training), backward or tangent; K = 32, V = 64."""
 
     gpu: str
     kind: str
@@ -52,7 +52,7 @@ class Case:
 
 def all_cases(gpu: str) -> list[Case]:
     """Return all recorded cases."""
-    kinds = ("forward", "forward+states", "backward")
+    kinds = ("forward", "forward+states", "backward", "tangent")
     sizes = [(18, 16, 32), (6, 16, 32), (18, 64, 8), (6, 64, 1)]
     cases = [
         Case(gpu, kind, heads, side, batch, gated=gated)
@@ -146,6 +146,11 @@ def compile_case(case: Case) -> gpu_compiler.CompiledProgram:
 
         def function(operands, *rest):
             return backend.backward(operands, *rest, scan)
+    elif case.kind == "tangent":
+        arguments = (operands,)
+
+        def function(operands, tangents):
+            return backend.tangent(operands, tangents, scan)
     else:
         arguments = ()
 

@@ -40,7 +40,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kernel: `kind` is forward, forward+states (as in training) or backward; bfloat16 throughout."""
+    """One kernel: `kind` is forward, forward+states (as in training), backward or tangent; in bfloat16."""
 
     chip: str
     kind: str = "forward"
@@ -67,6 +67,8 @@ class Case:
         gate = wide if self.gated else 0
         if self.kind == "backward":
             return 6 * narrow + 3 * wide + 2 * gate + states
+        if self.kind == "tangent":
+            return 6 * narrow + 3 * wide + 2 * gate
         return 3 * narrow + 2 * wide + gate + (states if self.kind == "forward+states" else 0)
 
 
@@ -106,14 +108,18 @@ def all_cases() -> list[Case]:
     for chip in ("v5e", "v6e"):
         cases += [Case(chip, "forward", direction=d, gated=True) for d in DIRECTIONS]
         cases += [Case(chip, "backward", direction=d, gated=True) for d in ("row", "column")]
+        for gated in (False, True):
+            cases += [Case(chip, "tangent", direction=d, gated=gated) for d in ("row", "column")]
         cases += [Case(chip, kind, direction="column") for kind in ("forward", "backward")]
-        cases += [Case(chip, kind, implementation="xla") for kind in ("forward", "backward")]
+        cases += [Case(chip, kind, implementation="xla") for kind in ("forward", "backward", "tangent")]
         if importlib.util.find_spec("tops"):
             # A peer's kernels, if installed. They have no gradient and hold a whole array in VMEM, so larger
             # batches do not compile.
             cases.append(Case(chip, batch=1, implementation="tops"))
     # These compile quickly, so a test measures them again.
-    cases += [Case(chip, kind, 6, 16, chunks=1) for chip in CHIPS for kind in ("forward", "backward")]
+    cases += [
+        Case(chip, kind, 6, 16, chunks=1) for chip in CHIPS for kind in ("forward", "backward", "tangent")
+    ]
     return cases
 
 
@@ -205,6 +211,8 @@ def compile_case(case: Case) -> tuple[Any, Any]:
         arrays = [wide, *arrays]
         if case.implementation == "mosaic":
             arrays = [array(batch, -(-tokens // 64), VALUES, case.heads * KEYS), *arrays]
+    if case.kind == "tangent":
+        arrays = [*arrays, *arrays]
     function, tilings = case_function(case)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         formats = jax.tree.map(row_major, jax.eval_shape(function, *arrays))
@@ -248,6 +256,11 @@ def case_function(case: Case) -> tuple[Callable[..., list[Any]], list[Any]]:
         gradients = backend.backward(scanned, states, d_out.reshape(scanned.v.shape), d_state, scan)
         return flat(*(x for x in gradients if x is not None))
 
+    def tangent(*arrays: Any) -> list[Any]:
+        primals, dots = (operands(*x) for x in (arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]))
+        tilings.append(Launch.of(primals, scan, tuning.blocks().backward_chunks).tiling)
+        return flat(*backend.tangent(primals, dots, scan))
+
     def xla(*arrays: Any) -> Any:
         return gla(*arrays, implementation="xla")
 
@@ -258,14 +271,22 @@ def case_function(case: Case) -> tuple[Callable[..., list[Any]], list[Any]]:
         scanned = operands(*arrays)[:4]
         return flat(*jax.vjp(xla, *scanned)[1](d_out.reshape(scanned[2].shape)))
 
+    def xla_tangent(*arrays: Any) -> list[Any]:
+        primals, dots = operands(*arrays[:4])[:4], operands(*arrays[4:])[:4]
+        return flat(jax.jvp(xla, primals, dots)[1])
+
     def peer(*arrays: Any) -> list[Any]:
         from tops.ops.gla import chunk
 
         chunk.is_tpu_runtime = lambda: True  # without a chip it would interpret its kernels
         return flat(chunk.chunk_gla(*operands(*arrays)[:4], chunk_size=64)[0])
 
-    functions = {"mosaic": (forward, backward), "xla": (xla_forward, xla_backward), "tops": (peer, None)}
-    return functions[case.implementation][case.kind == "backward"], tilings
+    functions = {
+        "mosaic": {"backward": backward, "tangent": tangent},
+        "xla": {"forward": xla_forward, "backward": xla_backward, "tangent": xla_tangent},
+        "tops": {"forward": peer},
+    }
+    return functions[case.implementation].get(case.kind, forward), tilings
 
 
 def step_bundles(text: str, trips: tuple[int, int]) -> tuple[list[int], int]:

@@ -1,6 +1,6 @@
 """Choice of the implementation that runs a scan.
 
-A backend is a module with three functions. They run under jit, for one platform and on one shard:
+A backend is a module with four functions. They run under jit, for one platform and on one shard:
 
     unsupported(operands, scan) -> str | None
         why the backend does not support this scan: the argument, its value and the expected values
@@ -9,6 +9,9 @@ A backend is a module with three functions. They run under jit, for one platform
         (`saved_shape`)
     backward(operands, states, d_out, d_final_state, scan) -> Operands
         the gradient of each operand, in the operand's dtype
+    tangent(operands, tangents, scan) -> (d_out, d_final_state) | None
+        the tangents of `forward`'s results; `tangents` holds None for an operand whose tangent is zero. The
+        result is None if this shape has no such kernel; plain JAX, which needs none, then runs instead
 
 Tokens are in raster order. Each backend handles `scan.direction` itself, so that a kernel can reorder tokens
 while it loads a tile. A one-dimensional scan is a grid with one row.

@@ -5,7 +5,8 @@ primitive defers the choice until then and traces only the chosen kernel. It als
 backward pass differentiable in forward mode and more than once, which `custom_vjp` does not:
 
     scan                     out, final_state, states            a kernel's forward
-    scan_tangent             d(out, final_state), linear         derived from the XLA implementation
+    scan_tangent             d(out, final_state), linear         a kernel's tangent
+      ├ its derivative: scans and scan_tangents of them          `pallas_gla.tangent.by_scans`
       └ its transpose: scan_gradient                             a kernel's backward
                          └ its derivatives                       derived from the XLA implementation
 
@@ -25,7 +26,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jaxtyping import Array, Float
 
-from pallas_gla import chip, chunked_xla, dispatch, sharding
+from pallas_gla import chip, chunked_xla, dispatch, sharding, tangent
 from pallas_gla.scan import Operands, Scan, saved_shape
 
 # Fields of Operands without derivatives.
@@ -83,10 +84,22 @@ def _gradient(*arrays, names, scan, implementation, platform, partitioned):
     return [getattr(gradients, name) for name in _differentiable(names)]
 
 
-def _tangent(*arrays, names, scan, implementation, platform, partitioned):
-    del implementation, platform, partitioned
-    arrays = arrays[: len(names)] + arrays[len(names) + 1 :]
-    return _portable_tangent(*arrays, names=names, scan=scan)
+def _tangent(*arrays, names, moving, scan, implementation, platform, partitioned):
+    operands, tangents = _tangent_operands(arrays, names, moving)
+    backend = dispatch.choose(implementation, operands, scan, platform, partitioned)
+    results = None
+    if backend is not chunked_xla:
+        results = tangent.by_kernel(backend, operands, tangents, scan)
+    return _portable_tangent(operands, tangents, scan) if results is None else list(results)
+
+
+def _tangent_operands(arrays, names, moving) -> tuple[Operands, Operands]:
+    """Return the operands and the tangents of `scan_tangent_p`; the saved states stand between them."""
+    count = len(names)
+    # Every operand has the same class, so the tangents of q, k, v and g may be None too.
+    none = dict.fromkeys(Operands._fields)
+    tangents = Operands(**none | dict(zip(moving, arrays[count + 1 :], strict=True)))
+    return _operands(names, arrays[:count]), tangents
 
 
 def _portable(*arrays, names, scan):
@@ -94,12 +107,15 @@ def _portable(*arrays, names, scan):
     return list(chunked_xla.forward(_operands(names, arrays), scan, save=False)[:2])
 
 
-def _portable_tangent(*arrays, names, scan):
-    primals, tangents = arrays[: len(names)], arrays[len(names) :]
-    zeros = {name: np.zeros(x.shape, jax.dtypes.float0) for name, x in zip(names, primals, strict=True)}
-    by_name = zeros | dict(zip(_differentiable(names), tangents, strict=True))
-    function = functools.partial(_portable, names=names, scan=scan)
-    return jax.jvp(function, primals, tuple(by_name.values()))[1]
+def _portable_tangent(operands, tangents, scan):
+    names, arrays = _flatten(operands)
+    moving, dots = _flatten(tangents)
+    values = dict(zip(names, arrays, strict=True))
+
+    def function(*moved):
+        return _portable(*(values | dict(zip(moving, moved, strict=True))).values(), names=names, scan=scan)
+
+    return jax.jvp(function, tuple(values[name] for name in moving), tuple(dots))[1]
 
 
 def _portable_gradient(*arrays, names, scan):
@@ -113,14 +129,16 @@ def _portable_gradient(*arrays, names, scan):
     return list(jax.vjp(function, *(values[name] for name in wanted))[1]([d_out, d_final_state]))
 
 
-def _array_names(primitive: Primitive, names: Sequence[str], save: bool = False, **_) -> tuple[list, list]:
+def _array_names(
+    primitive: Primitive, names: Sequence[str], save: bool = False, moving: Sequence[str] = (), **_
+) -> tuple[list, list]:
     """Return what the operands and the results of a primitive are, as in `sharding.Partition.spec`."""
     results, wanted = ["out", "final_state"], list(_differentiable(names))
     if primitive is scan_p:
         return [*names], results + ["states"] * save
     if primitive is scan_gradient_p:
         return [*names, "states", "d_out", "d_final_state"], wanted
-    return [*names, "states", *wanted], results
+    return [*names, "states", *moving], results
 
 
 def _lowering(primitive: Primitive, function: Callable, platform: str, ctx, *args, **params):
@@ -150,7 +168,7 @@ def _eager(function: Callable, *args, **params):
     return function(*args, **params, platform="cpu", partitioned=False)
 
 
-for _primitive, _function in ((scan_p, _forward), (scan_gradient_p, _gradient), (scan_tangent_p, _tangent)):
+for _primitive, _function in ((scan_p, _forward), (scan_tangent_p, _tangent), (scan_gradient_p, _gradient)):
     _primitive.def_impl(functools.partial(_eager, _function))
     for _platform in dispatch.PLATFORMS:
         _rule = functools.partial(_lowering, _primitive, _function, _platform)
@@ -188,7 +206,7 @@ def _(*avals, names, scan, implementation, save):
 
 
 @scan_tangent_p.def_abstract_eval
-def _(*avals, names, scan, implementation):
+def _(*avals, names, moving, scan, implementation):
     return _result_avals(_operands(names, avals[: len(names)]))
 
 
@@ -202,11 +220,12 @@ def _(*avals, names, scan, implementation):
 
 
 def _scan_jvp(primals, tangents, *, save, **params):
-    results = scan_p.bind(*primals, save=True, **params)
-    *results, states = results
-    kept = [name not in _DISCRETE for name in params["names"]]
-    tangents = [ad.instantiate_zeros(t) for t, keep in zip(tangents, kept, strict=True) if keep]
-    result_tangents = scan_tangent_p.bind(*primals, states, *tangents, **params)
+    *results, states = scan_p.bind(*primals, save=True, **params)
+    moving, dots = _nonzero(params["names"], tangents)
+    if moving:
+        result_tangents = scan_tangent_p.bind(*primals, states, *dots, moving=moving, **params)
+    else:
+        result_tangents = [_no_tangent(x) for x in results]
     if save:
         results, result_tangents = [*results, states], [*result_tangents, _no_tangent(states)]
     return results, result_tangents
@@ -216,36 +235,73 @@ def _no_tangent(x) -> ad.Zero:
     return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
-def _tangent_transpose(cotangents, *arrays, names, **params):
+def _nonzero(names: Sequence[str], tangents: Sequence) -> tuple[tuple[str, ...], list[jax.Array]]:
+    """Return the names of the operands that move, and their tangents."""
+    pairs = zip(names, tangents, strict=True)
+    found = {name: x for name, x in pairs if name not in _DISCRETE and type(x) is not ad.Zero}
+    return tuple(found), list(found.values())
+
+
+def _tangent_jvp(primals, tangents, *, names, moving, scan, implementation):
+    """Differentiate the tangent as a function of scans, so that second derivatives run kernels too."""
+    params = {"names": names, "scan": scan, "implementation": implementation}
+    results = scan_tangent_p.bind(*primals, moving=moving, **params)
+    # The states depend on the operands, not the other way round.
+    tangents = [*tangents[: len(names)], None, *tangents[len(names) + 1 :]]
+    fields = [*names, "states", *moving]
+    moved = [
+        i
+        for i, x in enumerate(tangents)
+        if x is not None and type(x) is not ad.Zero and fields[i] not in _DISCRETE
+    ]
+    if not moved:
+        return results, [_no_tangent(x) for x in results]
+    # Only Triton's and the TPU's kernels run all scans that a tangent takes.
+    kernel = implementation if scan.interpret else None
+
+    def run(operands: Operands, scan: Scan) -> tuple:
+        names, arrays = _flatten(operands)
+        arrays = sharding.varying_alike(arrays)
+        return tuple(scan_p.bind(*arrays, names=names, scan=scan, implementation=kernel, save=False))
+
+    def function(*arrays):
+        arrays = dict(enumerate(primals)) | dict(zip(moved, arrays, strict=True))
+        operands, dots = _tangent_operands(tuple(arrays.values()), names, moving)
+        return list(tangent.by_scans(run, operands, dots, scan))
+
+    return results, jax.jvp(function, tuple(primals[i] for i in moved), tuple(tangents[i] for i in moved))[1]
+
+
+def _tangent_transpose(cotangents, *arrays, names, moving, **params):
     count = len(names)
     primals, states, tangents = arrays[:count], arrays[count], arrays[count + 1 :]
     cotangents = [ad.instantiate_zeros(x) for x in cotangents]
     gradients = scan_gradient_p.bind(*primals, states, *cotangents, names=names, **params)
-    wanted = map(ad.is_undefined_primal, tangents)
-    return [None] * (count + 1) + [x if want else None for x, want in zip(gradients, wanted, strict=True)]
+    gradients = dict(zip(_differentiable(names), gradients, strict=True))
+    wanted = [
+        gradients[name] if ad.is_undefined_primal(x) else None
+        for name, x in zip(moving, tangents, strict=True)
+    ]
+    return [None] * (count + 1) + wanted
 
 
-def _derived_jvp(primitive: Primitive, function: Callable):
-    """Return the JVP rule of a primitive that equals `function` of its operands without the saved states."""
-
-    def rule(primals, tangents, *, names, scan, **params):
-        results = primitive.bind(*primals, names=names, scan=scan, **params)
-        states = len(names)
-        arrays = primals[:states] + primals[states + 1 :]
-        tangents = [ad.instantiate_zeros(t) for t in tangents[:states] + tangents[states + 1 :]]
-        tangents = [
-            np.zeros(t.shape, jax.dtypes.float0) if not jnp.issubdtype(x.dtype, jnp.floating) else t
-            for x, t in zip(arrays, tangents, strict=True)
-        ]
-        plain = functools.partial(function, names=names, scan=scan)
-        return results, jax.jvp(plain, tuple(arrays), tuple(tangents))[1]
-
-    return rule
+def _gradient_jvp(primals, tangents, *, names, scan, **params):
+    """Differentiate the gradient as the XLA implementation's, a function of all operands but the states."""
+    results = scan_gradient_p.bind(*primals, names=names, scan=scan, **params)
+    states = len(names)
+    arrays = primals[:states] + primals[states + 1 :]
+    tangents = [ad.instantiate_zeros(t) for t in tangents[:states] + tangents[states + 1 :]]
+    tangents = [
+        np.zeros(t.shape, jax.dtypes.float0) if not jnp.issubdtype(x.dtype, jnp.floating) else t
+        for x, t in zip(arrays, tangents, strict=True)
+    ]
+    plain = functools.partial(_portable_gradient, names=names, scan=scan)
+    return results, jax.jvp(plain, tuple(arrays), tuple(tangents))[1]
 
 
 ad.primitive_jvps[scan_p] = _scan_jvp
-ad.primitive_jvps[scan_tangent_p] = _derived_jvp(scan_tangent_p, _portable_tangent)
-ad.primitive_jvps[scan_gradient_p] = _derived_jvp(scan_gradient_p, _portable_gradient)
+ad.primitive_jvps[scan_tangent_p] = _tangent_jvp
+ad.primitive_jvps[scan_gradient_p] = _gradient_jvp
 ad.primitive_transposes[scan_tangent_p] = _tangent_transpose
 
 

@@ -52,6 +52,11 @@ class Scan:
         return self.direction.startswith("column")
 
 
+def ungated(scan: Scan) -> Scan:
+    """Return the options of the scan inside a gated scan."""
+    return dataclasses.replace(scan, gating=None)
+
+
 # The most tokens between two saved states.
 STATE_INTERVAL = 64
 

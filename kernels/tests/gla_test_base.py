@@ -213,6 +213,86 @@ class GLATestBase:
         gradients = list(oracle.recurrence(arrays, cotangents).values())[2:]
         assert inner(out_tangents, cotangents) == pytest.approx(inner(tangents, gradients), rel=1e-4)
 
+    @pytest.mark.parametrize("direction", ["row", "row_reversed", "column", "column_reversed"])
+    def test_tangents_match_the_oracle_in_every_direction(self, direction):
+        grid, gate = (4, 5), "strong" if direction == "row" else "reset_1e4"
+        arrays, _ = oracle.inputs(16, gate=gate)
+        dots, _ = oracle.inputs(17)
+        options = {"grid": grid, "direction": direction}
+
+        def expected(*arrays):
+            return oracle.recurrence_2d(arrays, segment_ids=SEGMENTS, **options)
+
+        def scan(q, k, v, g, state):
+            rest = {"segment_ids": jnp.asarray(SEGMENTS), "chunk_size": 16, "return_final_state": True}
+            return gla_2d(q, k, v, g, initial_state=state, **options, **rest, **self.backend)
+
+        actual = jax.jit(lambda x, dots: jax.jvp(scan, x, dots)[1])(arrays, dots)
+        expected = oracle.tangents(expected, arrays, dots).values()
+        oracle.assert_close(actual, expected, 1e-5, oracle.NAMES[:2])
+
+    @pytest.mark.parametrize("moving", ["q", "k", "v", "g", "initial_state", "kv"])
+    def test_tangents_of_some_operands_match_the_oracle(self, moving):
+        arrays, _ = oracle.inputs(18)
+        drawn, _ = oracle.inputs(19)
+        names = ("q", "k", "v", "g", "initial_state")
+        moves = [name in moving if len(moving) < 3 else name == moving for name in names]
+        dots = [dot if move else None for dot, move in zip(drawn, moves, strict=True)]
+
+        def scan(*moved):
+            moved = iter(moved)
+            return self.scan(*(next(moved) if move else x for x, move in zip(arrays, moves, strict=True)))
+
+        primals = tuple(x for x, move in zip(arrays, moves, strict=True) if move)
+        actual = jax.jit(lambda x, dots: jax.jvp(scan, x, dots)[1])(
+            primals, tuple(dot for dot in dots if dot is not None)
+        )
+        expected = oracle.tangents(lambda *x: oracle.recurrence(x), arrays, dots).values()
+        oracle.assert_close(actual, expected, 1e-5, oracle.NAMES[:2])
+
+    @pytest.mark.parametrize(("grid", "direction", "strength"), [((5, 4), "column", 1), ((1, 20), "row", 30)])
+    def test_tangents_of_the_gated_scan_match_the_oracle(self, grid, direction, strength):
+        (*tokens, state), (gate, _) = oracle.inputs(20)
+        tokens[3] *= strength
+        arrays = (*tokens, state, gate, jnp.linspace(0.5, 2, 16))
+        (*dots, state_dot), (gate_dot, _) = oracle.inputs(21)
+        dots = (*dots, state_dot, gate_dot, jnp.linspace(1, -1, 16))
+        options = {"grid": grid, "direction": direction}
+
+        def expected(*arrays):
+            return oracle.gated_recurrence(arrays[:5], arrays[5:], normalizer=4, eps=1e-3, **options)
+
+        def scan(q, k, v, logits, state, gate, weight):
+            gating = {"gate_normalizer": 4, "eps": 1e-3, "chunk_size": 16, "initial_state": state}
+            gating |= options | self.backend | {"return_final_state": True}
+            return gated_gla_2d(q, k, v, logits, gate, weight, **gating)
+
+        actual = jax.jit(lambda x, dots: jax.jvp(scan, x, dots)[1])(arrays, dots)
+        expected = oracle.tangents(expected, arrays, dots).values()
+        oracle.assert_close(actual, expected, 1e-5, oracle.NAMES[:2])
+
+    @pytest.mark.parametrize("change", ["random", "constant"])
+    @pytest.mark.parametrize("tokens", [4096, pytest.param(16384, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 8e-3)])
+    def test_tangents_stay_accurate_over_long_scans(self, dtype, tolerance, tokens, change):
+        options = {"b": 1, "t": tokens, "dtype": dtype}
+        arrays, _ = oracle.inputs(22, **options)
+        dots, _ = oracle.inputs(23, **options)
+        noise = np.random.default_rng(24).standard_normal(dots[3].shape)
+        # The sum of a constant tangent of the decay grows to T, and only its differences matter.
+        g_dot = jnp.asarray(noise if change == "random" else np.ones_like(noise), jnp.float32)
+        dots = (*dots[:3], g_dot, dots[4])
+        actual = self.compiled_tangents()(arrays, dots)
+        expected = oracle.tangents(lambda *x: oracle.recurrence(x), arrays, dots).values()
+        oracle.assert_close(actual, expected, tolerance, oracle.NAMES[:2])
+
+    @classmethod
+    @functools.cache
+    def compiled_tangents(cls):
+        """Return a jitted function that gives the tangents of (o, final_state)."""
+        scan = functools.partial(cls().scan, chunk_size=None)
+        return jax.jit(lambda arrays, dots: jax.jvp(scan, arrays, dots)[1])
+
     @pytest.mark.parametrize("order", ["reverse over forward", "forward over reverse"])
     def test_second_derivatives_match_the_oracle(self, order):
         arrays, (weight, _) = oracle.inputs(9)

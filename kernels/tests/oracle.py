@@ -119,6 +119,19 @@ def gated_recurrence(arrays, gates, cotangents=None, *, normalizer, eps, **optio
     return gradients
 
 
+def tangents(function, arrays, dots, step=1e-6):
+    """Return the tangents of `function(*arrays)` by central differences; accurate to about 1e-9.
+
+    `function` returns a dictionary of arrays; `dots` holds the arrays' tangents, None for zero.
+    """
+    ends = []
+    for sign in (1, -1):
+        pairs = zip(arrays, dots, strict=True)
+        moved = (np.float64(x) + (0 if dot is None else sign * step * np.float64(dot)) for x, dot in pairs)
+        ends.append(function(*moved))
+    return {name: (ends[0][name] - ends[1][name]) / (2 * step) for name in ends[0]}
+
+
 def assert_close(actual, expected, tolerance, names=NAMES):
     """Check the relative RMS error of every array; an array that should be zero must be exactly zero."""
     for name, a, e in zip(names, actual, expected, strict=True):

@@ -130,3 +130,26 @@ def test_the_second_call_outside_jit_compiles_nothing(types, caplog):
             again = gla(q, k, v, g)
     assert not [message for message in caplog.messages if "compil" in message.lower()]
     oracle.assert_close([again], [expected], 0, ["o"])
+
+
+@pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_forward_mode_and_its_gradient_are_sharded(types):
+    arrays, _ = oracle.inputs(5, b=4, h=2, t=16)
+    dots, _ = oracle.inputs(6, b=4, h=2, t=16)
+
+    def forward(arrays, dots):
+        return jax.jvp(lambda q, v, g: gla(q, arrays[1], v, g), (arrays[0], *arrays[2:]), dots)
+
+    def gradient(arrays, dots):
+        return jax.grad(lambda *x: sum(jnp.sum(jnp.sin(y)) for y in forward(*x)), (0, 1))(arrays, dots)
+
+    def both(arrays, dots):
+        return jax.tree.leaves((forward(arrays, dots), gradient(arrays, dots)))
+
+    arrays, dots = arrays[:4], (dots[0], *dots[2:4])
+    expected = jax.jit(both)(arrays, dots)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=types)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((arrays, dots), NamedSharding(mesh, P("data", None, "tensor")))
+        actual = jax.jit(both)(*placed)
+    oracle.assert_close(actual, expected, 1e-5, ["o", "o_dot", *"qkvg", "q_dot", "v_dot", "g_dot"])

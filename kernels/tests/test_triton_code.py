@@ -1,11 +1,27 @@
 """The Triton kernels as compiled code: results of their PTX, run in NumPy, and their static cost."""
 
+import functools
+import re
+
 import gpu_compiler
+import jax
+import jax.numpy as jnp
 import pytest
 import static_gpu
+from pallas_gla import gla_2d
 from pallas_gla.triton import tuning
 from ptx_traffic import CountingMachine
-from triton_cases import COVERING, GATED_COVERING, PRODUCT, check, check_gated, check_product, compiled
+from triton_cases import (
+    COVERING,
+    GATED_COVERING,
+    PRODUCT,
+    check,
+    check_gated,
+    check_product,
+    check_tangents,
+    compiled,
+    tangents,
+)
 
 pytestmark = pytest.mark.skipif(gpu_compiler.missing() is not None, reason=str(gpu_compiler.missing()))
 GPUS = ("sm_90a", "sm_80")
@@ -42,6 +58,19 @@ def test_gated_scan_matches_the_oracle(gpu, case):
     check_gated(compiled(gpu), *case, strengths=(0.5, 30.0), batch=1, tolerance=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "grid", "dtype", "direction", "gated"),
+    [
+        ("sm_90a", (4, 16), "bfloat16", "column_reversed", False),
+        pytest.param("sm_90a", (3, 7), "float32", "row", False, marks=pytest.mark.slow),
+        pytest.param("sm_90a", (3, 7), "bfloat16", "column", True, marks=pytest.mark.slow),
+        pytest.param("sm_80", (4, 16), "bfloat16", "column_reversed", False, marks=pytest.mark.slow),
+    ],
+)
+def test_tangents_match_the_oracle(gpu, grid, dtype, direction, gated):
+    check_tangents(compiled(gpu, function=tangents), grid, dtype, direction, gated)
+
+
 @pytest.fixture
 def parts(monkeypatch):
     """Split scans of few heads along T, two chunks a part."""
@@ -60,6 +89,20 @@ def parts(monkeypatch):
 def test_a_scan_split_along_t_matches_the_oracle(parts, gpu, dtype, segmented):
     case = ((19, 23), 32, 64, dtype, dtype, "column_reversed", segmented)
     check(compiled(gpu), *case, gates=("dig",), batch=1)
+
+
+@pytest.mark.slow
+def test_tangents_of_a_scan_split_along_t_match_the_oracle(parts):
+    check_tangents(compiled("sm_90a", function=tangents), (19, 23), "bfloat16", "column_reversed", False)
+
+
+def test_forward_mode_runs_kernels_only_and_moves_no_array():
+    keys, values = (jax.ShapeDtypeStruct((2, 256, 2, n), jnp.bfloat16) for n in (32, 64))
+    arrays = (keys, keys, values, keys)
+    scan = functools.partial(gla_2d, grid=(16, 16), direction="column")
+    program = gpu_compiler.compile_for("sm_90a", lambda x, dots: jax.jvp(scan, x, dots), arrays, arrays)
+    assert set(program.kernels) == {"gla_forward", "gla_tangent"}
+    assert not re.search(r" (while|transpose|copy|dot)\(", program.hlo)
 
 
 @pytest.mark.slow

@@ -60,13 +60,22 @@ def interpreted(operands: Operands, cotangents: tuple, scan: Scan) -> tuple:
     return forward_and_backward(operands, cotangents, dataclasses.replace(scan, interpret=True))
 
 
-def compiled(gpu: str, machine: type[Machine] = Machine) -> Callable[..., tuple]:
-    """Return a `forward_and_backward` that compiles with Triton for a GPU and runs the PTX in NumPy."""
+def tangents(operands: Operands, dots: Operands, scan: Scan) -> tuple:
+    """Return the tangents of (o, final_state)."""
+    results = backend.tangent(operands, dots, scan)
+    assert results is not None
+    return results
+
+
+def compiled(
+    gpu: str, machine: type[Machine] = Machine, function: Callable[..., tuple] = forward_and_backward
+) -> Callable[..., tuple]:
+    """Return a `function` that compiles with Triton for a GPU and runs the PTX in NumPy."""
 
     def run(operands: Operands, cotangents: tuple, scan: Scan) -> tuple:
         replacement = functools.partial(_call_compiled, gpu, machine, call.call)
         with mock.patch.object(call, "call", replacement):
-            return forward_and_backward(operands, cotangents, scan)
+            return function(operands, cotangents, scan)
 
     return run
 
@@ -157,3 +166,30 @@ def check_gated(
     actual = [*out, d.q, d.k, d.v, d.g, d.initial_state, d.out_gate, d.norm_weight]
     tolerance = tolerance or TOLERANCE[dtype]
     assert_each_close(actual, expected.values(), tolerance, oracle.GATED_NAMES, strengths, batch)
+
+
+def check_tangents(run, grid, dtype, direction, gated):
+    """Compare the tangents of `gla_2d` or `gated_gla_2d` with the oracle's, by weak and by strong decays."""
+    tokens, k, v = grid[0] * grid[1], 32, 64
+    options = {"b": 1, "t": tokens, "h": 2, "k": k, "v": v, "dtype": dtype}
+    ids = segments(1, tokens)
+    for gate in ("dig", "reset_1e4") if tokens < 100 else ("dig",):
+        (*arrays, state), (out_gate, _) = oracle.inputs(4, gate=gate, **options)
+        (*dots, state_dot), (out_gate_dot, _) = oracle.inputs(5, **options)
+        gates = (out_gate, jnp.linspace(0.5, 2, v)[None]) if gated else (None, None)
+        gates_dot = (out_gate_dot, jnp.linspace(1, -1, v)[None]) if gated else (None, None)
+        operands = Operands(*arrays, *gates, state, jnp.asarray(ids))
+        moved = Operands(*dots, *gates_dot, state_dot)
+        scan = Scan(k**-0.5, grid, direction, gating=GATING if gated else None)
+
+        def expected(q, k, v, g, *rest, grid=grid):
+            order = {"grid": grid, "direction": direction, "segment_ids": ids}
+            if not gated:
+                return oracle.recurrence_2d((q, k, v, g, rest[0]), **order)
+            norm = {"normalizer": GATING.normalizer, "eps": GATING.eps}
+            return oracle.gated_recurrence((q, k, v, g, rest[2]), rest[:2], **norm, **order)
+
+        present = [(x, dot) for x, dot in zip(operands[:-1], moved[:-1], strict=True) if x is not None]
+        wanted = oracle.tangents(expected, *zip(*present, strict=True)).values()
+        tolerance = 1e-5 if dtype == "float32" else 8e-3
+        oracle.assert_close(run(operands, moved, scan), wanted, tolerance, oracle.NAMES[:2])

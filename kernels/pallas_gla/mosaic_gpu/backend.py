@@ -23,6 +23,8 @@ KEYS = (32, 64)
 
 # `forward` saves the states that Triton's backward pass reads.
 backward = triton_backend.backward
+# This kernel has no tangent of its own.
+tangent = triton_backend.tangent
 
 
 def unsupported(operands: Operands, scan: Scan) -> str | None:

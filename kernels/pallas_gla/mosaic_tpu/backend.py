@@ -15,6 +15,7 @@ from pallas_gla.mosaic_tpu import tuning
 from pallas_gla.mosaic_tpu.backward import backward_kernel
 from pallas_gla.mosaic_tpu.forward import forward_kernel
 from pallas_gla.mosaic_tpu.launch import Launch, chip_dtype, starts_of_segments
+from pallas_gla.mosaic_tpu.tangent import STATES, tangent_kernel
 from pallas_gla.scan import Operands, Scan, saved_shape
 from pallas_gla.validation import FLOATS, one_of
 
@@ -87,3 +88,17 @@ def backward(
     if operands.initial_state is not None:
         gradients["initial_state"] = launch.unpack_state(results["d_initial_state"])
     return Operands(**gradients)
+
+
+def tangent(
+    operands: Operands, tangents: Operands, scan: Scan
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """Return the tangents of a scan's results (see `pallas_gla.dispatch`)."""
+    launch = Launch.of(operands, scan, tuning.blocks().backward_chunks)
+    inputs = launch.inputs(operands)
+    dots = {name: x for name, x in tangents._asdict().items() if x is not None}
+    inputs |= {f"{name}_dot": launch.operand(name, x) for name, x in dots.items()}
+    results = {"o_dot": launch.dtype, "final_state_dot": jnp.dtype(jnp.float32)}
+    body = functools.partial(tangent_kernel, scale=scan.scale, gating=scan.gating)
+    results = launch.run("gla_tangent", body, inputs, results, states=STATES)
+    return launch.unpack(results["o_dot"], operands.v), launch.unpack_state(results["final_state_dot"])

@@ -21,14 +21,15 @@ from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
 RESET, NO_DECAY_LOGIT = -1e4, 1e4
 # The arrays that a kernel reads and writes, by layout.
 FORMS = {
-    "keys": ("q", "k", "g", "d_q", "d_k", "d_g"),
-    "values": ("v", "out_gate", "o", "d_v", "d_out_gate", "d_o"),
-    "state": ("initial_state", "final_state", "d_initial_state", "d_final_state"),
+    "keys": ("q", "k", "g"),
+    "values": ("v", "out_gate", "o"),
+    "state": ("initial_state", "final_state"),
     "states": ("states",),
-    "weight": ("norm_weight", "d_norm_weight"),
+    "weight": ("norm_weight",),
 }
 TOKENS = ("keys", "values")
-FORM = {name: form for form, names in FORMS.items() for name in names}
+# d_x is a gradient, x_dot a tangent.
+FORM = {name: form for form, names in FORMS.items() for x in names for name in (x, f"d_{x}", f"{x}_dot")}
 
 
 def chip_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -119,16 +120,19 @@ class Launch:
             starts = starts_of_segments(operands.segment_ids, self.scan)[:, :, None, None]
             g = g.astype(chip_dtype(g.dtype))
             g = jnp.where(starts, jnp.asarray(reset, g.dtype), g)
-        arrays = {"q": operands.q, "k": operands.k, "v": operands.v, "out_gate": operands.out_gate}
-        inputs = {name: self.pack(name, x) for name, x in arrays.items() if x is not None}
-        inputs["g"] = self.pack("g", g, fill=0.0 if gating is None else NO_DECAY_LOGIT)
-        if operands.norm_weight is not None:
-            weight = operands.norm_weight.astype(jnp.float32)
-            weight = _pad(weight[:, None], (1, self.tiling.value_width))
-            inputs["norm_weight"] = jnp.tile(weight, (1, 1, self.heads))
-        if operands.initial_state is not None:
-            inputs["initial_state"] = self.pack_state(operands.initial_state.astype(jnp.float32))
-        return inputs
+        fill = 0.0 if gating is None else NO_DECAY_LOGIT
+        arrays = operands._replace(g=None, segment_ids=None)._asdict()
+        inputs = {name: self.operand(name, x) for name, x in arrays.items() if x is not None}
+        return inputs | {"g": self.pack("g", g, fill)}
+
+    def operand(self, name: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return one operand, or a tangent of it, in the kernel's layout."""
+        if FORM[name] in TOKENS:
+            return self.pack(name, x)
+        x = x.astype(jnp.float32)
+        if FORM[name] == "state":
+            return self.pack_state(x)
+        return jnp.tile(_pad(x[:, None], (1, self.tiling.value_width)), (1, 1, self.heads))
 
     def pack(self, name: str, x: Float[Array, "b t h w"], fill: float = 0.0) -> Float[Array, "b *s lanes"]:
         """Pad an array and put its heads side by side and its tokens in the kernel's order."""
@@ -180,20 +184,31 @@ class Launch:
         body: Callable[..., None],
         inputs: dict[str, Shaped[Array, "..."]],
         results: dict[str, jnp.dtype],
-        slots: int,
+        slots: int = 0,
         backward: bool = False,
+        states: tuple[str, ...] = ("state",),
     ) -> dict[str, Shaped[Array, "..."]]:
-        """Call the kernel. `results` gives the dtype of each result, `slots` the number of saved states."""
+        """Call the kernel.
+
+        Args:
+            name: the compiled kernel's name.
+            body: the kernel, a function of refs by name and the tiling.
+            inputs: the operands by name.
+            results: dtype of each result.
+            slots: number of saved states.
+            backward: whether the last token comes first.
+            states: names of the states that a step carries to the next one.
+        """
         grid = (self.shape[0], self.head_blocks, self.steps)
         outputs = {key: self._result(key, dtype, slots) for key, dtype in results.items()}
         last_first = self.scan.reverse != backward
         specs = {key: self._spec(FORM[key], last_first) for key in (*inputs, *outputs)}
-        state = (2, self.tiling.value_width, self.tiling.heads * self.tiling.key_width)
+        carried = (2, self.tiling.value_width, self.tiling.heads * self.tiling.key_width)
 
         tokens = [key for key in specs if FORM[key] in TOKENS]
         moved = tokens if self.columns else []
         dtypes = {key: x.dtype for key, x in (*inputs.items(), *outputs.items())}
-        scratch = [pltpu.VMEM(state, jnp.float32)]
+        scratch = [pltpu.VMEM(carried, jnp.float32) for _ in states]
         for key in moved:
             width = self.tiling.heads * self._width(key)
             shape, dtype = (self.rows, width), dtypes[key]
@@ -202,8 +217,9 @@ class Launch:
             scratch.append(pltpu.VMEM(shape, dtype))
 
         def kernel(*refs: Any) -> None:
-            blocks = dict(zip((*specs, "state"), refs[: len(specs) + 1], strict=True))
-            in_order = dict(zip(moved, refs[len(specs) + 1 :], strict=True))
+            names = (*specs, *states)
+            blocks = dict(zip(names, refs[: len(names)], strict=True))
+            in_order = dict(zip(moved, refs[len(names) :], strict=True))
             views: dict[str, Tokens | Columns] = {
                 key: Tokens((blocks | in_order)[key], self.tiling.chunk) for key in tokens
             }
@@ -228,7 +244,7 @@ class Launch:
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
                 vmem_limit_bytes=tuning.blocks().vmem_limit_bytes,
             ),
-            cost_estimate=self._cost((*inputs.values(), *outputs.values()), backward),
+            cost_estimate=self._cost((*inputs.values(), *outputs.values()), backward, len(states)),
             interpret=self.scan.interpret,
             name=name,
         )
@@ -271,12 +287,14 @@ class Launch:
             "weight": pl.BlockSpec((None, 1, values), lambda b, h, s: (b, 0, h)),
         }[form]
 
-    def _cost(self, arrays: tuple[Any, ...], backward: bool) -> pl.CostEstimate:
+    def _cost(self, arrays: tuple[Any, ...], backward: bool, states: int) -> pl.CostEstimate:
         _, _, _, keys, values = self.shape
         chunk = self.tiling.chunk
         per_token = 4 * keys * values + 2 * chunk * (keys + values)
         if backward:
             per_token = 8 * keys * values + chunk * (6 * keys + 4 * values)
+        elif states > 1:
+            per_token = 10 * keys * values + chunk * (6 * keys + 4 * values)
         tokens = math.prod(self.shape[:3])
         return pl.CostEstimate(
             flops=tokens * per_token,

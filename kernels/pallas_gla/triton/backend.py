@@ -21,7 +21,8 @@ from pallas_gla.scan_order import segment_starts, to_scan_order
 from pallas_gla.triton import call, tuning
 from pallas_gla.triton.backward import backward_kernel, backward_parts_kernel, ungate_kernel
 from pallas_gla.triton.forward import forward_kernel, parts_kernel
-from pallas_gla.triton.tiling import TritonTiling
+from pallas_gla.triton.tangent import tangent_kernel, tangent_parts_kernel
+from pallas_gla.triton.tiling import LARGEST_STATE, TritonTiling
 from pallas_gla.validation import one_of
 
 WIDTHS = (16, 128)
@@ -167,8 +168,9 @@ def _launch(
     tiling: TritonTiling,
     arrays: dict[str, Shaped[Array, "..."]],
     results: dict[str, Result],
+    carried: int = 1,
 ) -> dict[str, Shaped[Array, "..."]]:
-    """Launch a kernel; return its results by name."""
+    """Launch a kernel that carries this many states from chunk to chunk; return its results by name."""
     device = tuning.gpu(None if tiling.scan.interpret else chip.current().kind)
     # Per token: products with a state, and products with half the tokens of its chunk.
     states, pairs = (5, 6) if "states" in arrays else (2, 2)
@@ -187,9 +189,33 @@ def _launch(
         list(arrays.values()),
         list(results.values()),
         programs=tiling.programs,
-        warps=device.num_warps(tiling.key_width * tiling.value_width),
+        warps=device.num_warps(carried * tiling.key_width * tiling.value_width),
         stages=device.stages,
         cost=cost,
         interpret=tiling.scan.interpret,
     )
     return dict(zip(results, outputs, strict=True))
+
+
+def tangent(
+    operands: Operands, tangents: Operands, scan: Scan
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]] | None:
+    """Return the tangents of a scan's results (see `pallas_gla.dispatch`)."""
+    tiling, arrays = _prepare(operands, scan)
+    if tiling.key_width * tiling.value_width > LARGEST_STATE:
+        # Two such states and their chunks do not fit the shared memory of every GPU.
+        return None
+    dots = {f"{name}_dot": x for name, x in tangents._asdict().items() if x is not None}
+    arrays |= {name: _flat(x) for name, x in dots.items()}
+    if tiling.parts > 1:
+        used = ("k", "v", "g", "segments", "k_dot", "v_dot", "g_dot")
+        inputs = {name: arrays[name] for name in used if name in arrays}
+        results = _part_results(tiling)
+        results |= {"local_state_dot": results["local_state"], "local_moved": results["local_decay"]}
+        arrays |= _launch(tangent_parts_kernel, tiling, inputs, results, 2)
+    results = {"o_dot": _like(arrays["v"]), "final_state_dot": _end_state(tiling)}
+    results = _launch(tangent_kernel, tiling, arrays, results, 2)
+    return (
+        results["o_dot"].reshape(operands.v.shape),
+        results["final_state_dot"].reshape(tiling.batch, tiling.heads, tiling.keys, tiling.values),
+    )

@@ -1,0 +1,270 @@
+"""The tangent kernel for GPUs: the forward pass and its derivative in one launch.
+
+With the names of `pallas_gla.triton.forward`, a dot for tangents, and D the sum of g_dot, taken relative to
+the chunk's middle:
+
+    a~ = scale (q_dot + q D) exp(G - m)         b~ = (k_dot - k D) exp(m - G)
+    S~_dot = (S_dot - D_first S) exp(m)
+    o_dot  = tril(a~ k~^T + q~ b~^T) v + tril(q~ k~^T) v_dot + a~ S~ + q~ S~_dot
+    S'_dot = (S~_dot + b~^T v + k~^T v_dot + D_last (S~ + k~^T v)) exp(G_last - m)
+
+where -D_first and D_last are the sums over the first and the second half. D starts again in every chunk, so
+that q D and k D stay small. A chunk whose decay is too strong runs token by token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_gla.triton.chunk import ChunkSegments, Decay, causal, chunk_decay, only, token_count, token_decay
+from pallas_gla.triton.tiling import TritonProgram, TritonTiling, iota, pick
+
+Tile = Float[Array, "_ _"]
+# A state and its tangent.
+States = tuple[Float[Array, "v k"], Float[Array, "v k"]]
+STATES = ("initial_state", "initial_state_dot")
+
+
+def tangent_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
+    """Return the kernel for the named arrays. In a split scan it continues from `tangent_parts_kernel`."""
+
+    def gla_tangent(*refs: Any) -> None:
+        program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
+        states = program.loop(lambda chunk, states: _chunk(program, chunk, states), _first_states(program))
+        program.store_end_state("final_state_dot", states[1], tiling.parts - 1)
+
+    return gla_tangent
+
+
+def tangent_parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
+    """Return the first pass over a split scan: each part's states from zero, and its sums of g and g_dot."""
+
+    def gla_tangent_parts(*refs: Any) -> None:
+        program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
+
+        def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
+            states, log2_decay, moved = carry
+            positions = program.positions(chunk)
+            g, unit = chunk_decay(program, positions)
+            log2_decay += jnp.sum(g.astype(jnp.float32), axis=0) * unit
+            change = decay_dot(program, positions)
+            if change is not None:
+                moved += jnp.sum(change.astype(jnp.float32), axis=0)
+            return _chunk(program, chunk, states), log2_decay, moved
+
+        zero, line = program.zero_state(), jnp.zeros((tiling.key_width,), jnp.float32)
+        (state, state_dot), log2_decay, moved = program.loop(step, ((zero, zero), line, line))
+        program.store_part(state, log2_decay)
+        program.store_state("local_state_dot", program.local_state(program.part), state_dot)
+        program.store_line("local_moved", program.program_index(program.part), moved)
+
+    return gla_tangent_parts
+
+
+def _first_states(program: TritonProgram) -> States:
+    """Return the states that enter a program's part."""
+    first = tuple(
+        program.load_state(name, program.end_state()) if name in program.refs else program.zero_state()
+        for name in STATES
+    )
+    if program.tiling.parts == 1:
+        return first[0], first[1]
+
+    def through_part(part: Int[Array, ""], states: States) -> States:
+        state, state_dot = states
+        index, where = program.program_index(part), program.local_state(part)
+        decay, moved = (program.load_line(name, index)[None, :] for name in ("local_decay", "local_moved"))
+        state_dot = (state_dot + moved * state) * decay + program.load_state("local_state_dot", where)
+        return state * decay + program.load_state("local_state", where), state_dot
+
+    return lax.fori_loop(jnp.int32(0), program.part, through_part, (first[0], first[1]))
+
+
+def _chunk(program: TritonProgram, chunk: Int[Array, ""], states: States) -> States:
+    """Run a chunk, store o_dot if the launch has it, and return the next states."""
+    decay = Decay.of(program, program.positions(chunk))
+
+    def fast(states: States) -> States:
+        return _factorized(program, chunk, decay, states)
+
+    def safe(states: States) -> States:
+        def token(i: Int[Array, ""], states: States) -> States:
+            return _token(program, chunk * program.tiling.chunk + i, states)
+
+        return lax.fori_loop(jnp.int32(0), token_count(program, chunk), token, states)
+
+    return lax.cond(decay.bounded, fast, safe, states)
+
+
+def _factorized(program: TritonProgram, chunk: Int[Array, ""], decay: Decay, states: States) -> States:
+    """Run a chunk by matrix products."""
+    tiling, positions = program.tiling, program.positions(chunk)
+    segments = ChunkSegments.of(program, chunk)
+    change = decay_dot(program, positions)
+    relative = before = after = None
+    if change is not None:
+        relative, before, after = half_sums(tiling, change)
+    with_output, gated = "o_dot" in program.refs, tiling.scan.gating is not None
+
+    k, v, v_dot = (load(program, name, positions) for name in ("k", "v", "v_dot"))
+    assert k is not None and v is not None
+    k = k.astype(jnp.float32)
+    fade = tiling.exp2(-decay.relative)
+    k_dot = plus(load(program, "k_dot", positions), None if relative is None else k * -relative)
+    k_tilde = tiling.operand(k * fade)
+    k_tilde_dot = None if k_dot is None else tiling.operand(k_dot * fade)
+
+    state, state_dot = states
+    enter = tiling.exp2(decay.before)
+    state_dot = plus(state_dot, None if before is None else before * state) * enter
+    state = state * enter
+
+    o: Any = None
+    o_dot: Any = None
+    if with_output:
+        q = program.load("q", positions).astype(jnp.float32)
+        grow = tiling.exp2(decay.relative) * tiling.scan.scale
+        q_dot = plus(load(program, "q_dot", positions), None if relative is None else q * relative)
+        q_tilde, q_tilde_dot = (
+            tiling.operand(q * grow),
+            None if q_dot is None else tiling.operand(q_dot * grow),
+        )
+        first = segments and segments.first
+        o_dot = tiling.dot(only(q_tilde, first), state_dot, (1, 1))
+        scores_dot = None
+        if q_tilde_dot is not None:
+            o_dot += tiling.dot(only(q_tilde_dot, first), state, (1, 1))
+            scores_dot = tiling.dot(q_tilde_dot, k_tilde, (1, 1))
+        if k_tilde_dot is not None:
+            scores_dot = plus(scores_dot, tiling.dot(q_tilde, k_tilde_dot, (1, 1)))
+        if scores_dot is not None:
+            o_dot += tiling.dot(causal(scores_dot, segments), v)
+        if gated or v_dot is not None:
+            scores = tiling.operand(causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments))
+            if v_dot is not None:
+                o_dot += tiling.dot(scores, v_dot)
+            if gated:
+                o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, first), state, (1, 1))
+        if not gated:
+            program.store("o_dot", positions, o_dot)
+
+    last = None
+    if segments is not None:
+        last = segments.last
+        state, state_dot = (jnp.where(segments.passes, x, 0.0) for x in (state, state_dot))
+    state += tiling.dot(v, only(k_tilde, last), (0, 0))
+    if k_tilde_dot is not None:
+        state_dot += tiling.dot(v, only(k_tilde_dot, last), (0, 0))
+    if v_dot is not None:
+        state_dot += tiling.dot(v_dot, only(k_tilde, last), (0, 0))
+    if after is not None:
+        state_dot += after * state
+    leave = tiling.exp2(decay.after)
+    if with_output and gated:
+        gates = (load(program, name, positions) for name in ("out_gate", "out_gate_dot"))
+        program.store("o_dot", positions, gated_dot(program, o, o_dot, *gates))
+    return state * leave, state_dot * leave
+
+
+def _token(program: TritonProgram, position: Int[Array, ""], states: States) -> States:
+    """Run one token by the recurrence."""
+    tiling = program.tiling
+    state, state_dot = states
+
+    def token(name: str) -> Float[Array, " n"] | None:
+        return program.load_token(name, position) if name in program.refs else None
+
+    decay = token_decay(program, position)[None, :]
+    change = token("g_dot")
+    if change is not None:
+        change = _decay_dot(tiling, program.load_token("g", position), change)
+        state_dot += change[None, :] * state
+    k, v, k_dot, v_dot = (token(name) for name in ("k", "v", "k_dot", "v_dot"))
+    assert k is not None and v is not None
+    state, state_dot = state * decay + v[:, None] * k[None, :], state_dot * decay
+    if k_dot is not None:
+        state_dot += v[:, None] * k_dot[None, :]
+    if v_dot is not None:
+        state_dot += v_dot[:, None] * k[None, :]
+    if "o_dot" in program.refs:
+        q, q_dot = token("q"), token("q_dot")
+        assert q is not None
+        product = state_dot * q[None, :]
+        if q_dot is not None:
+            product += state * q_dot[None, :]
+        o_dot = jnp.sum(product, axis=1) * tiling.scan.scale
+        if tiling.scan.gating is not None:
+            o = jnp.sum(state * q[None, :], axis=1) * tiling.scan.scale
+            gates = (token(name) for name in ("out_gate", "out_gate_dot"))
+            gates = (None if x is None else x[None, :] for x in gates)
+            o_dot = gated_dot(program, o[None, :], o_dot[None, :], *gates)[0]
+        program.store_token("o_dot", position, o_dot)
+    return state, state_dot
+
+
+def half_sums(tiling: TritonTiling, x: Tile) -> tuple[Tile, Tile, Tile]:
+    """Return sums over a chunk, as in `Decay`: from its middle to every token, and of both halves."""
+    half = tiling.chunk // 2
+    if not tiling.by_products:
+        x, row = x.astype(jnp.float32), iota(x.shape, 0)
+        total = jnp.cumsum(jnp.where(row > 0, x, 0.0), axis=0)
+        before, after = (
+            jnp.sum(jnp.where(rows, x, 0.0), axis=0)[None, :] for rows in (row < half, row >= half)
+        )
+        return total - pick(total, half - 1)[None, :], before, after
+    i, j = (iota((tiling.chunk, tiling.chunk), axis) for axis in (0, 1))
+    from_middle = jnp.where(j < half, jnp.where(j > i, -1.0, 0.0), jnp.where(j <= i, 1.0, 0.0))
+    j = iota((tiling.value_width, tiling.chunk), 1)
+    before, after = (jnp.where(tokens, 1.0, 0.0) for tokens in (j < half, j >= half))
+    return tiling.sums(from_middle, x), tiling.sums(before, x), tiling.sums(after, x)
+
+
+def decay_dot(program: TritonProgram, positions: Int[Array, " c"]) -> Tile | None:
+    """Return the tangents of a chunk's log decays, or None if they are zero."""
+    change = load(program, "g_dot", positions)
+    tiling = program.tiling
+    if change is None or tiling.scan.gating is None:
+        return change
+    return tiling.operand(_decay_dot(tiling, program.load("g", positions), change.astype(jnp.float32)))
+
+
+def _decay_dot(
+    tiling: TritonTiling, g: Float[Array, "..."], change: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Return the tangent of a log decay, given that of the log decay or, in a gated scan, of its logits."""
+    if tiling.scan.gating is None:
+        return change
+    return change * tiling.sigmoid(-g.astype(jnp.float32)) * (1 / tiling.scan.gating.normalizer)
+
+
+def gated_dot(program: TritonProgram, o: Tile, o_dot: Tile, gate: Tile | None, gate_dot: Tile | None) -> Tile:
+    """Return the tangent of RMSNorm(o) * norm_weight * SiLU(gate)."""
+    tiling, gating = program.tiling, program.tiling.scan.gating
+    assert gating is not None and gate is not None
+    weight = program.load_line("norm_weight", program.element)[None, :]
+    inverse = lax.rsqrt(jnp.sum(o * o, axis=1, keepdims=True) * (1 / tiling.values) + gating.eps)
+    normed = o * inverse
+    mean = jnp.sum(normed * o_dot, axis=1, keepdims=True) * (1 / tiling.values)
+    gate = gate.astype(jnp.float32)
+    sigmoid = tiling.sigmoid(gate)
+    out_dot = (o_dot - normed * mean) * inverse * weight * (gate * sigmoid)
+    if gate_dot is not None:
+        silu_dot = sigmoid * (1 + gate * (1 - sigmoid)) * gate_dot.astype(jnp.float32)
+        out_dot += normed * weight * silu_dot
+    if "norm_weight_dot" in program.refs:
+        out_dot += normed * program.load_line("norm_weight_dot", program.element)[None, :] * (gate * sigmoid)
+    return out_dot
+
+
+def load(program: TritonProgram, name: str, positions: Int[Array, " c"]) -> Tile | None:
+    """Load a tile, or return None if the launch has no such array."""
+    return program.load(name, positions) if name in program.refs else None
+
+
+def plus(x: Tile | None, y: Tile | None) -> Any:
+    """Return x + y in float32, where None is zero."""
+    tiles = [z.astype(jnp.float32) for z in (x, y) if z is not None]
+    return sum(tiles[1:], tiles[0]) if tiles else None
