@@ -3,8 +3,9 @@
 import numpy as np
 
 from dig_jax.data.latents import FORMAT, INDEX_FILE, Shard, checksum, pack
-from dig_jax.encoding.shard_writer import array_record_writer, file_sha256
+from dig_jax.encoding.shard_writer import array_record_writer
 from dig_jax.files.atomic import write_json
+from dig_jax.files.paths import sha256
 
 HEADER = {
     "format": FORMAT,
@@ -55,6 +56,6 @@ def _write(directory, split, moments, shard_size):
             for number, both in enumerate(chunk, first):
                 for one in both:
                     write(pack(number % 3, one))
-        size, sha256 = (directory / file).stat().st_size, file_sha256(directory / file)
-        shards.append(Shard(file, len(chunk), size, sha256, (), (), ())._asdict())
+        size, digest = (directory / file).stat().st_size, sha256(directory / file)
+        shards.append(Shard(file, len(chunk), size, digest, (), (), ())._asdict())
     return shards

@@ -187,7 +187,7 @@ def end_at(monkeypatch, call):
 
     for module, name in (
         (shard_writer, "array_record_writer"),
-        (shard_writer, "file_sha256"),
+        (shard_writer, "sha256"),
         (shard_writer, "write_json"),
         (encode_module, "write_json"),
         (shard_writer.os, "replace"),

@@ -1,6 +1,7 @@
 """Runs whose workdir is in object storage, against servers on this machine."""
 
 import dataclasses
+import shutil
 import signal
 import subprocess
 import time
@@ -14,9 +15,11 @@ from object_storage import SCHEMES, create_bucket, directed, storage_servers  # 
 
 import dig_jax
 from dig_jax.config import Config
+from dig_jax.convert.command import convert
 from dig_jax.export.export import export
 from dig_jax.files import paths
 from dig_jax.files.paths import to_path
+from dig_jax.sampling.sample import sample
 from dig_jax.testing import tiny_settings
 from dig_jax.training.train import train
 
@@ -24,15 +27,17 @@ ROOT = Path(__file__).parent.parent
 
 
 def settings_of(steps: int, **changes) -> Config:
-    changes = {"logging__tensorboard": True, "sampling__every_steps": 2} | changes
-    return tiny_settings(
-        training__steps=steps,
-        checkpoint__every_steps=2,
-        checkpoint__keep=2,
-        logging__every_steps=1,
-        logging__heldout_every_steps=2,
-        **changes,
-    )
+    fields = {
+        "model__directions": 1,
+        "training__steps": steps,
+        "checkpoint__every_steps": 2,
+        "checkpoint__keep": 2,
+        "logging__every_steps": 1,
+        "logging__heldout_every_steps": 2,
+        "logging__tensorboard": True,
+        "sampling__every_steps": 2,
+    }
+    return tiny_settings(**(fields | changes))
 
 
 def download(workdir: str, target: Path) -> Path:
@@ -64,7 +69,7 @@ class Trained:
     faults: dict[str, int]
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
+@pytest.fixture(scope="module", params=["gs", pytest.param("s3", marks=pytest.mark.slow)])
 def trained(request, storage_servers):  # noqa: F811
     """A run in a bucket that was resumed, whose server failed during two saves."""
     with pytest.MonkeyPatch.context() as patch:
@@ -110,11 +115,46 @@ def test_a_run_in_object_storage_is_loaded_exported_and_continued(trained, local
     exported = trained.workdir.replace("one", "exported/x.safetensors")
     export(settings_of(8), to_path(trained.workdir), to_path(exported))
     np.testing.assert_array_equal(dig_jax.load(exported)(seeds=[0, 1]), images)
-    with pytest.raises(dig_jax.ConfigError, match="exists"):
-        export(settings_of(8), to_path(trained.workdir), to_path(exported))
+    export(settings_of(8), to_path(trained.workdir), to_path(exported))  # is there already
     for source in (trained.workdir, exported):
         settings = dataclasses.replace(settings_of(1, sampling__every_steps=0), init_from=source)
         train(settings, tmp_path / Path(source).name)
+
+
+def test_a_run_that_was_copied_to_a_bucket_goes_on_and_keeps_its_checkpoints(directed, local, tmp_path):  # noqa: F811
+    copy = to_path(f"{create_bucket('gs', directed)}/copied")
+    for file in paths.files_below(local):
+        paths.upload(file, copy / file.relative_to(local).as_posix())
+    train(settings_of(9, checkpoint__keep=3), copy)
+    assert [path.name for path in paths.children(copy / "checkpoints")] == ["6", "8", "9"]
+    same = shutil.copytree(local, tmp_path / "same")
+    train(settings_of(9, checkpoint__keep=3), same)
+    assert_ended_alike(download(str(copy), tmp_path / "copy"), same, 9)
+
+
+def test_sets_of_images_arrive_and_are_not_drawn_again(trained, local, directed, caplog):  # noqa: F811
+    caplog.set_level("INFO")
+    workdir = to_path(trained.workdir)
+    for _ in range(2):
+        sample(settings_of(8), workdir, seeds=np.arange(3))
+    assert "already holds these 3 images" in caplog.messages[-1]
+    with paths.local_copy(workdir / "generated.npz") as copy, np.load(copy) as found:
+        np.testing.assert_array_equal(found["arr_0"], dig_jax.load(local)(seeds=[0, 1, 2]))
+    assert (workdir / "generated.png").exists()
+    assert not (workdir / "generated").exists()
+    with pytest.raises(dig_jax.UserError, match="another set"):
+        sample(settings_of(8), workdir, seeds=np.arange(4))
+
+
+def test_conversions_read_and_write_object_storage(trained, local, directed):  # noqa: F811
+    folder = to_path(trained.workdir).parent
+    convert(folder / "one", folder / "upstream.safetensors")
+    convert(folder / "upstream.safetensors", folder / "converted", num_heads=1, directions=1)
+    convert(folder / "one", folder / "upstream.pt")
+    convert(local, local.parent / "upstream.pt")
+    assert (folder / "upstream.pt").read_bytes() == (local.parent / "upstream.pt").read_bytes()
+    images = [dig_jax.load(path)(seeds=[5]) for path in (folder / "one", folder / "converted")]
+    assert images[0].shape == images[1].shape
 
 
 def newest_step(workdir: str) -> int:
@@ -166,7 +206,9 @@ def test_a_killed_run_in_object_storage_ends_bit_identical(scheme, processes, di
 
 def test_a_bucket_that_does_not_exist_is_one_line(directed):  # noqa: F811
     for scheme in SCHEMES:
-        with pytest.raises(dig_jax.UserError, match="cannot write to the workdir") as error:
+        with pytest.raises(
+            dig_jax.UserError, match=f"cannot write to {scheme}://no-such-bucket/run: no such bucket"
+        ) as error:
             train(settings_of(1), to_path(f"{scheme}://no-such-bucket/run"))
         assert "\n" not in str(error.value)
         with pytest.raises(dig_jax.CheckpointError, match="no checkpoint in"):

@@ -6,13 +6,12 @@ and with checkpoint.checksums=False. Files that appear later, such as .DS_Store,
 """
 
 import errno
-import hashlib
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 from dig_jax.errors import CheckpointError, one_line
-from dig_jax.files.paths import Path, as_os_error, files_below, is_remote, size
+from dig_jax.files.paths import Path, as_os_error, files_below, is_remote, sha256, size
 
 log = logging.getLogger(__name__)
 
@@ -93,14 +92,9 @@ def _measure(directory: Path, paths: list[str], record: str) -> dict[str, str]:
         return dict(zip(paths, values, strict=True))
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _size(path: Path) -> str:
     with as_os_error(path):
         return str(size(path))
 
 
-_MEASURES = {"SHA256SUMS": _sha256, "SIZES": _size}
+_MEASURES = {"SHA256SUMS": sha256, "SIZES": _size}

@@ -20,12 +20,18 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
-from dig_jax.checkpoints.integrity import write_record
-from dig_jax.checkpoints.reader import has_checkpoints, newest_intact, restore_items, state_metadata
+from dig_jax.checkpoints.integrity import has_record, write_record
+from dig_jax.checkpoints.reader import (
+    MARKER,
+    has_checkpoints,
+    newest_intact,
+    restore_items,
+    state_metadata,
+)
 from dig_jax.checkpoints.s3 import prepare_orbax
 from dig_jax.config import Config
 from dig_jax.errors import CheckpointError, one_line
-from dig_jax.files.paths import Path, absolute, is_remote, rename
+from dig_jax.files.paths import Path, absolute, children, is_remote, rename
 from dig_jax.parallel import is_peer_failure, on_process_0
 
 
@@ -129,6 +135,8 @@ class Checkpoints:
         """Open the manager for the first save. This removes the temporary files of killed saves."""
         for directory in self._corrupt if jax.process_index() == 0 else []:
             rename(directory, _free_name(directory.with_suffix(".unreadable")))
+        if is_remote(self._directory) and jax.process_index() == 0:
+            _mark_copies(self._directory)
         kept = [
             policies.LatestN(self._settings.keep),
             policies.BestN(
@@ -178,6 +186,13 @@ class Checkpoints:
                 f"checkpoint {self._saving} could not be written to {self._directory}: {one_line(error)};"
                 " older checkpoints are unchanged"
             ) from error
+
+
+def _mark_copies(directory: Path) -> None:
+    """Add the marker to checkpoints that were copied from a disk: Orbax would delete them as unfinished."""
+    for checkpoint in children(directory):
+        if has_record(checkpoint) and not (checkpoint / MARKER).exists():
+            (checkpoint / MARKER).write_text("copied from a disk")
 
 
 class _KeepLinks(policies.PreservationPolicy):

@@ -28,7 +28,7 @@ from dig_jax.parallel import is_peer_failure, on_process_0, processes_without
 log = logging.getLogger(__name__)
 
 # Orbax writes this file last, where a directory cannot be renamed atomically.
-_MARKER = "commit_success.txt"
+MARKER = "commit_success.txt"
 
 
 def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Params]:
@@ -198,8 +198,8 @@ def _candidates(path: Path) -> list[Path]:
         if (path / "state").is_dir():
             return [path]
         steps = [entry for entry in children(path / "checkpoints") if entry.name.isdecimal()]
-        if is_remote(path):  # what a killed save left has no marker
-            steps = [entry for entry in steps if (entry / _MARKER).exists()]
+        if is_remote(path):  # what a killed save left has neither; a copy from a disk has no marker
+            steps = [entry for entry in steps if (entry / MARKER).exists() or has_record(entry)]
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoints in {path}: {one_line(error)}") from error
     return sorted(steps, key=lambda entry: int(entry.name), reverse=True)

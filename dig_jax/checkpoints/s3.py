@@ -40,7 +40,7 @@ def _enable_s3() -> None:
 def _s3_spec(path: str) -> dict[str, Any]:
     """Return TensorStore's description of a path, with the server and credentials that s3fs uses."""
     bucket, _, key = path.removeprefix("s3://").partition("/")
-    spec = {"driver": "s3", "bucket": bucket, "path": key, **_s3_server()}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key, **_s3_server()}
     if "AWS_ACCESS_KEY_ID" in os.environ:  # otherwise TensorStore logs each file that it looks for them in
         spec["aws_credentials"] = {"type": "environment"}
     return spec

@@ -142,8 +142,9 @@ def _split(text: str) -> tuple[str, str]:
     """Return the file and the argument of FILE.py:ARGUMENT; a file's name may have a colon."""
     if os.path.isfile(os.path.expanduser(text)):
         return text, ""
-    match = re.fullmatch("((?:[a-z0-9]+://)?[^:]*):?(.*)", text, re.DOTALL)
-    return match[1], match[2]
+    scheme, separator, rest = text.partition("://") if re.match("[a-z0-9]+://", text) else ("", "", text)
+    name, _, argument = rest.partition(":")
+    return scheme + separator + name, argument
 
 
 def _check_path(settings: ConfigDict, path: str) -> None:

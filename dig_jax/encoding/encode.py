@@ -26,7 +26,7 @@ from dig_jax.data import SPLITS, Source, open_source
 from dig_jax.data.latents import FORMAT, HEADER_FILE, INDEX_FILE, Shard, checksum
 from dig_jax.data.registry import source_options
 from dig_jax.data.summary import summary
-from dig_jax.encoding.shard_writer import Chunk, ShardWriter, file_sha256
+from dig_jax.encoding.shard_writer import Chunk, ShardWriter
 from dig_jax.errors import (
     ConfigError,
     InvalidFile,
@@ -37,7 +37,7 @@ from dig_jax.errors import (
 from dig_jax.files.atomic import remove_leftovers, write_json
 from dig_jax.files.json_file import read_json
 from dig_jax.files.lock import LOCK_FILE
-from dig_jax.files.paths import Path, absolute, check_utf8, children, delete, make_folder, to_path
+from dig_jax.files.paths import Path, absolute, check_utf8, children, delete, make_folder, sha256, to_path
 from dig_jax.files.paths import size as file_size
 from dig_jax.parallel import (
     barrier,
@@ -230,7 +230,7 @@ def _check_files(directory: Path, chunks: Sequence[Chunk]) -> None:
     corrupt = []
     for chunk in chunks[jax.process_index() :: jax.process_count()]:
         shard = _finished_shard(directory, chunk)
-        if shard is None or file_sha256(directory / chunk.file) != shard.sha256:
+        if shard is None or sha256(directory / chunk.file) != shard.sha256:
             corrupt.append(chunk)
     barrier("checked")
     if processes_without(not corrupt):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import logging
 import os
 import pathlib
@@ -27,7 +26,7 @@ from dig_jax.data.pipeline import read_options
 from dig_jax.data.source import Example, Source
 from dig_jax.errors import UserError, one_line
 from dig_jax.files.atomic import temporary_name, write_json
-from dig_jax.files.paths import Path, is_remote, upload
+from dig_jax.files.paths import Path, is_remote, sha256, upload
 from dig_jax.parallel import batch_sharding, local_mesh, replicated
 from dig_jax.progress import Progress
 
@@ -129,9 +128,9 @@ class ShardWriter:
                     squares += (mean**2 + np.exp(logvar)).sum((0, 1, 2, 3))
                     images += len(labels)
                     show(images + len(unreadable))
-            size, sha256 = temporary.stat().st_size, file_sha256(temporary)
+            size, digest = temporary.stat().st_size, sha256(temporary)
         sums, squares = (tuple(np.broadcast_to(total, self._channels).tolist()) for total in (sums, squares))
-        return Shard(chunk.file, images, size, sha256, tuple(unreadable), sums, squares)
+        return Shard(chunk.file, images, size, digest, tuple(unreadable), sums, squares)
 
     def _cast(self, moments: Float32[np.ndarray, "*shape"], chunk: Chunk) -> Float[np.ndarray, "*shape"]:
         with np.errstate(over="ignore"):
@@ -247,9 +246,3 @@ def array_record_writer(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]
     check(writer.close)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,6 @@
 """The export command: write a run's parameters to one safetensors file."""
 
 import logging
-from pathlib import Path
 
 import jax
 
@@ -9,6 +8,7 @@ from dig_jax.checkpoints.parameter_file import holds, write_parameter_file
 from dig_jax.checkpoints.reader import read_checkpoint
 from dig_jax.config import Config, check_same
 from dig_jax.errors import ConfigError
+from dig_jax.files.paths import Path
 
 log = logging.getLogger(__name__)
 

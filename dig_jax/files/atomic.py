@@ -7,12 +7,13 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dig_jax.files.paths import is_remote, to_path, uploading
+from dig_jax.files.paths import files_below, is_remote, to_path, upload, uploading
 from dig_jax.files.processes import is_running
 
 # Seconds without a change after which a temporary file of another machine counts as left over.
@@ -47,8 +48,14 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Create a temporary folder that becomes the new folder `path` when the block ends.
 
-    An error deletes it instead.
+    An error deletes it instead. In object storage, files appear one after the other.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            for file in files_below(Path(folder)):
+                upload(Path(file), to_path(path) / file.relative_to(folder).as_posix())
+        return
     path = Path(path)
     temporary = temporary_name(path)
     try:

@@ -1,6 +1,5 @@
 """Local copies of files in object storage, for readers of local files that read them again and again."""
 
-import hashlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -37,9 +36,8 @@ def _local_copy(path: Path, sha256: str) -> pathlib.Path:
     copy = _cache() / sha256
     if not copy.exists():
         with paths.local_copy(path) as downloaded:
-            with downloaded.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise InvalidFile("checksum mismatch")
+            if paths.sha256(downloaded) != sha256:
+                raise InvalidFile("checksum mismatch")
             copy.parent.mkdir(parents=True, exist_ok=True)
             with replacing(copy) as target, downloaded.open("rb") as file:
                 while block := file.read(2**22):

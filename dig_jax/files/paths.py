@@ -7,6 +7,8 @@ folders, and nothing can be appended to. The functions below hide these differen
 """
 
 import contextlib
+import errno
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -14,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 import fsspec.config
@@ -122,6 +124,13 @@ def files_below(folder: Path) -> list[Path]:
         return [folder / name.removeprefix(prefix).lstrip("/") for name in sorted(files.find(prefix))]
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    file: Any  # etils declares less than its files can do
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def size(path: Path) -> int:
     """Return the size of a file in bytes."""
     return path.stat().length if isinstance(path, epath.Path) else path.stat().st_size
@@ -129,7 +138,7 @@ def size(path: Path) -> int:
 
 def delete(path: Path) -> None:
     """Delete a file or a folder, if it exists."""
-    if is_remote(path):
+    if isinstance(path, epath.Path):
         with as_os_error(path), contextlib.suppress(FileNotFoundError):
             storage(path).rm(str(path), recursive=True)
     elif path.is_dir() and not path.is_symlink():
@@ -153,7 +162,7 @@ def create_exclusively(path: Path, content: bytes) -> bool:
     """Create a file unless it exists; return whether it was created. Of several processes one succeeds."""
     try:
         if is_remote(path):
-            with as_os_error(path):
+            with _writing(path):
                 storage(path).pipe_file(str(path), content, mode="create")
         else:
             with open(path, "xb") as file:
@@ -191,7 +200,7 @@ def uploading(path: Path) -> Iterator[BinaryIO]:
 
 def upload(local: pathlib.Path, target: Path) -> None:
     """Copy a local file to object storage."""
-    with as_os_error(target):
+    with _writing(target):
         storage(target).put_file(str(local), str(target))
 
 
@@ -209,6 +218,15 @@ def as_os_error(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"{path}: {one_line(error, name_type=True)}") from error
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        with as_os_error(path):
+            yield
+    except FileNotFoundError as error:  # gcsfs names the request's URL only
+        raise FileNotFoundError(errno.ENOENT, "no such bucket", str(path)) from error
 
 
 def is_storage_error(error: BaseException) -> bool:
