@@ -14,6 +14,12 @@ from configs import base, recipes
 from dig_jax.errors import alternatives
 
 RESOLUTIONS = ("256", "512", "1024")
+# The recipe "fast": multiple of the batch of 256, and config.mesh.fsdp, on 256 chips of TPU v5e
+# (--topology=v5e:16x16). docs/plan.md has the planned speed.
+_FAST = {
+    ("DiG-XL/2", "256"): (12, 2),
+    ("DiG-XL/2", "512"): (4, 1),
+}
 
 
 def get_config(model: str, resolution: str, recipe: str) -> ConfigDict:
@@ -37,4 +43,10 @@ def get_config(model: str, resolution: str, recipe: str) -> ConfigDict:
     c.encode.options.heldout_fraction = 0.0  # fraction of the training images, if heldout_path is empty
     c.encode.batch_size = max(32 * 256**2 // pixels**2, 1)
     c.sampling.guidance_scale = 1.375
-    return recipes.follow(c, recipe)
+    if recipe != "fast":
+        return recipes.follow(c, recipe)
+    if (model, resolution) not in _FAST:
+        known = [f"{name} at {size} px" for name, size in _FAST]
+        raise ValueError(f"no recipe 'fast' for {model} at {resolution} px; expected {alternatives(known)}")
+    factor, c.mesh.fsdp = _FAST[model, resolution]
+    return recipes.scale_batch(recipes.follow(c, "ours"), factor)

@@ -66,6 +66,15 @@ def naming_setting(setting: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def naming_implementation() -> Iterator[None]:
+    """Re-raise pallas_gla's error about an implementation that does not run here as a ConfigError."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise ConfigError(f"config.model.implementation: {error}") from error
+
+
+@contextlib.contextmanager
 def naming_directory(directory: os.PathLike) -> Iterator[None]:
     """Re-raise an OSError as a UserError that names the directory that could not be written to."""
     try:

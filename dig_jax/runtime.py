@@ -6,6 +6,7 @@ Only programs call these functions; the library does not.
 import _thread
 import contextlib
 import ctypes
+import logging
 import os
 import sys
 import threading
@@ -16,9 +17,59 @@ from typing import Any
 import jax
 import jax.monitoring
 
+from dig_jax.errors import ConfigError, UserError, one_line
+
+log = logging.getLogger(__name__)
+
 # Parameters of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _HIT = "/jax/compilation_cache/cache_hits"
+
+
+def set_numerics() -> None:
+    """Set the dtypes that the program depends on, whatever JAX_ENABLE_X64 and similar variables say."""
+    jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+
+
+def require_devices() -> None:
+    """Initialize JAX's backends.
+
+    Raises:
+        UserError: JAX finds no device of the platforms that it must use.
+    """
+    with _plugin_failures() as failures:
+        try:
+            jax.devices()
+        except (RuntimeError, AssertionError) as error:  # AssertionError: CUDA without a driver
+            platforms = jax.config.jax_platforms
+            asked = f" for JAX_PLATFORMS={platforms}" if platforms else ""
+            reason = "; ".join(failures) or one_line(error, name_type=True)
+            raise UserError(
+                f"JAX found no device{asked}: {reason}; set JAX_PLATFORMS=cpu to use the CPU"
+            ) from error
+    for failure in failures:
+        log.warning(failure)
+
+
+@contextlib.contextmanager
+def _plugin_failures() -> Iterator[list[str]]:
+    """Yield a list that gets one line for each plugin of JAX that fails; JAX logs a traceback."""
+    failures: list[str] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        if not record.exc_info:
+            return True
+        failures.append(f"{record.getMessage().splitlines()[0]}: {one_line(record.exc_info[1])}")
+        return False
+
+    logger = logging.getLogger("jax._src.xla_bridge")
+    logger.addFilter(hold)
+    try:
+        yield failures
+    finally:
+        logger.removeFilter(hold)
 
 
 def enable_compilation_cache() -> None:
@@ -87,11 +138,23 @@ def prepare_cpu(devices: int) -> None:
 
     Args:
         devices: number of devices, if XLA_FLAGS does not set it.
+
+    Raises:
+        ConfigError: JAX has already started with another number of devices, as in a notebook.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 2**31 - 1)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_TOP_PAD, 2**26)
-    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if devices == 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    if jax.config.values["jax_num_cpu_devices"] == devices:
+        return
+    try:
         jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"invalid config.mesh.cpu_devices={devices}; JAX already runs in this process: expected 1, or a"
+            " restart of the notebook"
+        ) from error

@@ -41,7 +41,7 @@ def main(port, number, folder):
         "without": lambda: processes_without(number == 0),
         "shared workdir": lambda: claim(tiny_settings(), folder / "run"),
         "workdir of different settings": lambda: claim(
-            tiny_settings(training__accumulation=2), folder / "run"
+            tiny_settings(training__label_dropout=0.2), folder / "run"
         ),
         "workdirs of their own": lambda: claim(tiny_settings(), Path(f"/proc/self/fd/{OWN_FOLDER}/run")),
     }

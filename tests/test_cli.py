@@ -1,17 +1,21 @@
 import dataclasses
+import functools
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from absl import flags
 from aiohttp import ClientError
 
 from configs import smoke
-from dig_jax import config
+from dig_jax import config, runtime
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.cli import command_line, commands
+from dig_jax.cli.flags import define_flags
 from dig_jax.cli.number_lists import numbers
 from dig_jax.errors import CheckpointError, ConfigError
 from dig_jax.files.atomic import write_json
@@ -26,21 +30,25 @@ def command(monkeypatch, capsys):
     """A function that runs a command line with a main function and returns (exit status, stderr)."""
 
     def run(*arguments, main=lambda settings, workdir: None):
-        values = flags.FlagValues()
-        flags.DEFINE_enum("mode", "train", list(commands.COMMANDS), "", flag_values=values)
-        for name in ("workdir", *FLAGS):
-            flags.DEFINE_string(name, None, "", flag_values=values)
-        monkeypatch.setattr(flags, "FLAGS", values)
+        values = define_flags()
         monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
         try:
-            command_line.run(main, "usage")
+            command_line.run(
+                functools.partial(main, values) if main is commands.run else main, "usage", values
+            )
         except SystemExit as end:
             return end.code, capsys.readouterr().err
         return 0, capsys.readouterr().err
 
     # These change the whole process.
-    for name in ("prepare_cpu", "disable_llvm_symbolizer", "enable_compilation_cache"):
-        monkeypatch.setattr(commands, name, lambda *_: None)
+    for name in (
+        "prepare_cpu",
+        "disable_llvm_symbolizer",
+        "enable_compilation_cache",
+        "raise_lost_interrupts",
+    ):
+        monkeypatch.setattr(runtime, name, lambda *_: None)
+    monkeypatch.setattr(commands, "_join_processes", lambda values: None)
     monkeypatch.setattr(command_line, "start_logging", lambda: None)
     monkeypatch.chdir(ROOT)
     return run
@@ -159,7 +167,7 @@ def test_paths_of_flags_are_expanded_and_checked(command, tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     write_json(tmp_path / "config.json", config_and_versions(config.Config()))
     seen = []
-    table = {"train": commands.Command(lambda settings, workdir: seen.append(workdir))}
+    table = {"train": commands.Command(lambda settings, workdir, _: seen.append(workdir))}
     monkeypatch.setattr(commands, "COMMANDS", table)
     assert command("--config=~/config.json", "--workdir=~/runs/x", main=commands.run) == (0, "")
     assert command("--config=~/config.json", main=commands.run) == (0, "")
@@ -205,6 +213,71 @@ def test_errors_that_the_user_can_fix_are_one_line(command, error, status, line)
     assert command(SMOKE, main=raising(error)) == (status, f"error: {line}\n")
 
 
+def test_a_lack_of_device_memory_is_one_line_that_says_what_to_reduce(command):
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nmore")
+    status, stderr = command(SMOKE, main=raising(error))
+    assert status == 1 and stderr.count("\n") == 1
+    assert stderr.startswith("error: out of device memory; reduce config.data.batch_size or ")
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("None", "get_config returned NoneType; expected an ml_collections.ConfigDict"),
+        ("{'seed': 1}", "get_config returned dict; expected an ml_collections.ConfigDict"),
+        ("__import__('sys').exit(0)", "SystemExit: 0"),
+    ],
+)
+def test_a_config_file_that_returns_no_config_gives_one_line(command, tmp_path, returned, message):
+    path = tmp_path / "odd.py"
+    path.write_text(f"def get_config():\n    return {returned}\n")
+    status, stderr = command(f"--config={path}")
+    assert status == 2 and message in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("data.batch_size", 2**31, "at most 2³¹ - 1"),
+        ("optimizer.warmup_steps", 2**31, "at most 2³¹ - 1"),
+        ("model.depth", 10**23, "at most 2³¹ - 1, or 0"),
+        ("sampling.images_per_class", 10**23, "at most 2³¹ - 1"),
+        ("mesh.cpu_devices", 10**23, "a number from 1 to 1024"),
+        ("mesh.data", 10**23, "at most 2³¹ - 1"),
+        ("optimizer.learning_rate", "inf", "a positive number"),
+        ("optimizer.learning_rate", "1e39", "at most the largest float32"),
+        ("optimizer.weight_decay", "1e308", "at most the largest float32"),
+        ("optimizer.b1", 1, "a number from 0 to less than 1, as float32"),
+        ("optimizer.b2", "0.99999999", "a number from 0 to less than 1, as float32"),
+        ("model.implementation", "cuda", "auto, reference, xla, triton or mosaic"),
+    ],
+)
+def test_numbers_that_programs_cannot_compute_with_are_refused(command, field, value, expected):
+    status, stderr = command(SMOKE, f"--config.{field}={value}")
+    assert status == 2 and stderr.count("\n") == 1
+    assert stderr.startswith(f"error: invalid config.{field}=") and f"; expected {expected}" in stderr
+
+
+def test_an_implementation_that_does_not_run_here_is_one_line(command, tmp_path):
+    arguments = [SMOKE, f"--workdir={tmp_path}/run", "--config.model.implementation=triton"]
+    status, stderr = command(*arguments, "--config.mesh.data=1", main=commands.run)
+    assert status == 2
+    assert stderr.splitlines()[-1].startswith(
+        "error: config.model.implementation: implementation='triton' does not run on this platform: got cpu"
+    )
+
+
+def test_main_py_runs_twice_in_one_process(monkeypatch, capsys):
+    """As with %run in a notebook."""
+    monkeypatch.setattr(command_line, "start_logging", lambda: None)
+    monkeypatch.chdir(ROOT)
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["main.py", SMOKE, "--labels=3"])
+        with pytest.raises(SystemExit):
+            runpy.run_path("main.py", run_name="__main__")
+        assert capsys.readouterr().err.startswith("error: --labels does not apply to --mode=train")
+
+
 def test_a_bug_keeps_its_traceback(command):
     with pytest.raises(ZeroDivisionError):
         command(SMOKE, main=raising(ZeroDivisionError()))
@@ -230,9 +303,23 @@ def test_a_huge_range_is_refused():
         numbers("0-9999999999", "seeds")
 
 
-def main_py(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "main.py"), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def main_py(*arguments, **variables) -> subprocess.CompletedProcess:
+    command, env = [sys.executable, str(ROOT / "main.py"), *arguments], os.environ | variables
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "status", "message"),
+    [
+        ("JAX_PLATFORMS", "cuda", 1, "JAX found no device for JAX_PLATFORMS=cuda: "),
+        ("JAX_ENABLE_X64", "maybe", 2, "invalid environment variable: "),
+    ],
+)
+def test_an_environment_that_jax_cannot_use_is_one_line(tmp_path, variable, value, status, message):
+    result = main_py("--config=configs/smoke.py", f"--workdir={tmp_path}/run", **{variable: value})
+    assert result.returncode == status, result.stderr
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_shows_examples_and_flags():

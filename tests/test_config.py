@@ -33,6 +33,7 @@ SHIPPED = (
         for argument in ("256", "512", "1024", "256,paper", "1024,paper")
     ),
     *IMAGENET,
+    *("dig_xl:256,fast", "dig_xl:512,fast"),
     *("cifar10", "cifar10:paper", "celeba64", "celeba64:paper"),
     *("base", "digits", "imagefolder", "imagefolder:pictures", "imagefolder_latents:pictures", "smoke"),
 )
@@ -161,6 +162,25 @@ def test_our_recipe_differs_from_the_published_one_only_where_it_says_so(name):
     assert (ours["model.dtype"], ours["model.remat"]) == ("bfloat16", "full")
 
 
+@pytest.mark.parametrize(("pixels", "factor"), [(256, 12), (512, 4)])
+def test_the_fast_recipe_sees_as_many_images_in_larger_batches(pixels, factor):
+    ours, fast = (from_dict(shipped(f"dig_xl:{pixels},{recipe}").to_dict()) for recipe in ("ours", "fast"))
+    assert fast.data.batch_size == factor * ours.data.batch_size
+    images = [settings.data.batch_size * settings.training.steps for settings in (ours, fast)]
+    assert 0 <= images[1] - images[0] < fast.data.batch_size
+    assert fast.optimizer.learning_rate == pytest.approx(1e-4 * factor**0.5, rel=1e-2)
+    assert fast.training.ema_decays[0] == pytest.approx(0.9999**factor, abs=1e-6)
+    assert fast.model == ours.model and fast.data.batch_size % 256 == 0
+
+
+@pytest.mark.parametrize("name", ["dig_s:256,fast", "dig_xl:1024,fast"])
+def test_the_fast_recipe_of_a_model_that_was_not_planned_is_refused(name):
+    with pytest.raises(
+        ConfigError, match="no recipe 'fast' for .*; expected DiG-XL/2 at 256 px or DiG-XL/2 at 512"
+    ):
+        shipped(name)
+
+
 @pytest.mark.parametrize("pixels", [256, 512, 1024])
 def test_latents_are_encoded_from_images_of_the_resolution(pixels):
     settings = from_dict(shipped(f"dig_xl:{pixels}").to_dict())
@@ -186,10 +206,10 @@ def test_sources_accept_the_options_of_shipped_configs(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dig_s.py:128", "ValueError: invalid resolution '128'; expected 256, 512 or 1024"),
-        ("dig_s.py:256,papr", "ValueError: invalid recipe 'papr'; expected ours or paper"),
-        ("dig_s.py:256,paper,3", "ValueError: invalid recipe 'paper,3'; expected ours or paper"),
-        ("celeba64.py:64", "ValueError: invalid recipe '64'; expected ours or paper"),
+        ("dig_s.py:128", "invalid resolution '128'; expected 256, 512 or 1024"),
+        ("dig_s.py:256,papr", "invalid recipe 'papr'; expected ours or paper"),
+        ("dig_s.py:256,paper,3", "invalid recipe 'paper,3'; expected ours or paper"),
+        ("celeba64.py:64", "invalid recipe '64'; expected ours or paper"),
     ],
 )
 def test_an_invalid_argument_of_a_config_raises_one_line(text, message):

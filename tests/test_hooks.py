@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+from pathlib import Path
 from unittest import mock
 
 import pytest
 
+from dig_jax.errors import UserError
 from dig_jax.progress import Progress
 from dig_jax.testing import tiny_settings
 from dig_jax.training import hooks
@@ -131,7 +133,7 @@ def save_hook(calls, metrics, meter, **settings):
         calls.append(("save", step_event.step, meter.is_paused))
 
     settings = dataclasses.replace(tiny_settings(checkpoint__every_steps=4).checkpoint, **settings)
-    return hooks.SaveCheckpoint(settings, 2, save, metrics, meter)
+    return hooks.SaveCheckpoint(settings, 2, 0, save, metrics, meter)
 
 
 def saved(calls):
@@ -152,6 +154,57 @@ def test_a_preempted_step_is_saved(calls, metrics, meter):
     hook.after_step(event(1))
     hook.after_step(event(2, preempted=True))
     assert saved(calls) == [2]
+
+
+def collapse_hook(saving, metrics, meter, limit=3):
+    return hooks.EndCollapsedRun(limit, Path("run/checkpoints"), saving, metrics, meter)
+
+
+def run_with_skipped(skipped, calls, metrics, meter, **settings):
+    """Save and end as the loop does, while the steps in `skipped` are skipped."""
+    saving = save_hook(calls, metrics, meter, **settings)
+    ending = collapse_hook(saving, metrics, meter)
+    for step in range(1, LAST + 1):
+        meter.skipped_in_a_row = meter.skipped_in_a_row + 1 if step in skipped else 0
+        saving.after_step(event(step))
+        ending.after_step(event(step))
+
+
+def test_nothing_is_saved_while_steps_are_skipped(calls, metrics, meter):
+    run_with_skipped({3, 4, 7}, calls, metrics, meter, every_steps=1)
+    assert saved(calls) == [1, 2, 5, 6, 8, 9, 10]
+
+
+def test_one_skipped_step_at_the_end_is_saved(calls, metrics, meter):
+    run_with_skipped({LAST}, calls, metrics, meter, every_steps=5)
+    assert saved(calls) == [5, LAST]
+
+
+@pytest.mark.parametrize(
+    ("skipped", "steps", "kept"),
+    [
+        ({5, 6, 7, 8}, 3, "the last good checkpoint is run/checkpoints/4"),
+        ({9, 10}, 2, "the last good checkpoint is run/checkpoints/8"),
+        ({1, 2, 3, 4}, 3, "no checkpoint was saved before"),
+    ],
+)
+def test_a_run_that_only_skips_steps_ends_and_names_the_last_good_checkpoint(
+    calls, metrics, meter, skipped, steps, kept
+):
+    with pytest.raises(
+        UserError, match=f"not finite in the last {steps} steps; {kept}. Run again with a lower"
+    ):
+        run_with_skipped(skipped, calls, metrics, meter)
+    assert saved(calls) == [step for step in (4, 8) if step < min(skipped)]
+
+
+def test_a_collapsed_run_that_is_preempted_ends_too(calls, metrics, meter):
+    saving = save_hook(calls, metrics, meter)
+    meter.skipped_in_a_row = 2
+    saving.after_step(event(3, preempted=True))
+    with pytest.raises(UserError, match="collapsed"):
+        collapse_hook(saving, metrics, meter).after_step(event(3, preempted=True))
+    assert saved(calls) == []
 
 
 def test_a_save_by_time_waits_for_a_step_that_checks_it(calls, metrics, meter, monkeypatch):

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import sys
+import threading
 import types
 
 import pytest
 from PIL import Image
+from tensorboardX.event_file_writer import EventsWriter
 
 from dig_jax.errors import ConfigError, UserError
 from dig_jax.training.telemetry.wandb import WandbRun, require_wandb
@@ -126,3 +128,28 @@ def test_wandb_needs_its_package(monkeypatch):
         match=r"config.logging.wandb='digits' needs the package wandb: pip install 'dig-jax\[wandb\]'",
     ):
         require_wandb("digits")
+
+
+# tensorboardX does not close a file that it cannot flush.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("broken", ["__init__", "flush", "close"])
+def test_a_full_disk_turns_tensorboard_off_once_and_rows_are_written_on(
+    tmp_path, caplog, monkeypatch, broken
+):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EventsWriter, broken, fail)
+    with contextlib.closing(MetricWriter(tmp_path, first_step=0, tensorboard=True)) as writer:
+        for step in range(1, 40):
+            writer.write(step, {"loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 39
+    assert caplog.messages == [
+        f"TensorBoard is off: cannot write to {tmp_path / 'tensorboard'}: No space left on device"
+    ]
+
+
+def test_tensorboard_starts_no_thread_whose_death_could_block_training(tmp_path):
+    before = threading.active_count()
+    with contextlib.closing(MetricWriter(tmp_path, first_step=0, tensorboard=True)):
+        assert threading.active_count() == before

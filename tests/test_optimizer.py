@@ -4,9 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dig_jax.testing import tiny_settings
-from dig_jax.training.optimizer import make_optimizer, make_schedule
+from dig_jax.training.optimizer import make_optimizer, make_schedule, may_overflow
 
 BASE = dataclasses.replace(tiny_settings().optimizer, learning_rate=0.5)
 
@@ -60,3 +62,32 @@ def test_only_gradients_longer_than_clip_norm_are_clipped(norm, factor):
     moment = optax.tree.get(state, "mu")
     np.testing.assert_allclose(moment["a"], 0.1 * factor * gradient["a"], rtol=1e-5)
     np.testing.assert_allclose(moment["b"], 0.1 * factor * gradient["b"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, False),
+        ({"learning_rate": 1e-4, "weight_decay": 0.1, "b2": 0.95}, False),
+        ({"learning_rate": 1e30}, True),
+        ({"weight_decay": 1e30}, True),
+        ({"b1": 0.99, "b2": 0.9}, True),
+        ({"b1": 0.0, "b2": 0.0}, True),
+    ],
+)
+def test_only_extreme_settings_may_overflow(changes, expected):
+    assert may_overflow(optimizer_settings(**changes)) is expected
+
+
+@given(
+    gradients=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30),
+    b1=st.floats(0, 0.95),
+    b2=st.floats(0.91, 0.9999),
+)
+def test_adamw_moves_a_parameter_by_no_more_than_the_bound(gradients, b1, b2):
+    """The bound on which `may_overflow` relies, in float64."""
+    first = second = 0.0
+    for step, gradient in enumerate(gradients, 1):
+        first, second = b1 * first + (1 - b1) * gradient, b2 * second + (1 - b2) * gradient**2
+        move = abs(first) / (1 - b1**step) / (np.sqrt(second / (1 - b2**step)) + 1e-8)
+        assert move <= (1 + 1e-9) / np.sqrt((1 - b1**2 / b2) * (1 - b2))

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from configs import digits as digits_config
 from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.checkpoints.reader import read_config
-from dig_jax.errors import ConfigError
+from dig_jax.errors import ConfigError, UserError
 from dig_jax.export.export import export
 from dig_jax.files.atomic import write_json
 from dig_jax.parallel import initialize_distributed
@@ -262,9 +263,36 @@ def test_processes_that_do_not_connect_say_what_they_expected(directory):
     assert not (directory / "alone").exists()
 
 
+def test_a_port_that_is_in_use_is_one_line():
+    """JAX would crash."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of this host is in use; choose another port"):
+            initialize_distributed(f"127.0.0.1:{port}", 2, 0)
+
+
+def test_a_second_start_in_one_process_runs_alone_like_the_first(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("jax.distributed.initialize() must be called before any JAX calls")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    initialize_distributed()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("host:70000", 2, 0), "invalid --coordinator=host:70000; expected ADDRESS:PORT"),
+        (
+            (None, None, None, float("nan")),
+            "invalid --join_timeout=nan; expected a positive",
+        ),
+        (
+            (None, None, None, float("inf")),
+            "invalid --join_timeout=inf; expected a positive",
+        ),
         (("host", 2, 0), "invalid --coordinator=host; expected ADDRESS:PORT"),
         (("host:1", 2, 2), "invalid --process_id=2; expected 0 to 1 with --num_processes=2"),
         ((None, 2, 0), "--coordinator, --num_processes and --process_id: what JAX says"),

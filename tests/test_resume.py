@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -108,10 +109,50 @@ def test_checkpoints_are_saved_by_time(tmp_path, drawn):
 def test_a_finished_run_is_drawn_again_but_not_trained(trained, copied, drawn):
     before = len(drawn)
     train.train(settings(), copied)
-    train.train(settings(training__steps=4), copied)
     train.train(settings(mesh__data=1), copied)
-    assert [sampler.step for sampler in drawn[before:]] == [6, 6, 6]
+    assert [sampler.step for sampler in drawn[before:]] == [6, 6]
     assert_ended_alike(copied, trained, 6)
+
+
+def test_fewer_steps_than_a_run_has_done_are_refused(copied, drawn):
+    before = len(drawn)
+    with pytest.raises(
+        ConfigError, match=r"invalid config.training.steps=4; expected at least 6, .* has done"
+    ):
+        train.train(settings(training__steps=4), copied)
+    assert len(drawn) == before
+
+
+def test_a_resumed_run_may_change_its_schedule_and_announces_what_jumps(copied, drawn, caplog):
+    caplog.set_level("INFO", "dig_jax")
+    changes = {"optimizer__learning_rate": 1e-4, "optimizer__schedule": "cosine", "training__steps": 12}
+    train.train(settings(**changes), copied)
+    assert (
+        "changed since the checkpoint: optimizer.learning_rate: 0.001 → 0.0001; optimizer.schedule:"
+        " 'constant' → 'cosine'; training.steps: 6 → 12"
+    ) in caplog.messages
+    assert "the learning rate of the next step changes from 0.001 to 5e-05" in caplog.messages
+    assert [record["step"] for record in records(copied)] == list(range(1, 13))
+
+
+def test_a_resumed_run_with_more_steps_of_a_constant_schedule_announces_no_jump(copied, caplog):
+    train.train(settings(training__steps=7), copied)
+    assert "learning rate" not in caplog.text
+
+
+def test_a_resumed_run_may_change_its_batch_size_and_goes_on_where_the_data_ended(copied):
+    train.train(settings(training__steps=8, data__batch_size=16), copied)
+    data = json.loads((copied / "checkpoints" / "8" / "data" / "metadata").read_text())
+    assert data["examples"] == 6 * 8 + 2 * 16
+
+
+def test_rematerialization_and_accumulation_may_change_and_compute_the_same_function(copied, tmp_path):
+    other = shutil.copytree(copied, tmp_path / "other")
+    train.train(settings(training__steps=8), copied)
+    train.train(settings(training__steps=8, training__accumulation=1, model__remat="full"), other)
+    ours, theirs = (jax.tree.leaves(state_at(path, 8)["params"]) for path in (copied, other))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_resumes_from_before_a_corrupt_checkpoint(trained, copied, caplog):
@@ -140,7 +181,8 @@ def test_a_workdir_with_only_corrupt_checkpoints_is_left_alone(copied):
         ({"data__options": {"image_size": 16}}, "data.options.image_size: 8 → 16"),
         ({"diffusion__schedule": "cosine"}, "diffusion.schedule: 'linear' → 'cosine'"),
         ({"optimizer__b2": 0.99}, "optimizer.b2: 0.999 → 0.99"),
-        ({"training__accumulation": 1, "training__steps": 9}, "training.accumulation: 2 → 1"),
+        ({"training__label_dropout": 0.2, "training__steps": 9}, "training.label_dropout: 0.1 → 0.2"),
+        ({"optimizer__clip_norm": 1.0}, "optimizer.clip_norm: 0.0 → 1.0"),
     ],
 )
 def test_a_workdir_with_different_settings_is_rejected_and_left_alone(copied, fields, named):
@@ -164,6 +206,30 @@ def test_a_run_resumes_only_with_the_same_data(copied, monkeypatch):
     )
     with pytest.raises(ConfigError, match=message):
         train.train(settings(), copied)
+
+
+@pytest.mark.parametrize("number", [3, 5])
+def test_added_and_removed_classes_are_named_before_the_state_is_restored(copied, number, monkeypatch):
+    def open_source(path, name, split, options):
+        return FakeSource(split=split, image_shape=(8, 8, 3), num_classes=number, length=100, seed=0)
+
+    monkeypatch.setattr(components, "open_source", open_source)
+    with pytest.raises(
+        ConfigError, match=r"was trained on different data: .*class_names: \['0', '1', '2', '3'\] → "
+    ):
+        train.train(settings(), copied)
+
+
+def test_a_collapsed_run_ends_and_keeps_the_checkpoints_from_before(copied):
+    message = "training collapsed: .*; the last good checkpoint is .*/checkpoints/6. Run again with a lower"
+    with pytest.raises(UserError, match=message):
+        train.train(
+            settings(training__steps=30, training__max_skipped_steps=5, optimizer__learning_rate=1e38), copied
+        )
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["2", "4", "6"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state_at(copied, 6)["params"]))
+    train.train(settings(training__steps=8), copied)
+    assert state_at(copied, 8)["skipped_steps"] == 0
 
 
 def test_settings_may_change_before_the_first_checkpoint(tmp_path):
@@ -215,6 +281,34 @@ def test_a_workdir_that_is_not_writable_raises_one_line(tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match=f"invalid directory {workdir}: it is a file or in a file"):
             train.train(settings(), workdir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_terminated_or_interrupted_run_saves_and_resumes_bit_identically(
+    trained, tmp_path, number, monkeypatch
+):
+    before = signal.getsignal(number)
+    to_global, numbers = loop.to_global, iter(range(1, 99))
+
+    def interrupted(batch, mesh):
+        if next(numbers) == 4:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is signal.SIG_DFL  # a second one ends the process
+        return to_global(batch, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "to_global", interrupted)
+        assert train.train(settings(checkpoint__every_steps=100), tmp_path) is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert signal.getsignal(number) is before
+    train.train(settings(), tmp_path)
+    assert_ended_alike(tmp_path, trained, 6)
+
+
+def test_the_start_says_what_is_trained_on(tmp_path, drawn, caplog):
+    caplog.set_level("INFO", "dig_jax")
+    train.train(settings(training__steps=1), tmp_path)
+    assert any("images of 4 classes (0, 1, 2, 3), " in line for line in caplog.messages)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +366,7 @@ def test_the_heldout_split_may_have_any_size(tmp_path, drawn, heldout, reported,
     assert steps == reported
 
 
-def test_a_step_with_nan_changes_nothing_and_is_reported(tmp_path, drawn, caplog, monkeypatch):
+def test_a_step_with_nan_is_skipped_reported_and_not_saved(tmp_path, drawn, caplog, monkeypatch):
     to_global, numbers = loop.to_global, iter(range(1, 99))
 
     def poisoned(batch, mesh):
@@ -282,17 +376,16 @@ def test_a_step_with_nan_changes_nothing_and_is_reported(tmp_path, drawn, caplog
 
     monkeypatch.setattr(loop, "to_global", poisoned)
     train.train(settings(checkpoint__every_steps=1, training__steps=3), tmp_path)
-    before, after, end = (state_at(tmp_path, step) for step in (1, 2, 3))
-    for part in ("params", "ema", "opt_state"):
-        jax.tree.map(np.testing.assert_array_equal, before[part], after[part])
-    assert [state["skipped_steps"] for state in (before, after, end)] == [0, 1, 1]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
+    before, end = (state_at(tmp_path, step) for step in (1, 3))
+    assert [state["skipped_steps"] for state in (before, end)] == [0, 1]
     assert (end["step"], end["opt_state"][0]["count"]) == (3, 2)
     assert [(record["skipped_steps"], record["loss"] is None) for record in records(tmp_path)] == [
         (0, False),
         (1, True),
         (0, False),
     ]
-    assert "skipped 1 of the last 1 steps: loss or gradient was not finite" in caplog.text
+    assert "skipped 1 of the last 1 steps: loss, gradient or update was not finite" in caplog.text
 
 
 def test_a_run_describes_itself(trained):

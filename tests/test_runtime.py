@@ -11,6 +11,7 @@ import pytest
 from jax_options import jax_options
 
 from dig_jax import runtime
+from dig_jax.errors import ConfigError, UserError
 from dig_jax.testing import mesh_of, tiny_components
 from dig_jax.training import compile as train_compile
 
@@ -83,3 +84,40 @@ def test_other_exceptions_that_cannot_be_raised_are_shown(monkeypatch):
     monkeypatch.setattr(_Interrupted, "__del__", lambda self: 1 / 0)
     _Interrupted()
     assert shown == [ZeroDivisionError]
+
+
+def test_the_program_computes_in_float32_whatever_the_environment_says():
+    changed = {
+        "jax_enable_x64": True,
+        "jax_numpy_dtype_promotion": "strict",
+        "jax_numpy_rank_promotion": "raise",
+    }
+    with jax_options(**changed):
+        runtime.set_numerics()
+        assert (jnp.arange(3) * 2.5 + jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), RuntimeError("Unable to initialize backend 'tpu': busy")]
+)
+def test_a_platform_without_a_device_is_a_user_error(monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(
+        UserError, match="JAX found no device for JAX_PLATFORMS=cpu: .*; set JAX_PLATFORMS=cpu"
+    ):
+        runtime.require_devices()
+
+
+def test_a_second_start_in_a_notebook_cannot_change_the_number_of_cpu_devices():
+    jax.devices()
+    with (
+        pytest.raises(
+            ConfigError, match="invalid config.mesh.cpu_devices=3; JAX already runs in this process"
+        ),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.delenv("XLA_FLAGS", raising=False)
+        runtime.prepare_cpu(3)

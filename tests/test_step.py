@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dig_jax.data import batches, epoch
 from dig_jax.parallel import batch_sharding, replicated, to_global
@@ -115,6 +116,24 @@ def test_a_batch_with_nan_changes_only_the_counters():
     assert (int(after["step"]), int(after["skipped_steps"]), int(metrics["skipped"])) == (2, 1, 0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     assert distance(after["params"], state["params"]) > 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": 3e38, "weight_decay": 1.0}, {"learning_rate": 1.0, "weight_decay": 3e38}]
+)
+def test_an_update_that_overflows_changes_only_the_counters(changes):
+    """Loss and gradient are finite, the new parameters are not."""
+    components = PixelComponents(
+        tiny_settings(**{f"optimizer__{name}": value for name, value in changes.items()})
+    )
+    setup = TrainSetup.of(components)
+    params = jax.tree.map(lambda x: x + 1e3, components.init_params(jax.random.key(0)))
+    state = init_state(setup, params)
+    new, metrics = jax.jit(functools.partial(train_step, setup))(state, batch())
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert (int(new["step"]), int(new["skipped_steps"]), int(metrics["skipped"])) == (1, 1, 1)
+    for part in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, new[part], state[part])
 
 
 def test_averages_start_as_the_parameters_and_follow_their_closed_form():

@@ -52,6 +52,16 @@ def test_a_row_has_no_metrics_of_later_steps(monkeypatch):
     assert meter.take(3)["loss"] == 3.0
 
 
+def test_skipped_steps_in_a_row_are_counted_up_to_the_last_finished_step():
+    meter, counts = StepMeter(batch_size=4), []
+    for number, skipped in enumerate((1, 1, 0, 1, 0), 1):
+        meter.add(number, step_metrics(skipped=skipped))
+        counts.append(meter.skipped_in_a_row)
+    assert counts == [0, 1, 2, 0, 1]
+    meter.take(5)
+    assert meter.skipped_in_a_row == 0
+
+
 def test_a_skipped_step_is_counted_and_left_out_of_the_means(caplog):
     meter = StepMeter(batch_size=4)
     nan = float("nan")
@@ -60,7 +70,7 @@ def test_a_skipped_step_is_counted_and_left_out_of_the_means(caplog):
     row = meter.take(2)
     assert (row["loss"], row["grad_norm"], row["loss_q1"]) == (1.0, 1.0, 1.0)
     assert row["skipped_steps"] == 1 and "loss_q2" not in row
-    assert "skipped 1 of the last 2 steps: loss or gradient was not finite" in caplog.text
+    assert "skipped 1 of the last 2 steps: loss, gradient or update was not finite" in caplog.text
 
     meter.add(3, step_metrics(nan, grad_norm=nan, skipped=1))
     row = meter.take(3)

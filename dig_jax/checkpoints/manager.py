@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from dig_jax.checkpoints.reader import (
     MARKER,
     has_checkpoints,
     newest_intact,
+    read_description,
     restore_items,
     state_metadata,
 )
@@ -85,8 +86,16 @@ class Checkpoints:
                 force=True,
             )
 
-    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any]] | None:
+    def restore(
+        self,
+        abstract_state: Any,
+        check: Callable[[dict[str, Any], Config], None] = lambda data, settings: None,
+    ) -> tuple[Any, dict[str, Any]] | None:
         """Restore the newest intact checkpoint with the shapes and shardings of `abstract_state`.
+
+        Args:
+            abstract_state: shapes, dtypes and shardings.
+            check: called with the data item and the config before the state is restored; it may raise.
 
         Returns:
             The state and the data item; None if there is no checkpoint.
@@ -98,6 +107,7 @@ class Checkpoints:
         if not on_process_0(lambda: has_checkpoints(workdir)):
             return None
         directory, self._corrupt = newest_intact(workdir)
+        check(*read_description(directory))
         if missing := abstract_state.keys() - state_metadata(directory).keys():
             raise CheckpointError(
                 f"{directory} has no {', '.join(sorted(missing))}, so training cannot resume from it; start a"

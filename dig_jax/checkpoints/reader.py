@@ -137,6 +137,15 @@ def _find_corruption_together(directory: Path, **share: int) -> str | None:
     return None
 
 
+def read_description(directory: Path) -> tuple[dict[str, Any], Config]:
+    """Return the data item and the config of an intact checkpoint. A process may call this alone.
+
+    Raises:
+        CheckpointError: a different version wrote the checkpoint.
+    """
+    return dict(_read_json(directory / "data")), _read_config(directory)
+
+
 def state_metadata(directory: Path) -> dict[str, Any]:
     """Return shapes and dtypes of the train state in a checkpoint, as a nested dict.
 

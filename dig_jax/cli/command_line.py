@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -22,25 +21,30 @@ from dig_jax.cli.logging_setup import start_logging
 from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
 from dig_jax.errors import ConfigError, StalledRead, UserError, one_line, suggest
 from dig_jax.files.paths import Path, children, is_storage_error, local_copy, to_path
-from dig_jax.runtime import raise_lost_interrupts
 from dig_jax.streams import prepare_streams
 
+_OUT_OF_MEMORY = (
+    "out of device memory; reduce config.data.batch_size or config.sampling.batch_size, or set"
+    " config.model.remat=full, config.training.accumulation or config.mesh.fsdp; docs/plan.md shows what fits"
+)
 
-def run(main: Callable[[Config, Path], None], usage: str) -> None:
+
+def run(main: Callable[[Config, Path], None], usage: str, values: flags.FlagValues | None = None) -> None:
     """Call `main` with the config of the command line; print errors that the user can fix as one line.
 
     Args:
-        main: function of the config and the default workdir; it may read absl's flags.
+        main: function of the config and the default workdir.
         usage: text that --help prints above the list of flags.
+        values: the other flags, which are parsed in place; by default none.
     """
     prepare_streams()
+    values = values or flags.FlagValues()
     start_logging()
-    raise_lost_interrupts()
     try:
         if any(argument.lstrip("-") in ("help", "h", "helpfull") for argument in sys.argv[1:]):
-            sys.stdout.write(f"{usage}\n{flags.FLAGS.main_module_help()}\n")
+            sys.stdout.write(f"{usage}\n{values.get_help(include_special_flags=False)}\n")
             return
-        main(*_parse(sys.argv))
+        main(*_parse(sys.argv, values))
     except ConfigError as error:
         _fail(one_line(error), 2)
     except StalledRead as error:
@@ -54,7 +58,9 @@ def run(main: Callable[[Config, Path], None], usage: str) -> None:
     except Exception as error:
         if is_storage_error(error):
             _fail(f"cannot use object storage: {one_line(error, name_type=True)}", 1)
-        if not jax.distributed.is_initialized():
+        if "RESOURCE_EXHAUSTED" in str(error):
+            _fail(f"{_OUT_OF_MEMORY} ({one_line(error)})", 1)
+        if not _is_distributed():
             raise
         from dig_jax.parallel import is_peer_failure
 
@@ -70,15 +76,20 @@ def _fail(message: str, status: int, *, wait: bool = True) -> NoReturn:
     _exit(status, wait=wait)
 
 
+def _is_distributed() -> bool:
+    jax = sys.modules.get("jax")  # errors in flags do not wait for its import
+    return hasattr(jax, "distributed") and jax.distributed.is_initialized()
+
+
 def _exit(status: int, *, wait: bool = True) -> NoReturn:
-    if jax.distributed.is_initialized():
+    if _is_distributed():
         from dig_jax.parallel import exit_process
 
         exit_process(status, wait=wait)
     sys.exit(status)
 
 
-def _parse(argv: list[str]) -> tuple[Config, Path]:
+def _parse(argv: list[str], values: flags.FlagValues) -> tuple[Config, Path]:
     """Return the config that --config and --config.FIELD describe, and its default workdir.
 
     absl parses the other flags.
@@ -90,8 +101,8 @@ def _parse(argv: list[str]) -> tuple[Config, Path]:
             _check_path(settings, match[1])
     try:
         # DEFINE_config_file uses a deprecated Python API to load the file, and lacks our checks.
-        holder = config_flags.DEFINE_config_dict("config", settings, sys_argv=argv, flag_values=flags.FLAGS)
-        rest = flags.FLAGS(argv)
+        holder = config_flags.DEFINE_config_dict("config", settings, sys_argv=argv, flag_values=values)
+        rest = values(argv)
     except (flags.Error, AttributeError) as error:  # ml_collections raises it for names such as __class__
         raise ConfigError(str(error)) from error
     if len(rest) > 1:
@@ -129,13 +140,20 @@ def load_config(text: str) -> ConfigDict:
     try:
         with local_copy(path) as file:
             get_config = runpy.run_path(str(file))["get_config"]
-        if not argument:
-            return get_config()
-        if parameters := inspect.signature(get_config).parameters:
-            return get_config(*argument.split(",", len(parameters) - 1))
-    except Exception as error:  # the user's file may raise anything
+        parameters = inspect.signature(get_config).parameters
+        if argument and not parameters:
+            raise ValueError(f"{name} takes no argument")
+        config = get_config(*argument.split(",", len(parameters) - 1) if argument else ())
+    except ValueError as error:
+        raise ConfigError(f"--config={text}: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise ConfigError(f"--config={text}: {one_line(error, name_type=True)}") from error
-    raise ConfigError(f"--config={text}: {name} takes no argument")
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"invalid --config={text}: get_config returned {type(config).__name__}; expected an"
+            " ml_collections.ConfigDict, as configs.base.get_config() returns"
+        )
+    return config
 
 
 def _split(text: str) -> tuple[str, str]:

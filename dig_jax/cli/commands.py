@@ -11,12 +11,11 @@ import shlex
 import sys
 from collections.abc import Callable
 
-from absl import flags
+from absl.flags import FlagValues
 
 from dig_jax.config import Config
-from dig_jax.errors import ConfigError, alternatives
+from dig_jax.errors import ConfigError, alternatives, one_line
 from dig_jax.files.paths import Path, to_path
-from dig_jax.runtime import disable_llvm_symbolizer, enable_compilation_cache, prepare_cpu
 
 log = logging.getLogger(__name__)
 
@@ -27,87 +26,99 @@ _PROCESSES = ("coordinator", "num_processes", "process_id", "join_timeout")
 class Command:
     """The function of a mode, and the flags it accepts in addition to --config, --mode and --workdir."""
 
-    run: Callable[[Config, Path], None]
+    run: Callable[[Config, Path, FlagValues], None]
     flags: tuple[str, ...] = ()
 
 
-def run(settings: Config, default_workdir: Path) -> None:
+def run(values: FlagValues, settings: Config, default_workdir: Path) -> None:
     """Run the mode of the command line.
 
+    Args:
+        values: the flags.
+        settings: the config.
+        default_workdir: the workdir if --workdir is not given.
+
     Raises:
-        ConfigError: a flag does not belong to the mode, or its value is invalid.
+        ConfigError: a flag does not belong to the mode, or a flag or an environment variable is invalid.
     """
-    mode = flags.FLAGS.mode
-    _check_flags(mode)
-    prepare_cpu(settings.mesh.cpu_devices)
-    disable_llvm_symbolizer()
+    mode = values.mode
+    _check_flags(values, mode)
+    try:
+        from dig_jax import runtime
+    except ValueError as error:  # JAX reads its variables when it is imported
+        raise ConfigError(f"invalid environment variable: {one_line(error)}") from error
+    runtime.raise_lost_interrupts()
+    runtime.set_numerics()
+    runtime.prepare_cpu(settings.mesh.cpu_devices)
+    runtime.disable_llvm_symbolizer()
     if mode != "plan":  # a cache would fill with programs for other chips, which are never loaded again
-        enable_compilation_cache()
-    COMMANDS[mode].run(settings, to_path(flags.FLAGS.workdir or default_workdir))
+        runtime.enable_compilation_cache()
+    command = COMMANDS[mode]
+    if _PROCESSES[0] in command.flags:
+        _join_processes(values)
+    if values.topology is None:
+        runtime.require_devices()
+    command.run(settings, to_path(values.workdir or default_workdir), values)
 
 
-def _check_flags(mode: str) -> None:
+def _check_flags(values: FlagValues, mode: str) -> None:
     for name in dict.fromkeys(name for command in COMMANDS.values() for name in command.flags):
-        if flags.FLAGS[name].present and name not in COMMANDS[mode].flags:
+        if values[name].present and name not in COMMANDS[mode].flags:
             modes = [other for other, command in COMMANDS.items() if name in command.flags]
             raise ConfigError(
                 f"--{name} does not apply to --mode={mode}; expected --mode={alternatives(modes)}"
             )
 
 
-def _join_processes() -> None:
+def _join_processes(values: FlagValues) -> None:
     from dig_jax.parallel import initialize_distributed
 
-    values = flags.FLAGS
     initialize_distributed(values.coordinator, values.num_processes, values.process_id, values.join_timeout)
 
 
-def _train(settings: Config, workdir: Path) -> None:
+def _train(settings: Config, workdir: Path, values: FlagValues) -> None:
     from dig_jax.cli.number_lists import numbers
     from dig_jax.training.telemetry.profiler import profiled_steps
     from dig_jax.training.train import train
 
-    profiled = profiled_steps(numbers(flags.FLAGS.profile_steps, "profile_steps"))
-    _join_processes()
+    profiled = profiled_steps(numbers(values.profile_steps, "profile_steps"))
     if train(settings, workdir, profiled) is None:
         log.info("to resume: %s", shlex.join(["python", *sys.argv]))
 
 
-def _sample(settings: Config, workdir: Path) -> None:
+def _sample(settings: Config, workdir: Path, values: FlagValues) -> None:
     from dig_jax.cli.number_lists import labels, numbers
     from dig_jax.sampling.sample import sample
 
-    seeds = numbers(flags.FLAGS.seeds, "seeds")
-    output = to_path(flags.FLAGS.output) if flags.FLAGS.output else None
-    _join_processes()
-    sample(settings, workdir, functools.partial(labels, flags.FLAGS.labels), seeds, output)
+    seeds = numbers(values.seeds, "seeds")
+    output = to_path(values.output) if values.output else None
+    sample(settings, workdir, functools.partial(labels, values.labels), seeds, output)
 
 
-def _evaluate(settings: Config, workdir: Path) -> None:
+def _evaluate(settings: Config, workdir: Path, _: FlagValues) -> None:
     from dig_jax.evaluation.evaluate import evaluate
 
     evaluate(settings, workdir)
 
 
-def _encode(settings: Config, _: Path) -> None:
+def _encode(settings: Config, _: Path, values: FlagValues) -> None:
     from dig_jax.encoding.encode import encode
 
-    _join_processes()
     encode(settings)
 
 
-def _export(settings: Config, workdir: Path) -> None:
-    if not flags.FLAGS.output:
+def _export(settings: Config, workdir: Path, values: FlagValues) -> None:
+    if not values.output:
         raise ConfigError("missing --output; expected --output=FILE.safetensors")
     from dig_jax.export.export import export
 
-    export(settings, workdir, to_path(flags.FLAGS.output))
+    export(settings, workdir, to_path(values.output))
 
 
-def _plan(settings: Config, _: Path) -> None:
+def _plan(settings: Config, _: Path, values: FlagValues) -> None:
     from dig_jax.planning import plan
 
-    plan.show(settings, flags.FLAGS.topology or plan.THIS, flags.FLAGS.json)
+    plan.show(settings, values.topology or plan.THIS, values.json)
 
 
 COMMANDS = {

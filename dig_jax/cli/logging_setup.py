@@ -16,7 +16,9 @@ def start_logging() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter(f"{clear}%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("dig_jax").setLevel(logging.INFO)
+    # pallas_gla logs which implementation runs, and why not another.
+    for name in ("dig_jax", "pallas_gla"):
+        logging.getLogger(name).setLevel(logging.INFO)
     _hide_orbax()
     warnings.showwarning = _log_warning
     # Pillow warns of damaged metadata of images that it can read.

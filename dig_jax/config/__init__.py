@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses, and their conversion from and to ConfigDicts and JSON."""
 
 from dig_jax.config.conversion import (
+    announced_changes,
     check_field,
     check_same,
     flattened,
@@ -38,6 +39,7 @@ __all__ = [
     "OptimizerConfig",
     "SamplingConfig",
     "TrainingConfig",
+    "announced_changes",
     "check_field",
     "check_same",
     "flattened",

@@ -15,9 +15,14 @@ from dig_jax.errors import ConfigError, InvalidFile, one_line, suggest
 from dig_jax.files.json_file import read_json
 from dig_jax.files.paths import Path
 
-# Fields that may differ when a workdir is resumed. Data may move, because the fingerprint of its content is
-# compared too, and latents store the fingerprint of their autoencoder.
-_CHANGEABLE = ("training.steps", "logging", "checkpoint", "sampling", "evaluation", "mesh")
+# Fields that may differ when a workdir is resumed, and that change what it learns: a resumed run announces
+# them. The position in the data is a number of examples, so the batch size may change.
+_ANNOUNCED = ("data.batch_size", "training.steps", "optimizer.learning_rate", "optimizer.warmup_steps")
+_ANNOUNCED += ("optimizer.schedule", "optimizer.final_fraction")
+# Fields that may differ and compute the same function. Data may move, because the fingerprint of its content
+# is compared too, and latents store the fingerprint of their autoencoder.
+_CHANGEABLE = (*_ANNOUNCED, "training.accumulation", "training.max_skipped_steps", "model.remat")
+_CHANGEABLE += ("model.implementation", "logging", "checkpoint", "sampling", "evaluation", "mesh")
 _CHANGEABLE += ("autoencoder", "encode")
 _LOCATIONS = ("path", "heldout_path", "data_dir", "dataset", "cache_dir")
 _CHANGEABLE += tuple(f"data.options.{name}" for name in _LOCATIONS)
@@ -71,19 +76,31 @@ def check_same(old: Config, new: Config, workdir: object) -> None:
     Raises:
         ConfigError: other fields differ; the message lists them as "field: old → new".
     """
-    old_fields, new_fields = flattened(to_dict(old)), flattened(to_dict(new))
     changed = [
-        f"{name}: {old_fields.get(name)!r} → {new_fields.get(name)!r}"
-        for name in sorted(old_fields | new_fields)
-        if old_fields.get(name) != new_fields.get(name)
-        and name not in _CHANGEABLE
-        and name.split(".")[0] not in _CHANGEABLE
+        text
+        for name, text in _changes(old, new).items()
+        if name not in _CHANGEABLE and name.split(".")[0] not in _CHANGEABLE
     ]
     if changed:
         raise ConfigError(
-            f"{workdir} was created with different settings: {'; '.join(changed)}."
-            " Use a new --workdir or restore those settings"
+            f"{workdir} was created with different settings: {'; '.join(changed)}. Restore those settings, or"
+            f" use a new --workdir, with --config.init_from={workdir} to start from its parameters"
         )
+
+
+def announced_changes(old: Config, new: Config) -> list[str]:
+    """Return the changes, as "field: old → new", that a resumed run announces."""
+    return [text for name, text in _changes(old, new).items() if name in _ANNOUNCED]
+
+
+def _changes(old: Config, new: Config) -> dict[str, str]:
+    """Return the fields that differ and "field: old → new"."""
+    old_fields, new_fields = flattened(to_dict(old)), flattened(to_dict(new))
+    return {
+        name: f"{name}: {old_fields.get(name)!r} → {new_fields.get(name)!r}"
+        for name in sorted(old_fields | new_fields)
+        if old_fields.get(name) != new_fields.get(name)
+    }
 
 
 def check_field(path: str, name: str, choices: Iterable[str]) -> None:
@@ -136,7 +153,7 @@ def _typed(value: Any, kind: Any, path: str) -> Any:
         return tuple(_typed(item, typing.get_args(kind)[0], path) for item in value)
     if origin is dict and isinstance(value, Mapping):
         return dict(value)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if type(value) is not origin:
         raise ConfigError(

@@ -5,13 +5,22 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 from dig_jax.errors import ConfigError, alternatives, suggest
 
 _BOUNDS: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "positive": (lambda value: value > 0, "a positive number"),
     "nonnegative": (lambda value: value >= 0, "zero or a positive number"),
     "fraction": (lambda value: 0 <= value <= 1, "a number between 0 and 1"),
+    "devices": (lambda value: 1 <= value <= 1024, "a number from 1 to 1024"),
+    "below_one": (
+        lambda value: 0 <= np.float32(value) < 1,
+        "a number from 0 to less than 1, as float32",
+    ),
 }
+# Programs compute with int32 and float32.
+_LARGEST = {int: (2**31 - 1, "2³¹ - 1"), float: (float(np.finfo(np.float32).max), "the largest float32")}
 
 
 def field(
@@ -30,7 +39,7 @@ def field(
         none: external form of None, on the command line, in a ConfigDict and in config.json: 0, "" or
             "none".
         choices: all allowed values.
-        bounds: "positive", "nonnegative" or "fraction" (0 to 1).
+        bounds: a name in `_BOUNDS`.
     """
     about = {
         "description": description,
@@ -79,10 +88,16 @@ class Group:
 
 def _unmet(about: Mapping[str, Any], value: Any) -> tuple[str, str]:
     """Return a description of the allowed values and a hint, or empty strings if the value is valid."""
+    none = () if about["none"] is None else (about["none"],)
     if about["choices"] and value not in about["choices"]:
-        return alternatives(about["choices"]), suggest(value, about["choices"])
+        choices = (*none, *about["choices"])
+        return alternatives(choices), suggest(value, choices)
+    hint = f", or {none[0]!r}" if none else ""
     if about["bounds"]:
         is_allowed, expected = _BOUNDS[about["bounds"]]
-        if not (is_allowed(value) and math.isfinite(value)):
-            return expected, "" if about["none"] is None else f", or {about['none']!r}"
+        if not (is_allowed(value) and (isinstance(value, int) or math.isfinite(value))):
+            return expected, hint
+    largest, name = _LARGEST.get(type(value), (None, ""))
+    if largest is not None and abs(value) > largest:
+        return f"at most {name}", hint
     return "", ""

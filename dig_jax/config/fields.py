@@ -38,6 +38,13 @@ class ModelConfig(Group, path="config.model"):
         bounds="positive",
     )
     learn_sigma: bool = field(True, "Also predict the variance (Nichol & Dhariwal 2021).")
+    implementation: str | None = field(
+        None,
+        "Implementation of the GLA scan: auto (the best for the device), reference, xla, triton or mosaic"
+        " (DiG only).",
+        none="auto",
+        choices=("reference", "xla", "triton", "mosaic"),
+    )
     directions: int = field(4, "Number of scan directions: 4, 2 or 1 (DiG only).")
     conv: str | None = field(
         "after", "Position of the depthwise 3×3 convolution: after, inside or none (DiG only).", none="none"
@@ -114,6 +121,11 @@ class TrainingConfig(Group, path="config.training"):
 
     steps: int = field(400_000, "Number of optimizer steps.", bounds="nonnegative")
     accumulation: int = field(1, "Micro-batches per step (gradient accumulation).", bounds="positive")
+    max_skipped_steps: int = field(
+        100,
+        "Skipped steps in a row (loss, gradient or update was not finite) after which the run ends.",
+        bounds="positive",
+    )
     label_dropout: float = field(
         0.1, "Fraction of labels replaced by the null class (Ho & Salimans 2022).", bounds="fraction"
     )
@@ -150,8 +162,8 @@ class OptimizerConfig(Group, path="config.optimizer"):
     final_fraction: float = field(
         0.0, "Final learning rate of a cosine or linear decay, as a fraction of the peak.", bounds="fraction"
     )
-    b1: float = field(0.9, "Decay of the first moment of the gradient.", bounds="fraction")
-    b2: float = field(0.999, "Decay of the second moment of the gradient.", bounds="fraction")
+    b1: float = field(0.9, "Decay of the first moment of the gradient.", bounds="below_one")
+    b2: float = field(0.999, "Decay of the second moment of the gradient.", bounds="below_one")
     weight_decay: float = field(0.0, "Decoupled weight decay.", bounds="nonnegative")
     clip_norm: float | None = field(
         None, "Maximum global norm of the gradient; 0: no clipping.", none=0.0, bounds="positive"
@@ -247,7 +259,7 @@ class MeshConfig(Group, path="config.mesh"):
     cpu_devices: int = field(
         1,
         "Number of devices that a CPU is split into; one device does not use all cores for small arrays.",
-        bounds="positive",
+        bounds="devices",
     )
 
     def __post_init__(self):

@@ -74,7 +74,7 @@ def find_model(name: str) -> tuple[Family, str, int]:
     Raises:
         ValueError: unknown model.
     """
-    match = re.fullmatch(r"(\w+)-(\w+)/(\d+)", name)
+    match = re.fullmatch(r"(\w+)-(\w+)/([1-9]\d{0,3})", name)
     if match is None or match[1] not in FAMILIES or match[2] not in FAMILIES[match[1]].sizes:
         known = [f"{family}-{size}/2" for family, row in FAMILIES.items() for size in row.sizes]
         raise ValueError(

@@ -1,10 +1,12 @@
 """Multi-process runs: start-up, agreement between processes, and failure of one of them."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
+import socket
 import sys
 import threading
 import uuid
@@ -27,6 +29,8 @@ _SLOTS = 256
 _EXIT_SECONDS = 10
 _BARRIER_SECONDS = 7 * 24 * 3600
 _connected = threading.Event()
+# What JAX says if it has computed before, as when a notebook runs the program a second time.
+_TOO_LATE = "must be called before"
 
 # JAX has no error class for a failed peer, and the status codes of collectives say UNKNOWN or INTERNAL.
 _PEER_FAILURE = re.compile(
@@ -42,7 +46,7 @@ def initialize_distributed(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    timeout: float = 300,
+    timeout: float = 300.0,
 ) -> None:
     """Connect to the other processes of this run, if there are any.
 
@@ -58,9 +62,11 @@ def initialize_distributed(
 
     Raises:
         ConfigError: invalid or incomplete arguments.
-        UserError: the processes did not connect.
+        UserError: the processes did not connect, or the coordinator's port is in use.
     """
-    _check_flags(coordinator, num_processes, process_id)
+    _check_flags(coordinator, num_processes, process_id, timeout)
+    if process_id == 0 and coordinator is not None:
+        _check_port_is_free(int(coordinator.rpartition(":")[2]))
     given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     failures: list[Exception] = []
 
@@ -83,21 +89,44 @@ def initialize_distributed(
     if not failures:
         _connected.set()
         if jax.process_index():
-            logging.getLogger("dig_jax").setLevel(logging.WARNING)
+            for name in ("dig_jax", "pallas_gla"):
+                logging.getLogger(name).setLevel(logging.WARNING)
     elif any(value is not None for value in given.values()):
         raise ConfigError(f"--coordinator, --num_processes and --process_id: {failures[0]}") from failures[0]
-    elif not isinstance(failures[0], ValueError):  # ValueError: the environment names no processes
+    # ValueError: the environment names no processes.
+    elif not (isinstance(failures[0], ValueError) or _TOO_LATE in str(failures[0])):
         raise UserError(f"cannot connect to the other processes: {failures[0]}") from failures[0]
 
 
-def _check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+def _check_flags(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float
+) -> None:
+    address, _, port = (coordinator or "localhost:1").rpartition(":")
+    if not (address and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
         raise ConfigError(f"invalid --coordinator={coordinator}; expected ADDRESS:PORT")
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ConfigError(f"invalid --join_timeout={timeout}; expected a positive number of seconds")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ConfigError(
             f"invalid --process_id={process_id}; expected 0 to {num_processes - 1}"
             f" with --num_processes={num_processes}"
         )
+
+
+def _check_port_is_free(port: int) -> None:
+    """Raise a UserError if the port is in use, for example by a job that still ends: JAX would crash."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family) as listener:
+        # A connection that was closed a moment ago does not occupy the port.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                return  # JAX reports it
+            raise UserError(
+                f"port {port} of this host is in use; choose another port in --coordinator"
+            ) from error
 
 
 def check_agreement(settings: Mapping[str, object]) -> None:

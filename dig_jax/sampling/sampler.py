@@ -17,6 +17,7 @@ from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components, Params
 from dig_jax.config import Config, check_same
 from dig_jax.data.class_names import class_index
+from dig_jax.errors import naming_implementation
 from dig_jax.files.paths import to_path
 from dig_jax.parallel import (
     batch_sharding,
@@ -154,11 +155,12 @@ class Sampler:
             # Pad the last batch with the last image, so that only one shape is compiled.
             indices = np.minimum(np.arange(first, first + batch_size), len(seeds) - 1)
             batch = {"labels": labels[indices], "seeds": seeds[indices]}
-            if self._mesh is None:
-                x = draw(**batch)
-            else:
-                with jax.set_mesh(self._mesh):
-                    x = draw(**distribute(batch, self._mesh))
+            with naming_implementation():
+                if self._mesh is None:
+                    x = draw(**batch)
+                else:
+                    with jax.set_mesh(self._mesh):
+                        x = draw(**distribute(batch, self._mesh))
             batches.append(np.asarray(x))
         return np.concatenate(batches, axis=-4)[..., : len(seeds), :, :, :]
 
@@ -229,7 +231,9 @@ def load(
         ema = settings.sampled_ema
     stored, step, params = read_model(to_path(path), ema)
     if settings is None:
-        settings = stored.config
+        # The implementation that trained the model may not run on this machine.
+        model = dataclasses.replace(stored.config.model, implementation=None)
+        settings = dataclasses.replace(stored.config, model=model)
     else:
         check_same(stored.config, settings, path)
     if autoencoder is not None:

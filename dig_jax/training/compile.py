@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dig_jax.components import Components
+from dig_jax.errors import naming_implementation
 from dig_jax.parallel import batch_sharding, replicated, state_sharding
 from dig_jax.progress import duration
 from dig_jax.runtime import cache_hits
@@ -36,13 +37,17 @@ def lower_train_step(components: Components, mesh: Mesh, state: State) -> jax.st
         components: the config's components.
         mesh: devices to run on.
         state: arrays, or an `abstract_state`.
+
+    Raises:
+        ConfigError: `model.implementation` does not run on these devices.
     """
     step = jax.jit(
         functools.partial(train_step, TrainSetup.of(components)),
         donate_argnums=0,
         out_shardings=(state_sharding(state, mesh), replicated(mesh)),
     )
-    return step.lower(state, abstract_batch(components, mesh))
+    with naming_implementation():
+        return step.lower(state, abstract_batch(components, mesh))
 
 
 def compile_train_step(components: Components, mesh: Mesh, state: State) -> jax.stages.Compiled:

@@ -14,7 +14,7 @@ import jax
 
 from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.config import CheckpointConfig
-from dig_jax.errors import one_line
+from dig_jax.errors import UserError, one_line
 from dig_jax.parallel import on_process_0
 from dig_jax.progress import Progress
 from dig_jax.reporting.html import write_report
@@ -52,6 +52,11 @@ class StepEvent:
     preempted: bool = False
     heldout_loss: float | None = None
     has_new_files: bool = False
+
+    @property
+    def ends_loop(self) -> bool:
+        """Whether no step follows in this start."""
+        return self.preempted or self.step == self.last
 
     def is_due(self, every_steps: int | None) -> bool:
         """Return whether an action every N steps and at the last step is due; None: never."""
@@ -161,7 +166,10 @@ class WriteMetrics(Hook):
 class SaveCheckpoint(Hook):
     """Hook that saves a checkpoint every N steps, every N minutes, at the last step and before a preemption.
 
+    While steps are skipped, nothing is saved, so that no checkpoint of a collapsed run replaces a good one.
+
     Args:
+        first: the step that the run resumed from, or 0.
         settings: when to save.
         check_time_every: interval in steps of the check whether N minutes have passed.
         save: saves the state of an event.
@@ -173,22 +181,26 @@ class SaveCheckpoint(Hook):
         self,
         settings: CheckpointConfig,
         check_time_every: int,
+        first: int,
         save: Callable[[StepEvent], None],
         metrics: WriteMetrics,
         meter: StepMeter,
     ):
         self._settings, self._check_time_every = settings, check_time_every
         self._save, self._metrics, self._meter = save, metrics, meter
-        self._last_save = time.monotonic()
+        self._last_save, self.newest = time.monotonic(), first
 
     def after_step(self, event: StepEvent) -> None:
-        """Save if it is due."""
+        """Save if it is due and no streak of skipped steps is in progress."""
         if not (event.preempted or event.is_due(self._settings.every_steps) or self._is_time(event)):
             return
         self._metrics.write(event)
+        # One skipped step is common, and must not keep a run from ending.
+        if self._meter.skipped_in_a_row > event.ends_loop:
+            return
         with self._meter.paused():
             self._save(event)
-        self._last_save = time.monotonic()
+        self._last_save, self.newest = time.monotonic(), event.step
         event.has_new_files = True
 
     def _is_time(self, event: StepEvent) -> bool:
@@ -196,6 +208,44 @@ class SaveCheckpoint(Hook):
         if minutes is None or not event.is_due(self._check_time_every):
             return False
         return on_process_0(lambda: time.monotonic() - self._last_save > 60 * minutes)  # clocks differ
+
+
+class EndCollapsedRun(Hook):
+    """Hook that ends a run whose steps are all skipped: a skipped step changes nothing, so it cannot recover.
+
+    It comes after `SaveCheckpoint`, which waits for the last step.
+
+    Args:
+        limit: the number of skipped steps in a row that ends the run; two if no step follows.
+        checkpoints: where the checkpoints are, for the message.
+        saving: knows the newest checkpoint.
+        metrics: writes the last row.
+        meter: counts skipped steps.
+    """
+
+    def __init__(
+        self, limit: int, checkpoints: Path, saving: SaveCheckpoint, metrics: WriteMetrics, meter: StepMeter
+    ):
+        self._limit, self._checkpoints, self._saving = limit, checkpoints, saving
+        self._metrics, self._meter = metrics, meter
+
+    def after_step(self, event: StepEvent) -> None:
+        """Raise if the run has collapsed.
+
+        Raises:
+            UserError: too many steps in a row were skipped.
+        """
+        skipped = self._meter.skipped_in_a_row
+        if skipped < min(self._limit, 2 if event.ends_loop else self._limit):
+            return
+        self._metrics.write_pending()
+        newest = self._saving.newest
+        path = f"the last good checkpoint is {self._checkpoints / str(newest)}"
+        raise UserError(
+            f"training collapsed: loss, gradient or update was not finite in the last {skipped} steps;"
+            f" {path if newest else 'no checkpoint was saved before'}. Run again with a lower"
+            " --config.optimizer.learning_rate"
+        )
 
 
 class DrawSamples(Hook):
@@ -270,6 +320,8 @@ def make_hooks(
 
     every = settings.logging.every_steps
     metrics = WriteMetrics(every, meter, writer, Progress("step", first=first, total=last), utilization)
+    saving = SaveCheckpoint(settings.checkpoint, every, first, save, metrics, meter)
+    directory = run.workdir / "checkpoints"
     return [
         ProfileSteps(Profiler(run.output / "profile", profile, first, last), meter),
         ComputeHeldoutLoss(
@@ -278,7 +330,8 @@ def make_hooks(
             meter,
         ),
         metrics,
-        SaveCheckpoint(settings.checkpoint, every, save, metrics, meter),
+        saving,
+        EndCollapsedRun(settings.training.max_skipped_steps, directory, saving, metrics, meter),
         DrawSamples(
             settings.sampling.every_steps,
             lambda state: draw_grid(run.sampler(state), run.output, writer),

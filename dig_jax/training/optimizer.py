@@ -1,8 +1,12 @@
 """AdamW (Loshchilov & Hutter 2019) with warmup, a learning-rate schedule and gradient clipping."""
 
+import math
+
 import optax
 
 from dig_jax import config
+
+_LARGEST_STEP = 1e6
 
 
 def make_schedule(settings: config.OptimizerConfig, steps: int) -> optax.Schedule:
@@ -35,3 +39,16 @@ def make_optimizer(settings: config.OptimizerConfig, steps: int) -> optax.Gradie
     if settings.clip_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+
+
+def may_overflow(settings: config.OptimizerConfig) -> bool:
+    """Return whether parameters could leave the range of float32 although all gradients are finite.
+
+    By the Cauchy-Schwarz inequality AdamW moves a parameter by at most lr / √((1 - b1²/b2)(1 - b2)), and
+    weight decay moves it away from zero only if lr · weight_decay > 2. Steps of at most `_LARGEST_STEP` do
+    not leave the range within 2³¹ updates.
+    """
+    lr, b1, b2 = settings.learning_rate, settings.b1, settings.b2
+    if b1**2 >= b2 or lr * settings.weight_decay > 2:
+        return True
+    return lr > _LARGEST_STEP * math.sqrt((1 - b1**2 / b2) * (1 - b2))

@@ -1,6 +1,9 @@
-"""Preemption: SIGTERM, which schedulers and clouds send before they take a machine away."""
+"""Preemption: SIGTERM, which schedulers and clouds send before they take a machine away, and Ctrl-C."""
 
+import _thread
 import contextlib
+import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -8,30 +11,37 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+log = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def preemption_notice() -> Iterator[Callable[[int], bool]]:
-    """Record the first SIGTERM instead of exiting. A second SIGTERM ends the process at once.
+    """Record the first SIGTERM or Ctrl-C instead of exiting. A second one ends the process at once.
 
     Yields:
         A function of the step number: whether this step is the last one before the process must exit. All
         processes must call it at every step, and get the same answer.
     """
-    if jax.process_count() > 1:
-        # JAX's preemption service distributes a SIGTERM that any process received.
-        yield multihost_utils.reached_preemption_sync_point
-        return
     received = threading.Event()
+    has_peers = jax.process_count() > 1
 
     def record(number: int, _: object) -> None:
         received.set()
-        signal.signal(number, signal.SIG_DFL)
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)
+        if has_peers:
+            os.kill(os.getpid(), signal.SIGTERM)
+        # Not in the handler: it may have interrupted a write to the same stream.
+        message = "%s: finishing this step and saving; send it again to exit at once"
+        _thread.start_new_thread(log.info, (message, signal.Signals(number).name))
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
-        yield lambda step: False
-        return
-    previous = signal.signal(signal.SIGTERM, record)
+    # With several processes JAX's preemption service handles SIGTERM, which it shares with all processes.
+    handled = (signal.SIGINT,) if has_peers else (signal.SIGINT, signal.SIGTERM)
+    previous = {}
+    if threading.current_thread() is threading.main_thread():  # only the main thread can handle signals
+        previous = {number: signal.signal(number, record) for number in handled}
     try:
-        yield lambda step: received.is_set()
+        yield multihost_utils.reached_preemption_sync_point if has_peers else lambda step: received.is_set()
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

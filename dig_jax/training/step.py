@@ -7,11 +7,12 @@ micro-batches.
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Key
 
 from dig_jax.components import Params
 from dig_jax.parallel import constrain_batch
 from dig_jax.training.objectives.denoising import Batch, Metrics
+from dig_jax.training.optimizer import may_overflow
 from dig_jax.training.state import Purpose, State, purpose_key
 from dig_jax.training.train_setup import TrainSetup
 
@@ -19,7 +20,8 @@ from dig_jax.training.train_setup import TrainSetup
 def train_step(setup: TrainSetup, state: State, batch: Batch) -> tuple[State, Metrics]:
     """Take one optimizer step on a batch {"image": [B, h, w, c], "label": [B]}.
 
-    A step with a loss or gradient that is not finite is skipped: it changes only `step` and `skipped_steps`.
+    A step whose loss, gradient or new parameters are not finite is skipped: it changes only `step` and
+    `skipped_steps`.
 
     Returns:
         The new state, and the objective's metrics with "grad_norm", "learning_rate" and "skipped" (0 or 1).
@@ -27,9 +29,11 @@ def train_step(setup: TrainSetup, state: State, batch: Batch) -> tuple[State, Me
     key = jax.random.fold_in(purpose_key(setup.components, Purpose.TRAIN), state["step"])
     grads, metrics = mean_gradient(setup, state["params"], batch, key)
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
     updates_before = state["step"] - state["skipped_steps"]
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    if may_overflow(setup.components.config.optimizer):
+        finite &= _update_is_finite(setup, grads, state)
     updates, opt_state = setup.optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     ema = {
@@ -50,6 +54,18 @@ def train_step(setup: TrainSetup, state: State, batch: Batch) -> tuple[State, Me
         "learning_rate": jnp.asarray(setup.schedule(updates_before), jnp.float32),
         "skipped": skipped,
     }
+
+
+def _update_is_finite(setup: TrainSetup, grads: Params, state: State) -> Bool[Array, ""]:
+    """Return whether the new parameters are finite, although the gradient is.
+
+    The update is computed once for this answer and once to be stored. The barrier keeps the compiler from
+    merging the two, which would need memory for the old and the new state.
+    """
+    grads, opt_state, params = jax.lax.optimization_barrier((grads, state["opt_state"], state["params"]))
+    updates, _ = setup.optimizer.update(grads, opt_state, params)
+    leaves = jax.tree.leaves(optax.apply_updates(params, updates))
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def mean_gradient(

@@ -19,6 +19,7 @@ from dig_jax.components import Components, Params, param_count
 from dig_jax.config import Config
 from dig_jax.data.image_folder import folder
 from dig_jax.data.latents import LatentSource, check_latents
+from dig_jax.data.summary import summary
 from dig_jax.diffusion import make_sampler
 from dig_jax.errors import ConfigError, naming_setting
 from dig_jax.evaluation.evaluate import draw_neighbors, score
@@ -137,6 +138,8 @@ def _check_settings(components: Components) -> None:
     require_wandb(components.config.logging.wandb)
     settings, channels = components.config.sampling, components.image_spec.image_shape[2]
     source = components.train_source
+    if not len(source):
+        raise ConfigError(f"config.data: no images in the {source.split!r} split of {source.name!r}")
     # Load components that are first used between steps, so that a failure ends the run before it starts.
     diffusion, decoder, _ = components.diffusion, components.autoencoder, components.heldout_source
     if isinstance(source, LatentSource):
@@ -180,7 +183,9 @@ def _check_mesh(components: Components, mesh: Mesh, params: Params) -> None:
 
 
 def _introduce(run: Run, state: State) -> None:
-    """Log the model, the devices and the first step; write parameters.txt and a row of starts.jsonl."""
+    """Log data, model, devices and the first step; write parameters.txt and a row of starts.jsonl."""
+    for line in summary(run.components.train_source, run.components.heldout_source):
+        log.info(line)
     table = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
     with replacing(run.output / "parameters.txt") as file:
         file.write(f"{table}\n".encode())

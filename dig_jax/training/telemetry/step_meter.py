@@ -35,9 +35,14 @@ class StepMeter:
 
     A step lasts from the end of the previous step to the end of this one, without pauses. The meter sees a
     step end when the loop waits for it.
+
+    Attributes:
+        skipped_in_a_row: the number of skipped steps since the last step that was not skipped, up to the last
+            step that the loop waited for.
     """
 
     def __init__(self, batch_size: int):
+        self.skipped_in_a_row = 0
         self._batch_size = batch_size
         self._running: tuple[int, Mapping[str, Any]] | None = None
         self._finished: list[_Step] = []
@@ -104,6 +109,7 @@ class StepMeter:
         self._warn_if_slow(number, seconds)
         self._finished.append(_Step(number, metrics, seconds, self._waited))
         self._running, self._last_end, self._waited = None, now, 0.0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if np.asarray(metrics["skipped"]) else 0
 
     def _warn_if_slow(self, step: int, seconds: float) -> None:
         """Warn about a slow step, once per row.
@@ -132,7 +138,9 @@ def _means(steps: Sequence[Mapping[str, Any]]) -> Row:
     kept = [metrics for metrics in steps if not metrics["skipped"]]
     skipped = len(steps) - len(kept)
     if skipped:
-        log.warning("skipped %d of the last %d steps: loss or gradient was not finite", skipped, len(steps))
+        log.warning(
+            "skipped %d of the last %d steps: loss, gradient or update was not finite", skipped, len(steps)
+        )
     row = {
         "loss": _mean(kept, "loss"),
         "grad_norm": _mean(kept, "grad_norm"),

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dig_jax.files.jsonl import append_row, truncate_rows
 from dig_jax.training.telemetry.step_meter import Row
+from dig_jax.training.telemetry.tensorboard import TensorBoard
 from dig_jax.training.telemetry.wandb import WandbRun
 
 log = logging.getLogger(__name__)
@@ -30,19 +31,15 @@ class MetricWriter:
         self._path = directory / "metrics.jsonl"
         if invalid := truncate_rows(self._path, last_step=first_step):
             log.warning("dropped %d invalid lines from %s", invalid, self._path)
-        self._tensorboard, self._wandb = None, wandb
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step + 1)
+        self._wandb = wandb
+        self._tensorboard = TensorBoard(directory / "tensorboard", first_step) if tensorboard else None
 
     def write(self, step: int, row: Row) -> None:
         """Write the metrics of a step. JSON has no NaN and infinity, so they become null."""
         finite = {name: value for name, value in row.items() if math.isfinite(value)}
         append_row(self._path, {"step": step, **dict.fromkeys(row), **finite})
         if self._tensorboard is not None:
-            for name, value in finite.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.write(step, finite)
         if self._wandb is not None:
             self._wandb.write(step, finite)
 
@@ -51,7 +48,7 @@ class MetricWriter:
         if not path.exists():
             return
         if self._tensorboard is not None:
-            self._tensorboard.add_image("samples", np.asarray(Image.open(path)), step, dataformats="HWC")
+            self._tensorboard.write_image(step, np.asarray(Image.open(path)))
         if self._wandb is not None:
             self._wandb.write_image(step, path)
 

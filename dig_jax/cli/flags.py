@@ -1,0 +1,47 @@
+"""The flags of main.py, except --config (see `command_line`)."""
+
+import functools
+
+from absl import flags
+
+from dig_jax.cli.commands import COMMANDS
+
+
+def define_flags() -> flags.FlagValues:
+    """Return new flags with their defaults: absl's global flags could not be defined twice in a notebook."""
+    values = flags.FlagValues()
+
+    def text(name: str, help: str) -> None:
+        flags.DEFINE_string(name, None, help, flag_values=values)
+
+    text("workdir", "Directory of the run; by default runs/NAME_OF_CONFIG.")
+    flags.DEFINE_enum("mode", "train", list(COMMANDS), "The command to run.", flag_values=values)
+    text("labels", "With --mode=sample: classes, such as 0,5-7 or tabby,goldfish; by default all.")
+    text("seeds", "With --mode=sample: seeds, such as 0-15; by default 0, 1, …")
+    text(
+        "output",
+        "The file to write. With --mode=export: FILE.safetensors. With --mode=sample: FILE.npz, by default"
+        " WORKDIR/generated.npz.",
+    )
+    text(
+        "topology",
+        "With --mode=plan: chips to plan for, which need not be present, such as v6e:8x8 or h100:8x4; by"
+        " default this machine's devices.",
+    )
+    flags.DEFINE_bool("json", False, "With --mode=plan: print JSON instead of text.", flag_values=values)
+    text("profile_steps", "With --mode=train: steps to trace with JAX's profiler, such as 100-105.")
+    text(
+        "coordinator",
+        "With --mode=train, encode or sample, and several processes: ADDRESS:PORT of process 0. Not needed on"
+        " TPU pods or under SLURM.",
+    )
+    number = functools.partial(flags.DEFINE_integer, default=None, flag_values=values)
+    number("num_processes", help="With --coordinator: number of processes.", lower_bound=1)
+    number("process_id", help="With --coordinator: index of this process, from 0.", lower_bound=0)
+    flags.DEFINE_float(
+        "join_timeout",
+        300,
+        "Seconds to wait at the start until all processes are connected.",
+        flag_values=values,
+    )
+    return values
