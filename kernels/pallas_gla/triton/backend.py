@@ -29,6 +29,8 @@ WIDTHS = (16, 128)
 DTYPES = ("bfloat16", "float16", "float32")
 # The compute capability from which XLA compiles Triton kernels.
 OLDEST_GPU = (8, 0)
+# Compute capabilities with 99 KiB of shared memory, too little for a backward pass with wide keys and values.
+SMALL_GPUS = ((8, 6), (8, 9), (12, 0), (12, 1))
 # The smallest tile of a tensor core.
 SHORTEST_CHUNK = 16
 # Shape and dtype of a result.
@@ -42,6 +44,9 @@ def unsupported(operands: Operands, scan: Scan) -> str | None:
     gpu = chip.current()
     if not scan.interpret and gpu.compute_capability is not None and gpu.compute_capability < OLDEST_GPU:
         return f"unsupported GPU: got {gpu}; expected sm_80 (Ampere) or later"
+    widths = operands.q.shape[-1], operands.v.shape[-1]
+    if not scan.interpret and gpu.compute_capability in SMALL_GPUS and min(widths) > 64:
+        return f"unsupported K, V on {gpu}: got {widths}; expected at most 64 for one of them"
     for name, x in (("K", operands.q), ("V", operands.v)):
         if not WIDTHS[0] <= x.shape[-1] <= WIDTHS[1]:
             return f"unsupported {name}: got {x.shape[-1]}; expected {WIDTHS[0]} to {WIDTHS[1]}"
