@@ -9,7 +9,7 @@ import ctypes
 import logging
 import os
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,17 @@ def raise_lost_interrupts() -> None:
 
     def hook(unraisable: Any) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
-            # By another thread, a moment later: here it would be dropped again.
-            threading.Timer(0.01, _thread.interrupt_main).start()
+            # By another thread, a moment later: here it would be dropped again, and `Thread.start` would wait.
+            _thread.start_new_thread(_interrupt_soon, ())
         else:
             show(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _interrupt_soon() -> None:
+    time.sleep(0.1)
+    _thread.interrupt_main()
 
 
 def disable_llvm_symbolizer() -> None:
