@@ -96,7 +96,7 @@ def raise_lost_interrupts() -> None:
 
     def hook(unraisable: Any) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
-            # By another thread, a moment later: here it would be dropped again, and `Thread.start` would wait.
+            # By another thread, a moment later: here, and in Thread.start, it would be dropped again.
             _thread.start_new_thread(_interrupt_soon, ())
         else:
             show(unraisable)
