@@ -4,6 +4,7 @@ Only programs call these functions; the library does not.
 """
 
 import _thread
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -107,6 +108,21 @@ def raise_lost_interrupts() -> None:
 def _interrupt_soon() -> None:
     time.sleep(0.1)
     _thread.interrupt_main()
+
+
+def skip_cleanup_at_exit(status: int) -> None:
+    """Let the process end with this status as soon as Python would start to clean up.
+
+    An interrupted computation still runs in other threads, and crashes when Python takes its modules away.
+    """
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(leave)
 
 
 def disable_llvm_symbolizer() -> None:

@@ -54,6 +54,9 @@ def run(main: Callable[[Config, Path], None], usage: str, values: flags.FlagValu
     except (UserError, OSError) as error:
         _fail(one_line(error), 1)
     except KeyboardInterrupt:
+        from dig_jax import runtime
+
+        runtime.skip_cleanup_at_exit(130)
         _fail("interrupted; run the same command again to resume", 130)
     except Exception as error:
         if is_storage_error(error):
