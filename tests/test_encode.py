@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import json
 import logging
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -496,3 +498,20 @@ def test_processes_share_the_files(made, complete, tmp_path):
     # ant/3.png is in the first file, bee/3.png in the second.
     skipped = [[name for name in CLASSES if f"{name}/3.png: " in log] for log in logs]
     assert skipped == [["ant"], ["bee"]], logs
+
+
+def test_sigterm_ends_a_run_also_if_a_library_drops_the_exception(made, tmp_path, monkeypatch):
+    encoded = []
+
+    def deaf(*arguments):
+        with contextlib.suppress(KeyboardInterrupt):
+            if not encoded:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+        encoded.append(arguments)
+        return encode_images(*arguments)
+
+    monkeypatch.setattr(shard_writer, "encode_images", deaf)
+    with pytest.raises(KeyboardInterrupt):
+        encode(settings(made, tmp_path / "cache"))
+    assert len(encoded) <= 4  # of 2 · 24: two batches are in flight

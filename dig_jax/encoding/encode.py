@@ -12,7 +12,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ def encode(settings: Config) -> dict[str, Any]:
     check_agreement(config.flattened(header))
     size = settings.encode.shard_size
     chunks = [chunk for split in SPLITS for chunk in _chunks(split, len(sources[split]), size)]
-    with one_writer(directory / LOCK_FILE, f"the latent cache {directory}"), _sigterm_as_interrupt():
+    with one_writer(directory / LOCK_FILE, f"the latent cache {directory}"), _sigterm_as_interrupt() as check:
         on_process_0(functools.partial(_claim, directory, header))
         check_shared_directory(directory)
         if on_process_0((directory / INDEX_FILE).exists):
@@ -86,7 +86,8 @@ def encode(settings: Config) -> dict[str, Any]:
             log.info("writing %d of %d files to %s: %d images", len(missing), len(chunks), directory, images)
             mine = [chunks[n] for n in missing[jax.process_index() :: jax.process_count()]]
             with naming_directory(directory):
-                ShardWriter(directory, autoencoder, sources, settings.encode).write(mine)
+                ShardWriter(directory, autoencoder, sources, settings.encode).write(mine, check)
+        check()
         barrier("encoded")
         index = on_process_0(functools.partial(_write_index, directory, header, chunks))
     if not missing:
@@ -300,13 +301,29 @@ def _log_summary(directory: Path, index: Mapping[str, Any], seconds: float) -> N
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM within the context."""
+def _sigterm_as_interrupt() -> Iterator[Callable[[], None]]:
+    """Raise KeyboardInterrupt on SIGTERM, as on Ctrl-C, within the context.
+
+    Yields:
+        A function that raises it after a signal. Call it between batches: libraries drop an exception that
+        a signal handler raises in their callbacks.
+    """
+    received = threading.Event()
+
+    def check() -> None:
+        if received.is_set():
+            raise KeyboardInterrupt
+
+    def handle(number: int, frame: object) -> None:
+        received.set()
+        raise KeyboardInterrupt
+
     if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
-        yield
+        yield check
         return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield check
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)

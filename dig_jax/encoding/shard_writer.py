@@ -97,8 +97,8 @@ class ShardWriter:
         self._channels = autoencoder.config.latent_channels
         self._unreadable = 0
 
-    def write(self, chunks: Sequence[Chunk]) -> None:
-        """Write the files of some chunks, one after the other.
+    def write(self, chunks: Sequence[Chunk], check: Callable[[], None] = lambda: None) -> None:
+        """Write the files of some chunks, one after the other; call `check` after each batch.
 
         Raises:
             UserError: an unreadable source, a full disk, or non-finite moments.
@@ -106,7 +106,12 @@ class ShardWriter:
         done, total = 0, sum(map(len, chunks))
         with contextlib.closing(Progress("image", first=0, total=total, every_seconds=30.0)) as progress:
             for chunk in chunks:
-                shard = self._write(chunk, lambda n, done=done: progress.show(done + n))
+
+                def show(count: int, done: int = done) -> None:
+                    check()
+                    progress.show(done + count)
+
+                shard = self._write(chunk, show)
                 write_json(self._directory / chunk.description, shard._asdict())
                 done += len(chunk)
         if self._unreadable > _LOGGED:
