@@ -45,6 +45,33 @@ def test_a_slice_reads_only_its_elements():
     assert count(text).bytes <= 4 * 256 * x.itemsize
 
 
+# An update in place by a GPU, which runs beside other operations and returns operands, result and context.
+ASYNC_UPDATE = """HloModule update, is_scheduled=true
+
+%fused (param_0: f32[7,256], param_1: s32[], param_2: f32[1,256]) -> f32[7,256] {
+  %param_0 = f32[7,256]{1,0} parameter(0)
+  %param_2 = f32[1,256]{1,0} parameter(2)
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %updated = f32[7,256]{1,0} dynamic-update-slice(%param_0, %param_2, %param_1, %zero)
+}
+
+ENTRY %main (a: f32[7,256], i: s32[], b: f32[1,256]) -> f32[7,256] {
+  %a = f32[7,256]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[1,256]{1,0} parameter(2)
+  %start = ((f32[7,256]{1,0}, s32[], f32[1,256]{1,0}), f32[7,256]{1,0}, u32[]) fusion-start(%a, %i, %b), \
+kind=kLoop, calls=%fused
+  ROOT %done = f32[7,256]{1,0} fusion-done(%start)
+}
+"""
+
+
+def test_an_asynchronous_update_in_place_reads_and_writes_its_slice_only():
+    row = 4 * 256
+    assert 2 * row <= count(ASYNC_UPDATE).bytes <= 2 * row + 8
+
+
 # A TPU's product of 4 × 256 tokens of 384 channels with a matrix of 6 heads × 64: the heads are a window of 6
 # places over one, the rest of it padding. The weights and the result stay on the chip.
 TPU_PRODUCT = """HloModule product, is_scheduled=true

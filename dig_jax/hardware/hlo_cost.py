@@ -32,6 +32,7 @@ _FREE = (
 )
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding")
 _ASYNC_CALL = "async-start"
+_FUSIONS = ("fusion", "fusion-start")
 _Scope = Mapping[str, HloInstruction]
 
 
@@ -105,7 +106,7 @@ def _trip_count(module: HloModule, loop: HloInstruction) -> int:
 
 def _flops(module: HloModule, scope: _Scope, x: HloInstruction) -> collections.Counter[str]:
     flops = collections.Counter()
-    if x.opcode == "fusion":
+    if x.opcode in _FUSIONS:
         body = module[x.called("calls")]
         for inner in body.values():
             flops.update(_flops(module, body, inner))
@@ -185,7 +186,7 @@ def _kernel_estimate(x: HloInstruction) -> dict[str, str] | None:
 
 
 def _bytes(module: HloModule, scope: _Scope, x: HloInstruction) -> int:
-    if x.opcode == "fusion":
+    if x.opcode in _FUSIONS:
         return _fusion(module, scope, x)
     if x.opcode == "custom-call":
         return _custom_call(scope, x)
@@ -246,7 +247,9 @@ def _fusion(module: HloModule, scope: _Scope, x: HloInstruction) -> int:
     body = module[name]
     parameters = {int(y.operands_text): y for y in body.values() if y.opcode == "parameter"}
     total = sum(_read_by_users(module, body, y, read[position]) for position, y in parameters.items())
-    return total + _written(module, body, module.roots[name], x.shape)
+    # An asynchronous fusion returns its operands, its result and a context.
+    shape = x.shape if x.opcode == "fusion" else x.element_shapes()[1]
+    return total + _written(module, body, module.roots[name], shape)
 
 
 def _read_by_users(module: HloModule, scope: _Scope, x: HloInstruction, size: int) -> int:
