@@ -145,10 +145,11 @@ def unrolled(stack, x, c, grid):
 
 
 @functools.cache
-def value_and_gradient(depth, skip, remat, run=BlockStack.__call__):
+def value_and_gradient(depth, skip, remat, run=BlockStack.__call__, scan_layers=True):
     blocks = hybrid_blocks() if skip is None else (plain_block(),) * 2
     pattern = BlockPattern(blocks, skip=skip)
-    stack = BlockStack(pattern, width=32, depth=depth, remat=remat, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    options = {"depth": depth, "remat": remat, "scan_layers": scan_layers}
+    stack = BlockStack(pattern, width=32, **options, dtype=jnp.float32, rngs=nnx.Rngs(0))
     graphdef, params = randomized(stack)
     x, c = jax.random.normal(jax.random.key(0), (1, 6, 32)), jnp.ones((1, 32))
 
@@ -171,6 +172,22 @@ def test_a_scanned_stack_equals_a_loop_over_its_blocks_in_output_and_gradient(de
 
     expected = value_and_gradient(depth, skip, None, run=unrolled)
     jax.tree.map(assert_close, value_and_gradient(depth, skip, remat), expected)
+
+
+def test_without_scan_layers_a_step_has_no_loop_over_layers_and_the_same_result():
+    def assert_close(actual, expected):
+        assert jnp.linalg.norm(actual - expected) <= 1e-4 * jnp.linalg.norm(expected)
+
+    repeated = value_and_gradient(5, None, None, scan_layers=False)
+    jax.tree.map(assert_close, repeated, value_and_gradient(5, None, None))
+    loops = {}
+    for scan_layers in (True, False):
+        options = {"depth": 4, "dtype": jnp.float32, "rngs": nnx.Rngs(0), "scan_layers": scan_layers}
+        stack = BlockStack(BlockPattern((plain_block(),)), width=32, **options)
+        x, c = jnp.ones((1, 6, 32)), jnp.ones((1, 32))
+        text = jax.jit(functools.partial(stack, grid=(2, 3))).lower(x, c).as_text()
+        loops[scan_layers] = text.count("stablehlo.while")
+    assert loops == {True: 1, False: 0}
 
 
 def test_a_family_with_two_mixers_is_one_registry_row(monkeypatch):

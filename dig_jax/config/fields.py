@@ -62,6 +62,11 @@ class ModelConfig(Group, path="config.model"):
         "What the backward pass recomputes: none, dots (all except matrix products) or full.",
         none="none",
     )
+    scan_layers: bool = field(
+        True,
+        "Compile one period of blocks and loop over it. Without the loop the program grows with the depth,"
+        " but a GPU step with remat=none is faster, because activations are not copied into stacked arrays.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ class ModelOptions:
         learn_sigma: also predict the interpolation of the variance, which doubles the output channels.
         dtype: dtype of matrix products and activations; parameters are float32.
         remat: what the backward pass recomputes: None (nothing), "dots" (all but matrix products) or "full".
+        scan_layers: loop over the blocks in the compiled program instead of repeating them.
         mlp_hidden_size: hidden channels of the MLP; None: the family's default for the width.
 
     Raises:
@@ -45,6 +46,7 @@ class ModelOptions:
     learn_sigma: bool = True
     dtype: DTypeLike = jnp.float32
     remat: Remat | None = None
+    scan_layers: bool = True
     mlp_hidden_size: int | None = None
 
     def __post_init__(self):
@@ -110,7 +112,13 @@ class DiffusionTransformer(nnx.Module):
         self.time_embed = TimestepEmbedding(width, rngs=rngs)
         self.label_embed = LabelEmbedding(num_classes, width, rngs=rngs) if num_classes else None
         self.blocks = BlockStack(
-            options.pattern(), width=width, depth=options.depth, remat=options.remat, dtype=dtype, rngs=rngs
+            options.pattern(),
+            width=width,
+            depth=options.depth,
+            remat=options.remat,
+            scan_layers=options.scan_layers,
+            dtype=dtype,
+            rngs=rngs,
         )
         out_size = in_size * (2 if options.learn_sigma else 1)
         self.final = FinalLayer(width, out_size, modulated=num_classes > 0, dtype=dtype, rngs=rngs)

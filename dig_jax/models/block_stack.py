@@ -106,6 +106,8 @@ class BlockStack(nnx.Module):
     Args:
         remat: what the backward pass recomputes. None: nothing. "full": everything but the input of each
             group of blocks. "dots": everything but these inputs and the results of matrix products.
+        scan_layers: run repeated blocks as a loop. False repeats them in the program, so that what a block
+            saves for the backward pass is not copied into stacked arrays.
     """
 
     def __init__(
@@ -115,9 +117,11 @@ class BlockStack(nnx.Module):
         width: int,
         depth: int,
         remat: Remat | None = None,
+        scan_layers: bool = True,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
+        self.scan_layers = scan_layers
         self.depth, self.period, self.dtype = depth, len(pattern.blocks), dtype
         self.remat: Remat | None = remat
         self.transposed_skips = pattern.transposed_skips
@@ -182,7 +186,7 @@ class BlockStack(nnx.Module):
         body = self._rematerialized(body)
         if segment.repeats is None:
             return body(x, (params, joins))
-        return jax.lax.scan(body, x, (params, joins))
+        return jax.lax.scan(body, x, (params, joins), unroll=not self.scan_layers)
 
     def _layers(self, segment: Segment, number: int) -> tuple[nnx.GraphDef, Any]:
         """Return the graphdef and the parameters of block `number` of a segment."""

@@ -1,6 +1,7 @@
 """Softmax attention, the token mixer of DiT."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -37,4 +38,17 @@ def _attend(
     """Attend from this device's tokens to the tokens of all devices along a mesh axis."""
     if axis_name is not None:
         k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
-    return jax.nn.dot_product_attention(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, implementation=_implementation(q))
+
+
+def _implementation(q: Float[Array, "b own h k"]) -> str | None:
+    """Return "cudnn" where its flash attention runs, since JAX never selects it, or None for plain JAX.
+
+    cuDNN asks the GPU itself, so a program that is compiled ahead of time without one gets plain JAX.
+    """
+    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return None
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    # ROCm names its chips "gfx…".
+    ampere = capability[:1].isdigit() and float(capability) >= 8
+    return "cudnn" if ampere and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 else None
