@@ -1,8 +1,8 @@
 """The jobs of `gpu.py` that run this package's kernels: checks against the oracle, and device times.
 
 A time is the time of one program that calls the function many times in a loop, divided by the number of
-calls. Every call depends on the previous one: zero times a result is added to an element of its first
-operand. The row "loop" gives the cost of this alone. Calls cycle through several sets of operands, together
+calls. A barrier makes the operands of the next call depend on the previous one. The row "loop" gives the cost
+of the loop alone. Calls cycle through several sets of operands, together
 larger than the L2 cache, and write all results to memory.
 """
 
@@ -33,7 +33,7 @@ DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 TOLERANCE = {"bfloat16": 5e-3, "float16": 5e-3, "float32": 1e-4}
 NORMALIZER, EPS = 4.0, 1e-3
 # (batch, tokens), the most important first. The first two are measured with every variant.
-SHAPES = ((8, 4096), (32, 256), (8, 1024), (1, 16384), (2, 4096))
+SHAPES = ((8, 4096), (32, 256), (8, 1024), (1, 16384))
 L2_BYTES = 60e6
 # Bytes per second of a copy, to choose how many calls to time.
 BANDWIDTH = 4e12
@@ -148,7 +148,8 @@ class CheckRun:
             actual = np.asarray(actual, np.float64)
             size = np.sqrt(np.mean(wanted**2)) or 1.0
             errors[name] = float(np.sqrt(np.mean((actual - wanted) ** 2)) / size)
-        tolerance = TOLERANCE[self.check.dtype]
+        # The gradients of a gated scan of few tokens cancel (see the contract in kernels/README.md).
+        tolerance = 8e-3 if self.check.gated else TOLERANCE[self.check.dtype]
         return {
             "errors": errors,
             "tolerance": tolerance,
@@ -218,6 +219,7 @@ def timings(quick: bool, tune: bool) -> list[Timing]:
                     jobs += [add(chunk_size=size) for size in (16, 32)]
                     continue
                 jobs += [add("gla"), add("gla", implementation="xla")]
+                jobs += [] if backward else [add("gla", implementation="mosaic")]
                 directions = DIRECTIONS if i < 2 and heads == 18 else DIRECTIONS[:1]
                 jobs += [add("gated_gla_2d", direction=direction) for direction in directions]
             jobs += [] if tune else [Timing("loop", **shape)]
@@ -227,7 +229,7 @@ def timings(quick: bool, tune: bool) -> list[Timing]:
 def candidates(batch: int) -> list[tuple[tuple[str, int], ...]]:
     """Return alternative values for `tuning.GpuTuning`, as pairs of field and value."""
     blocks = [(("warps", warps), ("stages", stages)) for warps in (2, 4, 8) for stages in (1, 2, 3)]
-    splits = [(("cores", n), ("least_chunks", chunks)) for n in (132, 264, 528) for chunks in (4, 8, 16)]
+    splits = [(("cores", n), ("least_chunks", chunks)) for n in (132, 264, 528, 1056) for chunks in (4, 8)]
     return (blocks if batch > 1 else []) + (splits if batch < 32 else [])
 
 
@@ -305,12 +307,11 @@ def loop(function: Callable, sets: Sequence[tuple], calls: int) -> Callable:
 
 
 def _after(first: jax.Array, results: tuple[jax.Array, ...]) -> jax.Array:
-    """Return `first`, made to depend on the results being in memory."""
-    results = jax.lax.optimization_barrier(results)
-    nothing = sum(0 * x[(0,) * x.ndim].astype(jnp.float32) for x in results)
-    origin = (0,) * first.ndim
-    changed = (first[origin] + nothing).astype(first.dtype).reshape((1,) * first.ndim)
-    return jax.lax.dynamic_update_slice(first, changed, origin)
+    """Return `first`, made to depend on the results.
+
+    The barrier keeps the compiler from moving calls out of the loop, and adds no copy of `first`.
+    """
+    return jax.lax.optimization_barrier((first, results))[0]
 
 
 class TimingRun:
@@ -323,7 +324,7 @@ class TimingRun:
         interpret: bool = False,
         build: Callable | None = None,
         make: Callable = operands,
-        seconds: float = 0.03,
+        seconds: float = 0.015,
     ):
         self.timing, self.make = timing, make
         least = timing.token_heads * timing.bytes / BANDWIDTH

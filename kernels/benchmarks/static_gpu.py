@@ -187,8 +187,8 @@ def assemble(ptx: str, gpu: str) -> dict[str, int]:
         "loop": loop_size(code, labels),
         "wgmma": count(r"\bHGMMA"),
         "mma": count(r"\bHMMA"),
-        "loads_128": count(r"LDG\.E\.128"),
-        "loads": count(r"\bLDG\."),
+        "loads_128": count(r"LDG(?:STS)?\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128"),
+        "loads": count(r"\bLDG(?:STS)?\."),
     }
 
 

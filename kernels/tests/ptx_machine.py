@@ -2,8 +2,9 @@
 
 All threads of all programs execute an instruction together. Programs may branch differently and then run
 separately; the threads of one program may not. Every memory access must be aligned and inside a buffer.
-Barriers and fences do nothing, because all threads run in lockstep, so the machine does not find races. See
-NVIDIA's "PTX ISA 9.0", section 9.7, for the instructions. `ptx_tiles` has the tensor-core instructions.
+Barriers and fences do nothing, because all threads run in lockstep, so the machine does not find races. An
+asynchronous copy takes effect when its program waits for it. See NVIDIA's "PTX ISA 9.0", section 9.7, for the
+instructions. `ptx_tiles` has the tensor-core instructions.
 """
 
 import re
@@ -57,6 +58,11 @@ COMPARISONS = {
     "ge": np.greater_equal,
     "eq": np.equal,
     "ne": np.not_equal,
+    # Unordered: true for NaN.
+    "ltu": lambda x, y: ~(x >= y),
+    "leu": lambda x, y: ~(x > y),
+    "gtu": lambda x, y: ~(x <= y),
+    "geu": lambda x, y: ~(x < y),
     "num": lambda x, y: ~(np.isnan(x) | np.isnan(y)),
 }
 # Instructions that synchronize threads, which run in lockstep here.
@@ -123,16 +129,23 @@ class Machine:
             self.inside[start : start + x.nbytes] = True
         # Shared memory holds NaNs until it is written.
         self.shared = np.full(programs * self.shared_size, 0xFF, np.uint8)
-        groups = [(0, np.arange(programs), {})]
+        groups = [(0, np.arange(programs), {}, [[]])]
         with np.errstate(all="ignore"):
             while groups:
                 groups += self._run_group(*groups.pop())
         for start, x in zip(starts, arrays, strict=True):
             x.reshape(-1).view(np.uint8)[:] = self.memory[start : start + x.nbytes]
 
-    def _run_group(self, at: int, programs: np.ndarray, registers: dict) -> list[tuple]:
-        """Run programs from an instruction until they end or branch differently."""
-        self.programs, self.registers = programs, registers
+    def _run_group(
+        self, at: int, programs: np.ndarray, registers: dict, copies: list[list[tuple]]
+    ) -> list[tuple]:
+        """Run programs from an instruction until they end or branch differently.
+
+        Args:
+            copies: pending groups of asynchronous copies, the open one last; a copy is the bytes of every
+                thread, their offsets in shared memory, and which threads copy.
+        """
+        self.programs, self.registers, self.copies = programs, registers, copies
         self.lanes = len(programs) * self.threads
         while True:
             instruction = self.code[at]
@@ -157,13 +170,15 @@ class Machine:
                 at = target
             elif jumps.any():
                 return [
-                    (
-                        where,
-                        programs[part],
-                        {k: x[np.repeat(part, self.threads)] for k, x in registers.items()},
-                    )
+                    (where, *self._part(np.repeat(part, self.threads), part))
                     for where, part in ((target, jumps), (at, ~jumps))
                 ]
+
+    def _part(self, threads: np.ndarray, programs: np.ndarray) -> tuple:
+        """Return the state of some of the running programs."""
+        registers = {name: x[threads] for name, x in self.registers.items()}
+        copies = [[tuple(x[threads] for x in copy) for copy in group] for group in self.copies]
+        return self.programs[programs], registers, copies
 
     def _active(self, predicate: str | None) -> np.ndarray | None:
         if predicate is None:
@@ -227,6 +242,8 @@ class Machine:
             ptx_tiles.mma(self, modifiers, operands)
         elif name == "wgmma":
             ptx_tiles.wgmma(self, modifiers, operands)
+        elif opcode.startswith("cp.async"):
+            self._copy_async(modifiers[1], operands, active)
         elif name in ("ld", "st"):
             self._load_or_store(name, modifiers, operands, active)
         elif name == "mov" and "<" in "".join(operands):
@@ -338,6 +355,26 @@ class Machine:
                 x, at = self.value(register, memory.dtype.type), where // size + i
                 x = x.reshape(self.lanes, -1)[:, 0]  # the low bits of a wider register
                 memory[at if active is None else at[active]] = x if active is None else x[active]
+
+    def _copy_async(self, kind: str, operands: list[str], active: np.ndarray | None) -> None:
+        if kind == "commit_group":
+            self.copies.append([])
+        elif kind == "wait_group":
+            last = max(len(self.copies) - 1 - int(operands[0]), 0)
+            for x, where, active in (copy for group in self.copies[:last] for copy in group):
+                self.shared[where[active]] = x[active]
+            del self.copies[:last]
+        else:
+            size = int(operands[2], 0)
+            # The rest of the bytes are zeros.
+            copied = self.value(operands[3], np.uint32) if len(operands) > 3 else np.full(self.lanes, size)
+            assert np.isin(copied, (0, size)).all(), "a partial asynchronous copy is not implemented"
+            active = np.ones(self.lanes, bool) if active is None else active
+            where, _ = self.find(operands[0], size, "shared", active)
+            source, _ = self.find(operands[1], size, "global", active & (copied > 0))
+            x = self.memory[source[:, None] + np.arange(size)]
+            x = np.where((copied > 0)[:, None], x, 0).astype(np.uint8)
+            self.copies[-1].append((x, where[:, None] + np.arange(size), active))
 
     def _shuffle(self, mode: str, operands: list[str]) -> None:
         x, step = (self.value(t, np.uint32).reshape(-1, WARP) for t in operands[1:3])

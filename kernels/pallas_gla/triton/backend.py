@@ -184,6 +184,7 @@ def _launch(
     )
     tokens = tiling.batch * tiling.tokens * tiling.heads
     sizes = [(x.shape, x.dtype) for x in arrays.values()] + list(results.values())
+    state_size = carried * tiling.key_width * tiling.value_width
     cost = pl.CostEstimate(
         flops=tokens * flops,
         transcendentals=2 * tokens * tiling.keys,
@@ -194,8 +195,8 @@ def _launch(
         list(arrays.values()),
         list(results.values()),
         programs=tiling.programs,
-        warps=device.num_warps(carried * tiling.key_width * tiling.value_width),
-        stages=device.stages,
+        warps=device.num_warps(state_size),
+        stages=device.num_stages(state_size, tiling.dtype.itemsize),
         cost=cost,
         interpret=tiling.scan.interpret,
     )

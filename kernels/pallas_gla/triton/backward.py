@@ -90,12 +90,19 @@ def _chunk(program: TritonProgram, chunk: Int[Array, ""], d_state: State) -> Sta
     positions = program.positions(chunk)
     decay = Decay.of(program, positions)
     here = _Chunk(program, chunk, positions, decay)
-    return lax.cond(decay.bounded, here.fast, here.safe, d_state)
+    # The fast form always runs (see `forward._chunk`); it stores nothing if the decay is not bounded.
+    return lax.cond(
+        decay.bounded,
+        lambda _, fast: fast,
+        lambda d_state, _: here.safe(d_state),
+        d_state,
+        here.fast(d_state),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """One chunk. Tiles are loaded where they are used, because loading early would occupy registers."""
+    """One chunk."""
 
     program: TritonProgram
     chunk: Int[Array, ""]
@@ -156,7 +163,7 @@ class _Chunk:
         program.store_line("d_norm_weight", program.program_index(program.part), d_weight)
 
     def fast(self, d_state: State) -> State:
-        """Store the gradients of a chunk with bounded decay; return the gradient of its state."""
+        """Store the gradients of a chunk if its decay is bounded; return the gradient of its state."""
         program, positions, decay = self.program, self.positions, self.decay
         tiling = program.tiling
         segments = ChunkSegments.of(program, self.chunk)
@@ -167,14 +174,15 @@ class _Chunk:
         if self.with_gradients:
             scores = causal(tiling.dot(k_tilde, q_tilde, (1, 1)), segments, query_axis=1)
             d_v = tiling.dot(scores, d_o) + tiling.dot(only(k_tilde, last), d_state, (1, 1))
-            program.store("d_v", positions, d_v)
+            program.store("d_v", positions, d_v, decay.bounded)
             v = program.load("v", positions)
             d_scores = causal(tiling.dot(d_o, v, (1, 1)), segments)
             d_q = tiling.dot(d_scores, k_tilde) + only(tiling.dot(d_o, state), first)
-            program.store("d_q", positions, tiling.times_exp2(d_q * tiling.scan.scale, decay.relative))
+            d_query = tiling.times_exp2(d_q * tiling.scan.scale, decay.relative)
+            program.store("d_q", positions, d_query, decay.bounded)
             terms = tiling.widen(q_tilde) * d_q
             d_k = tiling.dot(d_scores, q_tilde, (0, 0)) + only(tiling.dot(v, d_state), last)
-            program.store("d_k", positions, tiling.times_exp2(d_k, -decay.relative))
+            program.store("d_k", positions, tiling.times_exp2(d_k, -decay.relative), decay.bounded)
             terms -= tiling.widen(k_tilde) * d_k
         if segments is not None:
             d_state = jnp.where(segments.passes, d_state, 0.0)
@@ -184,7 +192,8 @@ class _Chunk:
             d_g = -tiling.sum_before(terms) + tiling.sum_values(through)
             # Decays at segment starts have no effect; set their gradient to exactly zero.
             d_g = only(d_g, segments and segments.continues)
-            program.store("d_g", positions, logit_gradients(program, d_g, program.load("g", positions)))
+            d_g = logit_gradients(program, d_g, program.load("g", positions))
+            program.store("d_g", positions, d_g, decay.bounded)
         return tiling.times_exp2(d_state, decay.before)
 
     def safe(self, d_state: State) -> State:

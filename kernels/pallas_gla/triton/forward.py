@@ -7,7 +7,8 @@ to the chunk's middle m (Yang et al. 2024, section 4.3):
     q~ = scale q exp(G - m)           k~ = k exp(m - G)         S~ = S exp(m)
     o  = tril(q~ k~^T) v + q~ S~      S' = (S~ + k~^T v) exp(G_last - m)
 
-If a chunk's decay is too strong for this form, which is checked per chunk, the chunk runs token by token.
+If a chunk's decay is too strong for this form, which is checked per chunk, the chunk runs again, token by
+token.
 """
 
 from collections.abc import Callable
@@ -60,52 +61,69 @@ def _first_state(program: TritonProgram) -> Float[Array, "v k"]:
 
 
 def _chunk(program: TritonProgram, chunk: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
-    """Run a chunk, store o if the launch has it, and return the next state."""
-    tiling = program.tiling
+    """Run a chunk, store o if the launch has it, and return the next state.
+
+    The fast form always runs, because Triton copies the tiles of the next chunk to shared memory in advance
+    only if their loads are not in a branch.
+    """
     positions = program.positions(chunk)
     decay = Decay.of(program, positions)
-    with_output = "o" in program.refs
-    q: Any = program.load("q", positions) if with_output else None
-    k, v = program.load("k", positions), program.load("v", positions)
     if "states" in program.refs:
         program.store_state("states", program.chunk_state(chunk), state)
+    after, o = _fast(program, chunk, decay, state)
 
-    def fast(state: Float[Array, "v k"]) -> Float[Array, "v k"]:
-        segments = ChunkSegments.of(program, chunk)
-        k_tilde = k.astype(jnp.float32) * tiling.exp2(-decay.relative)
-        state = state * tiling.exp2(decay.before)
-        if with_output:
-            q_tilde = q.astype(jnp.float32) * (tiling.exp2(decay.relative) * tiling.scan.scale)
-            scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments)
-            o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, segments and segments.first), state, (1, 1))
-            if tiling.scan.gating is None:
-                program.store("o", positions, o)
-        if segments is not None:
-            state = jnp.where(segments.passes, state, 0.0)
-        state += tiling.dot(v, only(k_tilde, segments and segments.last), (0, 0))
-        state *= tiling.exp2(decay.after)
-        if with_output and tiling.scan.gating is not None:
-            # After the state update, whose operands would occupy registers that the gate needs.
-            gate = program.load("out_gate", positions).astype(jnp.float32)
-            program.store("o", positions, gated(program, o, gate))
+    def keep(_: Array, after: Float[Array, "v k"], o: Float[Array, "c v"] | None) -> Float[Array, "v k"]:
+        if o is not None:
+            if program.tiling.scan.gating is not None:
+                # In the branch, so that o and the gate occupy registers after the state update only.
+                o = gated(program, o, program.load("out_gate", positions).astype(jnp.float32))
+            program.store("o", positions, o)
+        return after
+
+    def replace(state: Float[Array, "v k"], *_: Array | None) -> Float[Array, "v k"]:
+        return _safe(program, chunk, state)
+
+    return lax.cond(decay.bounded, keep, replace, state, after, o)
+
+
+def _fast(
+    program: TritonProgram, chunk: Int[Array, ""], decay: Decay, state: Float[Array, "v k"]
+) -> tuple[Float[Array, "v k"], Float[Array, "c v"] | None]:
+    """Return the next state and, if the launch has it, o; arbitrary if the decay is not bounded."""
+    tiling, positions = program.tiling, program.positions(chunk)
+    segments = ChunkSegments.of(program, chunk)
+    o, first, last = (None, None, None) if segments is None else (None, segments.first, segments.last)
+    k, v = program.load("k", positions), program.load("v", positions)
+    k_tilde = k.astype(jnp.float32) * tiling.exp2(-decay.relative)
+    state = state * tiling.exp2(decay.before)
+    if "o" in program.refs:
+        q = program.load("q", positions)
+        q_tilde = q.astype(jnp.float32) * (tiling.exp2(decay.relative) * tiling.scan.scale)
+        scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments)
+        o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, first), state, (1, 1))
+    if segments is not None:
+        state = jnp.where(segments.passes, state, 0.0)
+    state += tiling.dot(v, only(k_tilde, last), (0, 0))
+    return state * tiling.exp2(decay.after), o
+
+
+def _safe(program: TritonProgram, chunk: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
+    """Run a chunk token by token, store o if the launch has it, and return the next state."""
+    tiling = program.tiling
+
+    def token(i: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
+        position = chunk * tiling.chunk + i
+        state = next_state(program, position, state)
+        if "o" in program.refs:
+            q = program.load_token("q", position) * tiling.scan.scale
+            o = jnp.sum(state * q[None, :], axis=1)
+            if tiling.scan.gating is not None:
+                gate = program.load_token("out_gate", position)
+                o = gated(program, o[None, :], gate[None, :])[0]
+            program.store_token("o", position, o)
         return state
 
-    def safe(state: Float[Array, "v k"]) -> Float[Array, "v k"]:
-        def token(i: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
-            position = chunk * tiling.chunk + i
-            state = next_state(program, position, state)
-            if with_output:
-                q = program.load_token("q", position) * tiling.scan.scale
-                o = jnp.sum(state * q[None, :], axis=1)
-                if tiling.scan.gating is not None:
-                    gate = program.load_token("out_gate", position)
-                    o = gated(program, o[None, :], gate[None, :])[0]
-                program.store_token("o", position, o)
-            return state
-
-        return lax.fori_loop(jnp.int32(0), token_count(program, chunk), token, state)
-
-    return lax.cond(decay.bounded, fast, safe, state)
+    return lax.fori_loop(jnp.int32(0), token_count(program, chunk), token, state)
 
 
 def gated(program: TritonProgram, o: Float[Array, "c v"], gate: Float[Array, "c v"]) -> Float[Array, "c v"]:

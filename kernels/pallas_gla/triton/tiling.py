@@ -219,9 +219,18 @@ class TritonProgram:
         """Load a tile, [tokens, padded width], with zeros beyond the array."""
         return call.load(*self._tile(name, positions))
 
-    def store(self, name: str, positions: Int[Array, " c"], x: Float[Array, "c n"]) -> None:
-        """Store a tile."""
+    def store(
+        self,
+        name: str,
+        positions: Int[Array, " c"],
+        x: Float[Array, "c n"],
+        when: Bool[Array, ""] | None = None,
+    ) -> None:
+        """Store a tile, if `when` is None or True."""
         ref, index, mask = self._tile(name, positions)
+        if when is not None:
+            when = jnp.broadcast_to(when, x.shape)
+            mask = when if mask is None else mask & when
         call.store(ref, index, x, mask)
 
     def _line(

@@ -7,31 +7,42 @@ import dataclasses
 class GpuTuning:
     """Tuning parameters for one kind of GPU.
 
-    cores: number of streaming multiprocessors. If there are fewer programs (batch * heads) than cores, a long
-        scan is split along T into up to two programs per core.
-    warps, stages: Triton's `num_warps` and `num_stages`.
+    cores: number of streaming multiprocessors. If there are fewer programs (batch * heads) than two per core,
+        a long scan is split along T.
+    warps, stages: Triton's `num_warps` and `num_stages`. With two stages, the next chunk is copied to shared
+        memory while a chunk runs.
+    staged_state: the largest padded state of 16-bit numbers with `stages`. Larger ones take one, because
+        their tiles do not fit into shared memory twice.
     large_warps: replaces `warps` if a padded state has more than `large_state` entries.
     least_chunks: the fewest chunks in a part of a split scan, because splitting costs a second pass.
+    least_parts: the fewest parts of a scan with at least one program per core; fewer save less than the
+        second pass costs (an H200 at 144 programs of 64 chunks: 3 parts are slower than 1, and 8 are faster).
     """
 
     cores: int
     warps: int = 4
     large_warps: int = 8
-    stages: int = 1
+    stages: int = 2
+    staged_state: int = 64 * 128
     large_state: int = 64 * 64
     least_chunks: int = 8
+    least_parts: int = 8
 
     def parts(self, programs: int, chunks: int) -> int:
         """Return the number of parts into which a scan of `chunks` chunks is split along T."""
-        parts = min(2 * self.cores // programs, chunks // self.least_chunks)
-        # Two parts would save about as much time as the additional pass costs.
-        if programs >= self.cores or parts <= 2:
+        parts = min(max(2 * self.cores // programs, self.least_parts), chunks // self.least_chunks)
+        least = self.least_parts if programs >= self.cores else 3
+        if programs >= 2 * self.cores or parts < least:
             return 1
         return -(-chunks // -(-chunks // parts))
 
     def num_warps(self, state_size: int) -> int:
         """Return `num_warps` for a padded state of `state_size` entries."""
         return self.large_warps if state_size > self.large_state else self.warps
+
+    def num_stages(self, state_size: int, itemsize: int) -> int:
+        """Return `num_stages` for a padded state of `state_size` entries of `itemsize` bytes."""
+        return 1 if state_size > self.staged_state or itemsize > 2 else self.stages
 
 
 # By prefix of `jax.Device.device_kind`.
@@ -41,9 +52,10 @@ GPUS = {
     "NVIDIA H200": GpuTuning(cores=132),
     "NVIDIA B200": GpuTuning(cores=148),
 }
-DEFAULT_GPU = GPUS["NVIDIA H200"]
+# The smallest shared memory of a GPU since Ampere is 99 KB.
+DEFAULT_GPU = dataclasses.replace(GPUS["NVIDIA H200"], staged_state=32 * 64)
 
 
 def gpu(device_kind: str | None) -> GpuTuning:
-    """Return the parameters for a device kind, or the H200's for an unknown one."""
+    """Return the parameters for a device kind, or the default for an unknown one."""
     return next((x for name, x in GPUS.items() if (device_kind or "").startswith(name)), DEFAULT_GPU)
