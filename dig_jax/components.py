@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -12,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from dig_jax import autoencoder
 from dig_jax.autoencoder import Autoencoder
-from dig_jax.config import Config, ModelConfig, to_dict
+from dig_jax.config import Config, DiffusionConfig, ModelConfig, to_dict
 from dig_jax.data import ImageSpec, Source, open_source
-from dig_jax.diffusion import GaussianDiffusion, Process
+from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Path, Process, Times
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
 from dig_jax.models.backbone import ModelOptions
@@ -86,12 +87,23 @@ class Components:
         """The forward process and its loss."""
         d = self.config.diffusion
         with naming_setting("config.diffusion"):
+            if d.process == "flow":
+                return self._flow_matching()
+            _check_flow_fields(d)
             return GaussianDiffusion(
                 schedule=d.schedule,
                 num_steps=d.num_steps,
                 learn_sigma=self.config.model.learn_sigma,
                 loss_type=d.loss,
             )
+
+    def _flow_matching(self) -> FlowMatching:
+        d = self.config.diffusion
+        shift = d.time_shift
+        if shift is None:
+            shift = math.sqrt(math.prod(self.image_spec.image_shape) / 4096)
+        times = Times(d.times, d.time_mean, d.time_std, d.time_low, d.time_high, shift)
+        return FlowMatching(Path(d.path), d.prediction, times, d.weight)
 
     def init_params(self, key: Array) -> Params:
         """Return random parameters in float32."""
@@ -184,6 +196,18 @@ def _check_unused(settings: ModelConfig, accepted: Collection[str]) -> None:
             raise ValueError(
                 f"unsupported option {name} of {settings.name}: got {values[name]!r}; expected the default,"
                 f" {defaults[name]!r}"
+            )
+
+
+def _check_flow_fields(settings: DiffusionConfig) -> None:
+    """Reject fields of flow matching that another process would ignore."""
+    defaults, values = to_dict(DiffusionConfig()), to_dict(settings)
+    ddpm = ("process", "schedule", "num_steps", "loss")
+    for name in values.keys() - ddpm:
+        if values[name] != defaults[name]:
+            raise ValueError(
+                f"unsupported {name} of process=ddpm: got {values[name]!r}; expected the default,"
+                f" {defaults[name]!r}, or process=flow"
             )
 
 

@@ -61,6 +61,12 @@ MEANINGS = {
     "directions": ({}, {"model__directions": 2}, "model.directions: 4 → 2"),
     "alignment": (SKIPS, {"model__skip_alignment": "upstream"}, "model.skip_alignment: raster → upstream"),
     "schedule": ({}, {"diffusion__schedule": "cosine"}, "diffusion.schedule: linear → cosine"),
+    "process": ({}, {"diffusion__process": "flow"}, "diffusion.process: ddpm → flow"),
+    "prediction": (
+        {"diffusion__process": "flow"},
+        {"diffusion__process": "flow", "diffusion__prediction": "x"},
+        "diffusion.prediction: velocity → x",
+    ),
     "noise levels": ({}, {"diffusion__num_steps": 500}, "diffusion.num_steps: 1000 → 500"),
 }
 
@@ -85,6 +91,7 @@ def test_equal_shapes_with_another_meaning_are_refused_or_taken_on_request(tmp_p
         ({}, {"model__dtype": "bfloat16"}),
         ({}, {"model__remat": "full"}),
         ({}, {"diffusion__loss": "rescaled_mse"}),
+        ({"diffusion__process": "flow"}, {"diffusion__process": "flow", "diffusion__weight": "min_snr"}),
         ({}, {"model__skip_alignment": "upstream"}),
         ({}, {"model__name": "DiG-B/2"}),
         ({}, {"model__mlp_hidden_size": 256}),

@@ -111,13 +111,39 @@ class EncodeConfig(Group, path="config.encode"):
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig(Group, path="config.diffusion"):
-    """The diffusion process and the loss."""
+    """The diffusion process and the loss: `schedule`, `num_steps` and `loss` of ddpm, the others of flow."""
 
+    process: str = field(
+        "ddpm",
+        "ddpm (Ho et al. 2020) or flow (flow matching, Lipman et al. 2023; docs/diffusion.md).",
+        choices=("ddpm", "flow"),
+    )
     schedule: str = field(
         "linear", "Noise schedule: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."
     )
     num_steps: int = field(1000, "Number of noise levels.")
     loss: str = field("mse", "Loss: mse, rescaled_mse, kl or rescaled_kl (Nichol & Dhariwal 2021).")
+    path: str = field("linear", "Path from data to noise: linear, trigonometric or vp (Ma et al. 2024).")
+    prediction: str = field(
+        "velocity", "What the network predicts: velocity, x, noise or v (Salimans & Ho 2022)."
+    )
+    weight: str = field(
+        "none",
+        "Weight of the squared error by time: none, velocity (the error of the velocity, whatever is"
+        " predicted, as in JiT) or min_snr (Hang et al. 2023).",
+    )
+    times: str = field("uniform", "Training times: uniform or logit_normal (Esser et al. 2024); 1 is noise.")
+    time_mean: float = field(0.0, "Mean of the logit of the times (logit_normal only).")
+    time_std: float = field(1.0, "Deviation of the logit of the times (logit_normal only).")
+    time_low: float = field(0.0, "Least training time, before the shift.", bounds="fraction")
+    time_high: float = field(1.0, "Greatest training time, before the shift.", bounds="fraction")
+    time_shift: float | None = field(
+        1.0,
+        "Shift of the times of training and sampling toward noise, as a factor of t/(1 - t); 1: none; 0:"
+        " √(height·width·channels/4096) (Zheng et al. 2025).",
+        none=0.0,
+        bounds="positive",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +250,7 @@ class SamplingConfig(Group, path="config.sampling"):
         10_000, "Steps between sample grids in training; 0: only at the end.", none=0, bounds="positive"
     )
     images_per_class: int = field(10, "Images per class in a sample grid.", bounds="positive")
-    sampler: str = field("ddim", "Name of the sampler, such as ddim or ddpm.")
+    sampler: str = field("ddim", "Name of the sampler, such as ddim or heun (docs/diffusion.md).")
     steps: int = field(50, "Number of sampling steps.", bounds="positive")
     guidance_scale: float = field(
         1.5,

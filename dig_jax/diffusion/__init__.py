@@ -1,9 +1,12 @@
 """Diffusion processes, guidance and samplers: pure functions of a denoiser."""
 
+from dig_jax.diffusion.flow_matching import FlowMatching
 from dig_jax.diffusion.gaussian import GaussianDiffusion
 from dig_jax.diffusion.guidance import classifier_free
+from dig_jax.diffusion.path import Path
 from dig_jax.diffusion.process import Denoiser, Process
 from dig_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, BaseSampler, make_sampler
+from dig_jax.diffusion.times import Times
 
 __all__ = [
     "DDIM",
@@ -11,8 +14,11 @@ __all__ = [
     "SAMPLERS",
     "BaseSampler",
     "Denoiser",
+    "FlowMatching",
     "GaussianDiffusion",
+    "Path",
     "Process",
+    "Times",
     "classifier_free",
     "make_sampler",
 ]

@@ -44,7 +44,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dig_jax.diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
-from dig_jax.diffusion.process import Images, PerImage
+from dig_jax.diffusion.path import Level
+from dig_jax.diffusion.process import Images, Knots, PerImage
 from dig_jax.diffusion.schedules import SCHEDULES, Table, space_timesteps
 from dig_jax.errors import suggest
 
@@ -211,6 +212,26 @@ class GaussianDiffusion:
         """Return the noise given x_t and x_0 [D 4]."""
         signal, sigma = np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)
         return (x_t - lookup(signal, t, x_t) * x0) / lookup(sigma, t, x_t)
+
+    def knots(self, steps: int | str | None) -> Knots:
+        """Return the steps that `space_timesteps` keeps, or all, as times of this process, then clean images.
+
+        The path is α = √ᾱ, σ = √(1 - ᾱ). Its derivatives by the step follow from log ᾱ, which is smooth, by
+        central differences, and from α² + σ² = 1.
+        """
+        signal = np.append(1.0, np.sqrt(self.alphas_cumprod))  # -1 is clean
+        sigma = np.sqrt(1 - signal**2)
+        signal_dot = signal * np.gradient(np.log(signal))
+        sigma_dot = np.append(np.nan, -signal[1:] * signal_dot[1:] / sigma[1:])
+        kept = np.arange(self.length) if steps is None else np.array(space_timesteps(self.length, steps))
+        times = np.append(kept[::-1], -1)
+        return Knots(times, Level(*(table[times + 1] for table in (signal, sigma, signal_dot, sigma_dot))))
+
+    def predict_image(
+        self, output: Float[Array, "b h w d"], x_t: Images, t: Steps, *, clip: bool = False
+    ) -> Images:
+        """Return x_0 given the denoiser's output, as in `p_mean_variance`."""
+        return self.p_mean_variance(output, x_t, t, clip=clip).x0
 
     def p_mean_variance(
         self, output: Float[Array, "b h w d"], x_t: Images, t: Steps, *, clip: bool = False

@@ -5,9 +5,12 @@ discrete `GaussianDiffusion` is one process; a continuous path such as flow matc
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
+
+from dig_jax.diffusion.path import Level
 
 Images = Float[Array, "b h w c"]
 PerImage = Float[Array, " b"]
@@ -15,6 +18,19 @@ Times = Num[Array, " b"]
 
 Denoiser = Callable[[Images, Num[Array, " b"]], Float[Array, "b h w d"]]
 """(x_t, timesteps) -> output, with the timesteps that `Process.timestep_input` returns."""
+
+
+class Knots(NamedTuple):
+    """The times that a sampler visits, from noise to data, and the path there.
+
+    Attributes:
+        times: times of the process [steps + 1]; the last one stands for clean images.
+        level: the path's coefficients at these times, in float64; σ = 0 for clean images. The derivatives
+            are by `times`, and may be undefined for clean images.
+    """
+
+    times: Num[np.ndarray, " knots"]
+    level: Level
 
 
 @runtime_checkable
@@ -41,7 +57,7 @@ class Process(Protocol):
         ...
 
     def timestep_input(self, times: Times, /) -> Num[Array, " b"]:
-        """Return the timesteps in [0, 1000) that the denoiser takes at these times."""
+        """Return the timesteps from 0 to 1000 that the denoiser takes at these times."""
         ...
 
     def corrupt(self, x0: Images, noise: Images, times: Times, /) -> Images:
@@ -64,4 +80,18 @@ class Process(Protocol):
             x_t: corrupt(x0, noise, times).
             times: one time per image.
         """
+        ...
+
+    def knots(self, steps: int | str | None, /) -> Knots:
+        """Return the times of a sampler with this number of steps; the last knot is clean images.
+
+        Raises:
+            ValueError: invalid steps.
+        """
+        ...
+
+    def predict_image(
+        self, output: Float[Array, "b h w d"], x_t: Images, times: Times, /, *, clip: bool = False
+    ) -> Images:
+        """Return the denoiser's estimate of x_0, limited to [-1, 1] with `clip`, given its output at x_t."""
         ...

@@ -69,6 +69,7 @@ def score(sampler: Sampler, workdir: pathlib.Path) -> Scores:
         "ema": settings.sampled_ema,
         "sampler": s.sampler,
         "sampling_steps": s.steps,
+        "network_evaluations_per_image": sampler.evaluations,
         "guidance_scale": s.guidance_scale,
         "seeds": f"0…{len(seeds) - 1}",
         "labels": "seed modulo the number of classes",

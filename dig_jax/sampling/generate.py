@@ -36,6 +36,11 @@ class GenerationSpec:
     guidance_channels: int | None
     trajectory: bool = False
 
+    @property
+    def evaluations(self) -> int:
+        """How often the network is evaluated for one image (NFE); a guided step evaluates it twice."""
+        return (1 + self.guided) * self.sampler.evaluations(self.process)
+
     @classmethod
     def of(
         cls,

@@ -66,6 +66,13 @@ def sample(
             return
         on_process_0(images.claim)
         check_shared_directory(images.folder)
+        options = settings.sampling
+        log.info(
+            "drawing with %s, %d steps: %d network evaluations per image",
+            options.sampler,
+            options.steps,
+            sampler.evaluations,
+        )
         images.draw(index=jax.process_index(), count=jax.process_count())
         barrier("images are drawn")
         on_process_0(lambda: images.collect(names))

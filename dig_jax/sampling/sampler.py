@@ -17,7 +17,7 @@ from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components, Params
 from dig_jax.config import Config, check_same
 from dig_jax.data.class_names import class_index
-from dig_jax.errors import naming_implementation
+from dig_jax.errors import naming_implementation, naming_setting
 from dig_jax.files.paths import to_path
 from dig_jax.parallel import (
     batch_sharding,
@@ -106,6 +106,17 @@ class Sampler:
             return height, width, channels
         factor = decoder.config.downsampling
         return factor * height, factor * width, decoder.config.out_channels
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per image (NFE) with the config's sampling options.
+
+        Raises:
+            ConfigError: an unknown sampler, or steps or a process that it does not support.
+        """
+        guided = self.components.config.sampling.guidance_scale != 1
+        with naming_setting("config.sampling"):
+            return GenerationSpec.of(self.components, guided=guided).evaluations
 
     def resolve(
         self, labels: Labels, seeds: Numbers
@@ -225,7 +236,7 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint does not exist or is unreadable.
-        ConfigError: `settings` differs in fields that may not change.
+        ConfigError: `settings` differs in fields that may not change, or its `sampling` is invalid.
     """
     if ema is None and settings is not None:
         ema = settings.sampled_ema
@@ -239,7 +250,9 @@ def load(
     if autoencoder is not None:
         decoder = dataclasses.replace(settings.autoencoder, path=str(autoencoder))
         settings = dataclasses.replace(settings, autoencoder=decoder)
-    return Sampler(stored.with_config(settings), params, step=step, mesh=mesh)
+    sampler = Sampler(stored.with_config(settings), params, step=step, mesh=mesh)
+    _ = sampler.evaluations  # validate config.sampling before anything is drawn
+    return sampler
 
 
 def _indices(labels: Labels, class_names: Sequence[str]) -> Numbers:

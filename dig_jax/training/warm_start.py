@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # Options that change how a network is computed, but not its function.
 _IMPLEMENTATION = ("dtype", "remat", "implementation", "in_channels")
+# Fields of the diffusion process that give inputs and outputs a meaning; the others only weight the loss.
+_PROCESS_FIELDS = {"ddpm": ("schedule", "num_steps"), "flow": ("path", "prediction")}
 _LABELS = "label_embed.table.embedding"
 _FAMILY = "model family"
 
@@ -108,11 +110,11 @@ def _meaning(components: Components) -> dict[str, Any]:
         fields["skip"] = "linear" if fields["skip"] else None
         fields["skip_alignment"] = fields["skip"] and fields["skip_alignment"]
     diffusion = to_dict(components.config.diffusion)
-    del diffusion["loss"]
+    meaningful = _PROCESS_FIELDS[diffusion["process"]]
     return {
         _FAMILY: family,
         **{f"model.{name}": value for name, value in fields.items()},
-        **{f"diffusion.{name}": value for name, value in diffusion.items()},
+        **{f"diffusion.{name}": diffusion[name] for name in ("process", *meaningful)},
     }
 
 

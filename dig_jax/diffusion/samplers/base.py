@@ -16,10 +16,33 @@ from jaxtyping import Array, Float, Int
 from dig_jax.diffusion.process import Denoiser, Images, Process
 
 Noise = Callable[[Int[Array, ""]], Images]
-"""(traced index 0 … steps-1 of the step) -> standard normal noise of the images' shape."""
+"""(traced index of the denoiser's evaluation, from 0) -> standard normal noise of the images' shape."""
 
-Step = Callable[[Images, Int[Array, ""]], tuple[Images, Images]]
-"""(x, traced index of the step) -> (next x, predicted x_0)."""
+State = tuple[Images, ...]
+"""x, and what a multistep method keeps of earlier evaluations."""
+
+Step = Callable[[State, Int[Array, ""]], tuple[State, Images]]
+"""(state, traced index of the evaluation) -> (next state, predicted x_0): one evaluation of the denoiser."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The loop of a sampler: a scan with one evaluation of the denoiser in its body.
+
+    Attributes:
+        evaluations: number of iterations.
+        step: one iteration.
+        memory: number of arrays in the state in addition to x; they start at zero.
+        start: scale of the noise that x starts from.
+        per_step: iterations of a step; its first iteration predicts the step's x_0.
+    """
+
+    evaluations: int
+    step: Step
+    memory: int = 0
+    start: float = 1.0
+    per_step: int = 1
+
 
 Trajectory = Float[Array, "steps b h w c"]
 
@@ -45,8 +68,12 @@ class BaseSampler(abc.ABC):
         """Raise ValueError if the sampler does not support the process or cannot honor its options on it."""
 
     @abc.abstractmethod
-    def discretize(self, process: Process, denoiser: Denoiser, noise: Noise) -> tuple[int, Step]:
-        """Return the number of steps and the function that takes one of them."""
+    def discretize(self, process: Process, denoiser: Denoiser, noise: Noise) -> Loop:
+        """Return the loop over evaluations of the denoiser."""
+
+    @abc.abstractmethod
+    def evaluations(self, process: Process) -> int:
+        """Return how often a call evaluates the denoiser (NFE)."""
 
     @overload
     def __call__(
@@ -93,11 +120,13 @@ class BaseSampler(abc.ABC):
             ValueError: as `check`.
         """
         self.check(process)
-        count, step = self.discretize(process, denoiser, noise)
+        loop = self.discretize(process, denoiser, noise)
 
-        def body(x: Images, i: Int[Array, ""]) -> tuple[Images, Any]:
-            moved, x0 = step(x, i)
-            return moved.astype(x.dtype), x0 if return_trajectory else None
+        def body(state: State, i: Int[Array, ""]) -> tuple[State, Any]:
+            moved, x0 = loop.step(state, i)
+            return tuple(part.astype(x.dtype) for part in moved), x0 if return_trajectory else None
 
-        x, trajectory = jax.lax.scan(body, x, jnp.arange(count))
-        return (x, trajectory) if return_trajectory else x
+        start = x if loop.start == 1 else (loop.start * x).astype(x.dtype)
+        state = (start, *(jnp.zeros_like(x) for _ in range(loop.memory)))
+        state, trajectory = jax.lax.scan(body, state, jnp.arange(loop.evaluations))
+        return (state[0], trajectory[:: loop.per_step]) if return_trajectory else state[0]

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from dig_jax.diffusion.gaussian import GaussianDiffusion, Prediction, Steps
 from dig_jax.diffusion.process import Denoiser, Images, Process
-from dig_jax.diffusion.samplers.base import BaseSampler, Noise, Step
+from dig_jax.diffusion.samplers.base import BaseSampler, Loop, Noise, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,17 +36,22 @@ class DiscreteSampler(BaseSampler):
         """Raise ValueError if `process` is not a GaussianDiffusion or does not have these steps."""
         self._respaced(process)
 
-    def discretize(self, process: Process, denoiser: Denoiser, noise: Noise) -> tuple[int, Step]:
-        """Return the number of timesteps and the move from one to the next."""
+    def evaluations(self, process: Process) -> int:
+        """Return the number of timesteps."""
+        return self._respaced(process).length
+
+    def discretize(self, process: Process, denoiser: Denoiser, noise: Noise) -> Loop:
+        """Return the loop over the timesteps, from the last to the first."""
         respaced = self._respaced(process)
 
-        def step(x: Images, i: Int[Array, ""]) -> tuple[Images, Images]:
+        def step(state: State, i: Int[Array, ""]) -> tuple[State, Images]:
+            x = state[0]
             t = jnp.full(x.shape[:1], respaced.length - 1 - i)
             output = denoiser(x, respaced.timestep_input(t))
             prediction = respaced.p_mean_variance(output, x, t, clip=self.clip)
-            return self.move(respaced, prediction, x, t, functools.partial(noise, i)), prediction.x0
+            return (self.move(respaced, prediction, x, t, functools.partial(noise, i)),), prediction.x0
 
-        return respaced.length, step
+        return Loop(respaced.length, step)
 
     def _respaced(self, process: Process) -> GaussianDiffusion:
         if not isinstance(process, GaussianDiffusion):

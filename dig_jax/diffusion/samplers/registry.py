@@ -6,11 +6,20 @@ from typing import Any
 from dig_jax.diffusion.samplers.base import BaseSampler
 from dig_jax.diffusion.samplers.ddim import DDIM
 from dig_jax.diffusion.samplers.ddpm import DDPM
+from dig_jax.diffusion.samplers.ode import DPMpp2M, Euler, Heun, UniPC
+from dig_jax.diffusion.samplers.sde import DPMpp2MSDE, EDMHeun, EulerMaruyama
 from dig_jax.errors import suggest
 
 SAMPLERS: dict[str, type[BaseSampler]] = {
     "ddpm": DDPM,
     "ddim": DDIM,
+    "euler": Euler,
+    "heun": Heun,
+    "dpmpp_2m": DPMpp2M,
+    "dpmpp_2m_sde": DPMpp2MSDE,
+    "unipc": UniPC,
+    "euler_maruyama": EulerMaruyama,
+    "edm_heun": EDMHeun,
 }
 
 
