@@ -44,7 +44,7 @@ def require_devices() -> None:
         try:
             jax.devices()
         except (RuntimeError, AssertionError) as error:  # AssertionError: CUDA without a driver
-            platforms = jax.config.jax_platforms
+            platforms = jax.config.values["jax_platforms"]
             asked = f" for JAX_PLATFORMS={platforms}" if platforms else ""
             reason = "; ".join(failures) or one_line(error, name_type=True)
             raise UserError(
@@ -60,9 +60,10 @@ def _plugin_failures() -> Iterator[list[str]]:
     failures: list[str] = []
 
     def hold(record: logging.LogRecord) -> bool:
-        if not record.exc_info:
+        error = record.exc_info and record.exc_info[1]
+        if not error:
             return True
-        failures.append(f"{record.getMessage().splitlines()[0]}: {one_line(record.exc_info[1])}")
+        failures.append(f"{record.getMessage().splitlines()[0]}: {one_line(error)}")
         return False
 
     logger = logging.getLogger("jax._src.xla_bridge")

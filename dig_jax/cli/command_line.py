@@ -80,7 +80,7 @@ def _fail(message: str, status: int, *, wait: bool = True) -> NoReturn:
 
 
 def _is_distributed() -> bool:
-    jax = sys.modules.get("jax")  # errors in flags do not wait for its import
+    jax: Any = sys.modules.get("jax")  # errors in flags do not wait for its import
     return hasattr(jax, "distributed") and jax.distributed.is_initialized()
 
 

@@ -15,7 +15,7 @@ _BOUNDS: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "fraction": (lambda value: 0 <= value <= 1, "a number between 0 and 1"),
     "devices": (lambda value: 1 <= value <= 1024, "a number from 1 to 1024"),
     "below_one": (
-        lambda value: 0 <= np.float32(value) < 1,
+        lambda value: bool(0 <= np.float32(value) < 1),
         "a number from 0 to less than 1, as float32",
     ),
 }

@@ -224,6 +224,5 @@ def _input_size(source: UpstreamParams, patch: int) -> int | tuple[int, int]:
 def _columns(encoded: np.ndarray) -> int:
     """Return the number of columns of a table of encoded columns, whose rows repeat; 0 if they do not."""
     encoded = encoded.astype(np.float32)  # NumPy cannot compare bfloat16
-    repeats = np.isclose(encoded, encoded[:1], atol=1e-2).all(axis=1)
-    repeats[:1] = False
-    return int(repeats.argmax())
+    repeats = np.isclose(encoded[1:], encoded[:1], atol=1e-2).all(axis=1)
+    return int(np.argmax(repeats)) + 1 if np.any(repeats) else 0

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from dig_jax.errors import InvalidFile, UserError
 from dig_jax.files.json_file import parse_object
@@ -193,7 +194,9 @@ def _read(path: Path) -> tuple[bytes, int] | None:
     try:
         if is_remote(path):
             with as_os_error(path):
-                return storage(path).cat_file(str(path)), 0  # in one request: the owner may rewrite it
+                # In one request, because the owner may rewrite it.
+                content: Any = storage(path).cat_file(str(path))
+                return content, 0
         with open(path, "rb") as file:  # opening it also updates what a network file system caches
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:

@@ -39,7 +39,7 @@ def is_running(pid: int, started: str | None = None) -> bool:
 def start_time(pid: int) -> str | None:
     """Return a process's start in clock ticks since the boot; None if the system does not tell."""
     fields = _stat(pid)
-    return fields and fields[19]
+    return fields[19] if fields else None
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -15,6 +15,7 @@ import jax
 from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.config import CheckpointConfig
 from dig_jax.errors import UserError, one_line
+from dig_jax.files import paths
 from dig_jax.parallel import on_process_0
 from dig_jax.progress import Progress
 from dig_jax.reporting.html import write_report
@@ -224,7 +225,12 @@ class EndCollapsedRun(Hook):
     """
 
     def __init__(
-        self, limit: int, checkpoints: Path, saving: SaveCheckpoint, metrics: WriteMetrics, meter: StepMeter
+        self,
+        limit: int,
+        checkpoints: paths.Path,
+        saving: SaveCheckpoint,
+        metrics: WriteMetrics,
+        meter: StepMeter,
     ):
         self._limit, self._checkpoints, self._saving = limit, checkpoints, saving
         self._metrics, self._meter = metrics, meter

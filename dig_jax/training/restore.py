@@ -6,6 +6,7 @@ import math
 import reprlib
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from dig_jax.checkpoints.manager import Checkpoints
@@ -70,7 +71,9 @@ def _announce_changes(old: Config, new: Config, updates: int) -> None:
     """Log the settings that changed since the checkpoint, and a change of the next step's learning rate."""
     if changes := announced_changes(old, new):
         log.info("changed since the checkpoint: %s", "; ".join(changes))
-    before, after = (float(make_schedule(c.optimizer, c.training.steps)(updates)) for c in (old, new))
+    before, after = (
+        float(np.asarray(make_schedule(c.optimizer, c.training.steps)(updates))) for c in (old, new)
+    )
     if not math.isclose(before, after, rel_tol=1e-6):
         log.warning("the learning rate of the next step changes from %.3g to %.3g", before, after)
 

@@ -16,6 +16,7 @@ needs to flow through it.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def _tangent_operands(arrays, names, moving) -> tuple[Operands, Operands]:
     """Return the operands and the tangents of `scan_tangent_p`; the saved states stand between them."""
     count = len(names)
     # Every operand has the same class, so the tangents of q, k, v and g may be None too.
-    none = dict.fromkeys(Operands._fields)
+    none: dict[str, Any] = dict.fromkeys(Operands._fields)
     tangents = Operands(**none | dict(zip(moving, arrays[count + 1 :], strict=True)))
     return _operands(names, arrays[:count]), tangents
 
@@ -190,12 +191,13 @@ def _result_avals(operands: Operands, *states: tuple) -> list:
     """Return the types of the output, the final state and, if given by shape and dtype, the saved states."""
     batch, _, heads, width = operands.k.shape
     # Explicit mesh axes shard the results as they shard the batch and the heads of q.
-    by_batch, _, by_heads, _ = operands.q.sharding.spec
+    q: Any = operands.q  # an abstract value
+    by_batch, _, by_heads, _ = q.sharding.spec
     v, state = operands.v, (batch, heads, width, operands.v.shape[3])
     return [
         _aval(v, v.shape, v.dtype, (by_batch, None, by_heads)),
         _aval(v, state, jnp.float32, (by_batch, by_heads)),
-        *(_aval(v, *saved, (by_batch, None, None, by_heads)) for saved in states),
+        *(_aval(v, shape, dtype, (by_batch, None, None, by_heads)) for shape, dtype in states),
     ]
 
 

@@ -1,5 +1,7 @@
 """Softmax attention, the token mixer of DiT."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -41,7 +43,7 @@ def _attend(
     return jax.nn.dot_product_attention(q, k, v, implementation=_implementation(q))
 
 
-def _implementation(q: Float[Array, "b own h k"]) -> str | None:
+def _implementation(q: Float[Array, "b own h k"]) -> Literal["cudnn"] | None:
     """Return "cudnn" where its flash attention runs, since JAX never selects it, or None for plain JAX.
 
     cuDNN asks the GPU itself, so a program that is compiled ahead of time without one gets plain JAX.

@@ -13,7 +13,7 @@ bisection: a pair (i, j) in neighboring blocks has D_i - D_j = F_i + E_j, a sum 
 i and a sum from j + 1 to the end of j's block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -171,12 +171,13 @@ def _bisected_pairs(
     q, k = operands
     i, j = tiling.positions(group.heads)
 
-    def scores(factors: tuple[Tile, Tile] | None, moved: tuple[Tile | None, Tile | None]) -> tuple:
+    def scores(factors: tuple[Tile, ...] | None, moved: tuple[Tile | None, Tile | None]) -> tuple:
         q_dot, k_dot = numerators(refs, chunk, group, *moved)
         reading, leaving = (None, None) if factors is None else factors
         queries = (times(q, reading), times(times(q_dot, reading), jnp.float32(scale)))
         keys = (times(k, leaving), times(k_dot, leaving))
         one, two = products(tiling, group, queries, keys, True)
+        assert one is not None
         return one, jnp.zeros_like(one) if two is None else two
 
     def add(level: Int[Array, ""], found: tuple) -> tuple:
@@ -255,11 +256,10 @@ def states_update(
     tiling: TpuTiling, group: HeadGroup, values: tuple[Tile, Tile | None], keys: tuple[Tile, Tile | None]
 ) -> tuple[Float[Array, "v w"], Float[Array, "v w"] | None]:
     """Return the sum of the chunk's v^T k and its tangent, or None if it is zero."""
-    (v, v_dot), (k, k_dot) = (
-        tuple(None if x is None else x.astype(tiling.dtype) for x in pair) for pair in (values, keys)
-    )
+    v, v_dot, k, k_dot = (None if x is None else x.astype(tiling.dtype) for x in (*values, *keys))
+    assert v is not None and k is not None
     update = tiles.fold_heads(tiling.dot(v, k, "tn"), group.heads)
-    pairs = [pair for pair in ((v, k_dot), (v_dot, k)) if None not in pair]
+    pairs = [(x, y) for x, y in ((v, k_dot), (v_dot, k)) if x is not None and y is not None]
     if not pairs:
         return update, None
     x, y = (side[0] if len(side) == 1 else jnp.concatenate(side) for side in zip(*pairs, strict=True))
@@ -269,7 +269,7 @@ def states_update(
 def results(
     tiling: TpuTiling,
     group: HeadGroup,
-    pairs: list[Float[Array, "c n"] | None],
+    pairs: Sequence[Float[Array, "c n"] | None],
     values: tuple[Tile, Tile | None],
     queries: tuple[Tile, Tile | None],
     states: tuple[Tile, Tile],
@@ -339,5 +339,5 @@ def times(x: Tile | None, factor: Any, tiling: TpuTiling | None = None) -> Any:
     """Return x * factor, as a product's operand if `tiling` is given. None is a zero x or a factor of 1."""
     if x is None:
         return None
-    x = x if factor is None else x * factor
-    return x if tiling is None else x.astype(tiling.dtype)
+    product = x if factor is None else x * factor
+    return product if tiling is None else product.astype(tiling.dtype)
