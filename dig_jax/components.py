@@ -95,6 +95,7 @@ class Components:
                 num_steps=d.num_steps,
                 learn_sigma=self.config.model.learn_sigma,
                 loss_type=d.loss,
+                weight=d.weight,
             )
 
     def _flow_matching(self) -> FlowMatching:
@@ -202,7 +203,7 @@ def _check_unused(settings: ModelConfig, accepted: Collection[str]) -> None:
 def _check_flow_fields(settings: DiffusionConfig) -> None:
     """Reject fields of flow matching that another process would ignore."""
     defaults, values = to_dict(DiffusionConfig()), to_dict(settings)
-    ddpm = ("process", "schedule", "num_steps", "loss")
+    ddpm = ("process", "schedule", "num_steps", "loss", "weight")
     for name in values.keys() - ddpm:
         if values[name] != defaults[name]:
             raise ValueError(

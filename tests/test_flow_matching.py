@@ -7,7 +7,7 @@ import pytest
 from exact_flow import denoiser, start
 
 from dig_jax.components import Components
-from dig_jax.diffusion import FlowMatching, Path, Process, Times
+from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Path, Process, Times
 from dig_jax.diffusion.flow_matching import TRAINED, WEIGHTS
 from dig_jax.diffusion.path import PATHS
 from dig_jax.errors import ConfigError
@@ -97,6 +97,20 @@ def test_min_snr_weights_are_those_of_the_paper_and_one_loss_of_x(path):
         np.testing.assert_allclose(weight * 0.01, np.minimum(snr, 5) * error, rtol=0.02, atol=1e-9)
 
 
+def test_min_snr_weights_the_noise_error_of_ddpm_and_nothing_else():
+    t = jnp.array([0, 100, 300, 500, 700, 999])
+    plain, weighted = GaussianDiffusion(), GaussianDiffusion(weight="min_snr")
+    output = jnp.concatenate([NOISE**2, X0], axis=-1)
+    given = {"x0": X0, "noise": NOISE, "x_t": plain.corrupt(X0, NOISE, t), "times": t}
+    before, after = plain.loss(output, **given), weighted.loss(output, **given)
+    snr = plain.alphas_cumprod[t] / (1 - plain.alphas_cumprod[t])
+    expected = np.minimum(snr, 5) / snr * before["mse"] + before["vb"]
+    np.testing.assert_allclose(after["loss"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(before["loss"], before["mse"] + before["vb"])
+    np.testing.assert_array_equal(after["mse"], before["mse"])
+    assert Components(tiny_settings(diffusion__weight="min_snr")).diffusion == weighted
+
+
 def test_the_exact_denoisers_of_all_predictions_agree_on_the_image():
     for path in PATHS:
         x_t = FlowMatching(Path(path)).corrupt(0.7 + 0.3 * X0, NOISE, T)
@@ -167,6 +181,14 @@ def test_the_config_describes_the_process(fields, expected):
     [
         ({"process": "flaw"}, "invalid config.diffusion.process='flaw'; expected ddpm or flow"),
         ({"prediction": "x"}, "config.diffusion: unsupported prediction of process=ddpm: got 'x'; expected"),
+        (
+            {"weight": "velocity"},
+            "config.diffusion: invalid weight: got 'velocity'; expected one of none, min",
+        ),
+        (
+            {"weight": "min_snr", "loss": "kl"},
+            "config.diffusion: invalid weight: got 'min_snr'; expected one",
+        ),
         ({"process": "flow", "path": "gvp"}, "config.diffusion: unknown path: got 'gvp'; expected one of"),
         ({"process": "flow", "prediction": "score"}, "config.diffusion: invalid prediction: got 'score'"),
         ({"process": "flow", "weight": "snr"}, "config.diffusion: invalid weight: got 'snr'"),

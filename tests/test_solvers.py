@@ -272,13 +272,27 @@ class Diffusers(GaussianDiffusion):
         return type(super().knots(2))(times, type(level)(*(part[999 - times] for part in level)))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstOrderEnd(UniPC):
+    """UniPC whose last step has order 1 even if it does not end at clean images, as in diffusers."""
+
+    def table(self, process):
+        table, level = super().table(process), process.knots(self.steps).level
+        scale = level.sigma[-1] / level.sigma[-2]
+        weights = table.weights.copy()
+        weights[-1, 0] = scale * weights[-1, 1]
+        weights[-1, 0, 4] += level.alpha[-1] - scale * level.alpha[-2]
+        return dataclasses.replace(table, weights=weights)
+
+
 @pytest.mark.parametrize(
     ("sampler", "process", "expected"),
     [
+        (FirstOrderEnd(steps=10), Diffusers(learn_sigma=False), 0.2464),
         (DPMpp2M(steps=10), Diffusers(learn_sigma=False), 0.3301),
         (DDIM(steps="ddim10", clip=True), GaussianDiffusion(learn_sigma=False), 0.223967),
     ],
-    ids=["dpmpp_2m", "ddim"],
+    ids=["unipc", "dpmpp_2m", "ddim"],
 )
 def test_samplers_reach_the_values_of_diffusers_scheduler_tests(sampler, process, expected):
     # `test_full_loop_no_noise` of diffusers: this sample and model, linear betas, 10 steps, the mean of |x|.

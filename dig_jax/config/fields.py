@@ -111,7 +111,7 @@ class EncodeConfig(Group, path="config.encode"):
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig(Group, path="config.diffusion"):
-    """The diffusion process and the loss: `schedule`, `num_steps` and `loss` of ddpm, the others of flow."""
+    """The diffusion process and the loss."""
 
     process: str = field(
         "ddpm",
@@ -119,20 +119,24 @@ class DiffusionConfig(Group, path="config.diffusion"):
         choices=("ddpm", "flow"),
     )
     schedule: str = field(
-        "linear", "Noise schedule: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."
+        "linear", "Noise schedule of ddpm: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."
     )
-    num_steps: int = field(1000, "Number of noise levels.")
-    loss: str = field("mse", "Loss: mse, rescaled_mse, kl or rescaled_kl (Nichol & Dhariwal 2021).")
-    path: str = field("linear", "Path from data to noise: linear, trigonometric or vp (Ma et al. 2024).")
+    num_steps: int = field(1000, "Number of noise levels of ddpm.")
+    loss: str = field("mse", "Loss of ddpm: mse, rescaled_mse, kl or rescaled_kl (Nichol & Dhariwal 2021).")
+    path: str = field(
+        "linear", "Path of flow from data to noise: linear, trigonometric or vp (Ma et al. 2024)."
+    )
     prediction: str = field(
-        "velocity", "What the network predicts: velocity, x, noise or v (Salimans & Ho 2022)."
+        "velocity", "What the network predicts in flow: velocity, x, noise or v (Salimans & Ho 2022)."
     )
     weight: str = field(
         "none",
-        "Weight of the squared error by time: none, velocity (the error of the velocity, whatever is"
-        " predicted, as in JiT) or min_snr (Hang et al. 2023).",
+        "Weight of the squared error by time: none, min_snr (Hang et al. 2023) or, for flow, velocity: the"
+        " error of the velocity, whatever is predicted, as in JiT.",
     )
-    times: str = field("uniform", "Training times: uniform or logit_normal (Esser et al. 2024); 1 is noise.")
+    times: str = field(
+        "uniform", "Training times of flow: uniform or logit_normal (Esser et al. 2024); 1 is noise."
+    )
     time_mean: float = field(0.0, "Mean of the logit of the times (logit_normal only).")
     time_std: float = field(1.0, "Deviation of the logit of the times (logit_normal only).")
     time_low: float = field(0.0, "Least training time, before the shift.", bounds="fraction")

@@ -25,7 +25,8 @@ Losses. L_simple = mean (ε - ε̂)² [D 14] trains the mean. The terms of the v
 
 train the variance in the hybrid loss L_simple + λ L_vb, in which L_vb has no gradient to ε̂       [I 16].
 p(x_0 | x_1) is a Gaussian integrated over bins of width 2/255, which suits 8-bit pixels in [-1, 1] [D 13];
-for latents L_0 is a training signal but not a likelihood.
+for latents L_0 is a training signal but not a likelihood. min-SNR (Hang et al. 2023) weights L_simple by
+min(SNR, 5)/SNR, SNR = ᾱ_t/(1 - ᾱ_t), which is min(SNR, 5) times the squared error of x_0.
 
 Respacing to a subsequence S of the timesteps keeps ᾱ on S and recomputes β from it:
 
@@ -54,6 +55,8 @@ Broadcast = Float[Array, "b 1 1 1"]
 
 _LOSS_TYPES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 _FIXED_VARIANCES = ("small", "large")
+_WEIGHTS = ("none", "min_snr")
+_GAMMA = 5.0  # min-SNR's γ
 
 
 class Prediction(NamedTuple):
@@ -83,6 +86,8 @@ class GaussianDiffusion:
             the full bound.
         fixed_variance: the variance without learn_sigma: "small" (β̃_t) or "large" (β_t) [D §3.2].
         timesteps: increasing original timesteps that a respaced process keeps; None keeps all.
+        weight: "none" or "min_snr": the weight of the MSE by timestep, with loss_type "mse" or
+            "rescaled_mse".
 
     Raises:
         ValueError: a field is invalid; the message names it.
@@ -94,9 +99,11 @@ class GaussianDiffusion:
     loss_type: str = "mse"
     fixed_variance: str = "large"
     timesteps: tuple[int, ...] | None = None
+    weight: str = "none"
 
     def __post_init__(self):
         choices = {"schedule": SCHEDULES, "loss_type": _LOSS_TYPES, "fixed_variance": _FIXED_VARIANCES}
+        choices["weight"] = _WEIGHTS if self.loss_type in ("mse", "rescaled_mse") else ("none",)
         for field, accepted in choices.items():
             if (value := getattr(self, field)) not in accepted:
                 hint = suggest(value, accepted)
@@ -260,8 +267,8 @@ class GaussianDiffusion:
         """Return the training loss of each image and its terms; arguments as in `Process.loss`.
 
         Returns:
-            "loss": as loss_type says [B]. "mse": MSE of the noise [D 14]. "vb": the bound's term L_{t-1} in
-            bits per dimension, not rescaled.
+            "loss": as loss_type and weight say [B]. "mse": MSE of the noise [D 14]. "vb": the bound's term
+            L_{t-1} in bits per dimension, not rescaled.
         """
         epsilon, v = jnp.split(output, [x0.shape[-1]], axis=-1)
         mse = _mean_per_image((self.targets(x0, noise, times) - epsilon) ** 2)
@@ -271,13 +278,17 @@ class GaussianDiffusion:
             output = jnp.concatenate([jax.lax.stop_gradient(epsilon), v], axis=-1)
         vb = self._bound(self.p_mean_variance(output, x_t, times), x0, x_t, times)
 
+        weighted = mse
+        if self.weight == "min_snr":
+            snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+            weighted = lookup(np.minimum(1, _GAMMA / snr), times, x0)[:, 0, 0, 0] * mse
         scale = {"rescaled_mse": self.length / 1000, "rescaled_kl": self.length}.get(self.loss_type, 1)
         if bound_only:
             loss = scale * vb
         elif self.learn_sigma:
-            loss = mse + scale * vb
+            loss = weighted + scale * vb
         else:
-            loss = mse
+            loss = weighted
         return {"loss": loss, "mse": mse, "vb": vb}
 
     def _interpret(self, output: Array, x_t: Images, t: Steps) -> tuple[Images, Images]:
