@@ -52,7 +52,7 @@ class Case:
 
 def all_cases(gpu: str) -> list[Case]:
     """Return all recorded cases."""
-    kinds = ("forward", "forward+states", "backward", "tangent")
+    kinds = ("forward", "forward+states", "backward")
     sizes = [(18, 16, 32), (6, 16, 32), (18, 64, 8), (6, 64, 1)]
     cases = [
         Case(gpu, kind, heads, side, batch, gated=gated)
@@ -65,6 +65,11 @@ def all_cases(gpu: str) -> list[Case]:
         for gated in (False, True)
         for kind in kinds[1:]
         for direction in DIRECTIONS[1:]
+    ]
+    cases += [
+        Case(gpu, "tangent", direction=direction, gated=gated)
+        for gated in (False, True)
+        for direction in ("row", "column")
     ]
     return cases + [Case(gpu, kind, dtype="float32") for kind in kinds[1:]]
 

@@ -111,7 +111,7 @@ def all_cases() -> list[Case]:
         for gated in (False, True):
             cases += [Case(chip, "tangent", direction=d, gated=gated) for d in ("row", "column")]
         cases += [Case(chip, kind, direction="column") for kind in ("forward", "backward")]
-        cases += [Case(chip, kind, implementation="xla") for kind in ("forward", "backward", "tangent")]
+        cases += [Case(chip, kind, implementation="xla") for kind in ("forward", "backward")]
         if importlib.util.find_spec("tops"):
             # A peer's kernels, if installed. They have no gradient and hold a whole array in VMEM, so larger
             # batches do not compile.
@@ -271,10 +271,6 @@ def case_function(case: Case) -> tuple[Callable[..., list[Any]], list[Any]]:
         scanned = operands(*arrays)[:4]
         return flat(*jax.vjp(xla, *scanned)[1](d_out.reshape(scanned[2].shape)))
 
-    def xla_tangent(*arrays: Any) -> list[Any]:
-        primals, dots = operands(*arrays[:4])[:4], operands(*arrays[4:])[:4]
-        return flat(jax.jvp(xla, primals, dots)[1])
-
     def peer(*arrays: Any) -> list[Any]:
         from tops.ops.gla import chunk
 
@@ -283,7 +279,7 @@ def case_function(case: Case) -> tuple[Callable[..., list[Any]], list[Any]]:
 
     functions = {
         "mosaic": {"backward": backward, "tangent": tangent},
-        "xla": {"forward": xla_forward, "backward": xla_backward, "tangent": xla_tangent},
+        "xla": {"forward": xla_forward, "backward": xla_backward},
         "tops": {"forward": peer},
     }
     return functions[case.implementation].get(case.kind, forward), tilings

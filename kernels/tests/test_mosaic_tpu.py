@@ -241,7 +241,7 @@ def test_compiles_for_the_chips_at_the_recorded_cost():
         [
             static_tpu.Case(chip, kind, heads=6, side=16, chunks=1)
             for chip in ("v5e", "v6e", "tpu7x")
-            for kind in ("forward", "backward")
+            for kind in ("forward", "backward", "tangent")
         ]
     )
 
@@ -264,3 +264,19 @@ def test_reaches_the_recorded_floors():
         case = static_tpu.Case(chip, "forward", direction=direction, gated=True)
         assert static_tpu.times_floor(case, record[case.name]) <= 1.5
         assert record[case.name]["bytes"] <= 1.15 * case.minimum_bytes
+
+
+@pytest.mark.parametrize("direction", ["row", "column"])
+@pytest.mark.parametrize(
+    ("chip", "gated", "limit"),
+    [("v5e", False, 2.2), ("v5e", True, 2.2), ("v6e", False, 2.2), ("v6e", True, 2.5)],
+)
+def test_recorded_tangents_cost_few_forward_passes(chip, direction, gated, limit):
+    record = json.loads(static_tpu.RECORD.read_text())
+    _, clock, bandwidth = static_tpu.CHIPS[chip]
+
+    def nanoseconds(kind):
+        figures = record[static_tpu.Case(chip, kind, direction=direction, gated=gated).name]
+        return max(figures["bundles"] / clock, figures["bytes"] / bandwidth * 1e9)
+
+    assert nanoseconds("tangent") <= limit * nanoseconds("forward")

@@ -1,6 +1,7 @@
 """The Triton kernels as compiled code: results of their PTX, run in NumPy, and their static cost."""
 
 import functools
+import json
 import re
 
 import gpu_compiler
@@ -187,3 +188,16 @@ def test_compiles_for_the_gpu_at_the_recorded_cost(gpu, cases):
     if changed := static_gpu.compiler_changed():
         pytest.skip(f"no recorded figures for these compilers: {changed}")
     assert static_gpu.regressions(measured) == []
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("direction", ["row", "column"])
+def test_recorded_tangents_cost_at_most_2_2_forward_passes(gated, direction):
+    record = json.loads(static_gpu.RECORD.read_text())
+    forward = record[static_gpu.Case("sm_90a", "forward", gated=gated).name]["gla_forward"]
+    tangent = record[static_gpu.Case("sm_90a", "tangent", gated=gated, direction=direction).name][
+        "gla_tangent"
+    ]
+    # A forward pass takes less time to issue than its bytes take, so bytes limit both.
+    assert tangent["bytes"] <= 1.8 * forward["bytes"]
+    assert tangent["loop"] <= 2.3 * forward["loop"]

@@ -309,17 +309,18 @@ def finish(
         z = refs["out_gate"].load(chunk, group.values, jnp.float32)
         weight = refs["norm_weight"][:, group.values]
         sigmoid = tiles.sigmoid(z)
+        silu = z * sigmoid
         means = head_means(tiling, group, jnp.concatenate([o * o, o * o_dot]))
-        square, along = means[: tiling.chunk], means[tiling.chunk :]
-        inverse = jax.lax.rsqrt(square + gating.eps)
-        normed = o * inverse
-        normed_dot = (o_dot - normed * (along * inverse)) * inverse
-        o_dot = normed_dot * weight * (z * sigmoid)
+        inverse = jax.lax.rsqrt(means[: tiling.chunk] + gating.eps)
+        along = means[tiling.chunk :] * (inverse * inverse)
+        moved = (o_dot - o * along) * silu
         z_dot = load(refs, "out_gate_dot", chunk, group.values, jnp.float32)
         if z_dot is not None:
-            o_dot += normed * weight * (z_dot * sigmoid * (1.0 + z * (1.0 - sigmoid)))
+            moved += o * (z_dot * (sigmoid + silu * (1.0 - sigmoid)))
+        moved *= weight
         if "norm_weight_dot" in refs:
-            o_dot += normed * refs["norm_weight_dot"][:, group.values] * (z * sigmoid)
+            moved += o * (refs["norm_weight_dot"][:, group.values] * silu)
+        o_dot = moved * inverse
     refs["o_dot"].store(chunk, group.values, o_dot)
 
 
