@@ -1,5 +1,6 @@
 """Programs that are lowered and exported without the chip, under any of JAX's global settings."""
 
+import contextlib
 import functools
 
 import jax
@@ -36,6 +37,12 @@ def arrays(dtype, gated, segmented=True):
     return narrow, narrow, wide, narrow, gates, jax.ShapeDtypeStruct((2, 2, 32, 64), jnp.float32), ids
 
 
+def on_v5e():
+    """Name the chip of programs that are lowered without one."""
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
 @pytest.fixture
 def settings(request):
     before = {name: getattr(jax.config, name) for name in SETTINGS[request.param]}
@@ -54,9 +61,20 @@ def settings(request):
 )
 def test_lowers_under_any_settings_of_jax(settings, platform, dtype, gated, direction):
     gradient = jax.value_and_grad(functools.partial(loss, direction=direction), argnums=range(6))
-    traced = jax.jit(gradient).trace(*arrays(dtype, gated))
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    with on_v5e() if platform == "tpu" else contextlib.nullcontext():
+        traced = jax.jit(gradient).trace(*arrays(dtype, gated))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert platform == "cpu" or text.count(KERNEL[platform]) >= 2
+
+
+def test_an_unknown_tpu_runs_the_kernel_only_in_bfloat16_because_of_v4():
+    def runs_kernel(dtype):
+        traced = jax.jit(gla).trace(*arrays(dtype, gated=False)[:4])
+        return KERNEL["tpu"] in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+    assert [runs_kernel(dtype) for dtype in ("bfloat16", "float32")] == [True, False]
+    with on_v5e():
+        assert runs_kernel("float32")
 
 
 def exported(function, platform, *arrays):

@@ -21,7 +21,7 @@ from pallas_gla.validation import FLOATS, one_of
 
 WIDTHS = (16, 128)
 CHUNKS = (16, 32, 64, 128)
-# They do not transpose bfloat16 in a matrix product, and their VMEM is too small for float32 with gates.
+# They do not transpose bfloat16 in a matrix product, and their VMEM is too small for float32.
 OLD_TPUS = ("TPU v2", "TPU v3")
 
 
@@ -32,6 +32,9 @@ def unsupported(operands: Operands, scan: Scan) -> str | None:
             return f"unsupported {name}: got {x.shape[-1]}; expected {WIDTHS[0]} to {WIDTHS[1]}"
     if not scan.interpret and chip.current().kind in OLD_TPUS:
         return f"unsupported TPU: got {chip.current()}; expected v4 or later"
+    if not scan.interpret and tuning.blocks().vmem_limit_bytes is None and operands.v.dtype != jnp.bfloat16:
+        # They need more than v4's 16 MiB of VMEM, the default limit. An unknown chip may be a v4.
+        return f"unsupported dtype of v on {chip.current()}: got {operands.v.dtype}; expected bfloat16"
     if str(operands.v.dtype) not in FLOATS:
         return f"unsupported dtype of v: got {operands.v.dtype}; expected {one_of(FLOATS)}"
     if scan.chunk_size is not None and scan.chunk_size not in CHUNKS:
