@@ -67,13 +67,14 @@ class Launch:
         blocks = tuning.blocks()
         key_width = max(32, 1 << (keys - 1).bit_length())
         chunk = min(scan.chunk_size or blocks.chunk, max(16, 1 << (tokens - 1).bit_length()))
-        most = blocks.column_tokens * 2 // chip_dtype(operands.v.dtype).itemsize
+        itemsize = chip_dtype(operands.v.dtype).itemsize
+        most = blocks.column_tokens * 2 // itemsize
         columns, chunk = _columns(scan, chunk, chunks, most)
         if columns:
             steps = scan.grid[1] // columns
         else:
             steps = -(-tokens // (chunk * chunks))
-        head_blocks = -(-heads * key_width // blocks.lanes)
+        head_blocks = -(-heads * key_width * itemsize // (2 * blocks.lanes))
         if head_blocks > 1:
             # Blocks narrower than the array must be multiples of 128 lanes.
             aligned = max(LANES // key_width, 1)

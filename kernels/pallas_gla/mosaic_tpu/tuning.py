@@ -12,7 +12,7 @@ class Blocks:
     chunk: tokens in one matrix product.
     forward_chunks, backward_chunks: chunks in a grid step. The products of one chunk fill the gaps that the
         dependent arithmetic of another leaves.
-    lanes: the most key lanes (heads * K) in a block; more heads are split over the grid.
+    lanes: the most 16-bit key lanes (heads * K) in a block; more heads are split over the grid.
     column_tokens: the most 16-bit tokens in a block of columns; longer columns are first copied into rows.
     vmem_limit_bytes: the compiler's limit on VMEM, or None for its default.
     """
