@@ -15,7 +15,7 @@ from dig_jax import autoencoder
 from dig_jax.autoencoder import Autoencoder
 from dig_jax.config import Config, DiffusionConfig, ModelConfig, to_dict
 from dig_jax.data import ImageSpec, Source, open_source
-from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Path, Process, Times
+from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Process, Times
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
 from dig_jax.models.backbone import ModelOptions
@@ -104,7 +104,7 @@ class Components:
         if shift is None:
             shift = math.sqrt(math.prod(self.image_spec.image_shape) / 4096)
         times = Times(d.times, d.time_mean, d.time_std, d.time_low, d.time_high, shift)
-        return FlowMatching(Path(d.path), d.prediction, times, d.weight)
+        return FlowMatching(d.path, d.prediction, times, d.weight)
 
     def init_params(self, key: Array) -> Params:
         """Return random parameters in float32."""

@@ -122,6 +122,12 @@ def test_the_exact_denoisers_of_all_predictions_agree_on_the_image():
             np.testing.assert_allclose(image, images[0], atol=1e-3)
 
 
+def test_a_path_may_be_given_by_name():
+    assert FlowMatching(path="vp") == FlowMatching(Path("vp"))
+    assert hash(FlowMatching(path="vp")) == hash(FlowMatching(Path("vp")))
+    assert FlowMatching(path="vp").path == Path("vp")
+
+
 def test_further_channels_of_the_output_are_ignored():
     process = FlowMatching()
     x_t, wide = process.corrupt(X0, NOISE, T), jnp.concatenate([NOISE, X0], axis=-1)

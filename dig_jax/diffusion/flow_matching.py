@@ -45,7 +45,7 @@ class FlowMatching:
     """A `Process` with times t in [0, 1] along a path.
 
     Attributes:
-        path: from data to noise.
+        path: from data to noise, a `Path` or its name; stored as a `Path`.
         prediction: what the denoiser predicts: "velocity", "x", "noise" or "v" (α ε - σ x). Only the first C
             channels of its output count; the released SiT models have C more, which nothing trains.
         times: distribution of the training times. Its shift also spaces the times of sampling.
@@ -55,12 +55,13 @@ class FlowMatching:
         ValueError: a field is invalid; the message names it.
     """
 
-    path: Path = Path()
+    path: Path | str = "linear"
     prediction: str = "velocity"
     times: Times = Times()
     weight: str = "none"
 
     def __post_init__(self):
+        object.__setattr__(self, "path", self.curve)
         for field, accepted in {"prediction": TRAINED, "weight": WEIGHTS}.items():
             if (value := getattr(self, field)) not in accepted:
                 raise ValueError(
@@ -68,13 +69,18 @@ class FlowMatching:
                     f"{suggest(value, accepted)}"
                 )
 
+    @property
+    def curve(self) -> Path:
+        """The path."""
+        return Path(self.path) if isinstance(self.path, str) else self.path
+
     def sample_times(self, keys: Key[Array, " b"]) -> PerImage:
         """Draw the time of each image from `times`."""
-        return jnp.maximum(self.times.sample(keys), self.path.first_time)
+        return jnp.maximum(self.times.sample(keys), self.curve.first_time)
 
     def times_at(self, fractions: PerImage) -> PerImage:
         """Return quantiles of the training times."""
-        return jnp.maximum(self.times.quantile(fractions), self.path.first_time)
+        return jnp.maximum(self.times.quantile(fractions), self.curve.first_time)
 
     def level_index(self, times: PerImage, count: int) -> Int[Array, " b"]:
         """Return the index of each time's range, out of `count` equal ranges of [0, 1]."""
@@ -107,7 +113,7 @@ class FlowMatching:
 
     def weight_at(self, times: PerImage) -> PerImage:
         """Return the weight of the squared error at these times."""
-        level = self.path.at(times)
+        level = self.curve.at(times)
         alpha, sigma = level.alpha, level.sigma
         if self.weight == "none":
             return jnp.ones_like(times)
@@ -139,12 +145,12 @@ class FlowMatching:
 
     def knots_at(self, times: Float[np.ndarray, " knots"]) -> Knots:
         """Return knots at these times; 0 is clean images."""
-        return Knots(times, self.path.at(times))
+        return Knots(times, self.curve.at(times))
 
     @property
     def last_time(self) -> float:
         """The greatest time at which the prediction determines x."""
-        return 0.999 if self.prediction == "noise" and self.path.name != "vp" else 1.0
+        return 0.999 if self.prediction == "noise" and self.curve.name != "vp" else 1.0
 
     def predict_image(
         self, output: Float[Array, "b h w d"], x_t: Images, times: PerImage, *, clip: bool = False
@@ -156,4 +162,4 @@ class FlowMatching:
 
     def _level(self, times: PerImage, x: Images) -> Level:
         """Return the path's coefficients in the dtype of x, shaped to broadcast over images."""
-        return Level(*(part.astype(x.dtype)[:, None, None, None] for part in self.path.at(times)))
+        return Level(*(part.astype(x.dtype)[:, None, None, None] for part in self.curve.at(times)))

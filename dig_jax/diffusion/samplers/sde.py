@@ -153,7 +153,9 @@ class EDMHeun(LinearSampler):
         raised = tau * (1 + gamma)
         raised[-1] = 0
         churn = self.s_noise * np.sqrt(raised**2 - tau**2)
-        alpha, alpha_raised = (process.path.at(process.path.time_of(level)).alpha for level in (tau, raised))
+        alpha, alpha_raised = (
+            process.curve.at(process.curve.time_of(level)).alpha for level in (tau, raised)
+        )
 
         weights = np.zeros((2 * steps, 2, 4))  # of x = α y; state: x, and y + h/2 · slope of the step's start
         for i in range(steps):
@@ -167,7 +169,7 @@ class EDMHeun(LinearSampler):
                 weights[2 * i + 1, 0, [0, 2]] = scale * h / 2 * np.array([1 / alpha[i + 1], -1]) / tau[i + 1]
                 weights[2 * i + 1, 0, [1, 3]] = scale, scale * churn[i + 1]
         times = np.empty(2 * steps)
-        times[::2], times[1::2] = process.path.time_of(raised[:-1]), process.path.time_of(tau[1:])
+        times[::2], times[1::2] = process.curve.time_of(raised[:-1]), process.curve.time_of(tau[1:])
         start = alpha_raised[0] * np.hypot(tau[0], churn[0])
         return Table(times[:-1], weights[:-1], float(start), per_step=2)
 
