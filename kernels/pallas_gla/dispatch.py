@@ -114,7 +114,10 @@ def _kernel(implementation: str | None, scan: Scan, platform: str) -> ModuleType
             f" {one_of(tuple(key[1] for key in choices))}. Use interpret=True to run it anywhere, or"
             " implementation=None to select an implementation automatically"
         )
-    return importlib.import_module(KERNELS[(matching or choices)[0]])
+    try:
+        return importlib.import_module(KERNELS[(matching or choices)[0]])
+    except ImportError as error:
+        raise NotImplementedError(f"implementation={implementation!r} cannot be imported: {error}") from error
 
 
 @functools.cache

@@ -73,6 +73,14 @@ def test_a_named_kernel_raises_with_the_reason(implementation):
         gla(q, k, v, g, implementation=implementation, interpret=True)
 
 
+def test_a_named_kernel_whose_packages_are_missing_raises_with_the_package(monkeypatch):
+    monkeypatch.setitem(dispatch.KERNELS, ("mosaic", "tpu"), "no_such_package.backend")
+    with pytest.raises(
+        NotImplementedError, match="'mosaic' cannot be imported: No module named 'no_such_pac"
+    ):
+        gla(Q, K, V, G, implementation="mosaic", interpret=True)
+
+
 def test_the_default_is_the_kernel_of_the_platform_or_xla(caplog):
     def chosen(platform, partitioned=False, width=32):
         operands = Operands(Q[..., :width], K[..., :width], V, G[..., :width])
