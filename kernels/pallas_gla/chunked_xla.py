@@ -72,7 +72,8 @@ def forward(
 
         final_state, (out, states) = jax.lax.scan(body, state, (tokens, starts))
     saved = _pack(states, operands, scan) if save else None
-    return _join(out, operands, scan), final_state, saved
+    # XLA for CPUs updates a bfloat16 array in a loop by converting the complete array in every step.
+    return _join(out, operands, scan).astype(operands.v.dtype), final_state, saved
 
 
 def backward(
@@ -90,6 +91,7 @@ def backward(
     def chunk_gradient(carry, chunk):
         d_state, d_weight = carry
         state, tokens, starts, d_out = chunk
+        d_out = d_out.astype(jnp.float32)
         chunk = functools.partial(_chunk, starts=starts, scan=scan)
         d_state, d_weight_here, d_tokens = jax.vjp(chunk, state, weight, tokens)[1]((d_state, d_out))
         return (d_state, None if weight is None else d_weight + d_weight_here), d_tokens
@@ -144,7 +146,7 @@ def _chunk(
     if scan.gating:
         assert tokens.out_gate is not None and norm_weight is not None
         o = gated_output(o, tokens.out_gate.swapaxes(1, 2), norm_weight[:, None, None], scan.gating)
-    return new_state, o.astype(dtype).swapaxes(1, 2)
+    return new_state, o.swapaxes(1, 2)
 
 
 def _scores(
@@ -181,6 +183,9 @@ def _dot(
 ) -> Float[Array, "..."]:
     """Multiply operands in `dtype`, accumulating in float32."""
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    if dtype == jnp.float16:
+        # Decayed keys, states and scores may leave the range of float16 where the output does not.
+        dtype = jnp.float32
     return jnp.einsum(
         equation, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32
     )

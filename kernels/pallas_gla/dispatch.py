@@ -30,6 +30,8 @@ log = logging.getLogger("pallas_gla")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # Plain JAX functions, which JAX differentiates and partitions.
 PLAIN = {"reference": "pallas_gla.reference", "xla": "pallas_gla.chunked_xla"}
+# Plain JAX that is fast on CPUs. It differentiates itself, and runs only by default.
+CPU = "pallas_gla.cpu.backend"
 # By name and platform. The first entry of a platform is its default.
 KERNELS = {
     ("triton", "cuda"): "pallas_gla.triton.backend",
@@ -84,7 +86,9 @@ def choose(
 
 def _automatic(operands: Operands, scan: Scan, platform: str, partitioned: bool) -> tuple[str, str | None]:
     """Return the name of the best implementation and, if it is not a kernel, the reason."""
-    name = next((name for name, target in KERNELS if target == platform), None)
+    name = (
+        "cpu" if platform == "cpu" else next((name for name, target in KERNELS if target == platform), None)
+    )
     if name is None:
         return "xla", f"no kernel for {platform}"
     if partitioned:
@@ -101,7 +105,7 @@ def _unsupported(kernel: ModuleType, operands: Operands, scan: Scan) -> str | No
 
 
 def _module(name: str, platform: str) -> ModuleType:
-    return importlib.import_module(PLAIN.get(name) or KERNELS[name, platform])
+    return importlib.import_module(CPU if name == "cpu" else PLAIN.get(name) or KERNELS[name, platform])
 
 
 def _kernel(implementation: str | None, scan: Scan, platform: str) -> ModuleType:

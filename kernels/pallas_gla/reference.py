@@ -17,20 +17,22 @@ def forward(operands: Operands, scan: Scan) -> tuple[Float[Array, "b t h v"], Fl
     q, k, v, g, out_gate, norm_weight, initial_state, segment_ids = operands
     if scan.gating:
         g = log_decay(g, scan.gating)
-    ids = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    starts = segment_starts(to_scan_order(ids, scan.grid, scan.direction))
+    starts = None
+    if segment_ids is not None:
+        starts = segment_starts(to_scan_order(segment_ids, scan.grid, scan.direction)).swapaxes(0, 1)
     tokens = [to_scan_order(x, scan.grid, scan.direction).astype(jnp.float32) for x in (q, k, v, g)]
 
     def step(state, token):
         q_t, k_t, v_t, g_t, starts_t = token
-        state = jnp.where(starts_t[:, None, None, None], 0, state)
+        if starts_t is not None:
+            state = jnp.where(starts_t[:, None, None, None], 0, state)
         state = jnp.exp(g_t)[..., None] * state + k_t[..., None] * v_t[..., None, :]
         return state, scan.scale * jnp.sum(q_t[..., None] * state, axis=-2)
 
     state = zero_state(k, v, g)
     if initial_state is not None:
         state += initial_state
-    final_state, o = jax.lax.scan(step, state, [x.swapaxes(0, 1) for x in (*tokens, starts)])
+    final_state, o = jax.lax.scan(step, state, (*(x.swapaxes(0, 1) for x in tokens), starts))
     o = to_raster_order(o.swapaxes(0, 1), scan.grid, scan.direction)
     if scan.gating:
         assert out_gate is not None and norm_weight is not None

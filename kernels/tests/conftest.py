@@ -18,4 +18,4 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # The tools whose recorded figures the tests check.
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-pytest.register_assert_rewrite("gla_test_base", "triton_cases")
+pytest.register_assert_rewrite("gla_test_base", "range_tests", "triton_cases")

@@ -25,6 +25,8 @@ SIZES = [
     (64, 64, 128, {"chunk_size": None}),
     (65, 32, 64, {"chunk_size": 32, "reverse": True}),
 ]
+# A constant decay, or tokens that are 10 or 100 times as large as the others, with a strong decay between.
+UNEVEN = [-0.05, -1.0, -5.0, -10.0, -30.0, "10 then 1", "1 then 100"]
 examples = hypothesis.settings(
     max_examples=6,
     deadline=None,
@@ -46,6 +48,16 @@ def golden_arrays(path):
     return arrays, (d_o, file["dht"]), expected
 
 
+def uneven(decays):
+    """Return (arrays, cotangents) for an element of `UNEVEN`."""
+    (q, k, v, g, state), (d_o, d_state) = oracle.inputs(5, t=64, h=1, k=16, v=16)
+    if not isinstance(decays, str):
+        return (q, k, v, jnp.full_like(g, decays), state), (d_o, d_state)
+    first, last = map(float, decays.split(" then "))
+    size = jnp.where(jnp.arange(64) < 20, first, last)[:, None, None]
+    return (size * q, size * k, size * v, g.at[:, 20].set(-38.0), state), (size * d_o, d_state)
+
+
 def on_golden_files(*fast):
     """Parametrize a test over the golden files; all but the named ones are slow."""
     marks = {True: (), False: pytest.mark.slow}
@@ -57,6 +69,8 @@ def on_golden_files(*fast):
 class GLATestBase:
     implementation: str | None
     interpret = False
+    # Elements of UNEVEN for which dg is a difference of large numbers.
+    inaccurate_decay_gradients: tuple = ()
 
     @property
     def backend(self):
@@ -97,7 +111,27 @@ class GLATestBase:
             arrays, cotangents = oracle.inputs(t, t=t, h=2, k=k, v=v, gate=gate)
             expected = oracle.recurrence(arrays, cotangents, **expected_options)
             actual = self.results(arrays, cotangents, **options)
-            oracle.assert_close(actual, expected.values(), FLOAT32, [f"{x}, {gate}" for x in oracle.NAMES])
+            terms = oracle.term_sizes(arrays, cotangents, **expected_options).values()
+            names = [f"{gate}: {name}" for name in oracle.NAMES]
+            oracle.assert_close(actual, expected.values(), FLOAT32, names, terms)
+
+    @pytest.mark.parametrize("decays", UNEVEN, ids=str)
+    def test_every_channel_and_token_is_accurate(self, decays):
+        names = [name for name in oracle.NAMES if name != "dg"]
+        self.check_channels_and_tokens(decays, names)
+
+    @pytest.mark.parametrize("decays", UNEVEN, ids=str)
+    def test_the_decay_gradient_of_every_channel_and_token_is_accurate(self, decays, request):
+        if decays in self.inaccurate_decay_gradients:
+            request.applymarker(pytest.mark.xfail(raises=AssertionError, strict=True, reason="cancellation"))
+        self.check_channels_and_tokens(decays, ["dg"])
+
+    def check_channels_and_tokens(self, decays, names):
+        arrays, cotangents = uneven(decays)
+        actual = dict(zip(oracle.NAMES, self.results(arrays, cotangents, chunk_size=None), strict=True))
+        expected, terms = oracle.recurrence(arrays, cotangents), oracle.term_sizes(arrays, cotangents)
+        actual, expected, terms = ([x[name] for name in names] for x in (actual, expected, terms))
+        oracle.assert_close(actual, expected, FLOAT32, names, terms)
 
     @pytest.mark.parametrize(("dtype", "gate_dtype"), [("bfloat16", "float32"), ("float16", "float16")])
     def test_16_bit_results_are_accurate_and_keep_their_dtypes(self, dtype, gate_dtype):

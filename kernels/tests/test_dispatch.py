@@ -91,11 +91,13 @@ def test_the_default_is_the_kernel_of_the_platform_or_xla(caplog):
         for _ in range(2):
             assert chosen("tpu") == "pallas_gla.mosaic_tpu.backend"
             assert chosen("cuda") == "pallas_gla.triton.backend"
-            assert chosen("cpu") == chosen("rocm") == "pallas_gla.chunked_xla"
+            assert chosen("cpu") == "pallas_gla.cpu.backend"
+            assert chosen("rocm") == "pallas_gla.chunked_xla"
             assert chosen("tpu", partitioned=True) == "pallas_gla.chunked_xla"
             assert chosen("cuda", width=8) == "pallas_gla.chunked_xla"
     assert len(caplog.messages) == 6
-    assert "GLA on cpu runs 'xla': no kernel for cpu" in caplog.messages
+    assert "GLA on cpu runs 'cpu'" in caplog.messages
+    assert "GLA on rocm runs 'xla': no kernel for rocm" in caplog.messages
     assert "GLA on tpu runs 'mosaic'" in caplog.messages
     assert "GLA on cuda runs 'triton'" in caplog.messages
     assert any("several devices without a mesh" in message for message in caplog.messages)

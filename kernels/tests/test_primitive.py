@@ -8,11 +8,12 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from pallas_gla import gla, gla_2d
+from range_tests import NonFiniteTests
 from test_chunked_xla import TestChunkedXla as ChunkedXla
 
 
-class TestDefault(ChunkedXla):
-    """On a CPU the default runs the same chunks as "xla", with its own backward pass."""
+class TestDefault(NonFiniteTests, ChunkedXla):
+    """On a CPU the default runs `pallas_gla.cpu`."""
 
     implementation = None
 
