@@ -4,8 +4,9 @@
 
 This compiles the kernels ahead of time (see `gpu_compiler` for the required packages), assembles the PTX that
 XLA dumps, and prints for every kernel: registers, bytes of spills (stores and loads), shared memory, SASS
-instructions (in total, and in the loop over chunks without inner loops over tokens), tensor-core
-instructions, 128-bit loads and all loads, and the bytes of operands and results per token-head.
+instructions (in total, and in the loop over chunks in the fast form, without inner loops over tokens), the
+instructions that spill there, tensor-core instructions, 128-bit loads and all loads, and the bytes of
+operands and results per token-head.
 
 `--write` records the figures in static_gpu.json. A test compares the kernels with this file.
 """
@@ -182,14 +183,16 @@ def assemble(ptx: str, gpu: str) -> dict[str, int]:
         elif address:
             index += 1
 
-    def count(pattern: str) -> int:
+    def count(pattern: str, code: list[str] = code) -> int:
         return sum(bool(re.search(pattern, text)) for text in code)
 
+    loop = fast_loop(code, labels)
     return {
         "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
         "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
         "instructions": len(code),
-        "loop": loop_size(code, labels),
+        "loop": len(loop),
+        "loop_spills": count(r"\b(STL|LDL)\b", loop),
         "wgmma": count(r"\bHGMMA"),
         "mma": count(r"\bHMMA"),
         "loads_128": count(r"LDG(?:STS)?\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128"),
@@ -197,19 +200,26 @@ def assemble(ptx: str, gpu: str) -> dict[str, int]:
     }
 
 
-def loop_size(code: list[str], labels: dict[str, int]) -> int:
-    """Return the instructions in the longest loop, without its inner loops that use no tensor cores."""
+def fast_loop(code: list[str], labels: dict[str, int]) -> list[str]:
+    """Return the first loop with tensor cores, without its inner loops that use none.
+
+    It runs the chunks in the fast form; a loop in the slow form may follow.
+    """
     branches = [(i, re.search(r"\bBRA\b.*?(\.L_\w+)", text)) for i, text in enumerate(code)]
     loops = [(labels.get(found.group(1), i), i) for i, found in branches if found]
     loops = [(first, last) for first, last in loops if first < last]
-    start, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, len(code) - 1))
-    inner = sorted(loop for loop in loops if start <= loop[0] and loop[1] <= end and loop != (start, end))
     tensor = [i for i, text in enumerate(code) if re.search(r"\bHG?MMA", text)]
+
+    def uses_tensor_cores(loop: tuple[int, int]) -> bool:
+        return any(loop[0] <= i <= loop[1] for i in tensor)
+
+    largest_first = sorted(filter(uses_tensor_cores, loops), key=lambda loop: (loop[0], -loop[1]))
+    start, end = largest_first[0] if largest_first else (0, len(code) - 1)
     skipped = set()
-    for first, last in inner:
-        if not any(first <= i <= last for i in tensor):
+    for first, last in loops:
+        if start <= first and last <= end and not uses_tensor_cores((first, last)):
             skipped.update(range(first, last + 1))
-    return end - start + 1 - len(skipped)
+    return [text for i, text in enumerate(code[start : end + 1], start) if i not in skipped]
 
 
 def kernel_bytes(hlo: str) -> dict[str, int]:

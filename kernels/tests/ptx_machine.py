@@ -17,6 +17,7 @@ from ptx_tiles import bfloat16, names, narrow, wide
 
 WARP = 32
 TYPES = {
+    "b8": np.uint8,
     "u16": np.uint16,
     "s16": np.int16,
     "b16": np.uint16,
@@ -59,11 +60,14 @@ COMPARISONS = {
     "eq": np.equal,
     "ne": np.not_equal,
     # Unordered: true for NaN.
+    "equ": lambda x, y: ~((x < y) | (x > y)),
+    "neu": np.not_equal,
     "ltu": lambda x, y: ~(x >= y),
     "leu": lambda x, y: ~(x > y),
     "gtu": lambda x, y: ~(x <= y),
     "geu": lambda x, y: ~(x < y),
     "num": lambda x, y: ~(np.isnan(x) | np.isnan(y)),
+    "nan": lambda x, y: np.isnan(x) | np.isnan(y),
 }
 # Instructions that synchronize threads, which run in lockstep here.
 ORDER = ("bar", "fence", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "griddepcontrol")
@@ -293,6 +297,8 @@ class Machine:
         return self.value(operands[0], dtype) << dtype(32 - start - count) >> dtype(32 - count)
 
     def _setp(self, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
+        if modifiers[-1] == "bf16":
+            return COMPARISONS[modifiers[0]](*(wide(self.value(t, np.uint16)) for t in operands))
         return COMPARISONS[modifiers[0]](*(self.value(t, dtype) for t in operands))
 
     def _cvt(self, modifiers: list[str], dtype: type, operands: list[str]) -> np.ndarray:
@@ -350,7 +356,8 @@ class Machine:
         memory = memory.view(f"u{size}")
         for i, register in enumerate(registers):
             if name == "ld":
-                self.put(register, memory[where // size + i], active)
+                x = memory[where // size + i]
+                self.put(register, x.astype(np.uint16) if size == 1 else x, active)
             else:
                 x, at = self.value(register, memory.dtype.type), where // size + i
                 x = x.reshape(self.lanes, -1)[:, 0]  # the low bits of a wider register

@@ -16,7 +16,9 @@ from triton_cases import (
     PRODUCT,
     check,
     check_gated,
+    check_irregular,
     check_product,
+    check_uneven,
     interpreted,
     segments,
 )
@@ -25,7 +27,6 @@ from triton_cases import (
 class TestTriton(GLATestBase):
     implementation = "triton"
     interpret = jax.default_backend() != "gpu"
-    inaccurate_decay_gradients = (-5.0, -10.0, -30.0, "10 then 1", "1 then 100")
 
     # COVERING has more sizes.
     @pytest.mark.parametrize("size", SIZES[-1:], ids=str)
@@ -37,6 +38,17 @@ class TestTriton(GLATestBase):
 @pytest.mark.parametrize("case", [case for case in COVERING if case[3] == "float32"], ids=str)
 def test_values_and_gradients_match_the_oracle(case):
     check(interpreted, *case)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_decay_gradient_of_every_channel_and_token_is_accurate(dtype):
+    check_uneven(interpreted, dtype)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_and_infinities_do_not_reach_earlier_tokens_or_other_segments(dtype, value):
+    check_irregular(interpreted, dtype, value)
 
 
 @pytest.mark.slow

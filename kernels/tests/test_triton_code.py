@@ -18,8 +18,10 @@ from triton_cases import (
     PRODUCT,
     check,
     check_gated,
+    check_irregular,
     check_product,
     check_tangents,
+    check_uneven,
     compiled,
     tangents,
 )
@@ -46,6 +48,25 @@ def on_gpus(cases, fast):
 @pytest.mark.parametrize(("gpu", "case"), on_gpus(COVERING, {1: "sm_90a", 3: "sm_80", 5: "sm_80"}))
 def test_values_and_gradients_match_the_oracle(gpu, case):
     check(compiled(gpu), *case, gates=gates(case), batch=1)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype"),
+    [
+        ("sm_90a", "bfloat16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("sm_80", "bfloat16"), ("sm_90a", "float32"))
+        ),
+    ],
+)
+def test_the_decay_gradient_of_every_channel_and_token_is_accurate(gpu, dtype):
+    check_uneven(compiled(gpu), dtype)
+
+
+@pytest.mark.slow
+def test_nan_does_not_reach_earlier_tokens_or_other_segments():
+    check_irregular(compiled("sm_90a"), "bfloat16", float("nan"))
 
 
 def test_float32_matches_the_oracle():
@@ -180,7 +201,9 @@ def test_compiles_for_the_gpu_at_the_recorded_cost(gpu, cases):
         for name, kernels in measured.items():
             for kernel, figures in kernels.items():
                 # The backward kernel takes all registers; JAX 0.11.2 does not spill.
-                assert figures["spills"] <= (128 if kernel == "gla_backward" else 0), (name, kernel)
+                # The path for any decay may spill.
+                assert figures["spills"] == 0 or kernel == "gla_backward", (name, kernel)
+                assert figures["loop_spills"] <= 16, (name, kernel)
                 assert figures["wgmma"] > 0, (name, kernel)
                 assert figures["loads_128"] > 0, (name, kernel)
                 if kernel == "gla_forward" and " gla " in name:

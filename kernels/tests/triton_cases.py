@@ -193,3 +193,57 @@ def check_tangents(run, grid, dtype, direction, gated):
         wanted = oracle.tangents(expected, *zip(*present, strict=True)).values()
         tolerance = 1e-5 if dtype == "float32" else 8e-3
         oracle.assert_close(run(operands, moved, scan), wanted, tolerance, oracle.NAMES[:2])
+
+
+# Log decays per token, and sizes of the first 20 tokens and the rest with a decay of -38 between them.
+UNEVEN = [0.0, -0.05, -0.2, -1.0, -1.3, -2.0, -5.0, -10.0, -20.0, -30.0, (10, 1), (1, 10), (100, 1), (1, 100)]
+
+
+def uneven(decays, dtype):
+    """Return (arrays, cotangents) for an element of `UNEVEN`."""
+    (q, k, v, g, state), (d_o, d_state) = oracle.inputs(5, b=1, t=64, h=1, k=32, v=64)
+    size = np.ones(64)
+    if isinstance(decays, tuple):
+        size = np.where(np.arange(64) < 20, *decays)
+        g = g.at[:, 20].set(-38.0)
+    else:
+        g = jnp.full_like(g, decays)
+    q, k, v, d_o = ((x * size[:, None, None]).astype(dtype) for x in (q, k, v, d_o))
+    return (q, k, v, g.astype(dtype), state), (d_o, d_state)
+
+
+def check_uneven(run, dtype):
+    """Check the gradient of the decay in every channel and in every token (see `oracle.relative_error`)."""
+    drawn = [uneven(decays, dtype) for decays in UNEVEN]
+    arrays, cotangents = jax.tree.map(lambda *parts: jnp.concatenate(parts), *drawn)
+    _, d = run(Operands(*arrays[:4], initial_state=arrays[4]), cotangents, Scan(32**-0.5, (1, 64), "row"))
+    exact = oracle.recurrence(arrays, cotangents)["dg"]
+    terms = oracle.term_sizes(*jax.tree.map(lambda x: np.asarray(x, np.float64), (arrays, cotangents)))["dg"]
+    # 16-bit rounding errors of a single channel or token average out less than those of an array.
+    each = 1e-5 if dtype == "float32" else 1e-2
+    for i, decays in enumerate(UNEVEN):
+        one = slice(i, i + 1)
+        for sizes, tolerance in ((None, TOLERANCE[dtype]), ([terms[one]], each)):
+            oracle.assert_close([d.g[one]], [exact[one]], tolerance, [f"dg with decays {decays}"], sizes)
+
+
+def check_irregular(run, dtype, value):
+    """Check that NaN or infinities in k and v of tokens 40 and later do not reach the earlier ones.
+
+    The later tokens are a segment of padding, or have no segment and gradients of zero.
+    """
+    (*qkvg, state), (d_o, d_state) = oracle.inputs(6, b=2, t=96, h=1, k=16, v=16, dtype=dtype)
+    ids = np.zeros((2, 96), np.int32)
+    ids[0, 40:] = 1
+    d_o, d_state = d_o.at[:, 40:].set(0), jnp.zeros_like(d_state)
+    scan, results = Scan(0.25, (1, 96), "row"), []
+    for x in (1.0, value):
+        q, k, v, g = qkvg
+        k, v = (y.at[:, 40:].set(x) for y in (k, v))
+        operands = Operands(q, k, v, g, initial_state=state, segment_ids=jnp.asarray(ids))
+        (o, _), d = run(operands, (d_o, d_state), scan)
+        tokens = (x[:, :40] for x in (o, d.q, d.k, d.v, d.g))
+        results.append([np.asarray(x, np.float64) for x in (*tokens, d.initial_state)])
+    oracle.assert_close(
+        results[1], results[0], TOLERANCE[dtype], ("o", "dq", "dk", "dv", "dg", "d_initial_state")
+    )

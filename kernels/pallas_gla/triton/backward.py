@@ -11,6 +11,9 @@ A = tril(q~ k~^T), P = tril(dO v^T) and D~ = D exp(G_last - m):
 The decay of a token affects what this token and later ones read from the state before it. At the chunk's
 start this is the first sum; every token then adds its key and removes what only its query read. The sums stay
 within a chunk and use the numbers as rounded for the products, so that terms that should cancel do.
+
+Where all channels decay strongly, dg is small and this difference would be noise; such scans, and all of
+float32, run in the form of `levels`.
 """
 
 import dataclasses
@@ -19,19 +22,21 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_gla.triton.chunk import (
     ChunkSegments,
     Decay,
     causal,
+    is_finite,
     next_state,
     only,
-    run_part,
+    part_decay,
+    through_token,
     token_count,
-    token_decay,
 )
-from pallas_gla.triton.tiling import TritonProgram, TritonTiling, iota, pick
+from pallas_gla.triton.levels import Levels, regular
+from pallas_gla.triton.tiling import TritonProgram, TritonTiling
 
 State = Float[Array, "v k"]
 
@@ -41,8 +46,7 @@ def backward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..
 
     def gla_backward(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
-        d_state = _last_gradient(program)
-        d_state = program.loop(lambda i, d_state: _chunk(program, i, d_state), d_state, backward=True)
+        d_state = _run(program, lambda: _last_gradient(program))
         if "d_initial_state" in names:
             program.store_end_state("d_initial_state", d_state, 0)
 
@@ -53,7 +57,8 @@ def backward_parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Calla
     """Return the first pass over a split scan: the gradient of each part's incoming state, from zero."""
 
     def gla_backward_parts(*refs: Any) -> None:
-        run_part(TritonProgram.current(tiling, dict(zip(names, refs, strict=True))), _chunk, backward=True)
+        program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
+        program.store_part(_run(program, program.zero_state), part_decay(program))
 
     return gla_backward_parts
 
@@ -66,10 +71,8 @@ def ungate_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[...,
 
     def gla_ungate(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
-        positions = program.positions(program.part)
-        decay = Decay.of(program, positions)
-        here = _Chunk(program, program.part, positions, decay)
-        lax.cond(decay.bounded, here.ungate, here.ungate_safe)
+        here = _Chunk.at(program, program.part)
+        lax.cond(here.decay.bounded, here.ungate, here.ungate_safe)
 
     return gla_ungate
 
@@ -85,19 +88,54 @@ def _last_gradient(program: TritonProgram) -> State:
     )
 
 
-def _chunk(program: TritonProgram, chunk: Int[Array, ""], d_state: State) -> State:
-    """Run a chunk, store its gradients if the launch has them, and return the gradient of its state."""
-    positions = program.positions(chunk)
-    decay = Decay.of(program, positions)
-    here = _Chunk(program, chunk, positions, decay)
-    # The fast form always runs (see `forward._chunk`); it stores nothing if the decay is not bounded.
-    return lax.cond(
-        decay.bounded,
-        lambda _, fast: fast,
-        lambda d_state, _: here.safe(d_state),
-        d_state,
-        here.fast(d_state),
-    )
+def _run(program: TritonProgram, last_gradient: Callable[[], State]) -> State:
+    """Run all chunks, store the gradients that the launch has, and return that of the first state.
+
+    If a chunk turns out to be unfit for the fast form, all chunks run again. In one loop with both forms, the
+    slow one's constants would occupy registers of the fast one, and Triton copies the tiles of the next chunk
+    to shared memory in advance only if their loads are not in a branch.
+    """
+
+    def slow() -> State:
+        return program.loop(
+            lambda i, d_state: _slow_chunk(program, i, d_state), last_gradient(), backward=True
+        )
+
+    if program.tiling.dtype == jnp.float32 and "d_q" in program.refs:
+        return slow()
+
+    def step(i: Int[Array, ""], carry: tuple[State, Bool[Array, ""]]) -> tuple[State, Bool[Array, ""]]:
+        d_state, accurate = carry
+        d_state, accurate_here = _Chunk.at(program, i).fast(d_state)
+        return d_state, accurate & accurate_here
+
+    d_state, accurate = program.loop(step, (last_gradient(), jnp.bool_(True)), backward=True)
+    return lax.cond(accurate, lambda fast: fast, lambda _: slow(), d_state)
+
+
+def _slow_chunk(program: TritonProgram, chunk: Int[Array, ""], d_state: State) -> State:
+    """Run `_Chunk.fast` for any decay and any values."""
+    if "d_q" not in program.refs:
+        return _state_gradient_by_token(program, chunk, d_state)
+    tokens, positions = Levels.of(program, chunk), program.positions(chunk)
+    state = program.load_state("states", program.chunk_state(chunk)).astype(jnp.float32)
+    d_g = tokens.store_gradients(state, d_state)
+    d_g = only(d_g, tokens.segments and tokens.segments.continues)
+    program.store("d_g", positions, logit_gradients(program, d_g, program.load("g", positions)))
+    return tokens.state_gradient(d_state)
+
+
+def _state_gradient_by_token(program: TritonProgram, chunk: Int[Array, ""], d_state: State) -> State:
+    """Return the gradient of a chunk's incoming state. `Levels` would take twice the registers."""
+    count = token_count(program, chunk)
+
+    def token(i: Int[Array, ""], d_state: State) -> State:
+        position = chunk * program.tiling.chunk + count - 1 - i
+        q = program.load_token("q", position) * program.tiling.scan.scale
+        d_state += program.load_token("d_o", position)[:, None] * q[None, :]
+        return through_token(program, position, d_state)
+
+    return lax.fori_loop(jnp.int32(0), count, token, d_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +146,12 @@ class _Chunk:
     chunk: Int[Array, ""]
     positions: Int[Array, " c"]
     decay: Decay
+
+    @classmethod
+    def at(cls, program: TritonProgram, chunk: Int[Array, ""]) -> "_Chunk":
+        """Return the chunk of this number."""
+        positions = program.positions(chunk)
+        return cls(program, chunk, positions, Decay.of(program, positions))
 
     @property
     def with_gradients(self) -> bool:
@@ -134,8 +178,9 @@ class _Chunk:
         segments = ChunkSegments.of(program, self.chunk)
         q_tilde, k_tilde, state = self.decayed()
         scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments)
-        v = program.load("v", self.positions)
-        o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, segments and segments.first), state, (1, 1))
+        # In a product a NaN or infinity would reach the other tokens of o. `backward_kernel` reports it.
+        v = regular(program.load("v", self.positions))
+        o = tiling.dot(scores, v) + only(tiling.dot(q_tilde, state, (1, 1)), segments and segments.first)
         gate, d_out = program.load("out_gate", self.positions), program.load("d_out", self.positions)
         d_o, d_gate, d_weight = gated_gradients(program, o, gate, d_out)
         # In this order the launch takes 168 registers, the most that allow three programs per core.
@@ -162,8 +207,8 @@ class _Chunk:
         _, d_weight = lax.fori_loop(jnp.int32(0), token_count(program, self.chunk), token, carry)
         program.store_line("d_norm_weight", program.program_index(program.part), d_weight)
 
-    def fast(self, d_state: State) -> State:
-        """Store the gradients of a chunk if its decay is bounded; return the gradient of its state."""
+    def fast(self, d_state: State) -> tuple[State, Bool[Array, ""]]:
+        """Store the gradients of a chunk; return the gradient of its state and whether all are accurate."""
         program, positions, decay = self.program, self.positions, self.decay
         tiling = program.tiling
         segments = ChunkSegments.of(program, self.chunk)
@@ -172,17 +217,18 @@ class _Chunk:
         d_o = program.load("d_o", positions)
         d_state = tiling.times_exp2(d_state, decay.after)
         if self.with_gradients:
+            weak = decay.weak
             scores = causal(tiling.dot(k_tilde, q_tilde, (1, 1)), segments, query_axis=1)
             d_v = tiling.dot(scores, d_o) + tiling.dot(only(k_tilde, last), d_state, (1, 1))
-            program.store("d_v", positions, d_v, decay.bounded)
+            program.store("d_v", positions, d_v)
             v = program.load("v", positions)
             d_scores = causal(tiling.dot(d_o, v, (1, 1)), segments)
             d_q = tiling.dot(d_scores, k_tilde) + only(tiling.dot(d_o, state), first)
             d_query = tiling.times_exp2(d_q * tiling.scan.scale, decay.relative)
-            program.store("d_q", positions, d_query, decay.bounded)
+            program.store("d_q", positions, d_query)
             terms = tiling.widen(q_tilde) * d_q
             d_k = tiling.dot(d_scores, q_tilde, (0, 0)) + only(tiling.dot(v, d_state), last)
-            program.store("d_k", positions, tiling.times_exp2(d_k, -decay.relative), decay.bounded)
+            program.store("d_k", positions, tiling.times_exp2(d_k, -decay.relative))
             terms -= tiling.widen(k_tilde) * d_k
         if segments is not None:
             d_state = jnp.where(segments.passes, d_state, 0.0)
@@ -190,52 +236,14 @@ class _Chunk:
         if self.with_gradients:
             through = tiling.widen(state) * d_state
             d_g = -tiling.sum_before(terms) + tiling.sum_values(through)
+            accurate = weak & is_finite(d_g)
             # Decays at segment starts have no effect; set their gradient to exactly zero.
             d_g = only(d_g, segments and segments.continues)
             d_g = logit_gradients(program, d_g, program.load("g", positions))
-            program.store("d_g", positions, d_g, decay.bounded)
-        return tiling.times_exp2(d_state, decay.before)
-
-    def safe(self, d_state: State) -> State:
-        """Run `fast` token by token: the gradient of q forwards, the others backwards."""
-        program, scale = self.program, self.program.tiling.scan.scale
-        start, count = self.chunk * program.tiling.chunk, token_count(program, self.chunk)
-
-        def forwards(i: Int[Array, ""], carry: tuple) -> tuple:
-            state, terms = carry
-            state = next_state(program, start + i, state)
-            d_q = jnp.sum(state * program.load_token("d_o", start + i)[:, None], axis=0) * scale
-            program.store_token("d_q", start + i, d_q)
-            return state, set_row(terms, i, program.load_token("q", start + i) * d_q)
-
-        def backwards(i: Int[Array, ""], carry: tuple) -> tuple:
-            d_state, d_g = carry
-            i = count - 1 - i
-            decay = token_decay(program, start + i)
-            q, d_o = program.load_token("q", start + i) * scale, program.load_token("d_o", start + i)
-            d_state += d_o[:, None] * q[None, :]
-            if self.with_gradients:
-                k, v = program.load_token("k", start + i), program.load_token("v", start + i)
-                d_k = jnp.sum(d_state * v[:, None], axis=0)
-                program.store_token("d_k", start + i, d_k)
-                program.store_token("d_v", start + i, jnp.sum(d_state * k[None, :], axis=1))
-                d_g = jnp.where(decay > 0, d_g + pick(terms, i) - k * d_k, 0.0)
-                g = program.load_token("g", start + i)
-                program.store_token("d_g", start + i, logit_gradients(program, d_g, g))
-            return d_state * decay[None, :], d_g
-
-        terms = jnp.zeros_like(self.decay.relative)
-        d_g = jnp.zeros(terms.shape[1:], jnp.float32)
-        if self.with_gradients:
-            carry = (self.state(), terms)
-            state, terms = lax.fori_loop(jnp.int32(0), count, forwards, carry)
-            d_g = jnp.sum(d_state * state, axis=0)
-        return lax.fori_loop(jnp.int32(0), count, backwards, (d_state, d_g))[0]
-
-
-def set_row(tile: Float[Array, "c n"], i: Int[Array, ""], row: Float[Array, " n"]) -> Float[Array, "c n"]:
-    """Return the tile with row i replaced."""
-    return jnp.where(iota(tile.shape, 0) == i, row[None, :], tile)
+            program.store("d_g", positions, d_g)
+        else:
+            accurate = decay.bounded & is_finite(d_state)
+        return tiling.times_exp2(d_state, decay.before), accurate
 
 
 def logit_gradients(

@@ -1,7 +1,6 @@
 """Operations on one chunk that the GPU kernels share: decay, segments, masks and the recurrence."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -11,6 +10,9 @@ from pallas_gla.triton.tiling import LOG2_E, TritonProgram, iota, pick
 # Largest decay of half a chunk, in bits, for which the factors relative to the chunk's middle, and sums of
 # their products with keys and values, stay finite.
 SPAN = 64.0
+# Largest decay of half a chunk, in bits, of the channel that decays least, for which a running sum gives dg.
+# If all channels decay strongly at a token, its dg is small, and other tokens' rounding errors would hide it.
+WEAK = 6.0
 
 
 def chunk_decay(program: TritonProgram, positions: Int[Array, " c"]) -> tuple[Float[Array, "c k"], float]:
@@ -34,6 +36,7 @@ class Decay:
     relative: Float[Array, "c k"]
     before: Float[Array, "_ k"]
     after: Float[Array, "_ k"]
+    keys: int
 
     @classmethod
     def of(cls, program: TritonProgram, positions: Int[Array, " c"]) -> "Decay":
@@ -43,19 +46,30 @@ class Decay:
         half = tiling.chunk // 2
         if not tiling.by_products:
             g, row = g.astype(jnp.float32) * unit, iota(g.shape, 0)
-            total = jnp.cumsum(jnp.where(row > 0, g, 0.0), axis=0)
-            halves = (jnp.sum(jnp.where(rows, g, 0.0), axis=0)[None, :] for rows in (row < half, row >= half))
-            return cls(total - pick(total, half - 1)[None, :], *halves)
+            # One running sum from the middle, so that rounding errors of its parts cancel in differences.
+            first_half = jnp.sum(jnp.where((row > 0) & (row < half), g, 0.0), axis=0)[None, :]
+            relative = jnp.cumsum(jnp.where(row > 0, g, -first_half), axis=0)
+            before, after = first_half + pick(g, 0)[None, :], pick(relative, tiling.chunk - 1)[None, :]
+            return cls(relative, before, after, tiling.keys)
         i, j = (iota((tiling.chunk, tiling.chunk), axis) for axis in (0, 1))
         from_middle = jnp.where(j < half, jnp.where(j > i, -1.0, 0.0), jnp.where(j <= i, 1.0, 0.0))
         j = iota((tiling.value_width, tiling.chunk), 1)
         before, after = (jnp.where(tokens, 1.0, 0.0) for tokens in (j < half, j >= half))
-        return cls(*(tiling.sums(marks, g) * unit for marks in (from_middle, before, after)))
+        return cls(*(tiling.sums(marks, g) * unit for marks in (from_middle, before, after)), tiling.keys)
 
     @property
     def bounded(self) -> Bool[Array, ""]:
         """Whether the factors relative to the middle are at most 2**SPAN."""
         return jnp.max(jnp.abs(self.relative)) <= SPAN
+
+    @property
+    def weak(self) -> Bool[Array, ""]:
+        """Whether it is also weak enough for a running sum of dg, in every token in at least one channel."""
+        first = iota(self.relative.shape, 0) == 0
+        halves = jnp.where(first, -self.relative, -jnp.inf), self.after
+        if self.keys != self.after.shape[1]:
+            halves = [jnp.where(iota(x.shape, 1) < self.keys, x, -jnp.inf) for x in halves]
+        return self.bounded & (jnp.max(halves[0]) >= -WEAK) & (jnp.max(halves[1]) >= -WEAK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +106,11 @@ def only(x: Float[Array, "c n"], rows: Bool[Array, " c"] | None) -> Float[Array,
     return x if rows is None else jnp.where(rows[:, None], x, 0.0)
 
 
+def is_finite(x: Float[Array, "m n"]) -> Bool[Array, ""]:
+    """Return whether a tile has neither NaN nor infinities."""
+    return jnp.max(jnp.abs(x)) < jnp.inf
+
+
 def causal(
     x: Float[Array, "c c"], segments: ChunkSegments | None, query_axis: int = 0
 ) -> Float[Array, "c c"]:
@@ -100,23 +119,14 @@ def causal(
     return jnp.where(pairs if segments is None else pairs & segments.same, x, 0.0)
 
 
-def run_part(
-    program: TritonProgram, run_chunk: Callable[..., Float[Array, "v k"]], backward: bool = False
-) -> None:
-    """Run the first pass over a part of a split scan.
+def part_decay(program: TritonProgram) -> Float[Array, " k"]:
+    """Return the sum of the log decays of a part of a split scan, in bits."""
 
-    Stores this part's final state from an initial state of zero, and the factor by which it decays any other
-    initial state. `run_chunk(program, chunk, state)` returns the next state.
-    """
-
-    def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
-        state, log2_decay = carry
+    def step(chunk: Int[Array, ""], log2_decay: Float[Array, " k"]) -> Float[Array, " k"]:
         g, unit = chunk_decay(program, program.positions(chunk))
-        log2_decay += jnp.sum(g.astype(jnp.float32), axis=0) * unit
-        return run_chunk(program, chunk, state), log2_decay
+        return log2_decay + jnp.sum(g.astype(jnp.float32), axis=0) * unit
 
-    carry = (program.zero_state(), jnp.zeros((program.tiling.key_width,), jnp.float32))
-    program.store_part(*program.loop(step, carry, backward))
+    return program.loop(step, jnp.zeros((program.tiling.key_width,), jnp.float32))
 
 
 def token_count(program: TritonProgram, chunk: Int[Array, ""]) -> Int[Array, ""]:
@@ -133,9 +143,19 @@ def token_decay(program: TritonProgram, position: Int[Array, ""]) -> Float[Array
     return decay
 
 
+def through_token(
+    program: TritonProgram, position: Int[Array, ""], state: Float[Array, "v k"]
+) -> Float[Array, "v k"]:
+    """Return a state decayed by one token. Where a segment begins, even NaN become zero."""
+    state = state * token_decay(program, position)[None, :]
+    if program.tiling.segmented:
+        state = jnp.where(program.segment(position) == program.segment(position - 1), state, 0.0)
+    return state
+
+
 def next_state(
     program: TritonProgram, position: Int[Array, ""], state: Float[Array, "v k"]
 ) -> Float[Array, "v k"]:
     """Apply the recurrence to one token."""
     k, v = program.load_token("k", position), program.load_token("v", position)
-    return state * token_decay(program, position)[None, :] + v[:, None] * k[None, :]
+    return through_token(program, position, state) + v[:, None] * k[None, :]

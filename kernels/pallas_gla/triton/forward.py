@@ -22,12 +22,15 @@ from pallas_gla.triton.chunk import (
     ChunkSegments,
     Decay,
     causal,
+    is_finite,
     next_state,
     only,
-    run_part,
+    part_decay,
     token_count,
 )
 from pallas_gla.triton.tiling import TritonProgram, TritonTiling
+
+State = Float[Array, "v k"]
 
 
 def forward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
@@ -35,7 +38,7 @@ def forward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[...
 
     def gla_forward(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
-        state = program.loop(lambda chunk, state: _chunk(program, chunk, state), _first_state(program))
+        state = _run(program, lambda: _first_state(program))
         program.store_end_state("final_state", state, tiling.parts - 1)
 
     return gla_forward
@@ -45,7 +48,8 @@ def parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., 
     """Return the first pass over a split scan: each part's state from zero, and its total decay."""
 
     def gla_forward_parts(*refs: Any) -> None:
-        run_part(TritonProgram.current(tiling, dict(zip(names, refs, strict=True))), _chunk)
+        program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
+        program.store_part(_run(program, program.zero_state), part_decay(program))
 
     return gla_forward_parts
 
@@ -58,6 +62,29 @@ def _first_state(program: TritonProgram) -> Float[Array, "v k"]:
     if program.tiling.parts == 1:
         return state
     return lax.fori_loop(jnp.int32(0), program.part, program.through_part, state)
+
+
+def _run(program: TritonProgram, first_state: Callable[[], State]) -> State:
+    """Run all chunks, store o if the launch has it, and return the last state.
+
+    In the products of a chunk, a NaN or infinity in v reaches all tokens of o, and the state, where a NaN
+    remains until a segment ends. All chunks then run again, token by token.
+    """
+    segmented = program.tiling.segmented
+
+    def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
+        state, *regular = carry
+        state = _chunk(program, chunk, state)
+        return state, *(x & is_finite(state) for x in regular)
+
+    def by_token(chunk: Int[Array, ""], state: State) -> State:
+        if "states" in program.refs:
+            program.store_state("states", program.chunk_state(chunk), state)
+        return _safe(program, chunk, state)
+
+    state, *regular = program.loop(step, (first_state(), *[jnp.bool_(True)] * segmented))
+    regular = regular[0] if segmented else is_finite(state)
+    return lax.cond(regular, lambda state: state, lambda _: program.loop(by_token, first_state()), state)
 
 
 def _chunk(program: TritonProgram, chunk: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
@@ -100,7 +127,7 @@ def _fast(
         q = program.load("q", positions)
         q_tilde = q.astype(jnp.float32) * (tiling.exp2(decay.relative) * tiling.scan.scale)
         scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments)
-        o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, first), state, (1, 1))
+        o = tiling.dot(scores, v) + only(tiling.dot(q_tilde, state, (1, 1)), first)
     if segments is not None:
         state = jnp.where(segments.passes, state, 0.0)
     state += tiling.dot(v, only(k_tilde, last), (0, 0))

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, BFloat16, Bool, Float, Int, Shaped
 
 from pallas_gla.scan import Scan
 from pallas_gla.triton import call
@@ -89,28 +89,33 @@ class TritonTiling:
             self.operand(x), self.operand(y), dimensions, precision, preferred_element_type=jnp.float32
         )
 
-    def sums(self, marks: Float[Array, "m c"], x: Float[Array, "c n"]) -> Float[Array, "m n"]:
-        """Sum rows of x times marks of -1, 0 or 1. Uses 16 bits per number; bfloat16 sums are exact."""
-        marks = marks.astype(jnp.bfloat16)
+    def sums(self, marks: Float[Array, "m c"], x: Float[Array, "c n"], parts: int = 2) -> Float[Array, "m n"]:
+        """Sum rows of x times marks of -1, 0 or 1, in bfloat16 products of `parts` parts of x.
+
+        Three parts have all bits of a float32; with two, sums are accurate to 16 bits.
+        """
         if x.dtype == jnp.bfloat16:
-            return self.dot(marks, x)
-        x = x.astype(jnp.float32)
-        # Truncate by bits, because the compiler may remove a cast to bfloat16 and back.
-        bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
-        high = lax.bitcast_convert_type(bits, jnp.float32)
-        return self.dot(marks, high) + self.dot(marks, x - high)
+            return _product(marks.astype(jnp.bfloat16), x)
+        marks, rest, total = marks.astype(jnp.bfloat16), x.astype(jnp.float32), None
+        for last in [False] * (parts - 1) + [True]:
+            # Truncate by bits, because the compiler may remove a cast to bfloat16 and back.
+            bits = lax.bitcast_convert_type(rest, jnp.int32) & jnp.int32(-(2**16))
+            part = rest if last else lax.bitcast_convert_type(bits, jnp.float32)
+            product = _product(marks, part.astype(jnp.bfloat16))
+            total, rest = product if total is None else total + product, rest - part
+        return total
 
     def sum_before(self, x: Float[Array, "c n"]) -> Float[Array, "c n"]:
         """Return, for every token, the sum over all tokens before it."""
         if not self.by_products:
             return jnp.cumsum(x, axis=0) - x
-        return self.sums(jnp.where(iota((x.shape[0],) * 2, 0) > iota((x.shape[0],) * 2, 1), 1.0, 0.0), x)
+        return self.sums(jnp.where(iota((x.shape[0],) * 2, 0) > iota((x.shape[0],) * 2, 1), 1.0, 0.0), x, 3)
 
     def sum_values(self, x: Float[Array, "v k"]) -> Float[Array, "_ k"]:
         """Sum a state over its values, into one row or one row per token of a chunk."""
         if not self.by_products:
             return jnp.sum(x, axis=0)[None, :]
-        return self.sums(jnp.ones((self.chunk, x.shape[0]), jnp.float32), x)
+        return self.sums(jnp.ones((self.chunk, x.shape[0]), jnp.float32), x, 3)
 
     def exp2(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return 2**x, or zero below 2**-126, because denormals take three more instructions each."""
@@ -138,6 +143,10 @@ class TritonTiling:
         e = self.exp2(jnp.abs(g) * -LOG2_E)
         log2 = jnp.log1p(e) * LOG2_E if self.exact else call.approximate("lg2", 1 + e)
         return (jnp.minimum(g, 0) * LOG2_E - log2) * (1 / self.scan.gating.normalizer)
+
+
+def _product(x: BFloat16[Array, "m c"], y: BFloat16[Array, "c n"]) -> Float[Array, "m n"]:
+    return lax.dot_general(x, y, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def iota(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
@@ -224,13 +233,9 @@ class TritonProgram:
         name: str,
         positions: Int[Array, " c"],
         x: Float[Array, "c n"],
-        when: Bool[Array, ""] | None = None,
     ) -> None:
-        """Store a tile, if `when` is None or True."""
+        """Store a tile."""
         ref, index, mask = self._tile(name, positions)
-        if when is not None:
-            when = jnp.broadcast_to(when, x.shape)
-            mask = when if mask is None else mask & when
         call.store(ref, index, x, mask)
 
     def _line(
@@ -332,7 +337,9 @@ class TritonProgram:
     def through_part(self, part: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
         """Return the state after a part, from what `store_part` stored."""
         decay = self.load_line("local_decay", self.program_index(part))
-        return state * decay[None, :] + self.load_state("local_state", self.local_state(part))
+        # A NaN must not pass a decay of zero, which stands for a new segment.
+        state = jnp.where(decay[None, :] > 0, state * decay[None, :], 0.0)
+        return state + self.load_state("local_state", self.local_state(part))
 
     def segment(self, position: Int[Array, "..."]) -> Int[Array, "..."]:
         """Return the segment number of a position, which is clipped to the scan."""
