@@ -297,7 +297,9 @@ def _gradient_jvp(primals, tangents, *, names, scan, **params):
         np.zeros(t.shape, jax.dtypes.float0) if not jnp.issubdtype(x.dtype, jnp.floating) else t
         for x, t in zip(arrays, tangents, strict=True)
     ]
-    plain = functools.partial(_portable_gradient, names=names, scan=scan)
+    plain = sharding.without_explicit_axes(
+        functools.partial(_portable_gradient, names=names, scan=scan), [jax.typeof(x) for x in results]
+    )
     return results, jax.jvp(plain, tuple(arrays), tuple(tangents))[1]
 
 

@@ -128,6 +128,15 @@ def varying_alike(arrays: Sequence[Shaped[Array, "..."]]) -> list[Shaped[Array, 
     ]
 
 
+def without_explicit_axes(
+    function: Callable[..., list[Shaped[Array, "..."]]], types: Sequence[ShapedArray]
+) -> Callable[..., list[Shaped[Array, "..."]]]:
+    """Return `function` as one in which XLA shards arrays, and whose results have these types."""
+    if AxisType.Explicit not in free_axes().values():
+        return function
+    return jax.sharding.auto_axes(function, out_sharding=[type.sharding.spec for type in types])
+
+
 def merge_axes(x: Shaped[Array, "..."], mapped: Sequence[str]) -> Shaped[Array, "..."]:
     """Merge the two leading axes. They keep their explicit mesh axes; `mapped` shards the first one."""
     first, second, *rest = jax.typeof(x).sharding.spec

@@ -111,6 +111,20 @@ def test_gradients_per_example_under_a_mesh_equal_those_without_one(types, place
         oracle.assert_close(actual, expected, 1e-5, NAMES)
 
 
+@pytest.mark.parametrize("place", [P("data", None, "tensor"), P("tensor", "data")], ids=str)
+def test_second_derivatives_of_explicitly_sharded_arrays_equal_those_of_one_device(place):
+    arrays, gradient = arrays_and_gradient()
+
+    def product(*arrays):
+        return jax.jvp(lambda q, k: gradient(q, k, *arrays[2:]), arrays[:2], arrays[2:4])[1]
+
+    expected = jax.jit(product)(*arrays)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=EXPLICIT)
+    with jax.set_mesh(mesh):
+        split = [jax.device_put(x, NamedSharding(mesh, place)) for x in arrays[:5]]
+        oracle.assert_close(jax.jit(product)(*split, arrays[5]), expected, 1e-4, NAMES)
+
+
 @pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_mapping_over_a_sharded_batch_gathers_nothing(types):
     arrays, _ = oracle.inputs(3, b=4)
