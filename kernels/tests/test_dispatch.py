@@ -83,7 +83,8 @@ def test_a_named_kernel_whose_packages_are_missing_raises_with_the_package(monke
 
 def test_the_default_is_the_kernel_of_the_platform_or_xla(caplog):
     def chosen(platform, partitioned=False, width=32):
-        operands = Operands(Q[..., :width], K[..., :width], V, G[..., :width])
+        arrays = (Q[..., :width], K[..., :width], V, G[..., :width])
+        operands = Operands(*(x.astype("bfloat16") for x in arrays))
         return dispatch.choose(None, operands, SCAN, platform, partitioned).__name__
 
     dispatch.log_once.cache_clear()
