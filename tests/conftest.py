@@ -1,6 +1,8 @@
 import importlib.metadata
 import os
 
+import pytest
+
 # Four devices on one CPU, which tests of sharding use; set before JAX starts. Tests mostly compile:
 # LLVM's optimizations would take as long as everything else, and XLA's fusion emitters half of the rest.
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -12,3 +14,13 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 # If plugins for TPU or GPU are installed, JAX would look for chips.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Escape what a test captured, because pytest-xdist cannot send names that are not UTF-8."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
