@@ -93,9 +93,10 @@ def test_a_forward_scan_without_convolution_is_causal_on_a_non_square_grid():
     changed = x.at[:, 6:, 10:].add(1.0)  # the last token in raster order
     out = apply(*randomized(model), jnp.concatenate([x, changed]), jnp.array([5, 5]))
     difference = jnp.abs(out[1] - out[0]).max(-1)
-    assert difference[6:, 10:].min() > 0
-    assert difference[:6].max() == 0
-    assert difference[:, :10].max() == 0
+    assert difference[6:, 10:].min() > 1e-4
+    # The two images of a batch may round differently.
+    assert difference[:6].max() <= 1e-6
+    assert difference[:, :10].max() <= 1e-6
 
 
 def test_a_forward_and_a_reversed_scan_together_reach_every_token():
