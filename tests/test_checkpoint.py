@@ -209,6 +209,13 @@ def test_corruption_of_any_file_is_detected(workdir, corrupt, caplog):
     assert read_config(directory) == SETTINGS
 
 
+def test_a_record_cut_off_at_the_end_of_a_line_is_detected(workdir):
+    record = workdir / "checkpoints" / "2" / "SHA256SUMS"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(CheckpointError, match="are corrupt: 2"):
+        read_config(record.parent)
+
+
 STRAYS = ["state/.DS_Store", "state/d/.nfs0000001", "config/._metadata", "state/notes.txt", "data/.x/y"]
 
 

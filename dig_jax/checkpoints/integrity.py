@@ -28,7 +28,13 @@ def write_record(directory: Path, *, checksums: bool) -> None:
     """
     name = "SHA256SUMS" if checksums and not is_remote(directory) else "SIZES"
     values = _measure(directory, [path for path in _files(directory) if not _is_hidden(path)], name)
-    (directory / name).write_text("".join(f"{value}  {path}\n" for path, value in values.items()))
+    lines = [_heading(len(values)), *(f"{value}  {path}" for path, value in values.items())]
+    (directory / name).write_text("\n".join(lines) + "\n")
+
+
+def _heading(count: int) -> str:
+    """Return the first line of a record, which shows whether the record was cut off at the end of a line."""
+    return f"# {count} files"
 
 
 def has_record(directory: Path) -> bool:
@@ -52,6 +58,9 @@ def find_corruption(directory: Path, *, index: int = 0, count: int = 1) -> str |
         if name is None:
             return f"neither {' nor '.join(_MEASURES)} exists"
         lines = (directory / name).read_bytes().decode(errors="replace").splitlines()
+        # Older records have no heading.
+        if lines and lines[0].startswith("#") and lines.pop(0) != _heading(len(lines)):
+            return f"incomplete record: {name}"
         expected = {path: value for value, _, path in (line.partition("  ") for line in lines)}
         if index == 0:
             _warn_of_strays(directory, expected)

@@ -15,6 +15,7 @@ another one that leaves axes automatic, and cannot map over one in some cases.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.core import ShapedArray
@@ -134,7 +135,8 @@ def without_explicit_axes(
     """Return `function` as one in which XLA shards arrays, and whose results have these types."""
     if AxisType.Explicit not in free_axes().values():
         return function
-    return jax.sharding.auto_axes(function, out_sharding=[type.sharding.spec for type in types])
+    automatic: Any = jax.sharding.auto_axes
+    return automatic(function, out_sharding=[type.sharding.spec for type in types])
 
 
 def merge_axes(x: Shaped[Array, "..."], mapped: Sequence[str]) -> Shaped[Array, "..."]:

@@ -210,6 +210,6 @@ def _by_doubling(state, q, k, v, g, starts):
 
     if starts is not None:
         starts = starts.transpose(1, 0, 3, 2, 4).reshape(starts.shape[1], -1)
-    tokens = chunked_xla.Tokens(*map(join, (q, k, v, g)), None)
+    tokens = chunked_xla.Tokens(join(q), join(k), join(v), join(g), None)
     state, o = chunked_xla._chunk(state, None, tokens, starts, scan=Scan(1.0, (1, 1), "row"))
     return state, o.reshape(o.shape[0], blocks, -1, *o.shape[2:]).transpose(1, 0, 3, 2, 4)

@@ -74,6 +74,7 @@ class Layout:
 
     def gate(self, arrays: Operands, i) -> tuple[Float[Array, "n b h c v"], Float[Array, "n b 1 1 v"]]:
         """Return chunk i of the output gate, and norm_weight."""
+        assert arrays.norm_weight is not None and arrays.out_gate is not None
         weight = arrays.norm_weight.astype(jnp.float32)[None, :, None, None]
         weight = jnp.broadcast_to(weight, (self.blocks, *weight.shape[1:]))
         return self.get(arrays.out_gate, i), weight

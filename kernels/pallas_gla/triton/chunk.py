@@ -55,7 +55,8 @@ class Decay:
         from_middle = jnp.where(j < half, jnp.where(j > i, -1.0, 0.0), jnp.where(j <= i, 1.0, 0.0))
         j = iota((tiling.value_width, tiling.chunk), 1)
         before, after = (jnp.where(tokens, 1.0, 0.0) for tokens in (j < half, j >= half))
-        return cls(*(tiling.sums(marks, g) * unit for marks in (from_middle, before, after)), tiling.keys)
+        relative, before, after = (tiling.sums(marks, g) * unit for marks in (from_middle, before, after))
+        return cls(relative, before, after, tiling.keys)
 
     @property
     def bounded(self) -> Bool[Array, ""]:

@@ -96,7 +96,8 @@ class TritonTiling:
         """
         if x.dtype == jnp.bfloat16:
             return _product(marks.astype(jnp.bfloat16), x)
-        marks, rest, total = marks.astype(jnp.bfloat16), x.astype(jnp.float32), None
+        marks, rest = marks.astype(jnp.bfloat16), x.astype(jnp.float32)
+        total: Any = None
         for last in [False] * (parts - 1) + [True]:
             # Truncate by bits, because the compiler may remove a cast to bfloat16 and back.
             bits = lax.bitcast_convert_type(rest, jnp.int32) & jnp.int32(-(2**16))
