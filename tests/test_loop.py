@@ -144,9 +144,10 @@ def plain_step():
     batch = {"image": jax.ShapeDtypeStruct((8, 4, 4, 1), jnp.float32, sharding=batch_sharding(mesh))}
 
     def step(state, batch):
-        return {"step": state["step"] + 1}, {"loss": batch["image"].mean()}
+        metrics = {"loss": batch["image"].mean(), "skipped": jnp.float32(0)}
+        return {"step": state["step"] + 1}, metrics
 
-    shardings = ({"step": replicated(mesh)}, {"loss": replicated(mesh)})
+    shardings = ({"step": replicated(mesh)}, dict.fromkeys(("loss", "skipped"), replicated(mesh)))
     return mesh, state, jax.jit(step, out_shardings=shardings).lower(state, batch).compile()
 
 
