@@ -9,7 +9,7 @@ import pytest
 
 from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.testing import PixelComponents, tiny_settings
-from dig_jax.training.ema import Average, ExponentialAverage, make_averages
+from dig_jax.training.ema import ExponentialAverage
 from dig_jax.training.state import init_state
 from dig_jax.training.step import train_step
 from dig_jax.training.train_setup import TrainSetup
@@ -45,14 +45,6 @@ def history():
     for seed in range(4):
         states.append(jax.device_get(STEP(states[-1], batch(seed))[0]))
     return states
-
-
-def test_a_config_asks_for_averages_by_name():
-    settings = tiny_settings(training__ema_decays=(0.5, 0.9999)).training
-    averages = make_averages(settings)
-    assert averages == {"0.5": ExponentialAverage(0.5), "0.9999": ExponentialAverage(0.9999)}
-    assert tuple(averages) == settings.average_names
-    assert all(isinstance(average, Average) for average in averages.values())
 
 
 def test_averages_of_another_kind_train_through_the_same_step(history):

@@ -6,19 +6,23 @@ Readers take the newest intact checkpoint, fall back to older ones and change no
 import contextlib
 import functools
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from dig_jax import config
 from dig_jax.checkpoints.integrity import find_corruption, has_record
 from dig_jax.checkpoints.parameter_file import CONVERT_HINT, read_parameter_file
+from dig_jax.checkpoints.power_function import Profile, combination
 from dig_jax.checkpoints.s3 import prepare_orbax
 from dig_jax.components import Components, Params
 from dig_jax.config import Config
+from dig_jax.config.averages import average_of_length, length_of
 from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError, ConfigError, one_line
 from dig_jax.files.paths import Path, absolute, children, is_remote, to_path
@@ -36,8 +40,10 @@ def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Par
 
     Args:
         path: a workdir, a checkpoint directory in it, or a file that --mode=export wrote.
-        ema: the decay of an average, such as "0.9999", or "params" for the parameters themselves. The default
-            (None or "") is the average that the config samples from; an exported file holds only one.
+        ema: the name of an average, such as "0.9999", or "params" for the parameters themselves. The default
+            (None or "") is the average that the config samples from; an exported file holds only one. If the
+            run keeps power-function averages, "length-0.12" or another length combines those of all its
+            checkpoints.
 
     Returns:
         The components, the step, and the parameters on one local device. The components include the shape and
@@ -58,18 +64,35 @@ def read_checkpoint(path: Path, ema: str | None = None) -> tuple[Components, int
     directory, _ = newest_intact(path)
     settings, image_spec = _read_config(directory), _read_image_spec(directory)
     name = ema or settings.sampled_ema
-    averages = settings.training.average_names
-    if name not in (*averages, "params"):
-        raise CheckpointError(
-            f"unknown average {name!r} in {directory}; expected {', '.join(averages)} or params"
-        )
-    metadata = state_metadata(directory)
-    wanted = {"params": metadata["params"]} if name == "params" else {"ema": {name: metadata["ema"][name]}}
+    try:
+        settings.check_average(name)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+    kept = name in (*settings.training.average_names, "params")
+    length = None if kept else length_of(name)
+    if length is None:
+        params = _read_average(directory, name)
+    else:
+        params = _combined(directory, settings.training.ema_lengths, length)
+    step = int(_read_part(directory, "step"))
+    return Components(settings, image_spec), step, params
+
+
+def _read_average(directory: Path, name: str) -> Params:
+    """Read the average of this name, or the parameters, on one local device."""
+    params = _read_part(directory, *(("params",) if name == "params" else ("ema", name)))
+    return _with_integer_keys(params)
+
+
+def _read_part(directory: Path, *keys: str) -> Any:
+    """Read one subtree of a checkpoint's state, on one local device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = functools.reduce(operator.getitem, keys, state_metadata(directory))
     target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        {"step": metadata["step"], **wanted},
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), target
     )
+    for key in reversed(keys):
+        target = {key: target}
     state = restore_items(
         directory,
         state=ocp.args.PyTreeRestore(
@@ -78,8 +101,50 @@ def read_checkpoint(path: Path, ema: str | None = None) -> tuple[Components, int
             partial_restore=True,
         ),
     ).state
-    params = state["params"] if name == "params" else state["ema"][name]
-    return Components(settings, image_spec), int(state["step"]), _with_integer_keys(params)
+    return functools.reduce(operator.getitem, keys, state)
+
+
+def _combined(directory: Path, kept: Sequence[float], length: float) -> Params:
+    """Return an average of a length that the run did not keep.
+
+    It combines the averages of the kept lengths in this checkpoint and in all older intact ones.
+    """
+    updates, stored = _updates(directory), {}
+    if not updates:
+        raise CheckpointError(f"{directory} is before the first update, so it has no averages")
+    for candidate in (directory, *_older_intact(directory)):
+        if after := _updates(candidate):
+            stored |= {(candidate, each): Profile(after, each) for each in kept}
+    weights, error = combination(list(stored.values()), Profile(updates, length))
+    total = None
+    for weight, (candidate, each) in zip(weights, stored, strict=True):
+        average = _read_average(candidate, average_of_length(each))
+        part = jax.tree.map(lambda x, weight=weight: weight * np.asarray(x, np.float64), average)
+        total = part if total is None else jax.tree.map(np.add, total, part)
+    log.info(
+        "%s combines %d averages of %d checkpoints; the error of its profile is %.2g %%",
+        average_of_length(length),
+        len(stored),
+        len(stored) // len(kept),
+        100 * error,
+    )
+    device = jax.local_devices()[0]
+    return jax.tree.map(lambda x: jax.device_put(x.astype(np.float32), device), total)
+
+
+def _updates(directory: Path) -> int:
+    """Return the number of updates of a checkpoint's parameters."""
+    return int(_read_part(directory, "step")) - int(_read_part(directory, "skipped_steps"))
+
+
+def _older_intact(directory: Path) -> list[Path]:
+    """Return the older intact checkpoints of a checkpoint's workdir."""
+    older = []
+    for candidate in _candidates(directory.parent.parent):
+        if int(candidate.name) < int(directory.name):
+            with contextlib.suppress(CheckpointError):  # a corrupt one
+                older.append(newest_intact(candidate)[0])
+    return older
 
 
 def read_config(path: Path) -> Config:

@@ -8,6 +8,7 @@ external form of None: the value on the command line, in a ConfigDict and in con
 import dataclasses
 from typing import Any
 
+from dig_jax.config.averages import LONGEST, average_of_length, length_of
 from dig_jax.config.field import Group, field, group
 from dig_jax.errors import ConfigError, alternatives
 
@@ -165,22 +166,53 @@ class TrainingConfig(Group, path="config.training"):
         0.1, "Fraction of labels replaced by the null class (Ho & Salimans 2022).", bounds="fraction"
     )
     ema_decays: tuple[float, ...] = field(
-        (0.9999,), "Decays of the exponential moving averages of the parameters; sampling uses the first."
+        (0.9999,),
+        "Decays of exponential moving averages of the parameters, each named by its decay; sampling uses the"
+        " first average.",
+    )
+    ema_half_lives: tuple[int, ...] = field(
+        (),
+        "Half-lives of further exponential averages, in images (Karras et al. 2022); their names are such as"
+        " half-life-500000.",
+    )
+    ema_rampup: float | None = field(
+        0.05,
+        "Limits a half-life to this fraction of the images seen (Karras et al. 2022); 0: no limit.",
+        none=0.0,
+        bounds="positive",
+    )
+    ema_lengths: tuple[float, ...] = field(
+        (),
+        "Relative lengths of power-function averages (Karras et al. 2024), such as 0.05 and 0.1; their names"
+        " are such as length-0.05. Their checkpoints also give averages of other lengths"
+        " (docs/checkpoints.md).",
     )
 
     def __post_init__(self):
         super().__post_init__()
-        decays = self.ema_decays
-        if not decays or len(set(decays)) < len(decays) or not all(0 <= decay <= 1 for decay in decays):
+        allowed = {
+            "ema_decays": ("numbers between 0 and 1", lambda decay: 0 <= decay <= 1),
+            "ema_half_lives": ("numbers of images", lambda images: images > 0),
+            "ema_lengths": ("numbers between 0 and 0.288", lambda length: 0 < length < LONGEST),
+        }
+        for name, (expected, is_allowed) in allowed.items():
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or not all(map(is_allowed, values)):
+                raise ConfigError(f"invalid config.training.{name}={values}; expected distinct {expected}")
+        if not self.average_names:
             raise ConfigError(
-                f"invalid config.training.ema_decays={decays}; expected one or more distinct numbers between"
-                " 0 and 1"
+                "invalid config.training.ema_decays=(); expected one or more distinct numbers between 0"
+                " and 1, or ema_half_lives or ema_lengths"
             )
 
     @property
     def average_names(self) -> tuple[str, ...]:
         """Names of the averages of the parameters, in checkpoints and in `sampling.ema`."""
-        return tuple(str(decay) for decay in self.ema_decays)
+        return (
+            *map(str, self.ema_decays),
+            *(f"half-life-{images}" for images in self.ema_half_lives),
+            *map(average_of_length, self.ema_lengths),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +302,7 @@ class SamplingConfig(Group, path="config.sampling"):
     clip: bool = field(False, "Clip the predicted image to [-1, 1] at every step (pixels only).")
     ema: str | None = field(
         None,
-        "EMA decay to sample with, or params for the parameters themselves; empty: the first EMA.",
+        "Name of the average to sample with, or params for the parameters themselves; empty: the first one.",
         none="",
     )
     batch_size: int = field(100, "Images per batch.", bounds="positive")
@@ -344,11 +376,19 @@ class Config(Group, path="config"):
                 f"invalid config.data.batch_size={self.data.batch_size}; expected a multiple of"
                 f" config.training.accumulation={self.training.accumulation}"
             )
+        self.check_average(self.sampling.ema)
+
+    def check_average(self, name: str | None) -> None:
+        """Check that training keeps an average of this name, or that its checkpoints give one.
+
+        Raises:
+            ConfigError: they do not.
+        """
         names = (*self.training.average_names, "params")
-        if self.sampling.ema not in (None, *names):
-            raise ConfigError(
-                f"invalid config.sampling.ema={self.sampling.ema!r}; expected {alternatives(names)}"
-            )
+        if name in (None, *names) or (self.training.ema_lengths and length_of(name) is not None):
+            return
+        other = ", or length-… with a number below 0.288" if self.training.ema_lengths else ""
+        raise ConfigError(f"invalid config.sampling.ema={name!r}; expected {alternatives(names)}{other}")
 
     @property
     def sampled_ema(self) -> str:

@@ -21,7 +21,7 @@ from dig_jax.data.image_folder import folder
 from dig_jax.data.latents import LatentSource, check_latents
 from dig_jax.data.summary import summary
 from dig_jax.diffusion import make_sampler
-from dig_jax.errors import ConfigError, naming_setting
+from dig_jax.errors import ConfigError, alternatives, naming_setting
 from dig_jax.evaluation.evaluate import draw_neighbors, score
 from dig_jax.files.atomic import replacing
 from dig_jax.files.mirror import Mirror, mirror
@@ -137,6 +137,11 @@ def _check_settings(components: Components) -> None:
     """
     require_wandb(components.config.logging.wandb)
     settings, channels = components.config.sampling, components.image_spec.image_shape[2]
+    names = (*components.config.training.average_names, "params")
+    if components.config.sampled_ema not in names:  # an average that checkpoints give after training
+        raise ConfigError(
+            f"invalid config.sampling.ema={settings.ema!r} in training; expected {alternatives(names)}"
+        )
     source = components.train_source
     if not len(source):
         raise ConfigError(f"config.data: no images in the {source.split!r} split of {source.name!r}")

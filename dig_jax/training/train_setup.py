@@ -44,5 +44,5 @@ class TrainSetup:
             components,
             make_optimizer(settings.optimizer, settings.training.steps),
             make_schedule(settings.optimizer, settings.training.steps),
-            make_averages(settings.training),
+            make_averages(settings),
         )
