@@ -18,7 +18,7 @@ from dig_jax.data import ImageSpec, Source, open_source
 from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Process, Times
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
-from dig_jax.models.backbone import ModelOptions
+from dig_jax.models.backbone import ModelOptions, Outputs
 from dig_jax.models.registry import accepted_options, resolve_options
 from dig_jax.parallel import gather_params
 
@@ -149,11 +149,26 @@ class ModelSpec:
         drop: Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b h w out"]:
         """Call the network with these parameters; see `DiffusionTransformer`."""
+        return self._network(params)(x, t, y, drop=drop)
+
+    def outputs(
+        self,
+        params: Params,
+        x: Float[Array, "b h w c"],
+        t: Num[Array, " b"],
+        y: Int[Array, " b"] | None,
+        drop: Bool[Array, " b"] | None = None,
+        taps: Collection[int] = (),
+    ) -> Outputs:
+        """Call the network for its internal outputs too; see `DiffusionTransformer.outputs`."""
+        return self._network(params).outputs(x, t, y, drop=drop, taps=taps)
+
+    def _network(self, params: Params) -> DiffusionTransformer:
         # Each block gathers its parameters when it runs.
         params = gather_params({name: part for name, part in params.items() if name != "blocks"}) | {
             "blocks": params["blocks"]
         }
-        return nnx.merge(_graphdef(self), params)(x, t, y, drop=drop)
+        return nnx.merge(_graphdef(self), params)
 
     def create(self, rngs: nnx.Rngs) -> DiffusionTransformer:
         """Return the network as a module with random parameters."""

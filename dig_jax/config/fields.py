@@ -63,6 +63,13 @@ class ModelConfig(Group, path="config.model"):
         "What the backward pass recomputes: none, dots (all except matrix products) or full.",
         none="none",
     )
+    internal_head: int | None = field(
+        None,
+        "Index of the block after which a second final layer predicts, for internal guidance"
+        " (docs/diffusion.md); 0: none.",
+        none=0,
+        bounds="positive",
+    )
     scan_layers: bool = field(
         True,
         "Compile one period of blocks and loop over it. Without the loop the program grows with the depth,"

@@ -157,6 +157,11 @@ def _num_frames(model: DiffusionTransformer) -> int:
 def _check_supported(model: DiffusionTransformer) -> None:
     if model.family not in _BLOCKS:
         raise ValueError(f"unsupported model family: got {model.family}; expected {' or '.join(_BLOCKS)}")
+    if model.options.internal_head is not None:
+        raise ValueError(
+            f"unsupported internal_head={model.options.internal_head}; expected None, because"
+            " upstream's models have no internal head"
+        )
     if model.blocks.depth % _num_frames(model):
         raise ValueError(
             f"unsupported depth: got {model.blocks.depth}; expected a multiple of directions="

@@ -1,6 +1,8 @@
 """Embeddings, a stack of blocks and the final layer: the diffusion transformer (DiT, figure 3)."""
 
 import dataclasses
+from collections.abc import Collection
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +22,20 @@ from dig_jax.models.layers import Linear, xavier
 from dig_jax.parallel import constrain_batch, constrain_rows, context_size
 
 
+class Outputs(NamedTuple):
+    """What a model computes for noisy images.
+
+    Attributes:
+        output: the prediction.
+        internal: the prediction of the internal head, or None without one.
+        hidden: tokens after each tapped block, by the block's index, in the dtype of activations.
+    """
+
+    output: Float[Array, "b height width out"]
+    internal: Float[Array, "b height width out"] | None
+    hidden: dict[int, Float[Array, "b t d"]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Options of every model family; a `Literal` type lists the choices, which `create_model` checks.
@@ -33,6 +49,7 @@ class ModelOptions:
         remat: what the backward pass recomputes: None (nothing), "dots" (all but matrix products) or "full".
         scan_layers: loop over the blocks in the compiled program instead of repeating them.
         mlp_hidden_size: hidden channels of the MLP; None: the family's default for the width.
+        internal_head: index of the block after which a second final layer predicts; None: no such layer.
 
     Raises:
         ValueError: an invalid value.
@@ -48,6 +65,7 @@ class ModelOptions:
     remat: Remat | None = None
     scan_layers: bool = True
     mlp_hidden_size: int | None = None
+    internal_head: int | None = None
 
     def __post_init__(self):
         for name in ("mlp_width", "depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
@@ -55,6 +73,11 @@ class ModelOptions:
                 raise ValueError(f"invalid {name}={value}; expected a positive number")
         if self.hidden_size % 4:  # sines and cosines of rows and columns
             raise ValueError(f"invalid hidden_size={self.hidden_size}; expected a multiple of 4")
+        if self.internal_head is not None and not 0 <= self.internal_head < self.depth - 1:
+            raise ValueError(
+                f"invalid internal_head={self.internal_head}; expected the index of a block before the last"
+                f" one, at most {self.depth - 2} for depth={self.depth}"
+            )
 
     def pattern(self) -> BlockPattern:
         """Return the blocks that these options describe."""
@@ -121,7 +144,12 @@ class DiffusionTransformer(nnx.Module):
             rngs=rngs,
         )
         out_size = in_size * (2 if options.learn_sigma else 1)
-        self.final = FinalLayer(width, out_size, modulated=num_classes > 0, dtype=dtype, rngs=rngs)
+
+        def make_final() -> FinalLayer:
+            return FinalLayer(width, out_size, modulated=num_classes > 0, dtype=dtype, rngs=rngs)
+
+        self.final = make_final()
+        self.internal = None if options.internal_head is None else make_final()
 
     def __call__(
         self,
@@ -139,6 +167,39 @@ class DiffusionTransformer(nnx.Module):
             y: labels; the null class has the index num_classes, and `y=None` selects it for all images.
             drop: True replaces an image's label with the null class.
         """
+        tokens, _, c, grid = self._tokens(x, t, y, drop, ())
+        return self._image(self.final, tokens, c, grid)
+
+    def outputs(
+        self,
+        x: Float[Array, "b height width c"],
+        t: Float[Array, " b"] | Int[Array, " b"],
+        y: Int[Array, " b"] | None = None,
+        *,
+        drop: Bool[Array, " b"] | None = None,
+        taps: Collection[int] = (),
+    ) -> Outputs:
+        """Also return the internal head's prediction, and the tokens after each block in `taps`.
+
+        The internal head predicts what the model predicts, from the tokens of an earlier block (Internal
+        Guidance, CVPR 2026).
+
+        Raises:
+            ValueError: a tap is not the index of a block.
+        """
+        head = self.options.internal_head
+        tokens, hidden, c, grid = self._tokens(x, t, y, drop, {*taps} if head is None else {*taps, head})
+        internal = None
+        if head is not None and self.internal is not None:
+            internal = self._image(self.internal, hidden[head], c, grid)
+        return Outputs(
+            self._image(self.final, tokens, c, grid), internal, {block: hidden[block] for block in taps}
+        )
+
+    def _tokens(
+        self, x: Array, t: Array, y: Array | None, drop: Array | None, taps: Collection[int]
+    ) -> tuple[Array, dict[int, Array], Array, tuple[int, int]]:
+        """Return the last block's tokens, those of tapped blocks, the condition and the grid."""
         height, width = x.shape[1:3]
         self.options.check_size(height, width)
         grid = (height // self.patch_size, width // self.patch_size)
@@ -153,5 +214,9 @@ class DiffusionTransformer(nnx.Module):
         c = constrain_batch(c)
         tokens = self.patch_embed(patchify(constrain_rows(x), self.patch_size))
         tokens = tokens + jnp.asarray(sincos_positions(grid, self.hidden_size), tokens.dtype)
-        tokens = self.final(self.blocks(tokens, c, grid), c)
-        return unpatchify(tokens.astype(jnp.float32), grid, self.patch_size)
+        tokens, hidden = self.blocks.run(tokens, c, grid, taps)
+        return tokens, hidden, c, grid
+
+    def _image(self, final: FinalLayer, tokens: Array, c: Array, grid: tuple[int, int]) -> Array:
+        """Return the prediction of a final layer, in float32."""
+        return unpatchify(final(tokens, c).astype(jnp.float32), grid, self.patch_size)

@@ -7,7 +7,7 @@ blocks depth/2 + 1 … depth - 1, stacked in this order.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 import jax
@@ -65,6 +65,31 @@ class Segment:
     def num_blocks(self) -> int:
         """Number of blocks that the segment runs."""
         return self.size * (1 if self.repeats is None else self.repeats)
+
+    def after(self, blocks: Collection[int]) -> Iterator["Segment"]:
+        """Cut the segment after each of these blocks; whole periods between cuts stay scanned."""
+        start, end = self.start, self.start + self.num_blocks
+        for cut in [*sorted(block + 1 for block in blocks if start <= block < end - 1), end]:
+            while start < cut:
+                repeats = (cut - start) // self.size
+                if self.repeats is None or repeats == 0 or (start - self.start) % self.size:
+                    # Up to the next period that can be scanned.
+                    last = (
+                        cut if self.repeats is None else start - (start - self.start) % self.size + self.size
+                    )
+                    piece = Segment(start, min(cut, last) - start, None, self.skip)
+                else:
+                    piece = Segment(start, self.size, repeats, self.skip)
+                yield piece
+                start += piece.num_blocks
+
+    def part(self, piece: "Segment", values: list[Any]) -> list[Any]:
+        """Return the share of a piece in one tree per block, whose leaves are stacked if this is scanned."""
+        if piece == self:
+            return values
+        repeat, first = divmod(piece.start - self.start, self.size)
+        values = values[first : first + piece.size]
+        return values if self.repeats is None else _layers_of(values, repeat, piece.repeats)
 
 
 def plan_segments(depth: int, period: int, *, long_skips: bool) -> tuple[Segment, ...]:
@@ -152,13 +177,35 @@ class BlockStack(nnx.Module):
         self, x: Float[Array, "b t d"], c: Float[Array, "b d"], grid: tuple[int, int]
     ) -> Float[Array, "b t d"]:
         """Run all blocks on tokens in raster order on a grid of (rows, columns), under the condition c."""
+        return self.run(x, c, grid, ())[0]
+
+    def run(
+        self, x: Float[Array, "b t d"], c: Float[Array, "b d"], grid: tuple[int, int], taps: Collection[int]
+    ) -> tuple[Float[Array, "b t d"], dict[int, Float[Array, "b t d"]]]:
+        """Run all blocks; return the output of the last one and of each block in `taps`, by index.
+
+        Scanned segments are cut after tapped blocks, so that no other block's output is kept.
+
+        Raises:
+            ValueError: a tap is not the index of a block.
+        """
+        for tap in taps:
+            if not 0 <= tap < self.depth:
+                raise ValueError(f"block out of range: got {tap}; expected 0 … {self.depth - 1}")
         stored: list[list[Array]] = []
+        hidden: dict[int, Array] = {}
         for segment in self.segments:
-            joins = self._joins(segment, stored.pop(), grid) if segment.skip == "join" else None
-            x, outputs = self._run(segment, x, joins, c, grid)
             if segment.skip == "store":
+                x, outputs = self._run(segment, x, None, c, grid)
                 stored.append(outputs)
-        return x
+                hidden |= _tapped(segment, outputs, taps)
+                continue
+            joins = self._joins(segment, stored.pop(), grid) if segment.skip == "join" else None
+            for piece in segment.after(taps):
+                x, _ = self._run(piece, x, joins and segment.part(piece, joins), c, grid)
+                if (last := piece.start + piece.num_blocks - 1) in taps:
+                    hidden[last] = x
+        return x, hidden
 
     def _run(
         self, segment: Segment, x: Array, joins: list | None, c: Array, grid: tuple[int, int]
@@ -233,6 +280,16 @@ def _layers_of(params: Any, first: int, count: int | None, step: int = 1) -> Any
     """Take `count` layers of stacked parameters, or, if it is None, one without the leading axis."""
     index = first if count is None else slice(first, first + step * (count - 1) + 1, step)
     return jax.tree.map(lambda leaf: leaf[index], params)
+
+
+def _tapped(segment: Segment, outputs: list[Array], taps: Collection[int]) -> dict[int, Array]:
+    """Return the outputs of tapped blocks from those of all blocks of a segment."""
+    found = {}
+    for tap in taps:
+        repeat, number = divmod(tap - segment.start, segment.size)
+        if 0 <= tap - segment.start < segment.num_blocks:
+            found[tap] = outputs[number] if segment.repeats is None else outputs[number][repeat]
+    return found
 
 
 def _identity_then_zero(_key: Array, shape: tuple[int, ...], dtype: DTypeLike, **_) -> Array:
