@@ -64,10 +64,8 @@ def read_checkpoint(path: Path, ema: str | None = None) -> tuple[Components, int
     directory, _ = newest_intact(path)
     settings, image_spec = _read_config(directory), _read_image_spec(directory)
     name = ema or settings.sampled_ema
-    try:
-        settings.check_average(name)
-    except ConfigError as error:
-        raise CheckpointError(f"{directory}: {error}") from error
+    if expected := settings.expected_average(name):
+        raise CheckpointError(f"unknown average {name!r} in {directory}; expected {expected}")
     kept = name in (*settings.training.average_names, "params")
     length = None if kept else length_of(name)
     if length is None:

@@ -383,19 +383,16 @@ class Config(Group, path="config"):
                 f"invalid config.data.batch_size={self.data.batch_size}; expected a multiple of"
                 f" config.training.accumulation={self.training.accumulation}"
             )
-        self.check_average(self.sampling.ema)
+        if self.sampling.ema and (expected := self.expected_average(self.sampling.ema)):
+            raise ConfigError(f"invalid config.sampling.ema={self.sampling.ema!r}; expected {expected}")
 
-    def check_average(self, name: str | None) -> None:
-        """Check that training keeps an average of this name, or that its checkpoints give one.
-
-        Raises:
-            ConfigError: they do not.
-        """
+    def expected_average(self, name: str) -> str | None:
+        """Return what is expected instead of an unknown average; None if a run or its checkpoints give it."""
         names = (*self.training.average_names, "params")
-        if name in (None, *names) or (self.training.ema_lengths and length_of(name) is not None):
-            return
+        if name in names or (self.training.ema_lengths and length_of(name) is not None):
+            return None
         other = ", or length-… with a number below 0.288" if self.training.ema_lengths else ""
-        raise ConfigError(f"invalid config.sampling.ema={name!r}; expected {alternatives(names)}{other}")
+        return alternatives(names) + other
 
     @property
     def sampled_ema(self) -> str:
