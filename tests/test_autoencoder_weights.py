@@ -190,7 +190,9 @@ def test_mismatched_arrays_are_rejected_in_one_line(tmp_path, arrays, message):
     [
         ("{", "cannot read "),
         ("[" * 100_000, "cannot read "),
-        ("[]", "expected a JSON object"),
+        ("[]", "expected an object"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "run `git lfs pull`"),
+        ("<!DOCTYPE html><html>", "a web page, not the file; download it again"),
         (
             json.dumps(TINY | {"_class_name": "VQModel"}),
             "unsupported _class_name='VQModel'; expected 'AutoencoderKL'",

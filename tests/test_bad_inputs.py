@@ -153,6 +153,7 @@ CASES = {
     "no dataset of TFDS": (source("tfds", dataset=""), "missing dataset of the tfds source"),
     "dataset of TFDS that is a list": (source("tfds", dataset=["a"]), "config.data.options.dataset=['a']"),
     "no dataset of the Hub": (source("hub", dataset="nowhere"), "invalid dataset 'nowhere'"),
+    "dataset in a bucket": (source("hub", dataset="gs://bucket/shards"), "mount the bucket"),
     "shards that are images": (source("hub", dataset="pictures"), "config.data.name=image_folder"),
     "shards that are garbage": (source("hub", dataset="garbage_shards"), "datasets cannot open "),
     "label of 10^12": (source("hub", dataset="labels"), "got label 1000000000000 in row 1"),

@@ -286,8 +286,41 @@ def test_invalid_commands_give_one_line(released, converted, tmp_path):
     line = refused(converted("dit"), tmp_path / "x.npz", status=2)
     assert "expected FILE.safetensors, FILE.pt or a new folder for diffusers" in line
     target.write_text("somebody's weights")
-    assert "exists; delete it" in refused(source, target, "--num_heads=1", status=2)
+    line = refused(source, target, "--num_heads=1", status=2)
+    assert "exists and holds something else; choose another name" in line
     assert target.read_text() == "somebody's weights"
+
+
+@pytest.mark.parametrize("name", ["ours.safetensors", "workdir"])
+def test_the_same_conversion_again_writes_nothing_and_another_one_is_refused(released, tmp_path, name, capfd):
+    source, target = released("dit"), tmp_path / name
+    run(source, target, "--num_heads=1")
+    before = written(tmp_path)
+    run(source, target, "--num_heads=1")
+    assert f"{target} already holds this; nothing was written" in capfd.readouterr().err
+    assert "exists and holds something else" in refused(source, target, "--num_heads=2", status=2)
+    assert written(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["theirs.safetensors", "theirs.pt", "transformer"])
+def test_the_same_conversion_back_writes_nothing_and_another_one_is_refused(converted, tmp_path, name, capfd):
+    target = tmp_path / name
+    run(converted("dit"), target)
+    before = written(tmp_path)
+    run(converted("dit"), target)
+    assert f"{target} already holds this; nothing was written" in capfd.readouterr().err
+    other = load_file(converted("dit"))
+    first = next(iter(other))
+    with safe_open(converted("dit"), "np") as file:
+        save_file(other | {first: other[first] + 1}, tmp_path / "changed.safetensors", file.metadata())
+    assert "holds something else" in refused(tmp_path / "changed.safetensors", target, status=2)
+    (tmp_path / "changed.safetensors").unlink()
+    assert written(tmp_path) == before
+
+
+def written(folder):
+    """Return the time of every file below a folder."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_full_disk_gives_one_line_and_leaves_nothing(released, converted, tmp_path):

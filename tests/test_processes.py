@@ -273,6 +273,20 @@ def test_a_port_that_is_in_use_is_one_line():
             initialize_distributed(f"127.0.0.1:{port}", 2, 0)
 
 
+def test_a_port_that_slurm_chose_and_is_in_use_is_one_line(monkeypatch):
+    for name, value in {"JOB_ID": "7", "STEP_NODELIST": "node[1-2]", "NTASKS": "2", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", str(port))
+        message = f"port {port} of this host is in use; choose another port in .* JAX_COORDINATOR_PORT"
+        with pytest.raises(UserError, match=message):
+            initialize_distributed()
+
+
 def test_a_second_start_in_one_process_runs_alone_like_the_first(monkeypatch):
     def refuse(**_):
         raise RuntimeError("jax.distributed.initialize() must be called before any JAX calls")

@@ -60,3 +60,16 @@ def test_help_and_errors_do_not_depend_on_the_streams(program):
     assert started([*program, "--help"], ">&-", **environment) == (0, b"", b"")
     status, stdout, stderr = started([*program, "--nothing"], "2>&-", **environment)
     assert (status, stdout, stderr) == (2, b"", b"")
+
+
+@pytest.mark.parametrize("program", [["main.py"], ["-m", "dig_jax.convert"]])
+def test_a_program_whose_output_nobody_reads_ends_quietly(program):
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    status, _, stderr = started([*program, "--help"], "| true", **environment)
+    assert (status, stderr) == (0, b"")
+
+
+def test_a_broken_pipe_that_is_not_standard_output_is_an_error():
+    program = "from dig_jax.streams import ending_with_reader as e\nwith e(): raise BrokenPipeError"
+    _, _, stderr = started(["-c", program], "| cat")
+    assert b"BrokenPipeError" in stderr

@@ -1,7 +1,6 @@
 """Read trained autoencoders strictly, from a folder, a file or the Hugging Face Hub."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -17,7 +16,8 @@ from jaxtyping import Array
 
 from dig_jax.autoencoder.model import Autoencoder
 from dig_jax.autoencoder.networks import AutoencoderArchitecture
-from dig_jax.errors import CheckpointError, install_command, one_line
+from dig_jax.errors import CheckpointError, InvalidFile, install_command, one_line
+from dig_jax.files.json_file import read_json
 from dig_jax.files.paths import Path, to_path
 from dig_jax.files.safetensors import StoredArray
 from dig_jax.files.weights import WEIGHTS_FILE, find_weights, open_weights
@@ -95,17 +95,14 @@ def _find(path_or_name: str | os.PathLike) -> tuple[Path, Path]:
 
 def _read_config(path: Path) -> AutoencoderArchitecture:
     try:
-        with path.open("rb") as file:
-            fields = json.loads(file.read(_MAX_CONFIG))
+        fields = read_json(path, max_bytes=_MAX_CONFIG)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"no such file: {path}; expected the autoencoder's sizes and scaling factor"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, InvalidFile) as error:
         raise CheckpointError(f"cannot read {path}: {one_line(error)}") from error
     try:
-        if not isinstance(fields, dict):
-            raise ValueError("invalid content; expected a JSON object")
         _check_network(fields)
         return AutoencoderArchitecture(**_sizes(fields))
     except ValueError as error:

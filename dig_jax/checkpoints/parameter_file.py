@@ -53,18 +53,6 @@ def write_parameter_file(path: Path, components: Components, step: int, params: 
         write_safetensors(path, arrays, metadata)
 
 
-def holds(path: Path, components: Components, step: int, params: Params) -> bool:
-    """Return whether a parameter file has these parameters, this config and this step."""
-    try:
-        found, found_step, found_params = read_parameter_file(path)
-    except CheckpointError:
-        return False
-    about = (found.config, found.image_spec, found_step, jax.tree.structure(found_params))
-    if about != (components.config, components.image_spec, step, jax.tree.structure(params)):
-        return False
-    return all(map(np.array_equal, jax.tree.leaves(found_params), jax.tree.leaves(params)))
-
-
 @contextlib.contextmanager
 def writing_to(path: Path) -> Iterator[None]:
     """Create the parent directory, and turn an OSError of the block into a CheckpointError.

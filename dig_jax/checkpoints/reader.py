@@ -59,6 +59,18 @@ def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Par
     return read_checkpoint(path, ema)
 
 
+def holds(path: Path, components: Components, step: int, params: Params) -> bool:
+    """Return whether an exported file or a workdir has these parameters, this config and this step."""
+    try:
+        found, found_step, found_params = read_model(path)
+    except CheckpointError:
+        return False
+    about = (found.config, found.image_spec, found_step, jax.tree.structure(found_params))
+    if about != (components.config, components.image_spec, step, jax.tree.structure(params)):
+        return False
+    return all(map(np.array_equal, jax.tree.leaves(found_params), jax.tree.leaves(params)))
+
+
 def read_checkpoint(path: Path, ema: str | None = None) -> tuple[Components, int, Params]:
     """Read the newest intact checkpoint of a workdir, or one checkpoint directory, as `read_model` does."""
     directory, _ = newest_intact(path)

@@ -1,7 +1,8 @@
 """The command line: from arguments to a config, and from errors to one line and an exit status.
 
 Exit statuses: 0 success; 1 an error outside the program, such as a corrupt checkpoint or a full disk;
-2 invalid flags or config; 130 interrupted (128 + SIGINT). A traceback is a bug in this program.
+2 invalid flags or config; 130 interrupted (128 + SIGINT); 141 nobody reads standard
+output any more (128 + SIGPIPE). A traceback is a bug in this program.
 """
 
 import inspect
@@ -21,7 +22,7 @@ from dig_jax.cli.logging_setup import start_logging
 from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
 from dig_jax.errors import ConfigError, StalledRead, UserError, one_line, suggest
 from dig_jax.files.paths import Path, children, is_storage_error, local_copy, to_path
-from dig_jax.streams import prepare_streams
+from dig_jax.streams import ending_with_reader, prepare_streams
 
 _OUT_OF_MEMORY = (
     "out of device memory; reduce config.data.batch_size or config.sampling.batch_size, or set"
@@ -41,10 +42,11 @@ def run(main: Callable[[Config, Path], None], usage: str, values: flags.FlagValu
     values = values or flags.FlagValues()
     start_logging()
     try:
-        if any(argument.lstrip("-") in ("help", "h", "helpfull") for argument in sys.argv[1:]):
-            sys.stdout.write(f"{usage}\n{values.get_help(include_special_flags=False)}\n")
-            return
-        main(*_parse(sys.argv, values))
+        with ending_with_reader():
+            if any(argument.lstrip("-") in ("help", "h", "helpfull") for argument in sys.argv[1:]):
+                sys.stdout.write(f"{usage}\n{values.get_help(include_special_flags=False)}\n")
+            else:
+                main(*_parse(sys.argv, values))
     except ConfigError as error:
         _fail(one_line(error), 2)
     except StalledRead as error:

@@ -16,7 +16,11 @@ def define_flags() -> flags.FlagValues:
 
     text("workdir", "Directory of the run; by default runs/NAME_OF_CONFIG.")
     flags.DEFINE_enum("mode", "train", list(COMMANDS), "The command to run.", flag_values=values)
-    text("labels", "With --mode=sample: classes, such as 0,5-7 or tabby,goldfish; by default all.")
+    text(
+        "labels",
+        "With --mode=sample: classes, such as 0,5-7 or tabby,goldfish; by default all. A name of"
+        ' digits or with a comma needs double quotes: --labels=\'"7","cat, tabby"\'.',
+    )
     text("seeds", "With --mode=sample: seeds, such as 0-15; by default 0, 1, …")
     text(
         "output",

@@ -3,8 +3,9 @@
 import sys
 
 from dig_jax.convert.command import main
-from dig_jax.streams import prepare_streams
+from dig_jax.streams import ending_with_reader, prepare_streams
 
 if __name__ == "__main__":
     prepare_streams()
-    sys.exit(main(sys.argv[1:]))
+    with ending_with_reader():
+        sys.exit(main(sys.argv[1:]))

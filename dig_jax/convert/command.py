@@ -25,8 +25,8 @@ from flax import traverse_util
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.checkpoints.parameter_file import FORMAT, write_parameter_file, writing_to
-from dig_jax.checkpoints.reader import has_checkpoints, read_model
-from dig_jax.components import Components
+from dig_jax.checkpoints.reader import has_checkpoints, holds, read_model
+from dig_jax.components import Components, Params
 from dig_jax.convert import diffusers
 from dig_jax.convert.names import read_params, torch_arrays
 from dig_jax.convert.recognize import (
@@ -50,9 +50,11 @@ from dig_jax.files.atomic import new_folder, replacing, write_json
 from dig_jax.files.paths import Path, to_path
 from dig_jax.files.pytorch.writer import write_torch
 from dig_jax.files.safetensors import open_safetensors, write_safetensors
-from dig_jax.files.weights import WEIGHTS_FILE
+from dig_jax.files.weights import WEIGHTS_FILE, open_weights, read_json_object
 
 log = logging.getLogger("dig_jax.convert")
+
+CONFIG_FILE = "config.json"
 
 
 def convert(
@@ -69,12 +71,10 @@ def convert(
         options: as in `recognize`.
 
     Raises:
-        ConfigError: the target exists, or an option is invalid or missing.
+        ConfigError: the target exists and holds something else, or an option is invalid or missing.
         CheckpointError: the source is unreadable or unsupported, or writing failed.
     """
     source, target = to_path(source), to_path(target)
-    if target.exists():
-        raise ConfigError(f"{target} exists; delete it or choose another name")
     ours = _is_ours(source)
     suffixes, expected = (
         ((".safetensors", ".pt", ""), "FILE.safetensors, FILE.pt or a new folder for diffusers")
@@ -117,11 +117,15 @@ def _from_upstream(source: Path, target: Path, tree: str | None, **options: Any)
                 "these parameters have the names and shapes of the published DiT-XL/2, whose license"
                 " (CC-BY-NC) excludes commercial use"
             )
+    nested = traverse_util.unflatten_dict(params)
+    if target.exists():
+        _log_existing(target, holds(target, components, 0, nested))
+        return
     if target.suffix:
         # The file does not contain the step.
-        write_parameter_file(target, components, 0, traverse_util.unflatten_dict(params))
+        write_parameter_file(target, components, 0, nested)
     else:
-        _write_workdir(target, components, params)
+        _write_workdir(target, components, nested)
     log.info("wrote %s", target)
 
 
@@ -134,6 +138,11 @@ def _from_ours(source: Path, target: Path, tree: str | None) -> None:
         arrays = torch_arrays(model, flat)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
+    if about is not None:
+        arrays = diffusers.from_upstream(arrays, model.blocks.depth)
+    if target.exists():
+        _log_existing(target, _holds_arrays(target, about, arrays))
+        return
     with writing_to(target):
         if target.suffix == ".pt":
             with replacing(target) as file:
@@ -142,10 +151,32 @@ def _from_ours(source: Path, target: Path, tree: str | None) -> None:
             write_safetensors(target, arrays, {"format": "pt"})
         else:
             with new_folder(target) as folder:
-                write_json(folder / "config.json", about)
-                arrays = diffusers.from_upstream(arrays, model.blocks.depth)
+                write_json(folder / CONFIG_FILE, about)
                 write_safetensors(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
     log.info("wrote %s: %d arrays of step %d", target, len(arrays), step)
+
+
+def _holds_arrays(target: Path, about: dict[str, Any] | None, arrays: Mapping[str, np.ndarray]) -> bool:
+    """Return whether a file, or with `about` a folder of diffusers, has exactly these arrays."""
+    file = target
+    if about is not None:
+        file = target / WEIGHTS_FILE
+        if read_json_object(target / CONFIG_FILE) != about:
+            return False
+    try:
+        with open_weights(file) as weights:
+            found = weights.below("")
+            return found.keys() == arrays.keys() and all(
+                np.array_equal(found[name].read(), array) for name, array in arrays.items()
+            )
+    except (CheckpointError, InvalidFile):
+        return False
+
+
+def _log_existing(target: Path, is_same: bool) -> None:
+    if not is_same:
+        raise ConfigError(f"{target} exists and holds something else; choose another name")
+    log.info("%s already holds this; nothing was written", target)
 
 
 def _is_ours(source: Path) -> bool:
@@ -198,15 +229,14 @@ def _log_notes(
         log.info("rounded %d float64 arrays to float32", rounded)
 
 
-def _write_workdir(target: Path, components: Components, params: Mapping[tuple, np.ndarray]) -> None:
+def _write_workdir(target: Path, components: Components, params: Params) -> None:
     """Write a checkpoint with equal parameters and average, and without optimizer state."""
-    nested = traverse_util.unflatten_dict(params)
-    state = {"step": np.int32(0), "params": nested, "ema": {EMA: nested}}
+    state = {"step": np.int32(0), "params": params, "ema": {EMA: params}}
     with writing_to(target), new_folder(target) as folder:
         with Checkpoints(folder, components.config.checkpoint) as checkpoints:
             data = {"examples": 0} | components.image_spec.to_dict()
             checkpoints.save(0, state, data, components.config)
-        write_json(folder / "config.json", config_and_versions(components.config))
+        write_json(folder / CONFIG_FILE, config_and_versions(components.config))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -166,6 +166,11 @@ def _prepared_builder(library: Any, dataset: str, subset: str, cache_dir: str) -
         raise ValueError(
             "missing dataset of the hub source; expected a folder of shards or a name on the Hub"
         )
+    if "://" in dataset:
+        raise UserError(
+            f"unsupported dataset {dataset!r} of the hub source; mount the bucket (docs/data.md) or use a"
+            " Hugging Face repository id (owner/name)"
+        )
     folder = Path(dataset).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset):
         raise UserError(

@@ -4,8 +4,8 @@ import logging
 
 import jax
 
-from dig_jax.checkpoints.parameter_file import holds, write_parameter_file
-from dig_jax.checkpoints.reader import read_checkpoint
+from dig_jax.checkpoints.parameter_file import write_parameter_file
+from dig_jax.checkpoints.reader import holds, read_checkpoint
 from dig_jax.config import Config, check_same
 from dig_jax.errors import ConfigError
 from dig_jax.files.paths import Path

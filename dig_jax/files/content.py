@@ -31,17 +31,26 @@ def weights_format(path: Path) -> Format:
         return "safetensors"
     if start.startswith(_ZIP_OR_PICKLE):
         return "pytorch"
-    _check_download(start)
+    if not start:
+        raise InvalidFile("empty file; download it again")
+    check_download(start)
+    _check_other_formats(start)
     return "pytorch" if path.suffix in _PYTORCH_SUFFIXES else "safetensors"
 
 
-def _check_download(start: bytes) -> None:
-    if not start:
-        raise InvalidFile("empty file; download it again")
+def check_download(start: bytes) -> None:
+    """Check the first bytes of a file for what a failed download leaves.
+
+    Raises:
+        InvalidFile: a Git LFS pointer or a web page; says what to do.
+    """
     if start.startswith(_LFS_POINTER):
         raise InvalidFile("a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
     if start.lstrip().lower().startswith(_MARKUP):
         raise InvalidFile("a web page, not the file; download it again (the page may ask to log in)")
+
+
+def _check_other_formats(start: bytes) -> None:
     if start.startswith(_ARCHIVES) or start[257:262] == b"ustar":
         raise InvalidFile("a compressed archive; unpack it first")
     for magic, name in _FORMATS.items():

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from dig_jax.errors import InvalidFile
+from dig_jax.files.content import check_download
 from dig_jax.files.paths import Path, is_remote
 
 # Our files have at most 8 levels, and integers of at most 64 bits.
@@ -32,13 +33,16 @@ def parse_object(text: bytes | str) -> dict[str, Any]:
     """Return the object that a JSON text describes.
 
     Raises:
-        InvalidFile: the text does not describe an object, or one that is nested too deeply.
+        InvalidFile: the text does not describe an object, or one that is nested too deeply; of a Git LFS
+            pointer or a web page it says what to do.
     """
     try:
         value = json.loads(text, parse_int=_integer)
     except RecursionError as error:
         raise InvalidFile(f"invalid JSON: more than {_MAX_LEVELS} levels") from error
     except ValueError as error:  # also of bytes that are not UTF-8
+        if isinstance(text, bytes):
+            check_download(text)
         raise InvalidFile(f"invalid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidFile(f"invalid JSON: got a {type(value).__name__}; expected an object")

@@ -13,6 +13,7 @@ from typing import Any
 
 from dig_jax.errors import CheckpointError, InvalidFile
 from dig_jax.files.content import weights_format
+from dig_jax.files.json_file import read_json
 from dig_jax.files.paths import Path, children
 from dig_jax.files.pytorch.pickle_reader import insert
 from dig_jax.files.pytorch.reader import TorchFile, open_torch
@@ -137,7 +138,7 @@ def _variants(folder: Path) -> dict[str | None, Path]:
 
 def _shards(index: Path) -> list[Path]:
     """Return the files of an index. Only files in the same folder are allowed."""
-    names = read_json_object(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise InvalidFile("missing weight_map; expected the index of diffusers weights")
     files = sorted(set(map(str, names.values())))

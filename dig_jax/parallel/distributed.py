@@ -17,6 +17,7 @@ from typing import NoReturn, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax._src.clusters import SlurmCluster
 from jax.experimental import multihost_utils
 
 from dig_jax.errors import ConfigError, UserError, naming_directory
@@ -66,7 +67,9 @@ def initialize_distributed(
     """
     _check_flags(coordinator, num_processes, process_id, timeout)
     if process_id == 0 and coordinator is not None:
-        _check_port_is_free(int(coordinator.rpartition(":")[2]))
+        _check_port_is_free(int(coordinator.rpartition(":")[2]), "--coordinator")
+    elif (port := _port_under_slurm()) and {coordinator, process_id} == {None}:
+        _check_port_is_free(port, "the environment variable JAX_COORDINATOR_PORT")
     given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
     failures: list[Exception] = []
 
@@ -113,8 +116,21 @@ def _check_flags(
         )
 
 
-def _check_port_is_free(port: int) -> None:
-    """Raise a UserError if the port is in use, for example by a job that still ends: JAX would crash."""
+def _port_under_slurm() -> int | None:
+    """Return the coordinator's port that JAX will choose, on process 0 of a SLURM job."""
+    if not SlurmCluster.is_env_present() or SlurmCluster.get_process_id():
+        return None
+    address = SlurmCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+    return int(address.rpartition(":")[2])
+
+
+def _check_port_is_free(port: int, setting: str) -> None:
+    """Raise a UserError if the port is in use, for example by a job that still ends: JAX would crash.
+
+    Args:
+        port: the port of the coordinator.
+        setting: the flag or environment variable that sets it.
+    """
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.socket(family) as listener:
         # A connection that was closed a moment ago does not occupy the port.
@@ -125,7 +141,7 @@ def _check_port_is_free(port: int) -> None:
             if error.errno != errno.EADDRINUSE:
                 return  # JAX reports it
             raise UserError(
-                f"port {port} of this host is in use; choose another port in --coordinator"
+                f"port {port} of this host is in use; choose another port in {setting}"
             ) from error
 
 
