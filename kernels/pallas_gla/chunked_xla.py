@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from pallas_gla import isolation
 from pallas_gla.gating import gated_output, log_decay
 from pallas_gla.scan import Operands, Scan, saved_shape
 from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order, zero_state
@@ -127,12 +128,14 @@ def _chunk(
         g = log_decay(g, scan.gating)
     q, k, g = (x.astype(jnp.float32) for x in (q, k, g))
     q *= scan.scale
+    run = None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)[:, None]
+    o_trace, state_trace, (q, k, v, g), state = _isolated(q, k, v, g, state, run)
     scores, from_start, to_end = _scores(q, k, g, dtype)
     q *= jnp.exp(from_start)
     k *= jnp.exp(to_end)
     decay = jnp.exp(from_start[:, :, -1])
-    if starts is not None:
-        run = jnp.cumsum(starts, axis=1, dtype=jnp.int32)[:, None, :, None]
+    if run is not None:
+        run = run[..., None]
         last = run[:, :, -1:]
         scores = jnp.where(run == run.swapaxes(2, 3), scores, 0)
         q = jnp.where(run == 0, q, 0)
@@ -143,10 +146,44 @@ def _chunk(
     if state is not None:
         o += _dot("bhik,bhkv->bhiv", q, state, dtype)
         new_state += decay[..., None] * state
+    o = isolation.without_gradient(o) + o_trace[..., None]
+    new_state = isolation.without_gradient(new_state) + state_trace[..., None, None]
     if scan.gating:
         assert tokens.out_gate is not None and norm_weight is not None
         o = gated_output(o, tokens.out_gate.swapaxes(1, 2), norm_weight[:, None, None], scan.gating)
     return new_state, o.swapaxes(1, 2)
+
+
+def _isolated(
+    q: Float[Array, "b h c k"],
+    k: Float[Array, "b h c k"],
+    v: Float[Array, "b h c v"],
+    g: Float[Array, "b h c k"],
+    state: Float[Array, "b h k v"] | None,
+    run: Int[Array, "b 1 c"] | None,
+) -> tuple[Float[Array, "b h c"], Float[Array, "b h"], tuple, Float[Array, "b h k v"] | None]:
+    """Return the NaN of every output and of the outgoing state (`isolation.trace`), and finite operands.
+
+    `run` is the number of segments that started before a token, in this chunk.
+    """
+    g = jnp.maximum(g, jnp.finfo(g.dtype).min)
+    written = isolation.trace(k) + isolation.trace(v) + isolation.trace(g)
+    position = jnp.arange(q.shape[2], dtype=jnp.int32)
+    read, kept = position[:, None] >= position, jnp.ones_like(position, bool)
+    if run is not None:
+        read, kept = read & (run[..., None] == run[..., None, :]), run == run[..., -1:]
+    before = jnp.sum(jnp.where(read, written[..., None, :], 0), axis=-1)
+    after = jnp.sum(jnp.where(kept, written, 0), axis=-1)
+    if state is not None:
+        entering = jnp.sum(isolation.trace(state), axis=-1)
+        before += entering[..., None] if run is None else jnp.where(run == 0, entering[..., None], 0)
+        after += entering if run is None else jnp.where(run[..., -1] == 0, entering, 0)
+        state = isolation.without(state)
+    own = isolation.trace(q)
+    # The gradients of q and g depend on what was written before.
+    q, g = (x * (1 + before[..., None]) for x in (q, g))
+    q, k, v, g = map(isolation.without, (q, k, v, g))
+    return before + own, after, (q, k, v, g), state
 
 
 def _scores(

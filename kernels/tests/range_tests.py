@@ -43,6 +43,16 @@ class NonFiniteTests:
         kept = np.broadcast_to((token[..., 0, 0] >= 10) & (token[..., 0, 0] < 30), (2, 40))
         self.check_where(kept, (q, k, v, g, state), (d_o, d_state), expected)
 
+    def test_nan_reaches_every_token_that_depends_on_it(self):
+        (q, k, v, g, state), (d_o, d_state) = oracle.inputs(17, t=40)
+        v, d_o = v.at[:, 10].set(np.nan), d_o.at[:, 30].set(np.nan)
+        o, final_state, dq, dk, dv, dg, d_initial = self.results((q, k, v, g, state), (d_o, d_state))
+        reached = (o[:, 10:], final_state, dq[:, 10:], dk[:, :31], dv[:, :31], dg[:, :31], d_initial)
+        for name, x in zip(oracle.NAMES, reached, strict=True):
+            assert np.isnan(x).all(), name
+        assert np.isfinite(o[:, :10]).all()
+        assert np.isfinite(dv[:, 31:]).all()
+
 
 class RangeTests:
     """Tests of implementations in which only results can overflow in float16."""

@@ -3,10 +3,10 @@ import oracle
 import pytest
 from gla_test_base import GLATestBase
 from pallas_gla import gla
-from range_tests import RangeTests
+from range_tests import NonFiniteTests, RangeTests
 
 
-class TestChunkedXla(RangeTests, GLATestBase):
+class TestChunkedXla(NonFiniteTests, RangeTests, GLATestBase):
     implementation = "xla"
 
     @pytest.mark.parametrize("chunk_size", [16, 64])  # several chunks, one chunk

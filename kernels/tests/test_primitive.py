@@ -9,11 +9,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from pallas_gla import gla, gla_2d
 from pallas_gla.mosaic_tpu import tuning
-from range_tests import NonFiniteTests
 from test_chunked_xla import TestChunkedXla as ChunkedXla
 
 
-class TestDefault(NonFiniteTests, ChunkedXla):
+class TestDefault(ChunkedXla):
     """On a CPU the default runs `pallas_gla.cpu`."""
 
     implementation = None

@@ -55,7 +55,7 @@ class Levels:
         positions, bad = program.positions(chunk), {}
         g, unit = chunk_decay(program, positions)
         bad["g"] = jnp.max(jnp.where(g <= 0, 0.0, 1.0), axis=1)
-        g = jnp.where(g >= LEAST, g, jnp.asarray(LEAST, g.dtype))
+        g = jnp.where((g >= LEAST) & (g <= 0), g, jnp.asarray(LEAST, g.dtype))
         q, bad["q"] = finite(program, "q", positions)
         d_o, bad["d_o"] = finite(program, "d_o", positions)
         return cls(program, chunk, ChunkSegments.of(program, chunk), g, unit, q, d_o, bad)
