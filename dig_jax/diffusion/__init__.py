@@ -2,7 +2,7 @@
 
 from dig_jax.diffusion.flow_matching import FlowMatching
 from dig_jax.diffusion.gaussian import GaussianDiffusion
-from dig_jax.diffusion.guidance import classifier_free
+from dig_jax.diffusion.guidance import Guidance, classifier_free, make_rule
 from dig_jax.diffusion.path import Path
 from dig_jax.diffusion.process import Denoiser, Process
 from dig_jax.diffusion.samplers import DDIM, DDPM, SAMPLERS, BaseSampler, make_sampler
@@ -16,9 +16,11 @@ __all__ = [
     "Denoiser",
     "FlowMatching",
     "GaussianDiffusion",
+    "Guidance",
     "Path",
     "Process",
     "Times",
     "classifier_free",
+    "make_rule",
     "make_sampler",
 ]

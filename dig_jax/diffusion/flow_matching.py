@@ -90,14 +90,18 @@ class FlowMatching:
         """Return 1000 t, the range that the timestep embedding is made for."""
         return 1000 * times
 
+    def fractions(self, times: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Return the times."""
+        return times
+
     def corrupt(self, x0: Images, noise: Images, times: PerImage) -> Images:
         """Return x_t = α x_0 + σ ε."""
-        level = self._level(times, x0)
+        level = self.level(times, x0)
         return level.alpha * x0 + level.sigma * noise
 
     def targets(self, x0: Images, noise: Images, times: PerImage) -> Images:
         """Return what the denoiser should predict."""
-        return combine(x0, noise, self.prediction, self._level(times, x0))
+        return combine(x0, noise, self.prediction, self.level(times, x0))
 
     def loss(
         self, output: Float[Array, "b h w d"], *, x0: Images, noise: Images, x_t: Images, times: PerImage
@@ -157,9 +161,9 @@ class FlowMatching:
     ) -> Images:
         """Return the denoiser's estimate of x_0 given its output at x_t."""
         prediction = output[..., : x_t.shape[-1]].astype(x_t.dtype)
-        x0 = convert(prediction, self.prediction, "x", x_t, self._level(times, x_t))
+        x0 = convert(prediction, self.prediction, "x", x_t, self.level(times, x_t))
         return jnp.clip(x0, -1, 1) if clip else x0
 
-    def _level(self, times: PerImage, x: Images) -> Level:
+    def level(self, times: PerImage, x: Images) -> Level:
         """Return the path's coefficients in the dtype of x, shaped to broadcast over images."""
         return Level(*(part.astype(x.dtype)[:, None, None, None] for part in self.curve.at(times)))

@@ -195,6 +195,10 @@ class GaussianDiffusion:
         """Return the timesteps of the original process, on which the denoiser was trained."""
         return jnp.asarray(self.timestep_map, t.dtype).at[t].get(out_sharding=jax.typeof(t).sharding)
 
+    def fractions(self, times: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Return (t + 1)/num_steps for the original timesteps: the time of the continuous path."""
+        return (self.timestep_map[times] + 1) / self.num_steps
+
     def corrupt(self, x0: Images, noise: Images, t: Steps) -> Images:
         """Return a sample of q(x_t | x_0) made from standard normal noise [D 4]."""
         signal, sigma = np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)

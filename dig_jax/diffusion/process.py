@@ -60,6 +60,10 @@ class Process(Protocol):
         """Return the timesteps from 0 to 1000 that the denoiser takes at these times."""
         ...
 
+    def fractions(self, times: Num[np.ndarray, " n"], /) -> Float[np.ndarray, " n"]:
+        """Return times as fractions of the process, from 0 (data) to 1 (noise)."""
+        ...
+
     def corrupt(self, x0: Images, noise: Images, times: Times, /) -> Images:
         """Return x_t: the images with standard normal noise mixed in."""
         ...

@@ -11,8 +11,10 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dig_jax.diffusion.piecewise import AnyDenoiser, Session, first_memory, pieces
 from dig_jax.diffusion.process import Denoiser, Images, Process
 
 Noise = Callable[[Int[Array, ""]], Images]
@@ -72,14 +74,18 @@ class BaseSampler(abc.ABC):
         """Return the loop over evaluations of the denoiser."""
 
     @abc.abstractmethod
+    def fractions(self, process: Process) -> Float[np.ndarray, " n"]:
+        """Return the time of each evaluation of the denoiser, from 0 (data) to 1 (noise)."""
+
     def evaluations(self, process: Process) -> int:
         """Return how often a call evaluates the denoiser (NFE)."""
+        return len(self.fractions(process))
 
     @overload
     def __call__(
         self,
         process: Process,
-        denoiser: Denoiser,
+        denoiser: AnyDenoiser,
         x: Images,
         noise: Noise,
         return_trajectory: Literal[False] = False,
@@ -89,7 +95,7 @@ class BaseSampler(abc.ABC):
     def __call__(
         self,
         process: Process,
-        denoiser: Denoiser,
+        denoiser: AnyDenoiser,
         x: Images,
         noise: Noise,
         return_trajectory: Literal[True],
@@ -98,7 +104,7 @@ class BaseSampler(abc.ABC):
     def __call__(
         self,
         process: Process,
-        denoiser: Denoiser,
+        denoiser: AnyDenoiser,
         x: Images,
         noise: Noise,
         return_trajectory: bool = False,
@@ -108,6 +114,7 @@ class BaseSampler(abc.ABC):
         Args:
             process: the process that the denoiser was trained on.
             denoiser: (x [B, H, W, C], timesteps [B]) -> [B, H, W, C] or, with a variance, [B, H, W, 2C].
+                It may differ between ranges of time (`Piecewise`), which takes one loop per range.
             x: standard normal noise to start from; the result has its dtype.
             noise: a function of the step's index that returns standard normal noise; deterministic samplers
                 never call it.
@@ -120,13 +127,23 @@ class BaseSampler(abc.ABC):
             ValueError: as `check`.
         """
         self.check(process)
-        loop = self.discretize(process, denoiser, noise)
+        memory, state, trajectory = first_memory(denoiser, x), None, []
+        for piece, steps in pieces(denoiser, self.fractions(process)):
+            session = Session(piece)
+            loop = self.discretize(process, session, noise)
+            if state is None:
+                start = x if loop.start == 1 else (loop.start * x).astype(x.dtype)
+                state = (start, *(jnp.zeros_like(x) for _ in range(loop.memory)))
 
-        def body(state: State, i: Int[Array, ""]) -> tuple[State, Any]:
-            moved, x0 = loop.step(state, i)
-            return tuple(part.astype(x.dtype) for part in moved), x0 if return_trajectory else None
+            def body(carry: Any, i: Int[Array, ""], loop: Loop = loop, session: Session = session):
+                state, session.memory = carry
+                moved, x0 = loop.step(state, i)
+                moved = tuple(part.astype(x.dtype) for part in moved)
+                return (moved, session.memory), x0 if return_trajectory else None
 
-        start = x if loop.start == 1 else (loop.start * x).astype(x.dtype)
-        state = (start, *(jnp.zeros_like(x) for _ in range(loop.memory)))
-        state, trajectory = jax.lax.scan(body, state, jnp.arange(loop.evaluations))
-        return (state[0], trajectory[:: loop.per_step]) if return_trajectory else state[0]
+            (state, memory), predicted = jax.lax.scan(body, (state, memory), jnp.asarray(steps))
+            trajectory.append(predicted)
+        assert state is not None
+        if not return_trajectory:
+            return state[0]
+        return state[0], jnp.concatenate(trajectory)[:: loop.per_step]

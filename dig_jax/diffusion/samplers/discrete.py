@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from dig_jax.diffusion.gaussian import GaussianDiffusion, Prediction, Steps
 from dig_jax.diffusion.process import Denoiser, Images, Process
@@ -36,9 +37,10 @@ class DiscreteSampler(BaseSampler):
         """Raise ValueError if `process` is not a GaussianDiffusion or does not have these steps."""
         self._respaced(process)
 
-    def evaluations(self, process: Process) -> int:
-        """Return the number of timesteps."""
-        return self._respaced(process).length
+    def fractions(self, process: Process) -> Float[np.ndarray, " n"]:
+        """Return the times of the timesteps, from the last to the first."""
+        respaced = self._respaced(process)
+        return respaced.fractions(np.arange(respaced.length)[::-1])
 
     def discretize(self, process: Process, denoiser: Denoiser, noise: Noise) -> Loop:
         """Return the loop over the timesteps, from the last to the first."""

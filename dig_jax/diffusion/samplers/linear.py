@@ -60,9 +60,9 @@ class LinearSampler(BaseSampler):
         """Raise ValueError if the process is not supported or does not have these steps."""
         self.table(process)
 
-    def evaluations(self, process: Process) -> int:
-        """Return the number of rows of the table."""
-        return len(self.table(process).times)
+    def fractions(self, process: Process) -> Float64[np.ndarray, " n"]:
+        """Return the times of the table's rows."""
+        return process.fractions(self.table(process).times)
 
     def discretize(self, process: Process, denoiser: Denoiser, noise: Noise) -> Loop:
         """Return the loop over the rows of the table."""

@@ -1,8 +1,8 @@
 """Samplers by name."""
 
-import dataclasses
 from typing import Any
 
+from dig_jax.diffusion.options import construct
 from dig_jax.diffusion.samplers.base import BaseSampler
 from dig_jax.diffusion.samplers.ddim import DDIM
 from dig_jax.diffusion.samplers.ddpm import DDPM
@@ -37,11 +37,4 @@ def make_sampler(
         )
     if steps is not None:
         options["steps"] = steps
-    accepted = [field.name for field in dataclasses.fields(SAMPLERS[name])]
-    for option in options:
-        if option not in accepted:
-            raise ValueError(
-                f"unknown option of sampler {name!r}: got {option!r}; expected one of"
-                f" {', '.join(accepted)}{suggest(option, accepted)}"
-            )
-    return SAMPLERS[name](clip=clip, **options)
+    return construct(SAMPLERS[name], {"clip": clip, **options}, f"sampler {name!r}")

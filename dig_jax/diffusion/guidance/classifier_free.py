@@ -4,13 +4,17 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, Num
 
-from dig_jax.diffusion.process import Denoiser
+from dig_jax.diffusion.guidance.guidance import Guidance, Output, Pair
+from dig_jax.diffusion.process import Denoiser, Images
+
+LabeledDenoiser = Callable[[Images, Num[Array, " b"], Int[Array, " b"]], Float[Array, "b h w d"]]
+"""(x, timesteps, labels) -> output."""
 
 
 def classifier_free(
-    denoise: Callable[[Array, Array, Array], Array],
+    denoise: LabeledDenoiser,
     labels: Int[Array, " b"],
     null_label: int,
     scale: ArrayLike,
@@ -35,26 +39,33 @@ def classifier_free(
     Raises:
         ValueError: scale has an invalid shape, or, when the denoiser is called, channels is not in 1 … C.
     """
+
+    def plain(x: Images, t: Array) -> Output:
+        return denoise(x, t, labels)
+
     if isinstance(scale, int | float) and scale == 1:
-        return lambda x, t: denoise(x, t, labels)
+        return plain
     scale = jnp.asarray(scale)
     if scale.shape not in ((), labels.shape):
         raise ValueError(
             f"invalid shape of scale: got {scale.shape}; expected () or one value per label, {labels.shape}"
         )
+    pair = null_pair(denoise, labels, null_label)
+    denoiser = Guidance(channels=channels)(plain, pair, scale.reshape(-1, 1, 1, 1))
+    assert callable(denoiser)  # the rule holds at all times and has no memory
+    return denoiser
 
-    def denoiser(x: Array, t: Array) -> Array:
-        guided = x.shape[-1] if channels is None else channels
-        if not 1 <= guided <= x.shape[-1]:
-            raise ValueError(f"channels out of range: got {channels}; expected 1 … {x.shape[-1]} or None")
+
+def null_pair(denoise: LabeledDenoiser, labels: Int[Array, " b"], null_label: int) -> Pair:
+    """Return a function that evaluates the labels and the null label in one batch of twice the size."""
+
+    def pair(x: Images, t: Array) -> tuple[Output, Output]:
         nulls = jnp.full_like(labels, null_label)
         output = denoise(_interleave(x, x), _interleave(t, t), _interleave(labels, nulls))
         cond, uncond = jnp.moveaxis(output.reshape(-1, 2, *output.shape[1:]), 1, 0)
-        weight = scale.astype(output.dtype).reshape(-1, 1, 1, 1)
-        epsilon = uncond[..., :guided] + weight * (cond[..., :guided] - uncond[..., :guided])
-        return jnp.concatenate([epsilon, cond[..., guided:]], axis=-1)
+        return cond, uncond
 
-    return denoiser
+    return pair
 
 
 def _interleave(a: Array, b: Array) -> Array:

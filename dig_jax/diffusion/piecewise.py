@@ -1,0 +1,93 @@
+"""Denoisers that change with time, and denoisers that remember.
+
+A sampler knows its times before it runs. So a denoiser that is one function at high noise and another one at
+low noise costs no branch at run time: the sampler runs one loop per range of time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from dig_jax.diffusion.process import Denoiser, Images
+
+# Times are compared up to this difference, because a sampler computes them.
+TOLERANCE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembering:
+    """A denoiser that takes images from its previous evaluation and returns images for the next one.
+
+    Attributes:
+        evaluate: (x, timesteps, memory) -> (output, memory); the memory has the shape and dtype of x and
+            starts at zero.
+    """
+
+    evaluate: Callable[
+        [Images, Num[Array, " b"], Images | None], tuple[Float[Array, "b h w d"], Images | None]
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piecewise:
+    """A denoiser for each range of time, from noise to data.
+
+    Attributes:
+        denoisers: one per range.
+        bounds: the times between the ranges, decreasing, as fractions of the process; a time at a bound
+            belongs to the range nearer to data.
+    """
+
+    denoisers: tuple[Denoiser | Remembering, ...]
+    bounds: tuple[float, ...]
+
+
+def ranges(bounds: tuple[float, ...], fractions: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Return the index of the range of each time; see `Piecewise.bounds`."""
+    return np.sum(np.asarray(fractions)[:, None] <= np.array(bounds) + TOLERANCE, axis=1)
+
+
+AnyDenoiser = Denoiser | Remembering | Piecewise
+
+
+def pieces(
+    denoiser: AnyDenoiser, fractions: Float[np.ndarray, " n"]
+) -> Iterator[tuple[Denoiser | Remembering, Int[np.ndarray, " m"]]]:
+    """Yield each denoiser that a sampler uses, and the indices of its evaluations.
+
+    Args:
+        denoiser: any kind of denoiser.
+        fractions: the time of each evaluation, from 0 (data) to 1 (noise).
+    """
+    if not isinstance(denoiser, Piecewise):
+        yield denoiser, np.arange(len(fractions))
+        return
+    indices = ranges(denoiser.bounds, fractions)
+    starts = [0, *(np.flatnonzero(np.diff(indices)) + 1), len(indices)]
+    for first, last in zip(starts, starts[1:], strict=False):
+        yield denoiser.denoisers[indices[first]], np.arange(first, last)
+
+
+class Session:
+    """A denoiser for the body of a loop, which sets and reads `memory` around its one evaluation."""
+
+    def __init__(self, denoiser: Denoiser | Remembering):
+        self.denoiser = denoiser
+        self.memory: Any = ()
+
+    def __call__(self, x: Images, timesteps: Num[Array, " b"]) -> Float[Array, "b h w d"]:
+        """Evaluate the denoiser."""
+        if not isinstance(self.denoiser, Remembering):
+            return self.denoiser(x, timesteps)
+        output, self.memory = self.denoiser.evaluate(x, timesteps, self.memory)
+        return output
+
+
+def first_memory(denoiser: AnyDenoiser, x: Images) -> Any:
+    """Return the memory before the first evaluation: zeros, or () for denoisers without memory."""
+    parts = denoiser.denoisers if isinstance(denoiser, Piecewise) else (denoiser,)
+    return jnp.zeros_like(x) if any(isinstance(part, Remembering) for part in parts) else ()
