@@ -10,7 +10,8 @@ import dig_jax
 from dig_jax import ConfigError, Sampler
 from dig_jax.diffusion import SAMPLERS
 from dig_jax.parallel import batch_sharding, state_sharding
-from dig_jax.sampling.generate import GenerationSpec, generate, noise
+from dig_jax.sampling.generate import generate, noise
+from dig_jax.sampling.generation_spec import GenerationSpec
 from dig_jax.sampling.sampler import to_pixels
 from dig_jax.testing import (
     PlainComponents,
@@ -169,13 +170,13 @@ def test_the_null_class_is_computed_only_with_guidance(monkeypatch):
 
 
 def test_a_generation_is_described_by_values_that_pickle():
-    spec = GenerationSpec.of(tiny_components(), guided=True, steps=STEPS, trajectory=True)
+    spec = GenerationSpec.of(tiny_components(), steps=STEPS, trajectory=True)
     restored = pickle.loads(pickle.dumps(spec))
     assert restored == spec and hash(restored) == hash(spec)
     for other in (
-        GenerationSpec.of(tiny_components(model__depth=2), guided=True, steps=STEPS, trajectory=True),
-        GenerationSpec.of(tiny_components(), guided=False, steps=STEPS, trajectory=True),
-        GenerationSpec.of(tiny_components(), guided=True, steps=STEPS + 1, trajectory=True),
+        GenerationSpec.of(tiny_components(model__depth=2), steps=STEPS, trajectory=True),
+        GenerationSpec.of(tiny_components(), guidance_scale=1.0, steps=STEPS, trajectory=True),
+        GenerationSpec.of(tiny_components(), steps=STEPS + 1, trajectory=True),
     ):
         assert other != spec
     images, labels = jnp.zeros((3, *spec.shape)), jnp.arange(3)
@@ -187,10 +188,7 @@ def test_equal_descriptions_compile_once(monkeypatch):
     seen = batches_denoised(monkeypatch)
     settings = tiny_settings(sampling__steps=2)
     arguments = {"labels": jnp.array([1]), "seeds": jnp.array([2]), "scale": jnp.float32(2)}
-    images = [
-        generate({}, **arguments, spec=GenerationSpec.of(PlainComponents(settings), guided=True))
-        for _ in range(2)
-    ]
+    images = [generate({}, **arguments, spec=GenerationSpec.of(PlainComponents(settings))) for _ in range(2)]
     np.testing.assert_array_equal(*images)
     assert seen == [2]
 

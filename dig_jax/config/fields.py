@@ -10,6 +10,7 @@ from typing import Any
 
 from dig_jax.config.averages import LONGEST, average_of_length, length_of
 from dig_jax.config.field import Group, field, group
+from dig_jax.config.sampling import SamplingConfig
 from dig_jax.errors import ConfigError, alternatives
 
 _FLOATS = ("float32", "bfloat16")
@@ -283,36 +284,6 @@ class LoggingConfig(Group, path="config.logging"):
     )
     tensorboard: bool = field(True, "Write TensorBoard files.")
     wandb: str | None = field(None, "Weights & Biases project; empty: none.", none="")
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig(Group, path="config.sampling"):
-    """Options for drawing images, during training and with `--mode=sample`."""
-
-    every_steps: int | None = field(
-        10_000, "Steps between sample grids in training; 0: only at the end.", none=0, bounds="positive"
-    )
-    images_per_class: int = field(10, "Images per class in a sample grid.", bounds="positive")
-    sampler: str = field("ddim", "Name of the sampler, such as ddim or heun (docs/diffusion.md).")
-    steps: int = field(50, "Number of sampling steps.", bounds="positive")
-    guidance_scale: float = field(
-        1.5,
-        "Scale of classifier-free guidance, uncond + scale·(cond - uncond); 1: no guidance.",
-        bounds="nonnegative",
-    )
-    guidance_channels: int | None = field(
-        None,
-        "Number of leading channels to guide; 0: all. The released code guides 3 of 4.",
-        none=0,
-        bounds="positive",
-    )
-    clip: bool = field(False, "Clip the predicted image to [-1, 1] at every step (pixels only).")
-    ema: str | None = field(
-        None,
-        "Name of the average to sample with, or params for the parameters themselves; empty: the first one.",
-        none="",
-    )
-    batch_size: int = field(100, "Images per batch.", bounds="positive")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,7 @@ def score(sampler: Sampler, workdir: pathlib.Path) -> Scores:
         "sampler": s.sampler,
         "sampling_steps": s.steps,
         "network_evaluations_per_image": sampler.evaluations,
+        "guidance": s.guidance,
         "guidance_scale": s.guidance_scale,
         "seeds": f"0…{len(seeds) - 1}",
         "labels": "seed modulo the number of classes",

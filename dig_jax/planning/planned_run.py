@@ -16,7 +16,8 @@ from dig_jax.hardware.model_flops import training_flops
 from dig_jax.parallel import batch_sharding, batch_shards, make_mesh, replicated, sampling_mesh
 from dig_jax.planning.compiling import CompiledProgram, compile_fully, compile_without_codegen
 from dig_jax.planning.topology import THIS, Topology, find_topology
-from dig_jax.sampling.generate import GenerationSpec, generate
+from dig_jax.sampling.generate import generate
+from dig_jax.sampling.generation_spec import GenerationSpec
 from dig_jax.training import compile as train_compile
 from dig_jax.training.state import abstract_state, with_sharding
 
@@ -96,15 +97,19 @@ def lower_train_step(run: PlannedRun) -> jax.stages.Lowered:
 
 def lower_sampler(run: PlannedRun) -> jax.stages.Lowered:
     """Lower the generation of one batch of images with the config's `sampling` settings."""
-    settings, mesh = run.settings.sampling, sampling_mesh(run.mesh)
+    mesh = sampling_mesh(run.mesh)
     numbers = jax.ShapeDtypeStruct((run.sampler_batch_size,), jnp.int32, sharding=batch_sharding(mesh))
+    params = with_sharding(run.state["params"], mesh)
+    # The weaker model of autoguidance is not read: it is at most as large as the model.
+    spec = GenerationSpec.of(run.components, weak=run.components.model_spec)
     with jax.set_mesh(mesh):
         return generate.lower(
-            with_sharding(run.state["params"], mesh),
+            params,
             labels=numbers,
             seeds=numbers,
             scale=jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)),
-            spec=GenerationSpec.of(run.components, guided=settings.guidance_scale != 1),
+            spec=spec,
+            weak_params=params if spec.weak else None,
         )
 
 

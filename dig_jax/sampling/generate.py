@@ -1,75 +1,17 @@
-"""One jitted function from parameters, labels and seeds to images, and the static values it depends on."""
+"""One jitted function from parameters, labels and seeds to images."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dig_jax.components import Components, ModelSpec, Params
-from dig_jax.diffusion import BaseSampler, Process, classifier_free, make_sampler
+from dig_jax.components import Params
+from dig_jax.diffusion.guidance import LabeledDenoiser, Perturbed, null_pair
+from dig_jax.diffusion.piecewise import AnyDenoiser
+from dig_jax.models.isolation import isolate_tokens
 from dig_jax.parallel import constrain
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationSpec:
-    """The static values of `generate`: they compare and hash by value and can be pickled.
-
-    Equal specs share one compiled program, and an exporter can store the spec with the program.
-
-    Attributes:
-        model: the network.
-        process: the diffusion process that the network was trained on.
-        sampler: the sampler with its options.
-        shape: (height, width, channels) of an image in the model's space.
-        guided: use classifier-free guidance, which doubles the cost of a step.
-        guidance_channels: guide only this many channels, or None for all; see `classifier_free`.
-        trajectory: return the images predicted at every step instead of the final images.
-    """
-
-    model: ModelSpec
-    process: Process
-    sampler: BaseSampler
-    shape: tuple[int, int, int]
-    guided: bool
-    guidance_channels: int | None
-    trajectory: bool = False
-
-    @property
-    def evaluations(self) -> int:
-        """How often the network is evaluated for one image (NFE); a guided step evaluates it twice."""
-        return (1 + self.guided) * self.sampler.evaluations(self.process)
-
-    @classmethod
-    def of(
-        cls,
-        components: Components,
-        *,
-        guided: bool,
-        shape: tuple[int, int, int] | None = None,
-        sampler: str | None = None,
-        steps: int | None = None,
-        trajectory: bool = False,
-    ) -> "GenerationSpec":
-        """Return the spec that a config's `sampling` describes, with the given values replaced.
-
-        Models without classes are never guided.
-        """
-        settings = components.config.sampling
-        return cls(
-            model=components.model_spec,
-            process=components.diffusion,
-            sampler=make_sampler(
-                settings.sampler if sampler is None else sampler,
-                steps=settings.steps if steps is None else steps,
-                clip=settings.clip,
-            ),
-            shape=shape or components.image_spec.image_shape,
-            guided=guided and components.image_spec.num_classes > 0,
-            guidance_channels=settings.guidance_channels,
-            trajectory=trajectory,
-        )
+from dig_jax.sampling.generation_spec import GenerationSpec
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -80,15 +22,19 @@ def generate(
     seeds: Int[Array, " b"],
     scale: Float[Array, ""],
     spec: GenerationSpec,
+    weak_params: Params | None = None,
 ) -> Float[Array, "*images"]:
-    """Return images in the model's space: [B, H, W, C], or [steps, B, H, W, C] for a trajectory."""
-    denoiser = classifier_free(
-        functools.partial(spec.model.denoise, params),
-        labels,
-        spec.model.num_classes,
-        scale if spec.guided else 1,
-        channels=spec.guidance_channels,
-    )
+    """Return images in the model's space: [B, H, W, C], or [steps, B, H, W, C] for a trajectory.
+
+    Args:
+        params: parameters of the model.
+        labels: class of each image.
+        seeds: seed of each image.
+        scale: scale of guidance.
+        spec: everything static.
+        weak_params: parameters of `spec.weak`.
+    """
+    denoiser = _denoiser(params, labels, scale, spec, weak_params)
     start = noise(seeds, jnp.int32(0), spec.shape)
 
     def step_noise(step: Int[Array, ""]) -> Float[Array, "b h w c"]:
@@ -100,6 +46,57 @@ def generate(
         images = spec.sampler(spec.process, denoiser, start, step_noise)
     # Replicated, so that every process can read all images.
     return constrain(images)
+
+
+def _denoiser(
+    params: Params,
+    labels: Int[Array, " b"],
+    scale: Float[Array, ""],
+    spec: GenerationSpec,
+    weak_params: Params | None,
+) -> AnyDenoiser:
+    """Return the denoiser that a spec describes."""
+    denoise = _with_internal_guidance(params, spec)
+
+    def plain(x: Array, t: Array) -> Array:
+        return denoise(x, t, labels)
+
+    if spec.guidance is None:
+        return plain
+    rule = spec.guidance.rule
+    if rule.weak == "null":
+        pair = null_pair(denoise, labels, spec.model.num_classes)
+        return spec.guidance(plain, pair, scale, spec.process)
+    if isinstance(rule, Perturbed):
+        weak, weak_params = spec.model, isolate_tokens(params, rule.blocks)
+    else:
+        weak = spec.weak
+    assert weak is not None and weak_params is not None
+
+    def both(x: Array, t: Array) -> tuple[Array, Array]:
+        return plain(x, t), weak.denoise(weak_params, x, t, labels)
+
+    return spec.guidance(plain, both, scale, spec.process)
+
+
+def _with_internal_guidance(params: Params, spec: GenerationSpec) -> LabeledDenoiser:
+    """Return the model, guided away from the prediction of its internal head.
+
+    internal + scale · (output - internal), in the channels of the image (Zhou et al. 2025): autoguidance
+    whose weaker model is the first part of the same network, at no cost.
+    """
+    if spec.internal_scale == 1:
+        return functools.partial(spec.model.denoise, params)
+
+    def denoise(x: Array, t: Array, y: Array) -> Array:
+        output, internal, _ = spec.model.outputs(params, x, t, y)
+        assert internal is not None
+        channels = x.shape[-1]
+        strong, weak = output[..., :channels], internal[..., :channels]
+        guided = weak + spec.internal_scale * (strong - weak)
+        return jnp.concatenate([guided, output[..., channels:]], axis=-1)
+
+    return denoise
 
 
 def noise(

@@ -78,6 +78,7 @@ class ImageSet:
             "parameters": components.config.sampled_ema,
             "values of the parameters": _digest(jax.tree.leaves(self.sampler.params)),
             **{name: value for name, value in options.items() if name not in (*_IRRELEVANT, "ema")},
+            "values of the weaker model": _digest(jax.tree.leaves(self.sampler.weak_params)),
             "autoencoder": components.autoencoder.fingerprint() if components.autoencoder else "",
             "autoencoder.dtype": components.config.autoencoder.dtype,
             "images": len(self.seeds),

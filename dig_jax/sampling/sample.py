@@ -5,7 +5,7 @@ An image depends only on its seed and label, so any process can draw any part of
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -68,15 +68,22 @@ def sample(
         check_shared_directory(images.folder)
         options = settings.sampling
         log.info(
-            "drawing with %s, %d steps: %d network evaluations per image",
+            "drawing with %s, %d steps: %s",
             options.sampler,
             options.steps,
-            sampler.evaluations,
+            evaluations_text(sampler.evaluations_by_network),
         )
         images.draw(index=jax.process_index(), count=jax.process_count())
         barrier("images are drawn")
         on_process_0(lambda: images.collect(names))
     log.info("wrote %d images of step %d to %s", len(seeds), sampler.step, output)
+
+
+def evaluations_text(counts: Mapping[str, int]) -> str:
+    """Return "N network evaluations per image", with the number of each network if there are several."""
+    total = f"{sum(counts.values())} network evaluations per image"
+    parts = ", ".join(f"{count} of the {name}" for name, count in counts.items())
+    return f"{total} ({parts})" if len(counts) > 1 else total
 
 
 def _output(workdir: Path, output: Path | None) -> Path:

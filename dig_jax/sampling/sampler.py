@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int32, UInt8
 
 from dig_jax.autoencoder import Autoencoder, to_uint8
 from dig_jax.checkpoints.reader import read_model
-from dig_jax.components import Components, Params
+from dig_jax.components import Components, ModelSpec, Params
 from dig_jax.config import Config, check_same
 from dig_jax.data.class_names import class_index
 from dig_jax.errors import naming_implementation, naming_setting
@@ -28,7 +28,8 @@ from dig_jax.parallel import (
     sampling_mesh,
     state_sharding,
 )
-from dig_jax.sampling.generate import GenerationSpec, generate
+from dig_jax.sampling.generate import generate
+from dig_jax.sampling.generation_spec import GenerationSpec, needs_weak_model, with_options
 
 Numbers = int | Sequence[int] | np.ndarray | None
 Labels = Numbers | str | Sequence[str]
@@ -49,6 +50,7 @@ class Sampler:
 
     def __init__(self, components: Components, params: Params, *, step: int, mesh: Mesh | None = None):
         self.components, self.params, self.step, self._mesh = components, params, step, None
+        self._weak_models: dict[str, tuple[ModelSpec, Params]] = {}
         if mesh is not None:
             self._mesh = sampling_mesh(mesh)
             self.params = jax.device_put(params, state_sharding(params, self._mesh))
@@ -63,6 +65,7 @@ class Sampler:
         guidance_scale: float | None = None,
         size: int | tuple[int, int] | None = None,
         return_latents: bool = False,
+        **options: Any,
     ) -> UInt8[np.ndarray, "n height width c"] | Float[np.ndarray, "n height width c"]:
         """Draw one image per seed.
 
@@ -72,16 +75,19 @@ class Sampler:
             seeds: non-negative integers, one per image; by default 0, 1, … for each label.
             sampler: a name in `dig_jax.diffusion.SAMPLERS`, such as "ddim".
             steps: number of sampling steps.
-            guidance_scale: scale of classifier-free guidance; 1 is no guidance. The prediction is
-                null + scale·(class - null) (Ho & Salimans 2022).
+            guidance_scale: scale of guidance; 1 is no guidance. With classifier-free guidance, the prediction
+                is null + scale·(class - null) (Ho & Salimans 2022).
             size: (height, width) in pixels, or one number for both; by default the training images' size.
             return_latents: return float32 images in the model's space instead of decoded pixels.
+            options: other fields of `config.sampling`: sampler_options, clip, guidance, guidance_options,
+                guidance_channels, guidance_interval, guidance_rescale, internal_guidance_scale, weak_model.
 
         Raises:
-            ValueError: invalid labels, seeds, sampler, steps or size.
-            UserError: the autoencoder is unreadable.
+            ValueError: invalid labels, seeds, size or options.
+            UserError: the autoencoder or the weaker model is unreadable.
         """
-        x = self._draw(labels, seeds, guidance_scale, size, sampler=sampler, steps=steps)
+        options |= {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
+        x = self._draw(labels, seeds, options, size)
         return x if return_latents else self._decode(x)
 
     def trajectory(
@@ -92,9 +98,11 @@ class Sampler:
         sampler: str | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        **options: Any,
     ) -> UInt8[np.ndarray, "steps n height width c"]:
         """Return the model's prediction of the final images at each step; arguments as in a call."""
-        x = self._draw(labels, seeds, guidance_scale, sampler=sampler, steps=steps, trajectory=True)
+        options |= {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
+        x = self._draw(labels, seeds, options, trajectory=True)
         return self._decode(x.reshape(-1, *x.shape[2:])).reshape(*x.shape[:2], *self.output_shape)
 
     @property
@@ -112,11 +120,30 @@ class Sampler:
         """Network evaluations per image (NFE) with the config's sampling options.
 
         Raises:
-            ConfigError: an unknown sampler, or steps or a process that it does not support.
+            ConfigError: as `evaluations_by_network`.
         """
-        guided = self.components.config.sampling.guidance_scale != 1
+        return sum(self.evaluations_by_network.values())
+
+    @property
+    def evaluations_by_network(self) -> dict[str, int]:
+        """`evaluations` of the model and, with autoguidance, of the weaker model.
+
+        Raises:
+            ConfigError: an invalid sampling option, or one that the process or the model does not support.
+        """
         with naming_setting("config.sampling"):
-            return GenerationSpec.of(self.components, guided=guided).evaluations
+            weak, _ = self._weak(vars(self.components.config.sampling))
+            return GenerationSpec.of(self.components, weak=weak).evaluations_by_network
+
+    @property
+    def weak_params(self) -> Params | None:
+        """Parameters of the weaker model that the config's guidance needs, or None.
+
+        Raises:
+            ConfigError: `sampling.weak_model` does not fit the model.
+        """
+        with naming_setting("config.sampling"):
+            return self._weak(vars(self.components.config.sampling))[1]
 
     def resolve(
         self, labels: Labels, seeds: Numbers
@@ -147,19 +174,31 @@ class Sampler:
         self,
         labels: Labels,
         seeds: Numbers,
-        guidance_scale: float | None,
+        options: dict[str, Any],
         size: int | tuple[int, int] | None = None,
-        **options: Any,
+        *,
+        trajectory: bool = False,
     ) -> Float[np.ndarray, "*leading n h w c"]:
         """Draw images in the model's space, in batches; `options` as in `GenerationSpec.of`."""
-        settings, spec = self.components.config.sampling, self.components.image_spec
+        spec = self.components.image_spec
+        fields = with_options(self.components.config.sampling, options)
         labels, seeds = self.resolve(labels, seeds)
-        scale = settings.guidance_scale if guidance_scale is None else guidance_scale
         height, width = spec.image_shape[:2] if size is None else self._model_size(size)
+        weak, weak_params = self._weak(fields)
         generation = GenerationSpec.of(
-            self.components, shape=(height, width, spec.image_shape[2]), guided=scale != 1, **options
+            self.components,
+            shape=(height, width, spec.image_shape[2]),
+            weak=weak,
+            trajectory=trajectory,
+            **options,
         )
-        draw = functools.partial(generate, self.params, scale=jnp.float32(scale), spec=generation)
+        draw = functools.partial(
+            generate,
+            self.params,
+            scale=jnp.float32(fields["guidance_scale"]),
+            spec=generation,
+            weak_params=weak_params,
+        )
         batch_size = self._batch_size(len(seeds))
         batches = []
         for first in range(0, len(seeds), batch_size):
@@ -174,6 +213,15 @@ class Sampler:
                         x = draw(**distribute(batch, self._mesh))
             batches.append(np.asarray(x))
         return np.concatenate(batches, axis=-4)[..., : len(seeds), :, :, :]
+
+    def _weak(self, fields: Mapping[str, Any]) -> tuple[ModelSpec | None, Params | None]:
+        """Return the weaker model that these fields of `sampling` need, or (None, None)."""
+        path = fields["weak_model"]
+        if path is None or not needs_weak_model(fields):
+            return None, None
+        if path not in self._weak_models:
+            self._weak_models[path] = read_weak_model(path, self.components, self._mesh)
+        return self._weak_models[path]
 
     def _model_size(self, size: int | tuple[int, int]) -> tuple[int, int]:
         """Return (height, width) in the model's space of images of a size in pixels."""
@@ -253,6 +301,30 @@ def load(
     sampler = Sampler(stored.with_config(settings), params, step=step, mesh=mesh)
     _ = sampler.evaluations  # validate config.sampling before anything is drawn
     return sampler
+
+
+def read_weak_model(path: str, components: Components, mesh: Mesh | None) -> tuple[ModelSpec, Params]:
+    """Return the model for autoguidance at a path, on the devices of the mesh.
+
+    Raises:
+        CheckpointError: it does not exist or is unreadable.
+        ValueError: it was trained on other images or to predict something else.
+    """
+    weak, _, params = read_model(to_path(path))
+    sizes = [(c.image_spec.image_shape, c.image_spec.num_classes) for c in (weak, components)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"weak_model={path} has images {sizes[0][0]} of {sizes[0][1]} classes; expected {sizes[1][0]} of"
+            f" {sizes[1][1]}"
+        )
+    for name in ("process", "schedule", "num_steps", "path", "prediction"):
+        got, expected = (getattr(c.config.diffusion, name) for c in (weak, components))
+        if got != expected:
+            raise ValueError(f"weak_model={path} has diffusion.{name}={got!r}; expected {expected!r}")
+    spec = dataclasses.replace(
+        weak.model_spec, config=dataclasses.replace(weak.config.model, implementation=None)
+    )
+    return spec, params if mesh is None else jax.device_put(params, state_sharding(params, mesh))
 
 
 def _indices(labels: Labels, class_names: Sequence[str]) -> Numbers:

@@ -42,7 +42,7 @@ class Guidance:
     """
 
     rule: Rule = ClassifierFree()
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: tuple[float, ...] = (0.0, 1.0)
     rescale: float = 0.0
     channels: int | None = None
 

@@ -13,10 +13,10 @@ with a perturbed mixer [A]. At fixed x_t and t, noise, x and velocity are affine
 linear rule is the same in each of them. The other rules depend on inner products, and so on the space:
 
     cfg_zero   in velocities. The weak velocity is scaled by the least-squares factor c = ⟨s, u⟩/|u|² of u to
-               s, then c u + w (s - c u); the velocity is zero at times above 1 - zero_init        [Z 9, 10]
+               s, then c u + w (s - c u); the velocity is zero at times above 1 - zero_init             [Z]
     apg        in predicted images. Δ = s - u, plus `momentum` times the Δ of the evaluation before, shrunk
                to norm `norm_cap` where it is greater, is split into Δ∥ along s and Δ⊥:
-               s + (w - 1) (Δ⊥ + eta Δ∥)                                                     [P, section 4]
+               s + (w - 1) (Δ⊥ + eta Δ∥)                                                                [P]
 
 Inner products and norms are those of one image over its guided channels. So an image does not depend on the
 batch around it.
@@ -113,7 +113,7 @@ class Perturbed(_Linear):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CFGZero(Rule):
-    """CFG-Zero*: away from the null class, scaled to fit the class [Z 9, 10]. For flow matching.
+    """CFG-Zero*: away from the null class, scaled to fit the class [Z]. For flow matching.
 
     Attributes:
         zero_init: fraction of the process, from noise, in which the velocity is zero and the network is not

@@ -1,0 +1,164 @@
+"""The static values that drawing images depends on, from a config's `sampling` and a call's options."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dig_jax.components import Components, ModelSpec
+from dig_jax.config import SamplingConfig
+from dig_jax.diffusion import BaseSampler, Guidance, Process, make_rule, make_sampler
+from dig_jax.diffusion.guidance import GUIDED, ZERO
+from dig_jax.errors import suggest
+
+# Fields of `sampling` that a call may replace.
+OPTIONS = (
+    "sampler",
+    "sampler_options",
+    "steps",
+    "clip",
+    "guidance",
+    "guidance_options",
+    "guidance_scale",
+    "guidance_channels",
+    "guidance_interval",
+    "guidance_rescale",
+    "internal_guidance_scale",
+    "weak_model",
+)
+
+
+def with_options(settings: SamplingConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `sampling` with the options that are not None in place of the config's.
+
+    Another sampler or guidance rule starts without the config's options for the first one.
+
+    Raises:
+        ValueError: an unknown option.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise ValueError(
+                f"unknown option: got {name!r}; expected one of {', '.join(OPTIONS)}{suggest(name, OPTIONS)}"
+            )
+    given = {name: value for name, value in options.items() if value is not None}
+    fields = vars(settings)
+    for name in ("sampler", "guidance"):
+        if given.get(name, fields[name]) != fields[name]:
+            given.setdefault(f"{name}_options", {})
+    return {**fields, **given}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSpec:
+    """The static values of `generate`: they compare and hash by value and can be pickled.
+
+    Equal specs share one compiled program, and an exporter can store the spec with the program.
+
+    Attributes:
+        model: the network.
+        process: the diffusion process that the network was trained on.
+        sampler: the sampler with its options.
+        shape: (height, width, channels) of an image in the model's space.
+        guidance: the guidance, or None for none.
+        weak: the weaker model of autoguidance.
+        internal_scale: scale of internal guidance; 1 is none.
+        trajectory: return the images predicted at every step instead of the final images.
+    """
+
+    model: ModelSpec
+    process: Process
+    sampler: BaseSampler
+    shape: tuple[int, int, int]
+    guidance: Guidance | None = None
+    weak: ModelSpec | None = None
+    internal_scale: float = 1.0
+    trajectory: bool = False
+
+    @property
+    def evaluations_by_network(self) -> dict[str, int]:
+        """How often each network is evaluated for one image.
+
+        A step with a null class or a perturbed mixer evaluates the model twice; autoguidance evaluates the
+        weaker model too.
+        """
+        fractions = self.sampler.fractions(self.process)
+        if self.guidance is None:
+            return {"model": len(fractions)}
+        kinds = self.guidance.kinds(fractions)
+        counts = {"model": int(np.sum(kinds != ZERO))}
+        weak = "model" if self.weak is None else "weaker model"
+        return counts | {weak: counts.get(weak, 0) + int(np.sum(kinds == GUIDED))}
+
+    @property
+    def evaluations(self) -> int:
+        """How often networks are evaluated for one image (NFE)."""
+        return sum(self.evaluations_by_network.values())
+
+    @classmethod
+    def of(
+        cls,
+        components: Components,
+        *,
+        shape: tuple[int, int, int] | None = None,
+        weak: ModelSpec | None = None,
+        trajectory: bool = False,
+        **options: Any,
+    ) -> "GenerationSpec":
+        """Return the spec that a config's `sampling` describes.
+
+        Models without classes are never guided away from the null class.
+
+        Args:
+            components: model, process and images.
+            shape: as the attribute; by default of the training images.
+            weak: the weaker model, if the guidance rule needs one.
+            trajectory: as the attribute.
+            options: fields of `sampling` that replace the config's; None keeps it.
+
+        Raises:
+            ValueError: an option is unknown, invalid, or unsupported by the process or the model.
+        """
+        fields = with_options(components.config.sampling, options)
+        sampler = make_sampler(
+            fields["sampler"], steps=fields["steps"], clip=fields["clip"], **fields["sampler_options"]
+        )
+        guidance = _guidance(fields, components)
+        needs_weak = guidance is not None and guidance.rule.weak == "model"
+        if needs_weak and weak is None:
+            raise ValueError("missing weak_model: guidance 'autoguidance' expects a weaker model's workdir")
+        scale = float(fields["internal_guidance_scale"])
+        if scale != 1 and components.config.model.internal_head is None:
+            raise ValueError(
+                f"unsupported internal_guidance_scale={scale}; expected 1, or a model with"
+                " config.model.internal_head"
+            )
+        return cls(
+            model=components.model_spec,
+            process=components.diffusion,
+            sampler=sampler,
+            shape=shape or components.image_spec.image_shape,
+            guidance=guidance,
+            weak=weak if needs_weak else None,
+            internal_scale=scale,
+            trajectory=trajectory,
+        )
+
+
+def needs_weak_model(fields: Mapping[str, Any]) -> bool:
+    """Return whether these fields of `sampling` describe guidance by a weaker model."""
+    return fields["guidance_scale"] != 1 and make_rule(fields["guidance"]).weak == "model"
+
+
+def _guidance(fields: Mapping[str, Any], components: Components) -> Guidance | None:
+    rule = make_rule(fields["guidance"], **fields["guidance_options"])
+    guidance = Guidance(
+        rule=rule,
+        interval=tuple(fields["guidance_interval"]),
+        rescale=float(fields["guidance_rescale"]),
+        channels=fields["guidance_channels"],
+    )
+    guidance.check(components.diffusion)
+    without_null = rule.weak == "null" and not components.image_spec.num_classes
+    return None if fields["guidance_scale"] == 1 or without_null else guidance
