@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
-from dig_jax.config import to_dict
+from dig_jax.config import flattened, to_dict
 from dig_jax.data.class_names import display_name
 from dig_jax.errors import ConfigError, InvalidFile, UserError, naming_directory, naming_setting, one_line
 from dig_jax.files.atomic import remove_leftovers, replacing, write_json
@@ -72,7 +72,7 @@ class ImageSet:
     def identity(self) -> dict[str, Any]:
         """Everything that the images depend on."""
         components = self.sampler.components
-        options = to_dict(components.config.sampling)
+        options = flattened(to_dict(components.config.sampling))
         return {
             "step": self.sampler.step,
             "parameters": components.config.sampled_ema,
