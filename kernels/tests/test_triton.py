@@ -125,6 +125,15 @@ def test_long_scans_of_few_heads_are_split():
     assert h200.parts(18 * 8, 32) == h200.parts(18 * 16, 256) == 1
 
 
+def test_float32_gradients_take_several_launches_only_before_sm_90():
+    h200, a100, other = (tuning.gpu(kind) for kind in ("NVIDIA H200", "NVIDIA A100", None))
+    assert (h200.float32_values, a100.float32_values, other.float32_values) == (128, 32, 32)
+    arrays, cotangents = oracle.inputs(0, t=20, h=1, k=16, v=60)
+    run = functools.partial(interpreted, scan=Scan(0.25, (1, 20), "row"))
+    program = str(jax.make_jaxpr(run)(Operands(*arrays[:4]), cotangents))
+    assert program.count("gla_triton_call") == 3  # one of them forward
+
+
 def test_two_stages_where_the_tiles_fit_into_shared_memory_twice():
     h200, other = tuning.gpu("NVIDIA H200"), tuning.gpu("NVIDIA L4")
     assert other == tuning.gpu(None)

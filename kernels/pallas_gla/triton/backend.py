@@ -1,13 +1,16 @@
 """GLA for NVIDIA GPUs from sm_80, as Pallas (Triton) kernels.
 
 Operands keep their layout, [B, T, H, K] and [B, T, H, V], in every direction: each program computes the
-addresses of its tokens. Forward and backward take one launch each, two for the backward of a gated scan. If
+addresses of its tokens. Forward and backward take one launch each, two for the backward of a gated scan, and
+more for float32 gradients of wide values (see `GpuTuning.float32_values`). If
 batch and heads give too few programs for the GPU, a long scan is split along T, which adds a launch to each.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -109,14 +112,47 @@ def backward(
         arrays["d_o"] = gradients.pop("d_o")
         del arrays["out_gate"], arrays["norm_weight"]
     arrays["d_final_state"] = _flat(d_final_state)
-    if tiling.parts > 1:
-        arrays |= _launch(backward_parts_kernel, tiling, arrays, _part_results(tiling))
-    results = {f"d_{name}": _like(arrays[name]) for name in ("q", "k", "v", "g")}
-    if operands.initial_state is not None:
-        results["d_initial_state"] = _end_state(tiling)
-    gradients |= _launch(backward_kernel, tiling, arrays, results)
+    with_state = operands.initial_state is not None
+    pieces = [_scan_gradients(*piece, with_state) for piece in _by_values(tiling, arrays)]
+    for name in pieces[0]:
+        parts = [piece[name] for piece in pieces]
+        of_values = name in ("d_v", "d_initial_state")
+        gradients[name] = (
+            jnp.concatenate(parts, axis=1) if of_values else functools.reduce(operator.add, parts)
+        )
     gradients = {name.removeprefix("d_"): x for name, x in gradients.items()}
     return Operands(**{name: x.reshape(getattr(operands, name).shape) for name, x in gradients.items()})
+
+
+def _by_values(
+    tiling: TritonTiling, arrays: dict[str, Shaped[Array, "..."]]
+) -> Iterator[tuple[TritonTiling, dict[str, Shaped[Array, "..."]]]]:
+    """Yield the backward pass as scans of fewer values, if one launch would take too many registers.
+
+    The output of a value depends on no other value. So the gradients of q, k and g are sums over the scans.
+    """
+    device = tuning.gpu(None if tiling.scan.interpret else chip.current().kind)
+    width = device.float32_values if tiling.dtype == jnp.float32 else tiling.values
+    pieces = -(-tiling.values // width)
+    width = -(-tiling.values // pieces)
+    states = arrays["states"].reshape(-1, tiling.values, arrays["states"].shape[1])
+    for start in range(0, tiling.values, width):
+        here = slice(start, min(start + width, tiling.values))
+        piece = {name: arrays[name][:, here] for name in ("v", "d_o", "d_final_state")}
+        piece["states"] = _flat(states[:, here])
+        yield dataclasses.replace(tiling, values=here.stop - start), arrays | piece
+
+
+def _scan_gradients(
+    tiling: TritonTiling, arrays: dict[str, Shaped[Array, "..."]], with_state: bool
+) -> dict[str, Shaped[Array, "..."]]:
+    """Return the gradients of q, k, v, g and, `with_state`, of the initial state."""
+    if tiling.parts > 1:
+        arrays = arrays | _launch(backward_parts_kernel, tiling, arrays, _part_results(tiling))
+    results = {f"d_{name}": _like(arrays[name]) for name in ("q", "k", "v", "g")}
+    if with_state:
+        results["d_initial_state"] = _end_state(tiling)
+    return _launch(backward_kernel, tiling, arrays, results)
 
 
 def _prepare(operands: Operands, scan: Scan) -> tuple[TritonTiling, dict[str, Shaped[Array, "..."]]]:

@@ -14,6 +14,8 @@ class GpuTuning:
     staged_state: the largest padded state of 16-bit numbers with `stages`. Larger ones take one, because
         their tiles do not fit into shared memory twice.
     large_warps: replaces `warps` if a padded state has more than `large_state` entries.
+    float32_values: the most values of a head that one launch of the float32 backward kernel takes. Before
+        sm_90 the operands of its products are in registers, and 64 values spill 106 KB, 32 values 14 KB.
     least_chunks: the fewest chunks in a part of a split scan, because splitting costs a second pass.
     least_parts: the fewest parts of a scan with at least one program per core; fewer save less than the
         second pass costs (an H200 at 144 programs of 64 chunks: 3 parts are slower than 1, and 8 are faster).
@@ -25,6 +27,7 @@ class GpuTuning:
     stages: int = 2
     staged_state: int = 64 * 128
     large_state: int = 64 * 64
+    float32_values: int = 32
     least_chunks: int = 8
     least_parts: int = 8
 
@@ -48,12 +51,12 @@ class GpuTuning:
 # By prefix of `jax.Device.device_kind`.
 GPUS = {
     "NVIDIA A100": GpuTuning(cores=108),
-    "NVIDIA H100": GpuTuning(cores=132),
-    "NVIDIA H200": GpuTuning(cores=132),
-    "NVIDIA B200": GpuTuning(cores=148),
+    "NVIDIA H100": GpuTuning(cores=132, float32_values=128),
+    "NVIDIA H200": GpuTuning(cores=132, float32_values=128),
+    "NVIDIA B200": GpuTuning(cores=148, float32_values=128),
 }
 # The smallest shared memory of a GPU since Ampere is 99 KB.
-DEFAULT_GPU = dataclasses.replace(GPUS["NVIDIA H200"], staged_state=32 * 64)
+DEFAULT_GPU = dataclasses.replace(GPUS["NVIDIA H200"], staged_state=32 * 64, float32_values=32)
 
 
 def gpu(device_kind: str | None) -> GpuTuning:
