@@ -1,4 +1,4 @@
-"""Solvers on the exact flow of Gaussian data: order, moments, evaluations, and agreement with diffusers."""
+"""Solvers on the exact flow of Gaussian data: order, moments and evaluations."""
 
 import dataclasses
 import functools
@@ -260,50 +260,6 @@ def test_float32_samples_stay_close_to_float64(name):
     )
     np.testing.assert_allclose(narrow, reference, atol=2e-5)
     assert wide.dtype == jnp.float64
-
-
-@dataclasses.dataclass(frozen=True)
-class Diffusers(GaussianDiffusion):
-    """Knots as in diffusers' scheduler tests: 11 evenly spaced timesteps, of which the last is not clean."""
-
-    def knots(self, steps):
-        level = super().knots(None)[1]
-        times = np.linspace(0, 999, steps + 1).round()[::-1].astype(int)
-        return type(super().knots(2))(times, type(level)(*(part[999 - times] for part in level)))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FirstOrderEnd(UniPC):
-    """UniPC whose last step has order 1 even if it does not end at clean images, as in diffusers."""
-
-    def table(self, process):
-        table, level = super().table(process), process.knots(self.steps).level
-        scale = level.sigma[-1] / level.sigma[-2]
-        weights = table.weights.copy()
-        weights[-1, 0] = scale * weights[-1, 1]
-        weights[-1, 0, 4] += level.alpha[-1] - scale * level.alpha[-2]
-        return dataclasses.replace(table, weights=weights)
-
-
-@pytest.mark.parametrize(
-    ("sampler", "process", "expected"),
-    [
-        (FirstOrderEnd(steps=10), Diffusers(learn_sigma=False), 0.2464),
-        (DPMpp2M(steps=10), Diffusers(learn_sigma=False), 0.3301),
-        (DDIM(steps="ddim10", clip=True), GaussianDiffusion(learn_sigma=False), 0.223967),
-    ],
-    ids=["unipc", "dpmpp_2m", "ddim"],
-)
-def test_samplers_reach_the_values_of_diffusers_scheduler_tests(sampler, process, expected):
-    # `test_full_loop_no_noise` of diffusers: this sample and model, linear betas, 10 steps, the mean of |x|.
-    x = jnp.arange(4 * 3 * 8 * 8).reshape(3, 8, 8, 4).transpose(3, 0, 1, 2) / 768
-    x = jnp.moveaxis(x, 1, -1)
-
-    def model(x, t):
-        t = t[:, None, None, None]
-        return x * t / (t + 1)
-
-    assert abs(float(jnp.abs(sampler(process, model, x, no_noise)).mean()) - expected) < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def lower_sampler(run: PlannedRun) -> jax.stages.Lowered:
             seeds=numbers,
             scale=jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh)),
             spec=spec,
-            weak_params=params if spec.weak else None,
+            **({"weak_params": params} if spec.weak else {}),
         )
 
 
