@@ -83,11 +83,13 @@ from dig_jax.training import batch_reader
 def get_config():
     c = smoke.get_config()
     c.training.steps, c.data.batch_size, c.checkpoint.every_steps = 1000, 4, 1000
-    c.sampling.every_steps = c.logging.heldout_every_steps = c.evaluation.num_images = 0
+    c.logging.heldout_every_steps = 1
+    c.sampling.every_steps = c.evaluation.num_images = 0
     batch_reader._FIRST_LINE = 0.5
     read, reads = FakeSource.__getitem__, []
     def hang(self, index):
-        reads.append(index)
+        if self.split == SPLIT:
+            reads.append(index)
         if len(reads) > 100:
             threading.Event().wait()
         return read(self, index)
@@ -96,8 +98,9 @@ def get_config():
 """
 
 
-def test_sigterm_saves_the_last_step_while_a_read_hangs(tmp_path):
-    (tmp_path / "hanging.py").write_text(HANGING_CONFIG)
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_sigterm_saves_the_last_step_while_a_read_hangs(tmp_path, split):
+    (tmp_path / "hanging.py").write_text(f"SPLIT = {split!r}\n{HANGING_CONFIG}")
     command = [sys.executable, "main.py", f"--config={tmp_path}/hanging.py", f"--workdir={tmp_path}/run"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     lines = []

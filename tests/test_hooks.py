@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from dig_jax.errors import UserError
+from dig_jax.errors import StalledRead, UserError
 from dig_jax.progress import Progress
 from dig_jax.testing import tiny_settings
 from dig_jax.training import hooks
@@ -93,7 +93,7 @@ def test_the_trace_starts_before_its_first_and_stops_after_its_last_step_while_t
 def test_the_heldout_loss_is_computed_when_due_while_the_meter_pauses(meter):
     paused = []
 
-    def compute(state):
+    def compute(state, must_exit):
         paused.append(meter.is_paused)
         return float(state["number"])
 
@@ -104,6 +104,17 @@ def test_the_heldout_loss_is_computed_when_due_while_the_meter_pauses(meter):
         10: 10.0,
     }
     assert paused == [True] * 3
+
+
+def test_a_heldout_read_that_hangs_ends_the_run_if_the_process_must_exit(meter):
+    def compute(state, must_exit):
+        if must_exit():
+            raise StalledRead("no held-out image")
+        return 1.0
+
+    hook, ended = hooks.ComputeHeldoutLoss(1, compute, meter), event(3, must_exit=lambda: True)
+    hook.after_step(ended)
+    assert (ended.stalled, ended.preempted, ended.heldout_loss) == (True, True, None)
 
 
 def test_a_row_is_written_one_step_late(calls, metrics):

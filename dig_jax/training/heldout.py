@@ -1,6 +1,8 @@
 """The mean loss on held-out images."""
 
+import contextlib
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from dig_jax.components import Components, Params
 from dig_jax.data import epoch
+from dig_jax.errors import StalledRead
 from dig_jax.parallel import process_shard, replicated, to_global
+from dig_jax.training.batch_reader import BatchReader
 from dig_jax.training.objectives.denoising import Batch, Draw, losses
 from dig_jax.training.state import Purpose, purpose_key
 
@@ -24,8 +28,16 @@ class HeldoutLoss:
         self._batch_size = components.config.data.batch_size
         self._sums = jax.jit(functools.partial(heldout_sums, components), out_shardings=replicated(mesh))
 
-    def __call__(self, params: Params) -> float | None:
-        """Compute the mean over all held-out images; None if there are none."""
+    def __call__(self, params: Params, should_stop: Callable[[], bool] = lambda: False) -> float | None:
+        """Compute the mean over all held-out images; None if there are none.
+
+        Args:
+            params: parameters of the model.
+            should_stop: whether the process must exit; asked while a read takes long.
+
+        Raises:
+            StalledRead: the process must exit and the next batch does not arrive.
+        """
         if not len(self._source):
             return None
         shard, sums = process_shard(self._mesh), []
@@ -35,10 +47,14 @@ class HeldoutLoss:
             process_index=shard.index,
             process_count=shard.count,
         )
-        for number, batch in enumerate(batches):
-            # Bound the work in flight, as training does.
-            jax.block_until_ready(sums[-1:])
-            sums.append(self._sums(params, to_global(batch, self._mesh), number * self._batch_size))
+        with contextlib.closing(BatchReader(batches, should_stop)) as reader:
+            for number in range(-(-len(self._source) // self._batch_size)):
+                batch = reader.read()
+                if batch is None:
+                    raise StalledRead("stopped while waiting for held-out images")
+                # Bound the work in flight, as training does.
+                jax.block_until_ready(sums[-1:])
+                sums.append(self._sums(params, to_global(batch, self._mesh), number * self._batch_size))
         total, count = map(sum, zip(*sums, strict=True))
         return float(total / count)
 

@@ -14,7 +14,7 @@ import jax
 
 from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.config import CheckpointConfig
-from dig_jax.errors import UserError, one_line
+from dig_jax.errors import StalledRead, UserError, one_line
 from dig_jax.files import paths
 from dig_jax.parallel import on_process_0
 from dig_jax.progress import Progress
@@ -42,6 +42,8 @@ class StepEvent:
         last: the number of the run's last step.
         examples: the number of training examples consumed, this step's included.
         preempted: whether the process must exit after this step.
+        stalled: whether it must exit while a read hangs.
+        must_exit: function that asks again whether the process must exit, during a hook that takes long.
         heldout_loss: the held-out loss after this step, once a hook has computed it.
         has_new_files: whether a hook saved a checkpoint or drew samples after this step.
     """
@@ -51,6 +53,8 @@ class StepEvent:
     last: int
     examples: int
     preempted: bool = False
+    stalled: bool = False
+    must_exit: Callable[[], bool] = lambda: False
     heldout_loss: float | None = None
     has_new_files: bool = False
 
@@ -103,14 +107,22 @@ class ProfileSteps(Hook):
 class ComputeHeldoutLoss(Hook):
     """Hook that computes the held-out loss every N steps, for metrics and the choice of checkpoints."""
 
-    def __init__(self, every_steps: int | None, compute: Callable[[State], float | None], meter: StepMeter):
+    def __init__(
+        self,
+        every_steps: int | None,
+        compute: Callable[[State, Callable[[], bool]], float | None],
+        meter: StepMeter,
+    ):
         self._every_steps, self._compute, self._meter = every_steps, compute, meter
 
     def after_step(self, event: StepEvent) -> None:
-        """Compute the loss if it is due."""
-        if event.is_due(self._every_steps):
-            with self._meter.paused():
-                event.heldout_loss = self._compute(event.state)
+        """Compute the loss if it is due; a read that hangs ends the run if the process must exit."""
+        if event.is_due(self._every_steps) and not event.stalled:
+            try:
+                with self._meter.paused():
+                    event.heldout_loss = self._compute(event.state, event.must_exit)
+            except StalledRead:
+                event.stalled = event.preempted = True
 
 
 class WriteMetrics(Hook):
@@ -332,7 +344,7 @@ def make_hooks(
         ProfileSteps(Profiler(run.output / "profile", profile, first, last), meter),
         ComputeHeldoutLoss(
             settings.logging.heldout_every_steps,
-            lambda state: heldout_loss(run.sampled_params(state)),
+            lambda state, must_exit: heldout_loss(run.sampled_params(state), must_exit),
             meter,
         ),
         metrics,

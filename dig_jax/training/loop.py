@@ -1,13 +1,13 @@
 """The training loop."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
 from dig_jax.errors import StalledRead
 from dig_jax.parallel import to_global
-from dig_jax.training.batch_reader import BatchReader, HostBatch
+from dig_jax.training.batch_reader import BatchReader
 from dig_jax.training.hooks import Hook, StepEvent
 from dig_jax.training.objectives.denoising import Batch, Metrics
 from dig_jax.training.preemption import preemption_notice
@@ -49,7 +49,9 @@ def loop(
     with contextlib.ExitStack() as stack:
         data = stack.enter_context(contextlib.closing(run.batches(examples)))
         is_preempted = stack.enter_context(preemption_notice())
-        reader = stack.enter_context(contextlib.closing(_reader(data, lambda: is_preempted(first))))
+        # Several processes save the same step, on which one that waits cannot agree with the others.
+        must_exit = (lambda: is_preempted(first)) if jax.process_count() == 1 else lambda: False
+        reader = stack.enter_context(contextlib.closing(BatchReader(data, must_exit)))
         for hook in hooks:
             stack.callback(hook.close)
         batch = _next_batch(run, reader, meter)
@@ -67,11 +69,19 @@ def loop(
                 batch = _next_batch(run, reader, meter)
             meter.add(step, metrics)
             consumed = examples + (step - first) * run.settings.data.batch_size
-            preempted = is_preempted(step) or batch is None
-            event = StepEvent(step, state, last=last, examples=consumed, preempted=preempted)
+            stalled = batch is None
+            event = StepEvent(
+                step,
+                state,
+                last=last,
+                examples=consumed,
+                preempted=is_preempted(step) or stalled,
+                stalled=stalled,
+                must_exit=must_exit,
+            )
             for hook in hooks:
                 hook.after_step(event)
-            if batch is None:
+            if batch is None or event.stalled:
                 raise StalledRead(
                     f"stopped while waiting for a batch, after saving step {step} of {last}; run the same"
                     " command again to resume"
@@ -79,11 +89,6 @@ def loop(
             if event.preempted:
                 break
     return state
-
-
-def _reader(data: Iterator[HostBatch], is_preempted: Callable[[], bool]) -> BatchReader:
-    # Several processes save the same step, on which one that waits cannot agree with the others.
-    return BatchReader(data, is_preempted if jax.process_count() == 1 else lambda: False)
 
 
 def _next_batch(run: Run, reader: BatchReader, meter: StepMeter) -> Batch | None:
