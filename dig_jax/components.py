@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Collection
 from typing import Any
@@ -21,6 +22,8 @@ from dig_jax.models import DiffusionTransformer, create_model
 from dig_jax.models.backbone import ModelOptions, Outputs
 from dig_jax.models.registry import accepted_options, resolve_options
 from dig_jax.parallel import gather_params
+
+log = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 
@@ -205,14 +208,41 @@ def _options(settings: ModelConfig) -> dict[str, Any]:
 def _check_unused(settings: ModelConfig, accepted: Collection[str]) -> None:
     """Reject options that the model family lacks, unless they ask for nothing: the default, or none."""
     defaults, values = to_dict(ModelConfig()), to_dict(settings)  # as people write them
+    for name in _unused(settings, accepted):
+        raise ValueError(
+            f"unsupported option {name} of {settings.name}: got {values[name]!r}; expected the default,"
+            f" {defaults[name]!r}"
+        )
+
+
+def _unused(settings: ModelConfig, accepted: Collection[str]) -> list[str]:
+    """Return the names of the options that ask for something the model family lacks."""
+    defaults = ModelConfig()
     # The alignment of skips has no meaning without skips, and recipes set it for all families.
     ignored = {"name", *accepted} | ({"skip_alignment"} if settings.skip is None else set())
-    for name in (name for name in values if name not in ignored):
-        if getattr(settings, name) is not None and values[name] != defaults[name]:
-            raise ValueError(
-                f"unsupported option {name} of {settings.name}: got {values[name]!r}; expected the default,"
-                f" {defaults[name]!r}"
-            )
+    return [
+        name
+        for name, value in vars(settings).items()
+        if name not in ignored and value is not None and value != getattr(defaults, name)
+    ]
+
+
+def without_unused_options(settings: Config) -> Config:
+    """Return a stored config without the options that its model family lacks: older versions ignored them."""
+    return dataclasses.replace(settings, model=_without_unused_options(settings.model))
+
+
+@functools.lru_cache(maxsize=16)  # one line per run, which reads its config several times
+def _without_unused_options(settings: ModelConfig) -> ModelConfig:
+    try:
+        unused = _unused(settings, accepted_options(settings.name))
+    except ValueError:  # an unknown model, which building it reports
+        return settings
+    if unused:
+        fields = ", ".join(f"config.model.{name}" for name in unused)
+        log.info("ignored %s of the stored config, which %s lacks", fields, settings.name)
+    defaults = ModelConfig()
+    return dataclasses.replace(settings, **{name: getattr(defaults, name) for name in unused})
 
 
 def _check_flow_fields(settings: DiffusionConfig) -> None:

@@ -55,6 +55,15 @@ class PrintableFormatter(logging.Formatter):
 
 
 @contextlib.contextmanager
+def naming_environment() -> Iterator[None]:
+    """Turn a ValueError of importing JAX, which reads its environment variables, into a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"invalid environment variable: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
 def naming_setting(setting: str) -> Iterator[None]:
     """Re-raise a ValueError or UserError as a ConfigError that starts with the name of a field or flag."""
     try:

@@ -1,5 +1,4 @@
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ended_runs import environment
 
 from dig_jax.checkpoints.reader import has_checkpoints
 from dig_jax.training import batch_reader
@@ -83,7 +83,7 @@ from dig_jax.training import batch_reader
 def get_config():
     c = smoke.get_config()
     c.training.steps, c.data.batch_size, c.checkpoint.every_steps = 1000, 4, 1000
-    c.logging.heldout_every_steps = 1
+    c.logging.heldout_every_steps = 1 if SPLIT == "heldout" else 0
     c.sampling.every_steps = c.evaluation.num_images = 0
     batch_reader._FIRST_LINE = 0.5
     read, reads = FakeSource.__getitem__, []
@@ -102,10 +102,11 @@ def get_config():
 def test_sigterm_saves_the_last_step_while_a_read_hangs(tmp_path, split):
     (tmp_path / "hanging.py").write_text(f"SPLIT = {split!r}\n{HANGING_CONFIG}")
     command = [sys.executable, "main.py", f"--config={tmp_path}/hanging.py", f"--workdir={tmp_path}/run"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     lines = []
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        limit = threading.Timer(120, process.kill)
+    options = {"cwd": ROOT, "env": environment(tmp_path) | paths, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **options) as process:
+        limit = threading.Timer(240, process.kill)
         limit.start()
         for line in process.stderr:
             lines.append(line)

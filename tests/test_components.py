@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import logging
 import runpy
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import jax
 import pytest
 
 from dig_jax import ConfigError
-from dig_jax.components import param_count
+from dig_jax.components import param_count, without_unused_options
 from dig_jax.config.fields import ModelConfig
 from dig_jax.models.dig import DiGOptions
-from dig_jax.testing import tiny_components
+from dig_jax.testing import tiny_components, tiny_settings
 from dig_jax.training.state import init_params
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +121,18 @@ def test_options_that_a_family_lacks_are_rejected(option, value):
     message = f"config.model: unsupported option {option} of DiT-S/2: got {value!r}; expected the default"
     with pytest.raises(ConfigError, match=message):
         jax.eval_shape(functools.partial(init_params, components))
+
+
+def test_options_that_a_family_lacks_are_dropped_from_stored_configs_with_a_line(caplog):
+    caplog.set_level(logging.INFO, "dig_jax")
+    settings = tiny_settings(model__name="DiT-S/2", model__conv="inside", model__directions=2)
+    for _ in range(2):
+        stored = without_unused_options(settings)
+    assert stored == tiny_settings(model__name="DiT-S/2")
+    line = "ignored config.model.directions, config.model.conv of the stored config, which DiT-S/2 lacks"
+    assert caplog.messages == [line]
+    own = tiny_settings(model__conv="inside")
+    assert without_unused_options(own) == own
 
 
 def test_the_width_of_the_mlp_is_an_option_with_the_default_of_the_family():

@@ -17,7 +17,7 @@ import numpy as np
 
 from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
-from dig_jax.components import Components, Params
+from dig_jax.components import Components, Params, without_unused_options
 from dig_jax.data import ImageSpec
 from dig_jax.errors import CheckpointError, ConfigError, one_line
 from dig_jax.files.paths import Path, make_folder
@@ -97,7 +97,7 @@ def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[Components,
             f" expected {FORMAT!r}; {CONVERT_HINT}"
         )
     try:
-        settings = config.from_dict(json.loads(metadata["config"]))
+        settings = without_unused_options(config.from_dict(json.loads(metadata["config"])))
         images = json.loads(metadata.get("images", "{}"))
         if not isinstance(images, dict):
             raise ValueError(f"invalid images: got {reprlib.repr(images)}; expected an object")

@@ -20,7 +20,7 @@ from dig_jax.checkpoints.integrity import find_corruption, has_record
 from dig_jax.checkpoints.parameter_file import CONVERT_HINT, read_parameter_file
 from dig_jax.checkpoints.power_function import Profile, combination
 from dig_jax.checkpoints.s3 import prepare_orbax
-from dig_jax.components import Components, Params
+from dig_jax.components import Components, Params, without_unused_options
 from dig_jax.config import Config
 from dig_jax.config.averages import average_of_length, length_of
 from dig_jax.data import ImageSpec
@@ -291,7 +291,7 @@ def _candidates(path: Path) -> list[Path]:
 
 def _read_config(directory: Path) -> Config:
     try:
-        return config.from_dict(_read_json(directory / "config")["config"])
+        return without_unused_options(config.from_dict(_read_json(directory / "config")["config"]))
     except ConfigError as error:
         raise CheckpointError(
             f"checkpoint {directory} was written by a different version: {error}"

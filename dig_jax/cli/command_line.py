@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dig_jax.cli.logging_setup import start_logging
 from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
-from dig_jax.errors import ConfigError, StalledRead, UserError, one_line, suggest
+from dig_jax.errors import ConfigError, StalledRead, UserError, naming_environment, one_line, suggest
 from dig_jax.files.paths import Path, children, is_storage_error, local_copy, to_path
 from dig_jax.streams import ending_with_reader, prepare_streams
 
@@ -141,7 +141,10 @@ def load_config(text: str) -> ConfigDict:
     if name.endswith(".json"):
         if argument:
             raise ConfigError(f"--config={text}: {name} takes no argument")
-        return ConfigDict(to_dict(read_settings(path)))
+        with naming_environment():
+            from dig_jax.components import without_unused_options  # takes a second: it imports JAX
+
+        return ConfigDict(to_dict(without_unused_options(read_settings(path))))
     try:
         with local_copy(path) as file:
             get_config = runpy.run_path(str(file))["get_config"]

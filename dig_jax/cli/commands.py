@@ -14,7 +14,7 @@ from collections.abc import Callable
 from absl.flags import FlagValues
 
 from dig_jax.config import Config
-from dig_jax.errors import ConfigError, alternatives, one_line
+from dig_jax.errors import ConfigError, alternatives, naming_environment
 from dig_jax.files.paths import Path, to_path
 
 log = logging.getLogger(__name__)
@@ -43,10 +43,8 @@ def run(values: FlagValues, settings: Config, default_workdir: Path) -> None:
     """
     mode = values.mode
     _check_flags(values, mode)
-    try:
+    with naming_environment():
         from dig_jax import runtime
-    except ValueError as error:  # JAX reads its variables when it is imported
-        raise ConfigError(f"invalid environment variable: {one_line(error)}") from error
     runtime.raise_lost_interrupts()
     runtime.set_numerics()
     runtime.prepare_cpu(settings.mesh.cpu_devices)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.checkpoints.reader import has_checkpoints, read_config
+from dig_jax.components import without_unused_options
 from dig_jax.config import Config
 from dig_jax.errors import naming_directory
 from dig_jax.files.atomic import remove_leftovers, write_json
@@ -43,4 +44,4 @@ def _claim(settings: Config, workdir: Path) -> None:
 
 def _stored_config(workdir: Path) -> Config:
     path = workdir / "config.json"
-    return config.read_settings(path) if path.exists() else read_config(workdir)
+    return without_unused_options(config.read_settings(path)) if path.exists() else read_config(workdir)
