@@ -15,8 +15,11 @@ from dig_jax.errors import alternatives
 
 RESOLUTIONS = ("256", "512", "1024")
 # The recipe "fast": multiple of the batch of 256, and config.mesh.fsdp, on 256 chips of TPU v5e
-# (--topology=v5e:16x16). docs/plan.md has the planned speed.
+# (--topology=v5e:16x16). docs/pods.md has the planned speed.
 _FAST = {
+    ("DiG-S/2", "256"): (16, 1),
+    ("DiG-B/2", "256"): (16, 1),
+    ("DiG-L/2", "256"): (12, 2),
     ("DiG-XL/2", "256"): (12, 2),
     ("DiG-XL/2", "512"): (4, 1),
 }

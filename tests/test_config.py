@@ -33,7 +33,7 @@ SHIPPED = (
         for argument in ("256", "512", "1024", "256,paper", "1024,paper")
     ),
     *IMAGENET,
-    *("dig_xl:256,fast", "dig_xl:512,fast"),
+    *("dig_s:256,fast", "dig_b:256,fast", "dig_l:256,fast", "dig_xl:256,fast", "dig_xl:512,fast"),
     *("cifar10", "cifar10:paper", "celeba64", "celeba64:paper"),
     *("base", "digits", "imagefolder", "imagefolder:pictures", "imagefolder_latents:pictures", "smoke"),
 )
@@ -162,9 +162,12 @@ def test_our_recipe_differs_from_the_published_one_only_where_it_says_so(name):
     assert (ours["model.dtype"], ours["model.remat"]) == ("bfloat16", "full")
 
 
-@pytest.mark.parametrize(("pixels", "factor"), [(256, 12), (512, 4)])
-def test_the_fast_recipe_sees_as_many_images_in_larger_batches(pixels, factor):
-    ours, fast = (from_dict(shipped(f"dig_xl:{pixels},{recipe}").to_dict()) for recipe in ("ours", "fast"))
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("dig_s:256", 16), ("dig_b:256", 16), ("dig_l:256", 12), ("dig_xl:256", 12), ("dig_xl:512", 4)],
+)
+def test_the_fast_recipe_sees_as_many_images_in_larger_batches(name, factor):
+    ours, fast = (from_dict(shipped(f"{name},{recipe}").to_dict()) for recipe in ("ours", "fast"))
     assert fast.data.batch_size == factor * ours.data.batch_size
     images = [settings.data.batch_size * settings.training.steps for settings in (ours, fast)]
     assert 0 <= images[1] - images[0] < fast.data.batch_size
@@ -173,11 +176,9 @@ def test_the_fast_recipe_sees_as_many_images_in_larger_batches(pixels, factor):
     assert fast.model == ours.model and fast.data.batch_size % 256 == 0
 
 
-@pytest.mark.parametrize("name", ["dig_s:256,fast", "dig_xl:1024,fast"])
+@pytest.mark.parametrize("name", ["dig_s:512,fast", "dig_xl:1024,fast", "dit_s:256,fast"])
 def test_the_fast_recipe_of_a_model_that_was_not_planned_is_refused(name):
-    with pytest.raises(
-        ConfigError, match="no recipe 'fast' for .*; expected DiG-XL/2 at 256 px or DiG-XL/2 at 512"
-    ):
+    with pytest.raises(ConfigError, match="no recipe 'fast' for .*; expected DiG-S/2 at 256 px, .*512 px"):
         shipped(name)
 
 
