@@ -363,6 +363,19 @@ def test_all_settings_that_a_workdir_was_not_created_with_are_named():
         ({"sampling__sampler": "ddin"}, "config.sampling: unknown sampler: .*did you mean 'ddi"),
         ({"sampling__steps": 2000}, "config.sampling: .*2000"),
         (
+            {"sampling__guidance": "cfg_zero"},
+            "config.sampling: unsupported process for CFGZero: got Gaussian",
+        ),
+        ({"sampling__guidance": "autoguidance"}, "config.sampling: missing weak_model"),
+        (
+            {"sampling__guidance": "perturbed", "sampling__guidance_options": {"blocks": [99]}},
+            "config.sampling: block out of range: got 99; expected 0 … ",
+        ),
+        (
+            {"model__name": "DiT-S/2", "sampling__guidance": "perturbed"},
+            "config.sampling: unsupported guidance 'perturbed': the model has softmax attention",
+        ),
+        (
             {"sampling__guidance_channels": 4},
             "config.sampling: invalid guidance_channels=4; expected at most 3",
         ),

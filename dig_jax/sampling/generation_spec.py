@@ -4,13 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from dig_jax.components import Components, ModelSpec
 from dig_jax.config import SamplingConfig
 from dig_jax.diffusion import BaseSampler, Guidance, Process, make_rule, make_sampler
-from dig_jax.diffusion.guidance import GUIDED, ZERO
+from dig_jax.diffusion.guidance import GUIDED, ZERO, Perturbed
 from dig_jax.errors import suggest
+from dig_jax.models.isolation import isolate_tokens
 
 # Fields of `sampling` that a call may replace.
 OPTIONS = (
@@ -160,5 +163,8 @@ def _guidance(fields: Mapping[str, Any], components: Components) -> Guidance | N
         channels=fields["guidance_channels"],
     )
     guidance.check(components.diffusion)
+    if isinstance(rule, Perturbed):
+        params = nnx.to_pure_dict(nnx.split(components.abstract_model)[1])
+        jax.eval_shape(lambda params: isolate_tokens(params, rule.blocks), params)  # checks the blocks
     without_null = rule.weak == "null" and not components.image_spec.num_classes
     return None if fields["guidance_scale"] == 1 or without_null else guidance

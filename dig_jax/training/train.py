@@ -20,7 +20,6 @@ from dig_jax.config import Config
 from dig_jax.data.image_folder import folder
 from dig_jax.data.latents import LatentSource, check_latents
 from dig_jax.data.summary import summary
-from dig_jax.diffusion import make_sampler
 from dig_jax.errors import ConfigError, alternatives, naming_setting
 from dig_jax.evaluation.evaluate import draw_neighbors, score
 from dig_jax.files.atomic import replacing
@@ -28,6 +27,7 @@ from dig_jax.files.mirror import Mirror, mirror
 from dig_jax.files.paths import Path, absolute, is_remote
 from dig_jax.parallel import check_agreement, make_mesh, on_process_0
 from dig_jax.progress import duration
+from dig_jax.sampling.sampler import Sampler
 from dig_jax.training.compile import abstract_batch, compile_train_step
 from dig_jax.training.hooks import draw_grid, make_hooks, try_to_write_report
 from dig_jax.training.loop import loop
@@ -146,11 +146,11 @@ def _check_settings(components: Components) -> None:
     if not len(source):
         raise ConfigError(f"config.data: no images in the {source.split!r} split of {source.name!r}")
     # Load components that are first used between steps, so that a failure ends the run before it starts.
-    diffusion, decoder, _ = components.diffusion, components.autoencoder, components.heldout_source
+    decoder, _ = components.autoencoder, components.heldout_source
     if isinstance(source, LatentSource):
         check_latents(source, components.config, decoder.fingerprint() if decoder else None)
     with naming_setting("config.sampling"):
-        make_sampler(settings.sampler, steps=settings.steps, clip=settings.clip).check(diffusion)
+        _ = Sampler(components, {}, step=0).evaluations  # validates samplers and guidance
         if settings.guidance_channels is not None and settings.guidance_channels > channels:
             raise ValueError(
                 f"invalid guidance_channels={settings.guidance_channels}; expected at most {channels}, the"
