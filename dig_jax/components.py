@@ -16,7 +16,7 @@ from dig_jax import autoencoder
 from dig_jax.autoencoder import Autoencoder
 from dig_jax.config import Config, DiffusionConfig, ModelConfig, to_dict
 from dig_jax.data import ImageSpec, Source, open_source
-from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Process, Times
+from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Path, Process, Times
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
 from dig_jax.models.backbone import ModelOptions, Outputs
@@ -26,6 +26,7 @@ from dig_jax.parallel import gather_params
 log = logging.getLogger(__name__)
 
 Params = dict[str, Any]
+Features = Callable[[Float[Array, "b h w c"]], Float[Array, "b t d"]]
 
 
 class Components:
@@ -37,14 +38,16 @@ class Components:
         config: configuration of the run.
         image_spec: shape and classes of the model's images, from a checkpoint; by default from the training
             data.
+        features: a frozen encoder (images [b, h, w, c] of the model's space) -> [b, t, d], the target of
+            `auxiliary.repa_weight`, with one token per token of the model.
     """
 
-    def __init__(self, config: Config, image_spec: ImageSpec | None = None):
-        self.config, self._stored_spec = config, image_spec
+    def __init__(self, config: Config, image_spec: ImageSpec | None = None, features: Features | None = None):
+        self.config, self._stored_spec, self.features = config, image_spec, features
 
     def with_config(self, config: Config) -> "Components":
         """Return components of another config for the same images."""
-        return type(self)(config, self._stored_spec)
+        return type(self)(config, self._stored_spec, self.features)
 
     @functools.cached_property
     def train_source(self) -> Source:
@@ -107,7 +110,9 @@ class Components:
         if shift is None:
             shift = math.sqrt(math.prod(self.image_spec.image_shape) / 4096)
         times = Times(d.times, d.time_mean, d.time_std, d.time_low, d.time_high, shift)
-        return FlowMatching(d.path, d.prediction, times, d.weight)
+        height, width, _ = self.image_spec.image_shape
+        scale = math.sqrt(height * width) / 256 if d.noise_scale is None else d.noise_scale
+        return FlowMatching(Path(d.path, scale), d.prediction, times, d.weight)
 
     def init_params(self, key: Array) -> Params:
         """Return random parameters in float32."""
@@ -167,6 +172,7 @@ class ModelSpec:
         return self._network(params).outputs(x, t, y, drop=drop, taps=taps)
 
     def _network(self, params: Params) -> DiffusionTransformer:
+        params = network_params(params)
         # Each block gathers its parameters when it runs.
         params = gather_params({name: part for name, part in params.items() if name != "blocks"}) | {
             "blocks": params["blocks"]
@@ -266,6 +272,11 @@ def _abstract_model(spec: ModelSpec) -> DiffusionTransformer:
 @functools.lru_cache(maxsize=16)
 def _graphdef(spec: ModelSpec) -> nnx.GraphDef:
     return nnx.split(_abstract_model(spec))[0]
+
+
+def network_params(params: Params) -> Params:
+    """Return the parameters without those of auxiliary losses, which only training uses."""
+    return {name: part for name, part in params.items() if name != "auxiliary"}
 
 
 def param_count(params: Params) -> int:

@@ -20,7 +20,7 @@ from dig_jax.checkpoints.integrity import find_corruption, has_record
 from dig_jax.checkpoints.parameter_file import CONVERT_HINT, read_parameter_file
 from dig_jax.checkpoints.power_function import Profile, combination
 from dig_jax.checkpoints.s3 import prepare_orbax
-from dig_jax.components import Components, Params, without_unused_options
+from dig_jax.components import Components, Params, network_params, without_unused_options
 from dig_jax.config import Config
 from dig_jax.config.averages import average_of_length, length_of
 from dig_jax.data import ImageSpec
@@ -91,7 +91,7 @@ def read_checkpoint(path: Path, ema: str | None = None) -> tuple[Components, int
 def _read_average(directory: Path, name: str) -> Params:
     """Read the average of this name, or the parameters, on one local device."""
     params = _read_part(directory, *(("params",) if name == "params" else ("ema", name)))
-    return _with_integer_keys(params)
+    return network_params(_with_integer_keys(params))
 
 
 def _read_part(directory: Path, *keys: str) -> Any:

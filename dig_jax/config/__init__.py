@@ -14,7 +14,6 @@ from dig_jax.config.fields import (
     CheckpointConfig,
     Config,
     DataConfig,
-    DiffusionConfig,
     EncodeConfig,
     EvaluationConfig,
     LoggingConfig,
@@ -24,9 +23,11 @@ from dig_jax.config.fields import (
     SamplingConfig,
     TrainingConfig,
 )
+from dig_jax.config.objective import AuxiliaryConfig, DiffusionConfig
 
 __all__ = [
     "AutoencoderConfig",
+    "AuxiliaryConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",

@@ -10,6 +10,7 @@ from typing import Any
 
 from dig_jax.config.averages import LONGEST, average_of_length, length_of
 from dig_jax.config.field import Group, field, group
+from dig_jax.config.objective import AuxiliaryConfig, DiffusionConfig
 from dig_jax.config.sampling import SamplingConfig
 from dig_jax.errors import ConfigError, alternatives
 
@@ -115,47 +116,6 @@ class EncodeConfig(Group, path="config.encode"):
         "float32",
         "Dtype of the stored moments: float32, or float16 for half the disk space.",
         choices=("float32", "float16"),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class DiffusionConfig(Group, path="config.diffusion"):
-    """The diffusion process and the loss."""
-
-    process: str = field(
-        "ddpm",
-        "ddpm (Ho et al. 2020) or flow (flow matching, Lipman et al. 2023; docs/diffusion.md).",
-        choices=("ddpm", "flow"),
-    )
-    schedule: str = field(
-        "linear", "Noise schedule of ddpm: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."
-    )
-    num_steps: int = field(1000, "Number of noise levels of ddpm.")
-    loss: str = field("mse", "Loss of ddpm: mse, rescaled_mse, kl or rescaled_kl (Nichol & Dhariwal 2021).")
-    path: str = field(
-        "linear", "Path of flow from data to noise: linear, trigonometric or vp (Ma et al. 2024)."
-    )
-    prediction: str = field(
-        "velocity", "What the network predicts in flow: velocity, x, noise or v (Salimans & Ho 2022)."
-    )
-    weight: str = field(
-        "none",
-        "Weight of the squared error by time: none, min_snr (Hang et al. 2023) or, for flow, velocity: the"
-        " error of the velocity, whatever is predicted, as in JiT.",
-    )
-    times: str = field(
-        "uniform", "Training times of flow: uniform or logit_normal (Esser et al. 2024); 1 is noise."
-    )
-    time_mean: float = field(0.0, "Mean of the logit of the times (logit_normal only).")
-    time_std: float = field(1.0, "Deviation of the logit of the times (logit_normal only).")
-    time_low: float = field(0.0, "Least training time, before the shift.", bounds="fraction")
-    time_high: float = field(1.0, "Greatest training time, before the shift.", bounds="fraction")
-    time_shift: float | None = field(
-        1.0,
-        "Shift of the times of training and sampling toward noise, as a factor of t/(1 - t); 1: none; 0:"
-        " √(height·width·channels/4096) (Zheng et al. 2025).",
-        none=0.0,
-        bounds="positive",
     )
 
 
@@ -335,6 +295,7 @@ class Config(Group, path="config"):
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)
     diffusion: DiffusionConfig = group(DiffusionConfig)
+    auxiliary: AuxiliaryConfig = group(AuxiliaryConfig)
     training: TrainingConfig = group(TrainingConfig)
     optimizer: OptimizerConfig = group(OptimizerConfig)
     checkpoint: CheckpointConfig = group(CheckpointConfig)

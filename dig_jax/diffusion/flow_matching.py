@@ -74,6 +74,11 @@ class FlowMatching:
         """The path."""
         return Path(self.path) if isinstance(self.path, str) else self.path
 
+    @property
+    def noise_scale(self) -> float:
+        """The factor of the noise in x_t."""
+        return self.curve.noise_scale
+
     def sample_times(self, keys: Key[Array, " b"]) -> PerImage:
         """Draw the time of each image from `times`."""
         return jnp.maximum(self.times.sample(keys), self.curve.first_time)
@@ -81,6 +86,10 @@ class FlowMatching:
     def times_at(self, fractions: PerImage) -> PerImage:
         """Return quantiles of the training times."""
         return jnp.maximum(self.times.quantile(fractions), self.curve.first_time)
+
+    def earlier(self, times: PerImage, fractions: PerImage) -> PerImage:
+        """Return the times moved toward data by these fractions of the path."""
+        return jnp.maximum(times - fractions, self.curve.first_time)
 
     def level_index(self, times: PerImage, count: int) -> Int[Array, " b"]:
         """Return the index of each time's range, out of `count` equal ranges of [0, 1]."""
@@ -124,7 +133,7 @@ class FlowMatching:
         if self.weight == "velocity":
             divisor = {
                 "velocity": level.omega,
-                "x": jnp.maximum(sigma, _FLOOR),
+                "x": jnp.maximum(sigma, _FLOOR * self.noise_scale),
                 "noise": jnp.maximum(alpha, _FLOOR),
                 "v": alpha**2 + sigma**2,
             }

@@ -129,6 +129,11 @@ class GaussianDiffusion:
         """Number of steps of this process: num_steps unless it is respaced."""
         return len(self.timestep_map)
 
+    @property
+    def noise_scale(self) -> float:
+        """1: x_T is standard normal noise."""
+        return 1.0
+
     @cached_property
     def timestep_map(self) -> Int[np.ndarray, " steps"]:
         """The original timestep of each step."""
@@ -186,6 +191,10 @@ class GaussianDiffusion:
     def times_at(self, fractions: PerImage) -> Steps:
         """Return the steps at these fractions of the process."""
         return (fractions * self.length).astype(jnp.int32)
+
+    def earlier(self, t: Steps, fractions: PerImage) -> Steps:
+        """Return the steps moved toward data by these fractions of the process, rounded to whole steps."""
+        return jnp.maximum(t - jnp.round(fractions * self.length).astype(t.dtype), 0)
 
     def level_index(self, t: Steps, count: int) -> Steps:
         """Return the index of each step's range, out of `count` equal ranges of the steps."""

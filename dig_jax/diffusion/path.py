@@ -75,12 +75,15 @@ class Path:
 
     Attributes:
         name: one of PATHS.
+        noise_scale: factor of σ, s in x_t = α x + σ s ε. JiT takes resolution/256, because noise of a given
+            deviation hides less of a larger image.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a noise scale that is not positive.
     """
 
     name: str = "linear"
+    noise_scale: float = 1.0
 
     def __post_init__(self):
         if self.name not in PATHS:
@@ -88,6 +91,8 @@ class Path:
                 f"unknown path: got {self.name!r}; expected one of {', '.join(PATHS)}"
                 f"{suggest(self.name, PATHS)}"
             )
+        if not self.noise_scale > 0:
+            raise ValueError(f"invalid noise_scale: got {self.noise_scale}; expected a positive number")
 
     @property
     def first_time(self) -> float:
@@ -96,6 +101,14 @@ class Path:
 
     def at(self, t: Values) -> Level:
         """Return the coefficients at times t, in the dtype of t."""
+        level = self._unscaled(t)
+        if self.noise_scale == 1:
+            return level
+        return level._replace(
+            sigma=self.noise_scale * level.sigma, sigma_dot=self.noise_scale * level.sigma_dot
+        )
+
+    def _unscaled(self, t: Values) -> Level:
         xp = _namespace(t)
         if self.name == "linear":
             one = xp.ones_like(t)
@@ -113,6 +126,7 @@ class Path:
     def time_of(self, ratio: Values) -> Any:
         """Return the time at which σ/α has this value: the inverse of the noise-to-signal ratio."""
         xp = _namespace(ratio)
+        ratio = ratio / self.noise_scale
         if self.name == "linear":
             return ratio / (1 + ratio)
         if self.name == "trigonometric":

@@ -41,6 +41,11 @@ class Process(Protocol):
     static argument of `jax.jit`. Each image has one time; the process chooses its dtype and range.
     """
 
+    @property
+    def noise_scale(self) -> float:
+        """Deviation of the noise that sampling starts from."""
+        ...
+
     def sample_times(self, keys: Key[Array, " b"], /) -> Times:
         """Draw the training time of each image from its key."""
         ...
@@ -50,6 +55,10 @@ class Process(Protocol):
 
         Evenly spread fractions give evenly spread times, which is how the held-out loss chooses them.
         """
+        ...
+
+    def earlier(self, times: Times, fractions: PerImage, /) -> Times:
+        """Return the times moved toward data by these fractions of the whole range, as far as it goes."""
         ...
 
     def level_index(self, times: Times, count: int, /) -> Int[Array, " b"]:

@@ -8,7 +8,7 @@ from typing import Any
 import grain
 from jax.sharding import Mesh
 
-from dig_jax.components import Components, Params
+from dig_jax.components import Components, Params, network_params
 from dig_jax.config import Config
 from dig_jax.data import batches
 from dig_jax.files.paths import Path
@@ -66,7 +66,7 @@ class Run:
     def sampled_params(self, state: State) -> Params:
         """Return the parameters to sample from and to compute the held-out loss of."""
         name = self.settings.sampled_ema
-        return state["params"] if name == "params" else state["ema"][name]
+        return network_params(state["params"] if name == "params" else state["ema"][name])
 
     def sampler(self, state: State) -> Sampler:
         """Return a sampler of the current state on the run's devices."""

@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 
 from dig_jax.components import Components, Params
 from dig_jax.parallel import state_sharding
+from dig_jax.training.objectives.auxiliary import init_heads
 from dig_jax.training.train_setup import TrainSetup
 
 State = dict[str, Any]
@@ -21,6 +22,7 @@ class Purpose(enum.IntEnum):
     INIT = 0
     TRAIN = 1
     HELDOUT = 2
+    HEADS = 3
 
 
 def purpose_key(components: Components, purpose: Purpose) -> Key[Array, ""]:
@@ -29,8 +31,9 @@ def purpose_key(components: Components, purpose: Purpose) -> Key[Array, ""]:
 
 
 def init_params(components: Components) -> Params:
-    """Return the random initial parameters for the config's seed."""
-    return components.init_params(purpose_key(components, Purpose.INIT))
+    """Return the random initial parameters for the config's seed, with the heads of auxiliary losses."""
+    params = components.init_params(purpose_key(components, Purpose.INIT))
+    return params | init_heads(components, purpose_key(components, Purpose.HEADS))
 
 
 def init_state(setup: TrainSetup, params: Params) -> State:
@@ -46,7 +49,8 @@ def init_state(setup: TrainSetup, params: Params) -> State:
 
 def fresh_state(components: Components, params: Params | None = None) -> State:
     """Return the state that a run starts from, with random parameters by default."""
-    return init_state(TrainSetup.of(components), init_params(components) if params is None else params)
+    setup = TrainSetup.of(components)  # checks the settings first
+    return init_state(setup, init_params(components) if params is None else params)
 
 
 def abstract_state(components: Components, mesh: Mesh) -> State:

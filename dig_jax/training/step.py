@@ -4,6 +4,9 @@ All random numbers of image i in step n are a function of (seed, n, i): they dep
 micro-batches.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,6 +14,7 @@ from jaxtyping import Array, Bool, Key
 
 from dig_jax.components import Params
 from dig_jax.parallel import constrain_batch
+from dig_jax.training.objectives.auxiliary import AuxiliaryObjective
 from dig_jax.training.objectives.denoising import Batch, Metrics
 from dig_jax.training.optimizer import may_overflow
 from dig_jax.training.state import Purpose, State, purpose_key
@@ -27,7 +31,7 @@ def train_step(setup: TrainSetup, state: State, batch: Batch) -> tuple[State, Me
         The new state, and the objective's metrics with "grad_norm", "learning_rate" and "skipped" (0 or 1).
     """
     key = jax.random.fold_in(purpose_key(setup.components, Purpose.TRAIN), state["step"])
-    grads, metrics = mean_gradient(setup, state["params"], batch, key)
+    grads, metrics = _gradient(setup, state, batch, key)
     grad_norm = optax.tree.norm(grads)
 
     updates_before = state["step"] - state["skipped_steps"]
@@ -66,6 +70,31 @@ def _update_is_finite(setup: TrainSetup, grads: Params, state: State) -> Bool[Ar
     updates, _ = setup.optimizer.update(grads, opt_state, params)
     leaves = jax.tree.leaves(optax.apply_updates(params, updates))
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _gradient(setup: TrainSetup, state: State, batch: Batch, key: Key[Array, ""]) -> tuple[Params, Metrics]:
+    """Return gradient and metrics with the auxiliary losses of this step.
+
+    The losses that have ended are left out of the program's branch, not multiplied by zero, so that what is
+    left is computed bit for bit as without them, at no cost. Their metrics are NaN then.
+    """
+
+    def gradient(auxiliary: AuxiliaryObjective | None) -> tuple[Params, Metrics]:
+        if auxiliary is None:
+            return mean_gradient(setup, state["params"], batch, key)
+        objective = functools.partial(auxiliary, teacher=state["ema"][setup.teacher])
+        return mean_gradient(dataclasses.replace(setup, objective=objective), state["params"], batch, key)
+
+    until = setup.components.config.auxiliary.until
+    if setup.auxiliary is None or until is None or setup.auxiliary == setup.lasting:
+        return gradient(setup.auxiliary)
+    missing: Metrics = {name: jnp.full((), jnp.nan) for name in setup.auxiliary.metric_names}
+
+    def rest() -> tuple[Params, Metrics]:
+        grads, metrics = gradient(setup.lasting)
+        return grads, missing | metrics
+
+    return jax.lax.cond(state["step"] < until, lambda: gradient(setup.auxiliary), rest)
 
 
 def mean_gradient(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.checkpoints.manager import Checkpoints
-from dig_jax.components import Components, Params, param_count
+from dig_jax.components import Components, Features, Params, param_count
 from dig_jax.config import Config
 from dig_jax.data.image_folder import folder
 from dig_jax.data.latents import LatentSource, check_latents
@@ -45,7 +45,12 @@ from dig_jax.training.workdir import claim_workdir
 log = logging.getLogger(__name__)
 
 
-def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None) -> dict[str, Any] | None:
+def train(
+    settings: Config,
+    workdir: Path,
+    profile: ProfiledSteps | None = None,
+    features: Features | None = None,
+) -> dict[str, Any] | None:
     """Start or resume training until `settings.training.steps`, then draw and score samples.
 
     At SIGTERM, or at a cloud's preemption notice, the run finishes the step, saves and returns.
@@ -54,6 +59,7 @@ def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None)
         settings: the run's config, which must match an existing workdir's.
         workdir: the run's directory.
         profile: the steps to trace into WORKDIR/profile.
+        features: the encoder for `auxiliary.repa_weight`, as in `Components`.
 
     Returns:
         The scores, as in scores.json; None if the run was preempted before the last step.
@@ -65,7 +71,7 @@ def train(settings: Config, workdir: Path, profile: ProfiledSteps | None = None)
     began, steps = time.monotonic(), settings.training.steps
     check_agreement({"workdir": str(absolute(workdir)), **config.flattened(config_and_versions(settings))})
     mesh = make_mesh(settings.mesh, settings.data.batch_size, settings.training.accumulation)
-    components = Components(settings)
+    components = Components(settings, features=features)
     _check_settings(components)
     _check_workdir(workdir, components)
     check_agreement({"data": components.train_source.fingerprint})

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 from dig_jax.components import Components, Params
 from dig_jax.training.ema import Average, make_averages
 from dig_jax.training.objectives import denoising
+from dig_jax.training.objectives.auxiliary import AuxiliaryObjective, make_auxiliary
 from dig_jax.training.optimizer import make_optimizer, make_schedule
 
 Objective = Callable[
@@ -28,6 +29,9 @@ class TrainSetup:
         schedule: learning rate by number of updates, for the metrics.
         averages: averages of the parameters by name.
         objective: the loss of a micro-batch.
+        auxiliary: replaces the objective, up to step `auxiliary.until`; None does not.
+        lasting: replaces the objective after this step.
+        teacher: name of the average that auxiliary losses use as their teacher.
     """
 
     components: Components
@@ -35,6 +39,9 @@ class TrainSetup:
     schedule: optax.Schedule
     averages: Mapping[str, Average]
     objective: Objective = denoising.loss
+    auxiliary: AuxiliaryObjective | None = None
+    lasting: AuxiliaryObjective | None = None
+    teacher: str = ""
 
     @classmethod
     def of(cls, components: Components) -> "TrainSetup":
@@ -45,4 +52,7 @@ class TrainSetup:
             make_optimizer(settings.optimizer, settings.training.steps),
             make_schedule(settings.optimizer, settings.training.steps),
             make_averages(settings),
+            denoising.loss,
+            *make_auxiliary(components),
+            settings.training.average_names[0],
         )

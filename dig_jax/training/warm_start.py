@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dig_jax.checkpoints.reader import read_model
-from dig_jax.components import Components, Params, model_options
+from dig_jax.components import Components, Params, model_options, network_params
 from dig_jax.config import to_dict
 from dig_jax.data.class_names import are_names, match_classes
 from dig_jax.errors import naming_setting
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 # Options that change how a network is computed, but not its function.
 _IMPLEMENTATION = ("dtype", "remat", "implementation", "in_channels")
 # Fields of the diffusion process that give inputs and outputs a meaning; the others only weight the loss.
-_PROCESS_FIELDS = {"ddpm": ("schedule", "num_steps"), "flow": ("path", "prediction")}
+_PROCESS_FIELDS = {"ddpm": ("schedule", "num_steps"), "flow": ("path", "prediction", "noise_scale")}
 _LABELS = "label_embed.table.embedding"
 _FAMILY = "model family"
 
@@ -67,7 +67,8 @@ def read_warm_start(path: str, components: Components, expected: Params) -> Warm
         source, step, params = read_model(to_path(path))
     with naming_setting(f"config.init_from={path}"):
         _compare_settings(source, components)
-        found, wanted = _by_name(params), _by_name(expected)
+        # The heads of auxiliary losses start at random: the source's may have been trained on others.
+        found, wanted = _by_name(params), _by_name(network_params(expected))
         known_rows = ()
         if _LABELS in found and _LABELS in wanted:
             found[_LABELS], known_rows = _label_table(found[_LABELS], source, components)

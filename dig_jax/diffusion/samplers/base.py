@@ -35,7 +35,7 @@ class Loop:
         evaluations: number of iterations.
         step: one iteration.
         memory: number of arrays in the state in addition to x; they start at zero.
-        start: scale of the noise that x starts from.
+        start: scale of the noise that x starts from, as a multiple of the process's noise scale.
         per_step: iterations of a step; its first iteration predicts the step's x_0.
     """
 
@@ -132,7 +132,8 @@ class BaseSampler(abc.ABC):
             session = Session(piece)
             loop = self.discretize(process, session, noise)
             if state is None:
-                start = x if loop.start == 1 else (loop.start * x).astype(x.dtype)
+                scale = loop.start * process.noise_scale
+                start = x if scale == 1 else (scale * x).astype(x.dtype)
                 state = (start, *(jnp.zeros_like(x) for _ in range(loop.memory)))
 
             def body(carry: Any, i: Int[Array, ""], loop: Loop = loop, session: Session = session):

@@ -35,7 +35,7 @@ class Table:
         times: the process's time of each evaluation [n].
         weights: coefficients [n, m, m + 2] of the next state of m arrays in the state, the predicted image
             and the noise.
-        start: scale of the noise that x starts from.
+        start: scale of the noise that x starts from, as a multiple of the process's noise scale.
         per_step: evaluations of a step.
     """
 

@@ -171,7 +171,7 @@ class EDMHeun(LinearSampler):
         times = np.empty(2 * steps)
         times[::2], times[1::2] = process.curve.time_of(raised[:-1]), process.curve.time_of(tau[1:])
         start = alpha_raised[0] * np.hypot(tau[0], churn[0])
-        return Table(times[:-1], weights[:-1], float(start), per_step=2)
+        return Table(times[:-1], weights[:-1], float(start) / process.noise_scale, per_step=2)
 
     def _levels(self, steps: int) -> Float64[np.ndarray, " knots"]:
         """Return τ from sigma_max to sigma_min and 0 [K 5]."""

@@ -65,7 +65,13 @@ def loss(
     """
     drawn = draw(components, key, batch["index"])
     values = losses(components, params, batch, drawn)
+    metrics = metrics_of(components, drawn, values, batch_size)
+    return metrics["loss"], metrics
+
+
+def metrics_of(components: Components, drawn: Draw, values: Float[Array, " b"], batch_size: int) -> Metrics:
+    """Return the metrics of `loss` for the loss of each image."""
     # A sum of products, because accelerators would round a matrix product.
     level = jax.nn.one_hot(components.diffusion.level_index(drawn.times, LEVELS), LEVELS)
     mean = jnp.sum(values) / batch_size
-    return mean, {"loss": mean, "loss_sum": (values[:, None] * level).sum(0), "count": level.sum(0)}
+    return {"loss": mean, "loss_sum": (values[:, None] * level).sum(0), "count": level.sum(0)}

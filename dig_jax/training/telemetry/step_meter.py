@@ -82,6 +82,7 @@ class StepMeter:
         Returns:
             loss, grad_norm: means over the steps that were not skipped; NaN if all were.
             loss_q1 … loss_q4: mean loss by quarter of the timesteps, if the quarter occurred.
+            internal_loss, dispersive_loss, …: means of auxiliary losses over the steps that compute them.
             learning_rate: the last step's.
             skipped_steps: the number of skipped steps.
             images_per_second: images of all processes per second of training.
@@ -152,6 +153,10 @@ def _means(steps: Sequence[Mapping[str, Any]]) -> Row:
         for quarter, (total, count) in enumerate(zip(sums, counts, strict=True), 1):
             if count:
                 row[f"loss_q{quarter}"] = float(total / count)
+        for name in (name for name in kept[0] if name.endswith("_loss")):
+            # NaN: the loss has ended.
+            if values := [metrics[name] for metrics in kept if np.isfinite(metrics[name])]:
+                row[name] = float(np.mean(values))
     return row
 
 
