@@ -59,6 +59,7 @@ class ToySpec(ModelSpec):
 
     def outputs(self, params, x, t, y, drop=None, taps=()):
         self.calls.append((params, x, t, y, drop, taps))
+        assert y is not None
         label = y if drop is None else jnp.where(drop, self.num_classes, y)
         tokens = patchify(x, 2) @ params["embed"] + 0.1 * (label + t / 500)[:, None, None]
         hidden = []
@@ -137,6 +138,7 @@ def test_the_teacher_sees_the_students_noise_and_labels_at_an_earlier_time(proce
     setup, params = TrainSetup.of(components), random_params(components)
     teacher = jax.tree.map(lambda x: x + 1, params)
     numbered = jax.tree.map(jnp.asarray, batch()) | {"index": jnp.arange(SIZE)}
+    assert setup.auxiliary is not None
     setup.auxiliary(components, params, numbered, jax.random.key(0), SIZE, teacher=teacher)
     (student_params, x, t, y, drop, taps), (teacher_params, x2, t2, y2, drop2, taps2) = (
         components.model_spec.calls
@@ -160,6 +162,7 @@ def test_no_gradient_flows_to_the_teacher_or_the_features():
     numbered = jax.tree.map(jnp.asarray, batch()) | {"index": jnp.arange(SIZE)}
 
     def total(teacher):
+        assert setup.auxiliary is not None
         return setup.auxiliary(components, params, numbered, jax.random.key(0), SIZE, teacher=teacher)[0]
 
     assert all(not leaf.any() for leaf in jax.tree.leaves(jax.grad(total)(params)))
@@ -226,7 +229,7 @@ def test_the_learned_log_variance_becomes_the_logarithm_of_the_loss():
     level = jnp.linspace(-4, 4, 64)
     mean = 1 / (0.5 + jnp.exp(-0.8 * level) / 4)
     np.testing.assert_array_equal(nnx.merge(graphdef, params)(level), 0)
-    optimizer = optax.adam(0.02)
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.02, 2000))
 
     def step(carry, key):
         params, state = carry
@@ -240,9 +243,9 @@ def test_the_learned_log_variance_becomes_the_logarithm_of_the_loss():
         return (optax.apply_updates(params, updates), state), None
 
     start = params, optimizer.init(params)
-    (params, _), _ = jax.jit(lambda: jax.lax.scan(step, start, jax.random.split(jax.random.key(1), 1500)))()
+    (params, _), _ = jax.jit(lambda: jax.lax.scan(step, start, jax.random.split(jax.random.key(1), 2000)))()
     error = nnx.merge(graphdef, params)(level) - jnp.log(mean)
-    assert jnp.sqrt(jnp.square(error).mean()) < 0.15
+    assert jnp.sqrt(jnp.square(error).mean()) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -297,7 +300,7 @@ def test_samplers_and_warm_starts_leave_the_heads_out(tmp_path):
     read, step, params = read_model(tmp_path)
     write_parameter_file(tmp_path / "model.safetensors", read, step, params)
     new = tiny_components(model__name="DiT-S/2", **LOG_VARIANCE)
-    fresh = random_params(new)
+    fresh = jax.tree.map(jnp.asarray, random_params(new))
     for source in (tmp_path, tmp_path / "model.safetensors"):
         start = read_warm_start(str(source), new, abstract_state(new, mesh_of(1))["params"])
         started = complete(fresh, start.arrays, start.known_rows)
