@@ -1,6 +1,7 @@
 """The TPU kernels: results in interpret mode, and the code that the TPU compiler generates."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -17,6 +18,7 @@ from gla_test_base import SIZES, GLATestBase
 from jax.experimental.pallas import tpu as pltpu
 from pallas_gla.mosaic_tpu import backend, launch, tuning
 from pallas_gla.scan import Gating, Operands, Scan, saved_shape
+from triton_cases import check_uneven
 
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
@@ -26,7 +28,6 @@ GATING = Gating(normalizer=16.0, eps=1e-6)
 class TestMosaic(GLATestBase):
     implementation = "mosaic"
     interpret = jax.default_backend() != "tpu"
-    inaccurate_decay_gradients = ("10 then 1", "1 then 100")
 
     # COVERING has more sizes.
     @pytest.mark.parametrize("size", SIZES[-1:], ids=str)
@@ -191,6 +192,17 @@ def test_kernels_have_no_64_bit_types_with_x64_enabled():
     with jax.enable_x64(True):
         jaxpr = str(jax.make_jaxpr(program(case))(*inputs(case)[:2], inputs(case)[2], None))
         assert "f64" not in jaxpr
+
+
+@pytest.mark.slow
+def test_the_decay_gradient_of_every_channel_and_token_is_accurate_in_16_bits():
+    @functools.partial(jax.jit, static_argnames="scan")
+    def run(operands, cotangents, scan):
+        scan = dataclasses.replace(scan, interpret=True)
+        o, final_state, states = backend.forward(operands, scan, save=True)
+        return (o, final_state), backend.backward(operands, states, *cotangents, scan)
+
+    check_uneven(run, "bfloat16")
 
 
 def test_scale_may_be_negative():

@@ -9,12 +9,14 @@ dA = mask(dO v^T):
 The decay of token t affects everything that t and later tokens read from the state before t. At the chunk's
 start this is sum_v S~ (D~ + dO^T q~); every token then adds its key and removes what only its query read:
 dg_t = that sum - sum_{s < t} (q~ dq~ - k~ dk~)_s. All terms use the same rounded numbers, so that errors do
-not grow along the sequence.
+not grow along the sequence. Where all channels of a head decay strongly, dg is small and this difference
+would be noise; such steps run by bisection.
 
 The bisection for strong decays instead differentiates the sums of each level and subtracts nothing.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,23 +52,23 @@ def backward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gatin
         row, lane = tiling.positions(group.heads)
         causal[group.heads], anticausal[group.heads] = lane <= row, lane >= row
     masks = (sum_to, sum_before, causal, anticausal)
-    fast = _FactorizedStep(refs, tiling, scale, gating, *masks, d_states, d_weights, spans=[])
+    fast = _FactorizedStep(refs, tiling, scale, gating, *masks, d_states, d_weights, spans=[], decays={})
     tiles.emit_in_stages(
         fast.stages(chunk, group) for chunk in tiling.visits[::-1] for group in tiling.groups
     )
     for group, d_state in d_states.items():
         state_ref[after, :, group.keys] = d_state
-    bounded = fwd.largest(fast.spans) <= tiles.MAX_SPAN
+    accurate = (fwd.largest(fast.spans) <= tiles.MAX_SPAN) & (fast.weakest_channels() <= tiles.MAX_DECAY)
 
     if gating is not None:
 
-        @pl.when(bounded)
+        @pl.when(accurate)
         def _() -> None:
             for group, d_weight in d_weights.items():
                 weight_ref[:, group.values] += d_weight
 
-    # NaN counts as unbounded.
-    @pl.when(jnp.logical_not(bounded))
+    # NaN counts as inaccurate.
+    @pl.when(jnp.logical_not(accurate))
     def _() -> None:
         _bisect_step(refs, tiling, scale, gating, before, after)
 
@@ -90,6 +92,15 @@ class _FactorizedStep:
     d_states: dict[HeadGroup, Any]
     d_weights: dict[HeadGroup, Any]
     spans: list[Float[Array, "1 _"]]
+    decays: dict[HeadGroup, list[Float[Array, "1 _"]]]
+
+    def weakest_channels(self) -> Float[Array, ""]:
+        """Return the largest decay of a half chunk, in bits, in the channel of a head that decays least."""
+        groups = (
+            tiles.weakest_channels(self.tiling, group, jnp.concatenate(rows))
+            for group, rows in self.decays.items()
+        )
+        return functools.reduce(jnp.maximum, groups)
 
     def stages(self, chunk: int, group: HeadGroup) -> Iterator[None]:
         """Emit the backward pass of one chunk and group, in stages that can be interleaved."""
@@ -98,6 +109,8 @@ class _FactorizedStep:
         yield
         q, k, leave, enter, span = fwd.factorized(refs, tiling, chunk, group, first, total, self.scale)
         self.spans.append(span)
+        middle, last = (fwd.row(total, r) for r in tiling.scan_rows[1:])
+        self.decays.setdefault(group, []).extend((-middle, middle - last))
         v, d_o = (refs[name].load(chunk, group.values) for name in ("v", "d_o"))
         entered = (refs["states"][chunk, :, group.keys].astype(jnp.float32) * enter).astype(tiling.dtype)
         yield
@@ -125,8 +138,7 @@ class _FactorizedStep:
         yield
         through = jnp.sum(entered.astype(jnp.float32) * both, axis=0, keepdims=True)
         difference = q.astype(jnp.float32) * d_q - k.astype(jnp.float32) * d_k
-        d_g = through - tiling.sums(self.sum_before, difference)
-        middle = fwd.row(total, tiling.scan_rows[1])
+        d_g = through - tiling.sums(self.sum_before, difference, parts=3)
         refs["d_q"].store(chunk, group.keys, d_q * fwd.query_factor(total, middle, self.scale))
         refs["d_k"].store(chunk, group.keys, d_k * jnp.exp2(middle - total))
         yield

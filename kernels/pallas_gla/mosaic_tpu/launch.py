@@ -81,6 +81,7 @@ class Launch:
             heads = -(-heads // (head_blocks * aligned)) * aligned
         tiling = TpuTiling(
             heads=heads,
+            keys=keys,
             key_width=key_width,
             value_width=max(64, 1 << (values - 1).bit_length()),
             values=values,

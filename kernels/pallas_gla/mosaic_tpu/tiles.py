@@ -8,6 +8,7 @@ an operand that keeps heads apart in a matrix product.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from pallas_gla.mosaic_tpu.tokens import LANES
 BITS = 1.4426950408889634
 # Largest decay, in bits from the middle of a chunk to either end, for the factorized form.
 MAX_SPAN = 58.0
+# Largest decay of a half chunk, in bits and in at least one channel of a head, for dg as a difference.
+MAX_DECAY = 6.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,11 +39,12 @@ class HeadGroup:
 class TpuTiling:
     """The static shape of a grid step: `heads` of `key_width` and `value_width`, `chunks` of `chunk` tokens.
 
-    `values` is `value_width` without padding. `dtype` is the dtype of the operands of matrix products,
-    bfloat16 or float32.
+    `keys` and `values` are `key_width` and `value_width` without padding. `dtype` is the dtype of operands
+    of matrix products, bfloat16 or float32.
     """
 
     heads: int
+    keys: int
     key_width: int
     value_width: int
     values: int
@@ -87,21 +91,24 @@ class TpuTiling:
         return _dot(x.astype(self.dtype), y.astype(self.dtype), axes)
 
     def sums(
-        self, which: Bool[Array, "c c"], x: Float[Array, "c w"], unit: float = 1.0
+        self, which: Bool[Array, "c c"], x: Float[Array, "c w"], unit: float = 1.0, parts: int = 2
     ) -> Float[Array, "c w"]:
         """Return, for every row of `which`, the sum of the tokens that it marks, times `unit`.
 
-        Marks are exact in bfloat16, and so are the terms into which x is split. With bfloat16 operands this
-        uses 16 bits of x, with float32 operands all of them.
+        Marks are exact in bfloat16, and so are the `parts` into which x is split. With bfloat16 operands two
+        parts have 16 bits of x, and three all of them, as float32 operands do.
         """
         mark = unit if float(jnp.finfo(jnp.bfloat16).dtype.type(unit)) == unit else 1.0
         marks = (which.astype(jnp.float32) * mark).astype(self.dtype)
         if self.dtype == jnp.float32 or x.dtype == jnp.bfloat16:
             total = _dot(marks, x.astype(self.dtype), (1, 0))
         else:
-            high = _truncate_to_bfloat16(x)
-            parts = (part.astype(jnp.bfloat16) for part in (high, x - high))
-            total: Any = sum(_dot(marks, part, (1, 0)) for part in parts)
+            terms, rest = [], x
+            for _ in range(parts - 1):
+                terms.append(_truncate_to_bfloat16(rest))
+                rest = rest - terms[-1]
+            products = (_dot(marks, term.astype(jnp.bfloat16), (1, 0)) for term in (*terms, rest))
+            total: Any = functools.reduce(operator.add, products)
         return total if mark == unit else total * unit
 
 
@@ -144,6 +151,19 @@ def fold_heads(x: Float[Array, "rows w"], heads: int) -> Float[Array, "r w"]:
     for h in range(1, heads):
         folded = jnp.where(head == h, x[h * rows : (h + 1) * rows], folded)
     return folded
+
+
+def weakest_channels(tiling: TpuTiling, group: HeadGroup, decays: Float[Array, "r w"]) -> Float[Array, ""]:
+    """Return the largest, over rows and heads, of the smallest decay of a head's channels."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, decays.shape, 1)
+    head = _head_of_lane(decays.shape, group.heads)
+    used = (lane & (tiling.key_width - 1)) < tiling.keys
+    infinity = jnp.full((), jnp.inf, decays.dtype)  # a plain one has 64 bits with jax_enable_x64
+    smallest = [
+        jnp.min(jnp.where((head == h) & used, decays, infinity), axis=1, keepdims=True)
+        for h in range(group.heads)
+    ]
+    return jnp.max(functools.reduce(jnp.maximum, smallest))
 
 
 def softplus_bits(x: Float[Array, "..."]) -> Float[Array, "..."]:
