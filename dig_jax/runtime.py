@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,7 @@ def skip_cleanup_at_exit(status: int) -> None:
     """Let the process end with this status as soon as Python would start to clean up.
 
     An interrupted computation still runs in other threads, and crashes when Python takes its modules away.
+    Before that, Python would wait for threads, of which one may hang in a read.
     """
 
     def leave() -> None:
@@ -123,7 +125,12 @@ def skip_cleanup_at_exit(status: int) -> None:
                 stream.flush()
         os._exit(status)
 
+    def leave_after_main_thread() -> None:
+        threading.main_thread().join()
+        leave()
+
     atexit.register(leave)
+    threading.Thread(target=leave_after_main_thread, daemon=True).start()
 
 
 def disable_llvm_symbolizer() -> None:

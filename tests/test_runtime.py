@@ -135,3 +135,13 @@ sys.exit(7)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "flushed")
+
+
+def test_an_interrupted_process_ends_while_a_thread_hangs():
+    code = """
+import threading
+from dig_jax.runtime import skip_cleanup_at_exit
+threading.Thread(target=threading.Event().wait).start()
+skip_cleanup_at_exit(130)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=100).returncode == 130
