@@ -4,13 +4,11 @@ Only programs call these functions; the library does not.
 """
 
 import _thread
-import atexit
 import contextlib
 import ctypes
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,27 +108,6 @@ def raise_lost_interrupts() -> None:
 def _interrupt_soon() -> None:
     time.sleep(0.1)
     _thread.interrupt_main()
-
-
-def skip_cleanup_at_exit(status: int) -> None:
-    """Let the process end with this status as soon as Python would start to clean up.
-
-    An interrupted computation still runs in other threads, and crashes when Python takes its modules away.
-    Before that, Python would wait for threads, of which one may hang in a read.
-    """
-
-    def leave() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
-                stream.flush()
-        os._exit(status)
-
-    def leave_after_main_thread() -> None:
-        threading.main_thread().join()
-        leave()
-
-    atexit.register(leave)
-    threading.Thread(target=leave_after_main_thread, daemon=True).start()
 
 
 def disable_llvm_symbolizer() -> None:

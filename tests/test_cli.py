@@ -50,7 +50,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(runtime, name, lambda *_: None)
     monkeypatch.setattr(commands, "_join_processes", lambda values: None)
     monkeypatch.setattr(command_line, "start_logging", lambda: None)
-    monkeypatch.setattr(runtime, "skip_cleanup_at_exit", lambda status: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.chdir(ROOT)
     return run
 

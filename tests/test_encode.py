@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -515,3 +516,33 @@ def test_sigterm_ends_a_run_also_if_a_library_drops_the_exception(made, tmp_path
     with pytest.raises(KeyboardInterrupt):
         encode(settings(made, tmp_path / "cache"))
     assert len(encoded) <= 4  # of 2 · 24: two batches are in flight
+
+
+HANGING = """
+import threading
+from dig_jax.data.image_folder import ImageFiles
+
+read, reads = ImageFiles.read, []
+def hang(self, index):
+    reads.append(index)
+    if len(reads) > 5:
+        print("hangs", flush=True)
+        threading.Event().wait()
+    return read(self, index)
+ImageFiles.read = hang
+"""
+
+
+def test_sigterm_ends_a_run_while_a_read_hangs(made, tmp_path):
+    (tmp_path / "config.py").write_text(HANGING + CONFIG.format(fields(made, tmp_path / "cache")))
+    command = [sys.executable, "main.py", f"--config={tmp_path}/config.py", "--mode=encode"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE) as process:
+        limit = threading.Timer(120, process.kill)
+        limit.start()
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        process.wait()
+        limit.cancel()
+    assert process.returncode == 130
+    assert time.monotonic() - sent < 60

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import subprocess
 import sys
 import time
 
@@ -122,26 +121,3 @@ def test_a_second_start_in_a_notebook_cannot_change_the_number_of_cpu_devices():
     ):
         patch.delenv("XLA_FLAGS", raising=False)
         runtime.prepare_cpu(3)
-
-
-def test_an_interrupted_process_ends_before_python_cleans_up():
-    code = """
-import atexit, os, sys
-from dig_jax.runtime import skip_cleanup_at_exit
-atexit.register(os.abort)
-skip_cleanup_at_exit(130)
-sys.stdout.write("flushed")
-sys.exit(7)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (130, "flushed")
-
-
-def test_an_interrupted_process_ends_while_a_thread_hangs():
-    code = """
-import threading
-from dig_jax.runtime import skip_cleanup_at_exit
-threading.Thread(target=threading.Event().wait).start()
-skip_cleanup_at_exit(130)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=100).returncode == 130

@@ -5,6 +5,7 @@ Exit statuses: 0 success; 1 an error outside the program, such as a corrupt chec
 output any more (128 + SIGPIPE). A traceback is a bug in this program.
 """
 
+import contextlib
 import inspect
 import os
 import pathlib
@@ -50,16 +51,14 @@ def run(main: Callable[[Config, Path], None], usage: str, values: flags.FlagValu
     except ConfigError as error:
         _fail(one_line(error), 2)
     except StalledRead as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        sys.stderr.flush()
-        os._exit(1)
+        _end_at_once(one_line(error), 1)
     except (UserError, OSError) as error:
         _fail(one_line(error), 1)
     except KeyboardInterrupt:
-        from dig_jax import runtime
-
-        runtime.skip_cleanup_at_exit(130)
-        _fail("interrupted; run the same command again to resume", 130)
+        message = "interrupted; run the same command again to resume"
+        if _is_distributed():
+            _fail(message, 130)
+        _end_at_once(message, 130)
     except Exception as error:
         if is_storage_error(error):
             _fail(f"cannot use object storage: {one_line(error, name_type=True)}", 1)
@@ -79,6 +78,19 @@ def run(main: Callable[[Config, Path], None], usage: str, values: flags.FlagValu
 def _fail(message: str, status: int, *, wait: bool = True) -> NoReturn:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     _exit(status, wait=wait)
+
+
+def _end_at_once(message: str, status: int) -> NoReturn:
+    """Print an error and end the process without cleaning up.
+
+    Python would wait for threads, of which one may hang in a read. A computation that still runs in another
+    thread would crash when Python takes its modules away.
+    """
+    sys.stderr.write(f"error: {message}\n")
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
+            stream.flush()
+    os._exit(status)
 
 
 def _is_distributed() -> bool:
