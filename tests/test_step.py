@@ -11,7 +11,7 @@ from dig_jax.testing import PixelComponents, mesh_of, random_params, tiny_compon
 from dig_jax.training.heldout import heldout_sums
 from dig_jax.training.objectives.denoising import draw
 from dig_jax.training.state import Purpose, init_state, purpose_key
-from dig_jax.training.step import train_step
+from dig_jax.training.step import mean_gradient, train_step
 from dig_jax.training.train_setup import TrainSetup
 
 SIZE = 8
@@ -71,6 +71,18 @@ def test_micro_batches_on_four_devices_train_like_one_batch_on_one_device():
         np.testing.assert_array_equal(one["count"], expected["count"])
     for part in ("params", "ema", "opt_state"):
         assert distance(state[part], expected_state[part]) < 1e-5, part
+
+
+def test_the_reported_norm_of_the_gradient_is_not_its_square():
+    _, metrics = train(1)
+    components, _, state, _ = run()
+    setup, key = TrainSetup.of(components), step_key(components, 0)
+    grads, _ = jax.jit(functools.partial(mean_gradient, setup))(state["params"], batch(), key)
+    norm = np.sqrt(
+        sum(np.sum(np.square(x, dtype=np.float64)) for x in map(np.asarray, jax.tree.leaves(grads)))
+    )
+    assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert not 0.9 < norm < 1.1  # where a norm and its square are alike
 
 
 def test_the_draw_of_an_image_depends_neither_on_other_images_nor_on_devices():

@@ -1,0 +1,79 @@
+"""Programs for TPUs and GPUs: every objective and sampler mixes tokens by the kernels."""
+
+import re
+
+import pytest
+
+from configs import dig_s
+from dig_jax import config
+from dig_jax.planning.plan import without_data
+from dig_jax.planning.planned_run import PlannedRun, lower_sampler, lower_train_step
+from dig_jax.planning.topology import find_topology
+
+pytest.importorskip("libtpu", reason="needs the compilers for chips")
+
+KERNEL = {"v5e:2x2": "tpu_custom_call", "h100:1x1": "triton"}
+OBJECTIVES = {
+    "ddpm": {},
+    "ddpm with min-SNR weights": {"diffusion.weight": "min_snr"},
+    "velocity": {"diffusion.process": "flow", "diffusion.times": "logit_normal"},
+    "x with the loss of the velocity": {
+        "diffusion.process": "flow",
+        "diffusion.prediction": "x",
+        "diffusion.weight": "velocity",
+    },
+    "noise on the vp path": {
+        "diffusion.process": "flow",
+        "diffusion.prediction": "noise",
+        "diffusion.path": "vp",
+    },
+}
+AUXILIARY = {
+    "model.depth": 3,
+    "model.internal_head": 1,
+    "diffusion.process": "flow",
+    "auxiliary.log_variance": True,
+    "auxiliary.dispersive_weight": 0.5,
+    "auxiliary.dispersive_group": 4,
+    "auxiliary.contrastive_weight": 0.05,
+    "auxiliary.sra_weight": 1.0,
+    "auxiliary.sra_teacher_block": 2,
+}
+SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_maruyama", "edm_heun")
+
+
+def run_on(topology, **fields):
+    """Return a run of one block, whose layers are not scanned."""
+    c = dig_s.get_config("256", "ours")
+    c.data.batch_size = 4
+    small = {"model.depth": 1, "model.hidden_size": 128, "model.num_heads": 2, "model.scan_layers": False}
+    c.update_from_flattened_dict({**small, "mesh.data": -1, **fields})
+    return PlannedRun.of(without_data(config.from_dict(c.to_dict())), find_topology(topology))
+
+
+def kernels_and_loops(lowered, topology):
+    """Return the numbers of kernel calls and of loops."""
+    text = lowered.as_text()
+    return len(re.findall(KERNEL[topology], text)), text.count("stablehlo.while")
+
+
+@pytest.mark.parametrize("topology", KERNEL)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_train_step_scans_tokens_only_in_kernels(topology, objective):
+    kernels, loops = kernels_and_loops(lower_train_step(run_on(topology, **OBJECTIVES[objective])), topology)
+    assert kernels >= 2 and loops == 0
+
+
+@pytest.mark.parametrize("topology", KERNEL)
+def test_a_train_step_with_auxiliary_losses_scans_tokens_only_in_kernels(topology):
+    kernels, loops = kernels_and_loops(lower_train_step(run_on(topology, **AUXILIARY)), topology)
+    assert kernels >= 6 and loops == 0
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", pytest.param("h100:1x1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampling_loops_over_steps_and_scans_tokens_only_in_kernels(topology, sampler):
+    process = "flow" if sampler in ("euler_maruyama", "edm_heun") else "ddpm"
+    run = run_on(topology, **{"diffusion.process": process, "sampling.sampler": sampler, "sampling.steps": 4})
+    kernels, loops = kernels_and_loops(lower_sampler(run), topology)
+    assert kernels >= 1 and loops == 1
