@@ -1,4 +1,4 @@
-"""DiG-L/2 on ImageNet latents: dig_l.py[:256|512|1024[,paper]] or dig_l.py:256,fast
+"""DiG-L/2 on ImageNet latents: dig_l.py[:256|512|1024[,ours|paper]] or dig_l.py:256,fast
 
 The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 "fast" is for 256 chips of TPU v5e (docs/pods.md).
@@ -13,5 +13,5 @@ Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed
 from configs import imagenet
 
 
-def get_config(resolution: str = "256", recipe: str = "ours"):
+def get_config(resolution: str = "256", recipe: str = "modern"):
     return imagenet.get_config("DiG-L/2", resolution, recipe)

@@ -1,4 +1,4 @@
-"""DiG-XL/2 on ImageNet latents: dig_xl.py[:256|512|1024[,paper]] or dig_xl.py:256|512,fast
+"""DiG-XL/2 on ImageNet latents: dig_xl.py[:256|512|1024[,ours|paper]] or dig_xl.py:256|512,fast
 
 The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 "fast" is for 256 chips of TPU v5e (docs/pods.md).
@@ -15,5 +15,5 @@ The published FID of 2.07, with guidance, is for 1,200,000 steps.
 from configs import imagenet
 
 
-def get_config(resolution: str = "256", recipe: str = "ours"):
+def get_config(resolution: str = "256", recipe: str = "modern"):
     return imagenet.get_config("DiG-XL/2", resolution, recipe)

@@ -1,4 +1,4 @@
-"""DiT-B/2, the baseline of DiG's paper, on ImageNet latents: dit_b.py[:256|512|1024[,paper]]
+"""DiT-B/2, the baseline of DiG's paper, on ImageNet latents: dit_b.py[:256|512|1024[,ours|paper]]
 
 The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 
@@ -12,5 +12,5 @@ Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed
 from configs import imagenet
 
 
-def get_config(resolution: str = "256", recipe: str = "ours"):
+def get_config(resolution: str = "256", recipe: str = "modern"):
     return imagenet.get_config("DiT-B/2", resolution, recipe)

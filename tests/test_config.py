@@ -11,6 +11,7 @@ from dig_jax.cli.command_line import load_config
 from dig_jax.config import Config, check_same, flattened, from_dict, reference, to_dict
 from dig_jax.data.registry import loader
 from dig_jax.errors import ConfigError
+from dig_jax.models.registry import find_model
 from dig_jax.training.train import train
 
 SMOKE = smoke.get_config().to_dict()
@@ -30,7 +31,7 @@ SHIPPED = (
     *(
         f"{name}:{argument}"
         for name in IMAGENET
-        for argument in ("256", "512", "1024", "256,paper", "1024,paper")
+        for argument in ("256", "512", "1024", "256,ours", "256,paper", "1024,paper")
     ),
     *IMAGENET,
     *("dig_s:256,fast", "dig_b:256,fast", "dig_l:256,fast", "dig_xl:256,fast", "dig_xl:512,fast"),
@@ -151,15 +152,39 @@ def test_the_recipe_of_the_paper_has_the_published_values(name):
 
 @pytest.mark.parametrize("name", [*IMAGENET, "cifar10", "celeba64"])
 def test_our_recipe_differs_from_the_published_one_only_where_it_says_so(name):
+    resolution = "256," if name in IMAGENET else ""
     paper, ours = (
-        flattened(to_dict(from_dict(shipped(f"{name}:{argument}").to_dict())))
-        for argument in ({"dig": "256,paper", "dit": "256,paper"}.get(name[:3], "paper"), "")
+        flattened(to_dict(from_dict(shipped(f"{name}:{resolution}{recipe}").to_dict())))
+        for recipe in ("paper", "ours")
     )
     said = {"model.dtype", "model.remat", "model.skip_alignment"}
     said |= {"sampling.guidance_scale", "sampling.guidance_channels", "sampling.clip"}
     said |= {"training.steps"} if name == "celeba64" else set()
     assert {field for field in ours if ours[field] != paper[field]} <= said
     assert (ours["model.dtype"], ours["model.remat"]) == ("bfloat16", "full")
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_the_modern_recipe_is_the_default_and_differs_from_ours_only_where_it_says_so(name):
+    ours, modern, default = (
+        flattened(to_dict(from_dict(shipped(f"{name}{argument}").to_dict())))
+        for argument in (":256,ours", ":256,modern", "")
+    )
+    assert modern == default
+    assert {field for field in ours if ours[field] != modern[field]} == {
+        "diffusion.process",
+        "diffusion.times",
+        "model.learn_sigma",
+        "model.internal_head",
+        "optimizer.clip_norm",
+        "training.ema_decays",
+        "sampling.sampler",
+        "sampling.steps",
+        "sampling.internal_guidance_scale",
+        "sampling.guidance_interval",
+    }
+    family, size, _ = find_model(modern["model.name"])
+    assert modern["model.internal_head"] == family.sizes[size].depth // 4
 
 
 @pytest.mark.parametrize(
@@ -208,9 +233,9 @@ def test_sources_accept_the_options_of_shipped_configs(name):
     ("text", "message"),
     [
         ("dig_s.py:128", "invalid resolution '128'; expected 256, 512 or 1024"),
-        ("dig_s.py:256,papr", "invalid recipe 'papr'; expected ours or paper"),
-        ("dig_s.py:256,paper,3", "invalid recipe 'paper,3'; expected ours or paper"),
-        ("celeba64.py:64", "invalid recipe '64'; expected ours or paper"),
+        ("dig_s.py:256,papr", "invalid recipe 'papr'; expected modern, ours or paper"),
+        ("dig_s.py:256,paper,3", "invalid recipe 'paper,3'; expected modern, ours or paper"),
+        ("celeba64.py:64", "invalid recipe '64'; expected modern, ours or paper"),
     ],
 )
 def test_an_invalid_argument_of_a_config_raises_one_line(text, message):

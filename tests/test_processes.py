@@ -38,6 +38,8 @@ STEPS, MORE_STEPS = 8, 10
 # configs/digits.py with one block and few samples.
 FIELDS = {
     "model.depth": 1,
+    "model.internal_head": 0,
+    "sampling.internal_guidance_scale": 1.0,
     "model.hidden_size": 32,
     "model.num_heads": 1,
     "data.batch_size": 16,

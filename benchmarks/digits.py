@@ -1,0 +1,127 @@
+"""Objectives, samplers and steps on the digits, at equal training time: accuracy and Fréchet distance.
+
+python benchmarks/digits.py --minutes=5 --seeds=0,1 --write
+
+Each objective trains for as many steps as fit into the time at the speed measured in this process, so that
+other work on the machine does not change the comparison. --write stores benchmarks/digits.json.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from configs import digits  # noqa: E402
+from dig_jax import config, runtime  # noqa: E402
+from dig_jax.evaluation.digits import score_digits  # noqa: E402
+from dig_jax.files.paths import to_path  # noqa: E402
+from dig_jax.sampling.generation_spec import GenerationSpec  # noqa: E402
+from dig_jax.sampling.sampler import load  # noqa: E402
+from dig_jax.training.train import train  # noqa: E402
+
+RECORD = pathlib.Path(__file__).with_suffix(".json")
+
+CLASSIFIER_FREE = {
+    "model.internal_head": 0,
+    "sampling.guidance_scale": 1.1,
+    "sampling.internal_guidance_scale": 1.0,
+}
+OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        **CLASSIFIER_FREE,
+        "diffusion.process": "ddpm",
+        "diffusion.schedule": "cosine",  # with linear betas, noise hides such small images at most steps
+        "diffusion.times": "uniform",
+        "model.learn_sigma": True,
+    },
+    "flow": CLASSIFIER_FREE,
+    "modern": {},
+}
+DISCRETE = (("ddpm", 250), ("ddim", 50), ("ddim", 20), ("dpmpp_2m", 20), ("dpmpp_2m", 10), ("heun", 10))
+CONTINUOUS = (("euler", 50), ("euler", 20), ("heun", 10), ("dpmpp_2m", 20), ("dpmpp_2m", 10))
+
+
+def settings_of(objective: str, seed: int, **fields: Any) -> config.Config:
+    """Return the config of the digits with an objective."""
+    c = digits.get_config()
+    c.seed = seed
+    c.evaluation.num_images = 0
+    c.sampling.every_steps = 0
+    c.logging.tensorboard = False
+    c.update_from_flattened_dict({**OBJECTIVES[objective], **fields})
+    return config.from_dict(c.to_dict())
+
+
+def training_steps(objective: str, minutes: float) -> int:
+    """Return the number of steps that fit into the time on this machine, in a whole number of hundreds."""
+    settings = settings_of(objective, 0, **{"training.steps": 300})
+    with tempfile.TemporaryDirectory() as folder:
+        train(settings, to_path(folder))
+        rows = map(json.loads, (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines())
+        speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    return int(np.median(speeds) / settings.data.batch_size * minutes * 60) // 100 * 100
+
+
+def measured(
+    objective: str, seed: int, steps: int, workdir: pathlib.Path, num_images: int
+) -> Iterator[dict[str, Any]]:
+    """Train an objective; yield one row per sampler."""
+    settings = settings_of(objective, seed, **{"training.steps": steps})
+    began = time.monotonic()
+    train(settings, to_path(workdir))
+    seconds = time.monotonic() - began
+    sampler = load(workdir)
+    labels, seeds = sampler.resolve(None, np.arange(num_images))
+    for name, number in DISCRETE if settings.diffusion.process == "ddpm" else CONTINUOUS:
+        options = {"sampler": name, "steps": number}
+        scores = score_digits(sampler(labels, seeds=seeds, **options), labels)
+        spec = GenerationSpec.of(sampler.components, **options)
+        yield {
+            "objective": objective,
+            "seed": seed,
+            "training_steps": steps,
+            "training_seconds": round(seconds, 1),
+            "sampler": name,
+            "sampling_steps": number,
+            "evaluations": spec.evaluations,
+            "accuracy": scores["accuracy"],
+            "frechet_distance": scores["frechet_distance"],
+        }
+
+
+def main() -> None:
+    """Run the benchmark on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time of each run")
+    parser.add_argument("--steps", type=int, help="training steps, instead of the time")
+    parser.add_argument("--objectives", default=",".join(OBJECTIVES))
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--folder", help="keeps the runs; finished ones are not trained again")
+    parser.add_argument("--write", action="store_true", help=f"store {RECORD.name}")
+    options = parser.parse_args()
+    runtime.set_numerics()
+    runtime.prepare_cpu(digits.get_config().mesh.cpu_devices)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for objective in options.objectives.split(","):
+            steps = options.steps or training_steps(objective, options.minutes)
+            for seed in map(int, options.seeds.split(",")):
+                workdir = pathlib.Path(options.folder or temporary) / f"{objective}-{seed}"
+                for row in measured(objective, seed, steps, workdir, options.images):
+                    print(json.dumps(row), flush=True)
+                    rows.append(row)
+    if options.write:
+        RECORD.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
