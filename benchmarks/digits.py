@@ -2,11 +2,12 @@
 
 python benchmarks/digits.py --minutes=5 --seeds=0,1 --write
 
-Each objective trains for as many steps as fit into the time at the speed measured in this process, so that
-other work on the machine does not change the comparison. --write stores benchmarks/digits.json.
+Each objective trains for as many steps as fit into the time at a speed that is measured first, so that only
+then other work on the machine matters. --write stores benchmarks/digits.json.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import sys
@@ -111,14 +112,15 @@ def main() -> None:
     runtime.set_numerics()
     runtime.prepare_cpu(digits.get_config().mesh.cpu_devices)
     rows = []
+    objectives = options.objectives.split(",")
+    steps = {name: options.steps or training_steps(name, options.minutes) for name in objectives}
+    print(json.dumps({"training_steps": steps}), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        for objective in options.objectives.split(","):
-            steps = options.steps or training_steps(objective, options.minutes)
-            for seed in map(int, options.seeds.split(",")):
-                workdir = pathlib.Path(options.folder or temporary) / f"{objective}-{seed}"
-                for row in measured(objective, seed, steps, workdir, options.images):
-                    print(json.dumps(row), flush=True)
-                    rows.append(row)
+        for seed, objective in itertools.product(map(int, options.seeds.split(",")), objectives):
+            workdir = pathlib.Path(options.folder or temporary) / f"{objective}-{seed}"
+            for row in measured(objective, seed, steps[objective], workdir, options.images):
+                print(json.dumps(row), flush=True)
+                rows.append(row)
     if options.write:
         RECORD.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_models.py --out=DIR [--only WORDS]
 
-The settings are those of configs/dig_xl.py and dit_xl.py with random images. Every case runs in its own
+The settings are the recipe `ours` of configs/dig_xl.py and dit_xl.py with random images. Every case runs in its own
 process, so that its peak memory is its own. All cases compile at the same time; then one after the other runs
 alone. DIR/gpu_models.json gets a row per case: the measured step, the plan's lower bound for the same
 compiled program, and the memory of both. DiT uses cuDNN's flash attention, or plain JAX with "xla".
@@ -174,7 +174,7 @@ def settings(case: Case) -> Any:
     from dig_jax import config
     from dig_jax.planning.plan import without_data
 
-    c = runpy.run_path(str(ROOT / "configs" / f"{case.config}.py"))["get_config"](str(case.pixels))
+    c = runpy.run_path(str(ROOT / "configs" / f"{case.config}.py"))["get_config"](str(case.pixels), "ours")
     c.data.batch_size = case.batch
     c.model.remat, c.model.scan_layers = case.remat, case.scan
     c.sampling.batch_size, c.sampling.steps = case.batch, SAMPLER_STEPS

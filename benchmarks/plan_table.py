@@ -21,8 +21,8 @@ BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 CONFIGS = (
     *(f"dig_{size}:256,paper" for size in ("s", "b", "l", "xl")),
     "dig_xl:512,paper",
-    *("cifar10:paper", "celeba64:paper", "digits", "smoke"),
-    *(f"{model}{pixels}" for pixels in ("", ":512", ":1024") for model in ("dig_xl", "dit_xl")),
+    *("cifar10:paper", "celeba64:paper", "smoke"),
+    *(f"{model}:{pixels},ours" for pixels in (256, 512, 1024) for model in ("dig_xl", "dit_xl")),
 )
 TOPOLOGIES = ("v4:4x4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x2x1", "h200:8", "h100:8x4")
 HEADER = (

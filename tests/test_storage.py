@@ -163,16 +163,25 @@ def newest_step(workdir: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "processes"),
+    ("scheme", "processes", "kills"),
     [
-        ("gs", 1),
-        pytest.param("s3", 1, marks=pytest.mark.slow),
-        pytest.param("gs", 2, marks=pytest.mark.slow),
-        pytest.param("s3", 2, marks=pytest.mark.slow),
+        ("gs", 1, 2),
+        pytest.param("s3", 1, 2, marks=pytest.mark.slow),
+        pytest.param("gs", 2, 2, marks=pytest.mark.slow),
+        pytest.param("s3", 2, 2, marks=pytest.mark.slow),
+        pytest.param("gs", 1, 15, marks=pytest.mark.slow),
+        pytest.param("s3", 1, 15, marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_in_object_storage_ends_bit_identical(scheme, processes, directed, tmp_path):  # noqa: F811
-    fields = FIELDS | {"training.accumulation": 1, "training.steps": 12, "mesh.cpu_devices": 1}
+def test_a_killed_run_in_object_storage_ends_bit_identical(
+    scheme,
+    processes,
+    kills,
+    directed,  # noqa: F811
+    tmp_path,
+):
+    steps, random = 4 * kills + 4, np.random.default_rng(0)
+    fields = FIELDS | {"training.accumulation": 1, "training.steps": steps, "mesh.cpu_devices": 1}
 
     def start(workdir) -> list[subprocess.Popen]:
         env = environment(tmp_path / "compiled") | (GLOO if processes > 1 else {})
@@ -190,18 +199,19 @@ def test_a_killed_run_in_object_storage_ends_bit_identical(scheme, processes, di
 
     finish(start(tmp_path / "uninterrupted"))
     workdir = f"{create_bucket(scheme, directed)}/runs/killed"
-    for step in (2, 6):  # kill it as soon as the marker of this step or a later one is seen
+    for step in range(2, 4 * kills, 4):  # kill it soon after the marker of this step or a later one is seen
         runs = start(workdir)
         while newest_step(workdir) < step and runs[0].poll() is None:
             time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.2) if step > 6 else 0)
         for run in runs:
             run.kill()
         assert {run.wait() for run in runs} == {-signal.SIGKILL}
         for run in runs:
             run.stderr.close()
     resumed = newest_step(workdir)
-    assert f"resuming after step {resumed} of 12 in {workdir}" in finish(start(workdir))
-    assert_ended_alike(download(workdir, tmp_path / "killed"), tmp_path / "uninterrupted", 12)
+    assert f"resuming after step {resumed} of {steps} in {workdir}" in finish(start(workdir))
+    assert_ended_alike(download(workdir, tmp_path / "killed"), tmp_path / "uninterrupted", steps)
 
 
 def test_a_bucket_that_does_not_exist_is_one_line(directed):  # noqa: F811
