@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_models.py --out=DIR [--only WORDS]
 
-The settings are the recipe `ours` of configs/dig_xl.py and dit_xl.py with random images. Every case runs in its own
-process, so that its peak memory is its own. All cases compile at the same time; then one after the other runs
-alone. DIR/gpu_models.json gets a row per case: the measured step, the plan's lower bound for the same
-compiled program, and the memory of both. DiT uses cuDNN's flash attention, or plain JAX with "xla".
+The settings are the recipe `ours` of configs/dig_xl.py and dit_xl.py with random images. Every case runs in
+its own process, so that its peak memory is its own. All cases compile at the same time; then one after the
+other runs alone. DIR/gpu_models.json gets a row per case: the measured step, the plan's lower bound for the
+same compiled program, and the memory of both. DiT uses cuDNN's flash attention, or plain JAX with "xla".
 """
 
 import argparse
