@@ -32,7 +32,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_models_have_the_published_size(name):
-    found = cost(name)
+    found = cost(f"{name}:256,ours")
     assert (param_count(found.params), found.tokens) == (PUBLISHED[name], 256)
     assert found.components.image_spec.image_shape == (32, 32, 4)
 

@@ -128,8 +128,8 @@ def test_a_sharded_model_is_read_as_one(in_shards, tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "missing weight_map; expected the index"),
-        ("[]", "missing weight_map; expected the index"),
+        ("{", "index.json: invalid JSON: Expecting property name"),
+        ("[]", "index.json: invalid JSON: got a list; expected an object"),
         ('{"weight_map": {}}', "missing weight_map; expected the index"),
         (
             '{"weight_map": {"a": "../elsewhere.safetensors"}}',

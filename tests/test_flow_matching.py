@@ -55,7 +55,7 @@ def test_the_velocity_weight_is_the_error_of_the_velocity(path, prediction):
     process = FlowMatching(Path(path), prediction, weight="velocity")
     x_t = process.corrupt(images, noise, t)
     loss = process.loss(output, x0=images, noise=noise, x_t=x_t, times=t)["loss"]
-    level = process._level(t, x_t)
+    level = process.level(t, x_t)
     x = process.predict_image(output, x_t, t)
     velocity = level.alpha_dot * x + level.sigma_dot * (x_t - level.alpha * x) / level.sigma
     true = FlowMatching(Path(path)).targets(images, noise, t)

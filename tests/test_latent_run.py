@@ -39,7 +39,7 @@ CONFIG = """
 from configs import dig_s
 
 def get_config(source):
-    c = dig_s.get_config("256")
+    c = dig_s.get_config("256", "ours")
     c.model.depth, c.model.hidden_size, c.model.num_heads = 2, 32, 1
     c.autoencoder.path = {autoencoder!r}
     c.data.options.update(path=f"{root}/latents_{{source}}", image_size=8, num_classes=3)

@@ -19,7 +19,7 @@ def test_model_flops_count_products_in_loops():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_model_flops_of_xl_equal_its_layers_with_any_remat(remat):
-    c = dig_xl.get_config()
+    c = dig_xl.get_config("256", "ours")
     c.data.name, c.model.remat = "fake", remat
     components = Components(config.from_dict(c.to_dict()))
     params = jax.eval_shape(components.init_params, jax.random.key(0))

@@ -136,7 +136,7 @@ def tpu_plan():
         programs.append(compile_without_codegen(lower))
         return programs[-1]
 
-    c = dig_s.get_config()
+    c = dig_s.get_config("256", "ours")
     c.model.depth, c.model.hidden_size, c.model.num_heads = 1, 128, 2
     c.model.dtype = "bfloat16"
     c.data.batch_size = 8

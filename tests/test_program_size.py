@@ -37,7 +37,7 @@ def test_the_program_does_not_grow_with_the_depth(name):
 
 def test_the_largest_model_lowers_without_memory_for_its_parameters():
     """DiG-XL/2 at 256 pixels, whose state would take 10 GB."""
-    c = dig_xl.get_config()
+    c = dig_xl.get_config("256", "ours")
     c.data.name, c.data.batch_size = "fake", 4
     before = sum(array.nbytes for array in jax.live_arrays())
     state, lowered = lowered_step(config.from_dict(c.to_dict()))

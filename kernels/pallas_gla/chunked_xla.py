@@ -168,8 +168,10 @@ def _isolated(
     """
     g = jnp.maximum(g, jnp.finfo(g.dtype).min)
     written = isolation.trace(k) + isolation.trace(v) + isolation.trace(g)
-    position = jnp.arange(q.shape[2], dtype=jnp.int32)
-    read, kept = position[:, None] >= position, jnp.ones_like(position, bool)
+    read = jnp.tril(
+        jnp.ones((1, 1, q.shape[2], q.shape[2]), bool)
+    )  # of equal rank: promotion may be an error
+    kept = read[:, :, -1]
     if run is not None:
         read, kept = read & (run[..., None] == run[..., None, :]), run == run[..., -1:]
     before = jnp.sum(jnp.where(read, written[..., None, :], 0), axis=-1)
