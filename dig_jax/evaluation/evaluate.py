@@ -72,6 +72,7 @@ def score(sampler: Sampler, workdir: pathlib.Path) -> Scores:
         "network_evaluations_per_image": sampler.evaluations,
         "guidance": s.guidance,
         "guidance_scale": s.guidance_scale,
+        "internal_guidance_scale": s.internal_guidance_scale,
         "seeds": f"0…{len(seeds) - 1}",
         "labels": "seed modulo the number of classes",
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
