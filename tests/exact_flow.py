@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dig_jax.diffusion import FlowMatching
 from dig_jax.diffusion.path import Level, combine
@@ -56,3 +57,13 @@ def noise_of(shape):
 def start(seed=0, shape=(4, 2, 2, 1)):
     """Fixed noise."""
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def no_noise(i):
+    raise AssertionError("a deterministic sampler drew noise")

@@ -6,26 +6,16 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact_flow import float64, no_noise  # noqa: F401 (an autouse fixture)
 
 from dig_jax.diffusion import DDIM, GaussianDiffusion
 from dig_jax.diffusion.samplers import DPMpp2M, UniPC
 
 GOLDEN = Path(__file__).parent / "golden" / "schedulers.npz"
 X = np.arange(4 * 3 * 8 * 8).reshape(3, 8, 8, 4).transpose(3, 1, 2, 0) / 768
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def no_noise(i):
-    raise AssertionError("a deterministic sampler drew noise")
 
 
 def model(x, t):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_flow import Interior, denoiser, flow, start
+from exact_flow import Interior, denoiser, float64, flow, no_noise, start  # noqa: F401 (float64 is an autouse fixture)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,12 +17,6 @@ X = np.random.default_rng(0).standard_normal((3, 2, 4, 4))
 T = np.array([100.0, 500.0, 900.0])
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def gaussian_pair(process, strong=CLASS, weak=NULL):
     """The denoiser of a class, and both denoisers."""
     plain, other = denoiser(process, strong), denoiser(process, weak)
@@ -31,10 +25,6 @@ def gaussian_pair(process, strong=CLASS, weak=NULL):
 
 def guided(guidance, process, scale=SCALE, **means):
     return guidance(*gaussian_pair(process, **means), scale, process)
-
-
-def no_noise(i):
-    raise AssertionError("a deterministic sampler drew noise")
 
 
 @pytest.mark.parametrize(

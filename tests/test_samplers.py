@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact_flow import no_noise
 
 from dig_jax.diffusion import DDIM, DDPM, SAMPLERS, GaussianDiffusion, make_sampler
 
@@ -32,10 +33,6 @@ def with_steps(sampler, steps):
 
 def step_noise(i):
     return NOISE[i]
-
-
-def no_noise(i):
-    raise AssertionError("a deterministic sampler drew noise")
 
 
 def golden_denoiser(x, t):

@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_flow import MEAN, STD, Interior, denoiser, flow, noise_of, start
+from exact_flow import (  # noqa: F401 (float64 is an autouse fixture)
+    MEAN,
+    STD,
+    Interior,
+    denoiser,
+    float64,
+    flow,
+    no_noise,
+    noise_of,
+    start,
+)
 
 from dig_jax.diffusion import DDIM, DDPM, SAMPLERS, FlowMatching, GaussianDiffusion, Path, classifier_free
 from dig_jax.diffusion.path import PATHS
@@ -17,16 +27,6 @@ from dig_jax.diffusion.samplers.sde import FORMS, LAST_STEPS
 
 ORDERS = {Euler: 1, DDIM: 1, Heun: 2, DPMpp2M: 2, UniPC: 3}
 ON_BOTH = [Euler, DDIM, Heun, DPMpp2M, UniPC]
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def no_noise(i):
-    raise AssertionError("a deterministic sampler drew noise")
 
 
 def measured_order(sampler, process, denoise, expected):

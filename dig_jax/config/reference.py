@@ -20,7 +20,7 @@ All config fields with their defaults. Set a field on the command line with `--c
 Defaults are DiG's published recipe (Zhu et al. 2025, section 4.1, and the released training script), where
 there is one.
 
-This page is generated from `dig_jax/config/fields.py` and `objective.py` by
+This page is generated from the dataclasses in `dig_jax/config/` by
 `python -m dig_jax.config.reference > docs/config_reference.md`.
 """
 

@@ -148,9 +148,8 @@ class _Space:
             level = process.level(self.timesteps / 1000, self.x)
             return convert(values, source, target, self.x, level)
         if isinstance(process, GaussianDiffusion):
-            whole = dataclasses.replace(
-                process, timesteps=None
-            )  # timesteps are those of the original process
+            # Timesteps count the levels of the process before respacing.
+            whole = dataclasses.replace(process, timesteps=None)
             function = whole.predict_x0 if enters else whole.predict_epsilon
             return function(self.x, self.timesteps, values)
         raise ValueError(f"invalid process: got {process!r}; expected FlowMatching or GaussianDiffusion")
