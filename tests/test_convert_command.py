@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch_files as made
 from flax import nnx, traverse_util
+from full_disk import full_disk
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_checkpoint import full_disk
 from test_convert import CASES
 from upstream_files import HEADS, abstract, assert_same, assert_upstreams, expected, refused, run, state_dict
 

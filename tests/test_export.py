@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 from ended_runs import FIELDS, command, environment
+from full_disk import full_disk
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_checkpoint import full_disk
 
 import dig_jax
 from configs import smoke

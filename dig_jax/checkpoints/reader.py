@@ -96,14 +96,19 @@ def _read_average(directory: Path, name: str) -> Params:
 
 def _read_part(directory: Path, *keys: str) -> Any:
     """Read one subtree of a checkpoint's state, on one local device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = functools.reduce(operator.getitem, keys, state_metadata(directory))
+    for key in reversed(keys):
+        target = {key: target}
+    return functools.reduce(operator.getitem, keys, _read_like(directory, target))
+
+
+def _read_like(directory: Path, target: dict[str, Any]) -> dict[str, Any]:
+    """Read the leaves that a part of the state's metadata names, on one local device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), target
     )
-    for key in reversed(keys):
-        target = {key: target}
-    state = restore_items(
+    return restore_items(
         directory,
         state=ocp.args.PyTreeRestore(
             target,
@@ -111,7 +116,6 @@ def _read_part(directory: Path, *keys: str) -> Any:
             partial_restore=True,
         ),
     ).state
-    return functools.reduce(operator.getitem, keys, state)
 
 
 def _combined(directory: Path, kept: Sequence[float], length: float) -> Params:
@@ -144,7 +148,9 @@ def _combined(directory: Path, kept: Sequence[float], length: float) -> Params:
 
 def _updates(directory: Path) -> int:
     """Return the number of updates of a checkpoint's parameters."""
-    return int(_read_part(directory, "step")) - int(_read_part(directory, "skipped_steps"))
+    metadata = state_metadata(directory)
+    counts = _read_like(directory, {name: metadata[name] for name in ("step", "skipped_steps")})
+    return int(counts["step"]) - int(counts["skipped_steps"])
 
 
 def _older_intact(directory: Path) -> list[Path]:

@@ -1,119 +1,20 @@
-import contextlib
-import functools
 import json
 import logging
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from ended_runs import GLOO, environment, joined
+from encoded_images import CLASSES, assert_holds, changed_autoencoder, fields, settings, tree
 from flax import nnx
-from PIL import Image
-from safetensors.numpy import load_file, save_file
-from test_data_images import noise
-from tiny_autoencoder import write_autoencoder
 
-from configs import base
 from dig_jax import autoencoder, config
 from dig_jax.autoencoder.model import encode_images
 from dig_jax.data import load_source
 from dig_jax.data.latents import check_latents
-from dig_jax.encoding import encode as encode_module
-from dig_jax.encoding import shard_writer
 from dig_jax.encoding.encode import encode
 from dig_jax.errors import ConfigError, UserError
-from dig_jax.files.atomic import temporary_name
 from dig_jax.parallel import batch_sharding, local_mesh, replicated
-
-ROOT = Path(__file__).parent.parent
-CLASSES = ("ant", "bee")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached_autoencoders():
-    """Loading takes longer than everything else here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoencoder, "load", functools.cache(autoencoder.load))
-        yield
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with images, two of which are corrupt, and an autoencoder that halves their sides."""
-    root = tmp_path_factory.mktemp("made")
-    for label, name in enumerate(CLASSES):
-        folder = root / "pictures" / name
-        folder.mkdir(parents=True)
-        for number in range(8):
-            Image.fromarray(noise(16 + number, 20, seed=10 * label + number)).save(folder / f"{number}.png")
-        (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:99])
-    write_autoencoder(root / "autoencoder")
-    return root
-
-
-def fields(made, path, **changes):
-    """`encode__dtype="float16"` sets config.encode.dtype."""
-    c = base.get_config()
-    c.data.name, c.data.options = "latents", {"path": str(path)}
-    c.autoencoder.path = str(made / "autoencoder")
-    c.encode.name, c.encode.batch_size, c.encode.shard_size = "image_folder", 1, 5
-    c.encode.options = {"path": str(made / "pictures"), "image_size": 16, "heldout_fraction": 0.25}
-    for name, value in changes.items():
-        group, field = name.split("__")
-        c[group][field] = value
-    return c.to_dict()
-
-
-def settings(made, path, **changes):
-    return config.from_dict(fields(made, path, **changes))
-
-
-@pytest.fixture(scope="module")
-def complete(made, tmp_path_factory):
-    """A complete cache, and its index."""
-    path = tmp_path_factory.mktemp("whole") / "cache"
-    return path, encode(settings(made, path))
-
-
-@pytest.fixture
-def copy(complete, tmp_path):
-    return shutil.copytree(complete[0], tmp_path / "copy")
-
-
-def tree(directory):
-    """Return the content of all files by path."""
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
-
-
-def pictures(made, split):
-    source = load_source("image_folder", split, **settings(made, "").encode.options)
-    encoded = [source.images.read(index) for index in range(len(source))]
-    return [source.decode(image) for image in encoded if not image.name.endswith("3.png")]
-
-
-def assert_holds(directory, made, atol):
-    """Check that both splits hold the moments of all readable images and of their mirror images."""
-    model = autoencoder.load(made / "autoencoder")
-    for split in ("train", "heldout"):
-        source, expected = load_source("latents", split, path=str(directory)), pictures(made, split)
-        assert len(source) == len(expected) > 0
-        for index, picture in enumerate(expected):
-            for mirrored, image in enumerate((picture["image"], picture["image"][:, ::-1])):
-                label, *moments = source.posterior(index, bool(mirrored))
-                assert label == picture["label"]
-                (computed,) = model.encode(image[None])
-                np.testing.assert_allclose(np.concatenate(moments, axis=-1), computed, atol=atol)
 
 
 @pytest.mark.parametrize("dtype, atol", [("float32", 1e-4), ("float16", 2e-2)])
@@ -168,73 +69,6 @@ def test_images_without_files_are_encoded_too(made, tmp_path):
     for index in range(6):
         computed = model.mean(model.encode(expected[index]["image"][None]))[0]
         np.testing.assert_allclose(source[index]["image"], computed, atol=1e-4)
-
-
-class Ended(BaseException):
-    """Takes the place of a signal."""
-
-
-def end_at(monkeypatch, call):
-    """Raise `Ended` before the call-th change to the disk."""
-    count = 0
-
-    def counted(function):
-        def counting(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == call:
-                raise Ended
-            return function(*args, **kwargs)
-
-        return counting
-
-    for module, name in (
-        (shard_writer, "array_record_writer"),
-        (shard_writer, "sha256"),
-        (shard_writer, "write_json"),
-        (encode_module, "write_json"),
-        (shard_writer.os, "replace"),
-    ):
-        monkeypatch.setattr(module, name, counted(getattr(module, name)))
-
-
-def test_ended_anywhere_it_resumes_and_keeps_finished_files(made, complete, tmp_path, monkeypatch):
-    expected = tree(complete[0])
-    for call in range(1, 100):
-        path = tmp_path / str(call)
-        with monkeypatch.context() as patch:
-            end_at(patch, call)
-            try:
-                encode(settings(made, path))
-                break
-            except Ended:
-                pass
-        assert not (path / "index.json").exists()
-        left = tree(path) if path.exists() else {}
-        assert not any(Path(name).name.startswith(".") for name in left)
-        done = {
-            name: (path / name).stat().st_mtime_ns
-            for name in left
-            if name.endswith(".array_record") and name.replace("array_record", "json") in left
-        }
-        encode(settings(made, path))
-        assert {name: (path / name).stat().st_mtime_ns for name in done} == done
-        assert tree(path) == expected
-    assert call > 20
-
-
-def test_what_a_killed_run_left_is_removed(made, complete, copy):
-    expected = tree(complete[0])
-    train = copy / "train"
-    (copy / "index.json").unlink()
-    temporary_name(train / "00001.array_record").write_bytes(b"half")
-    temporary_name(train / "00001.json").write_bytes(b"{")
-    (train / "00000.json").write_bytes(b"")  # a machine that lost its power
-    (train / "00001.json").unlink()
-    (train / "00001.array_record").write_bytes(b"half")
-    (copy / "heldout" / "00000.array_record").write_bytes(b"short")
-    encode(settings(made, copy))
-    assert tree(copy) == expected
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"5"])
@@ -360,14 +194,6 @@ def test_a_cache_of_different_settings_is_rejected_and_not_changed(made, copy, t
         assert tree(copy) == before
 
 
-def changed_autoencoder(made, tmp_path, factor):
-    folder = shutil.copytree(made / "autoencoder", tmp_path / "autoencoder")
-    file = folder / "diffusion_pytorch_model.safetensors"
-    arrays = load_file(file)
-    save_file(arrays | {"quant_conv.weight": arrays["quant_conv.weight"] * np.float32(factor)}, file)
-    return folder
-
-
 def test_an_autoencoder_may_move(made, copy, tmp_path):
     folder = shutil.copytree(made / "autoencoder", tmp_path / "moved")
     index = encode(settings(made, copy, autoencoder__path=str(folder)))
@@ -424,45 +250,11 @@ def test_a_directory_that_is_not_writable_is_reported_in_one_line(made, tmp_path
         encode(settings(made, tmp_path / "file" / "cache"))
 
 
-def test_a_full_disk_is_reported_in_one_line_and_finished_files_are_kept(made, complete, tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    smallest = min(path.stat().st_size for path in (complete[0] / "train").glob("*.array_record"))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 2, hard))  # which Python takes for a full disk
-    try:
-        with pytest.raises(UserError, match="cannot write to .*: write.. failed: File too large") as caught:
-            encode(settings(made, tmp_path / "cache"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "\n" not in str(caught.value)
-    assert sorted(tree(tmp_path / "cache")) == ["encoding.json"]
-    encode(settings(made, tmp_path / "cache"))
-    assert tree(tmp_path / "cache") == tree(complete[0])
-
-
 def test_non_finite_moments_are_not_stored(made, tmp_path):
     folder = changed_autoencoder(made, tmp_path, 1e6)
     wanted = settings(made, tmp_path / "cache", autoencoder__path=str(folder), encode__dtype="float16")
     with pytest.raises(UserError, match="non-finite moments in float16 for images 0 to 4 of split 'train'"):
         encode(wanted)
-
-
-def test_sigterm_interrupts_it_and_the_next_run_resumes(made, complete, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    replace = os.replace
-
-    def replace_with_signal(source, target):
-        if Path(target).name == "00001.array_record":
-            os.kill(os.getpid(), signal.SIGTERM)
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shard_writer.os, "replace", replace_with_signal)
-        with pytest.raises(KeyboardInterrupt):
-            encode(settings(made, tmp_path / "cache"))
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert (tmp_path / "cache" / "train" / "00000.json").exists()
-    encode(settings(made, tmp_path / "cache"))
-    assert tree(tmp_path / "cache") == tree(complete[0])
 
 
 def test_devices_share_a_batch_without_communication(made):
@@ -475,74 +267,3 @@ def test_devices_share_a_batch_without_communication(made):
     program = compiled.as_text()
     for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         assert collective not in program
-
-
-CONFIG = """
-from ml_collections import ConfigDict
-def get_config():
-    return ConfigDict({!r})
-"""
-
-
-def test_processes_share_the_files(made, complete, tmp_path):
-    cache, file = tmp_path / "cache", tmp_path / "config.py"
-    file.write_text(CONFIG.format(fields(made, cache)))
-    command = [sys.executable, "main.py", f"--config={file}", "--mode=encode"]
-    options = {"cwd": ROOT, "env": environment(tmp_path / "compiled") | GLOO}
-    options |= {"stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, *flags], **options) for flags in joined(2)]
-    logs = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], logs
-    assert_holds(cache, made, 1e-4)
-    found, alone = (sorted(tree(directory)) for directory in (cache, complete[0]))
-    assert found == alone
-    # ant/3.png is in the first file, bee/3.png in the second.
-    skipped = [[name for name in CLASSES if f"{name}/3.png: " in log] for log in logs]
-    assert skipped == [["ant"], ["bee"]], logs
-
-
-def test_sigterm_ends_a_run_also_if_a_library_drops_the_exception(made, tmp_path, monkeypatch):
-    encoded = []
-
-    def deaf(*arguments):
-        with contextlib.suppress(KeyboardInterrupt):
-            if not encoded:
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(10)
-        encoded.append(arguments)
-        return encode_images(*arguments)
-
-    monkeypatch.setattr(shard_writer, "encode_images", deaf)
-    with pytest.raises(KeyboardInterrupt):
-        encode(settings(made, tmp_path / "cache"))
-    assert len(encoded) <= 4  # of 2 · 24: two batches are in flight
-
-
-HANGING = """
-import threading
-from dig_jax.data.image_folder import ImageFiles
-
-read, reads = ImageFiles.read, []
-def hang(self, index):
-    reads.append(index)
-    if len(reads) > 5:
-        print("hangs", flush=True)
-        threading.Event().wait()
-    return read(self, index)
-ImageFiles.read = hang
-"""
-
-
-def test_sigterm_ends_a_run_while_a_read_hangs(made, tmp_path):
-    (tmp_path / "config.py").write_text(HANGING + CONFIG.format(fields(made, tmp_path / "cache")))
-    command = [sys.executable, "main.py", f"--config={tmp_path}/config.py", "--mode=encode"]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE) as process:
-        limit = threading.Timer(120, process.kill)
-        limit.start()
-        process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
-        sent = time.monotonic()
-        process.wait()
-        limit.cancel()
-    assert process.returncode == 130
-    assert time.monotonic() - sent < 60
