@@ -56,3 +56,22 @@ def write(path, pickle, *, order=b"little", compression=zipfile.ZIP_STORED, **me
         for key, data in members.items():
             archive.writestr(f"x/data/{key[1:]}", data)
     return path
+
+
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+LEGACY_SYSTEM = b"}(" + text("protocol_version") + number(1001) + text("little_endian") + b"\x88u"
+
+
+def write_legacy(path, content, *, version=1001, system=LEGACY_SYSTEM, keys=None, **storages):
+    """A file of PyTorch before 1.6; `storages` are (number of values, bytes) by "s" and their keys."""
+    keys = [key[1:] for key in storages] if keys is None else keys
+    parts = [
+        LEGACY_MAGIC,
+        pickled(number(version)),
+        pickled(system),
+        pickled(content),
+        pickled(b"](" + b"".join(map(text, keys)) + b"e"),
+    ]
+    parts += [struct.pack("<q", count) + data for count, data in storages.values()]
+    path.write_bytes(b"".join(parts))
+    return path

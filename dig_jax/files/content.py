@@ -8,14 +8,16 @@ from dig_jax.files.paths import Path
 # Bytes. Headers of DiG-XL and the published autoencoder have about 30 kB; ours may hold many class names.
 MAX_HEADER = 8 * 2**20
 _BEGINNING = 512
-_ZIP_OR_PICKLE = (b"PK\3\4", b"PK\5\6", b"\x80")
+_ZIP = (b"PK\3\4", b"PK\5\6")
+# The first pickle of a PyTorch file before PyTorch 1.6.
+LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _PYTORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MARKUP = (b"<!doctype", b"<html", b"<head", b"<?xml")
 _ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 _FORMATS = {b"\x89HDF": "an HDF5 file", b"GGUF": "a GGUF file", b"\x93NUMPY": "a NumPy file"}
 
-Format = Literal["safetensors", "pytorch"]
+Format = Literal["safetensors", "pytorch", "pickle"]
 
 
 def weights_format(path: Path) -> Format:
@@ -29,8 +31,10 @@ def weights_format(path: Path) -> Format:
         start = file.read(_BEGINNING)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER:
         return "safetensors"
-    if start.startswith(_ZIP_OR_PICKLE):
+    if start.startswith((*_ZIP, LEGACY_MAGIC)):
         return "pytorch"
+    if start.startswith(b"\x80"):
+        return "pickle"
     if not start:
         raise InvalidFile("empty file; download it again")
     check_download(start)

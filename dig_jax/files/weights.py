@@ -1,4 +1,4 @@
-"""Arrays in files of other programs: safetensors, PyTorch's format, or several files with an index.
+"""Arrays in files of other programs: safetensors, PyTorch's format, a pickle, or several files with an index.
 
 The content of a file decides how it is read. Folders have the layout of diffusers.
 """
@@ -15,6 +15,7 @@ from dig_jax.errors import CheckpointError, InvalidFile
 from dig_jax.files.content import weights_format
 from dig_jax.files.json_file import read_json
 from dig_jax.files.paths import Path, children
+from dig_jax.files.pickled_arrays import read_arrays
 from dig_jax.files.pytorch.pickle_reader import insert
 from dig_jax.files.pytorch.reader import TorchFile, open_torch
 from dig_jax.files.safetensors import StoredArray, open_safetensors
@@ -43,7 +44,7 @@ class Weights:
 
 @contextlib.contextmanager
 def open_weights(path: Path) -> Iterator[Weights]:
-    """Open a safetensors file, a PyTorch file, or diffusers' index of several such files.
+    """Open a safetensors file, a PyTorch file, a pickle of arrays, or diffusers' index of several such files.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or of another kind.
@@ -156,7 +157,11 @@ def _open_file(path: Path, stack: contextlib.ExitStack) -> Weights:
         kind = weights_format(path)
     if kind == "pytorch":
         return _torch_weights(stack.enter_context(open_torch(path)))
-    arrays = stack.enter_context(open_safetensors(path)).arrays
+    if kind == "pickle":
+        with naming_file(path):
+            arrays = read_arrays(path)
+    else:
+        arrays = stack.enter_context(open_safetensors(path)).arrays
     return Weights(list(arrays), lambda prefix: _below(arrays, prefix))
 
 

@@ -4,6 +4,7 @@
 library's unpickler calls what a file names and allocates what a file claims.
 """
 
+import abc
 import dataclasses
 import io
 import pickletools
@@ -16,12 +17,14 @@ from dig_jax.errors import InvalidFile, one_line
 # Larger integers are never sizes, and they are slow to compute with.
 _MAX_BITS = 128
 _MAX_PROTOCOL = 5
+# Bytes. The pickle of DiG-XL/2 with its average and optimizer state has 0.3 MB.
+MAX_PICKLE = 4 * 2**20
 # Characters. A memoized text can be used again with every three bytes of a pickle.
 MAX_NAME = 300
 Builders = Mapping[str, Callable[[tuple], Any]]
 _VALUES = {
     *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
-    *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 }
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -49,6 +52,18 @@ class Opaque:
 
     kind: str
     state: dict = dataclasses.field(default_factory=dict)
+
+
+class Stateful(abc.ABC):
+    """What a builder may return for an object whose state follows in the pickle."""
+
+    @abc.abstractmethod
+    def set_state(self, state: Any) -> None:
+        """Set the state of the object.
+
+        Raises:
+            InvalidFile: invalid state.
+        """
 
 
 def read_pickle(data: bytes, builders: Builders, persistent: Callable[[Any], Any]) -> Any:
@@ -135,8 +150,11 @@ def _run(data: bytes, builders: Builders, persistent: Callable[[Any], Any]) -> A
                 stack.append(_call(function, arguments, builders))
             case "BUILD":
                 state = stack.pop()
-                if isinstance(stack[-1], Opaque) and isinstance(state, dict):
-                    stack[-1].state = state
+                match stack[-1]:
+                    case Opaque() as target if isinstance(state, dict):
+                        target.state = state
+                    case Stateful() as target:
+                        target.set_state(state)
             case "BINPERSID":
                 stack.append(persistent(stack.pop()))
             case "POP":

@@ -1,8 +1,8 @@
 """Read tensors and containers from PyTorch's .pt files without PyTorch and without running code.
 
-A file is a zip archive of uncompressed members (PyTorch ≥ 1.6): NAME/data.pkl, a pickle with a persistent id
-for each storage; NAME/data/KEY, the bytes of a storage; and NAME/byteorder. `pickle_reader` reads the pickle
-as data. All sizes are checked against the file before anything is allocated; storages are read on demand.
+A file holds a pickle, with a persistent id for each storage, and the bytes of the storages. `archive` finds
+them in a zip archive (PyTorch ≥ 1.6), `legacy` in an older file. `pickle_reader` reads the pickle as data.
+All sizes are checked against the file before anything is allocated; storages are read on demand.
 """
 
 import contextlib
@@ -11,17 +11,17 @@ import math
 import mmap
 import os
 import pathlib
-import struct
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from dig_jax.errors import CheckpointError, InvalidFile
+from dig_jax.files.content import LEGACY_MAGIC
 from dig_jax.files.paths import Path, local_copy
+from dig_jax.files.pytorch.archive import Archive
+from dig_jax.files.pytorch.legacy import LegacyFile
 from dig_jax.files.pytorch.pickle_reader import MAX_NAME, Name, Opaque, insert, read_pickle
 
 _DTYPES = {
@@ -36,22 +36,17 @@ _DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
-_BYTE_ORDERS = {b"little": "<", b"big": ">"}
-# Bytes. The pickle of DiG-XL/2 with its average and optimizer state has 0.3 MB.
-_MAX_PICKLE = 4 * 2**20
-_MAX_DIRECTORY = 8 * 2**20
 _MAX_DEPTH = _MAX_DIMENSIONS = 8
 # A training run's file has some thousands of names. A pickle can refer to one dict many times, so that few
 # bytes describe any number of names.
 _MAX_ENTRIES = 100_000
-_OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A member of the archive: `numel` values of one dtype."""
+    """`numel` values of one dtype, which the file stores under a key."""
 
-    member: str
+    key: str
     dtype: np.dtype
     numel: int
 
@@ -85,19 +80,11 @@ class TorchFile:
 
     def __init__(self, path: pathlib.Path, data: mmap.mmap):
         self._data = data
-        self._verified: set[str] = set()  # members with a correct checksum
-        self._members = _members(path, data)
-        roots = [name[: -len("data.pkl")] for name in self._members if name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise InvalidFile("not a PyTorch file: expected a zip archive with one data.pkl")
-        self._root = roots[0]
-        order = bytes(self._bytes(f"{self._root}byteorder", 16, default=b"little"))
-        if order not in _BYTE_ORDERS:
-            raise InvalidFile(f"invalid byte order: got {order!r}; expected little or big")
-        self._order = _BYTE_ORDERS[order]
+        legacy = data[: len(LEGACY_MAGIC)] == LEGACY_MAGIC
+        self._container = LegacyFile(data) if legacy else Archive(path, data)
         self._entries = 0  # of all OrderedDicts that were made from lists
         self.content = read_pickle(
-            bytes(self._bytes(f"{self._root}data.pkl", _MAX_PICKLE)),
+            self._container.pickle,
             {
                 "collections.OrderedDict": self._ordered_dict,
                 "torch._utils._rebuild_tensor": _tensor,
@@ -110,7 +97,7 @@ class TorchFile:
     def names(self) -> list[str]:
         """Return the dotted names of all tensors; entries with invalid names are left out."""
         content = self.content if isinstance(self.content, dict) else {}
-        return [name for name, value in _flattened(content) if isinstance(value, Tensor)]
+        return [name for name, value in flattened(content) if isinstance(value, Tensor)]
 
     def tensors(self, tree: str = "") -> dict[str, Tensor]:
         """Return the tensors below a dotted path, such as "ema" or "opt.state", by their names below it.
@@ -123,7 +110,7 @@ class TorchFile:
         """
         found: dict[str, Tensor] = {}
         node, prefix = self._locate(tree)
-        for full_name, value in _flattened(node):
+        for full_name, value in flattened(node):
             if not full_name.startswith(prefix):
                 continue
             name = full_name[len(prefix) :]
@@ -159,35 +146,13 @@ class TorchFile:
             InvalidFile: the storage is corrupt.
         """
         storage = tensor.storage
-        data = self._bytes(storage.member, storage.numel * storage.dtype.itemsize)
+        data = self._container.read(storage.key)
         # NumPy has no byte order for bfloat16, so bytes are swapped as integers.
         size = storage.dtype.itemsize
-        values = np.frombuffer(data, f"{self._order}u{size}")[tensor.offset :]
+        values = np.frombuffer(data, f"{self._container.order}u{size}")[tensor.offset :]
         strides = [stride * size for stride in tensor.strides]
         view = np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
         return view.astype(f"=u{size}", order="C").view(storage.dtype)
-
-    def _bytes(self, member: str, limit: int, default: bytes | None = None) -> memoryview:
-        """Return a view of a member's bytes after verifying the checksum."""
-        if member not in self._members:
-            if default is None:
-                raise InvalidFile(f"missing member {member}")
-            return memoryview(default)
-        info = self._members[member]
-        if info.file_size > limit:
-            raise InvalidFile(f"{member} too large: got {info.file_size:,} bytes; expected at most {limit:,}")
-        header = self._data[info.header_offset : info.header_offset + 30]
-        if len(header) < 30 or not header.startswith(b"PK\3\4"):
-            raise InvalidFile(f"corrupt archive: no member {member} at its offset")
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
-        if start + info.file_size > len(self._data):
-            raise InvalidFile(f"truncated archive: {member} extends beyond the end of the file")
-        data = memoryview(self._data)[start : start + info.file_size]
-        if member not in self._verified:
-            if zlib.crc32(data) != info.CRC:
-                raise InvalidFile(f"corrupt member {member[:100]}: checksum mismatch")
-            self._verified.add(member)
-        return data
 
     def _ordered_dict(self, arguments: tuple) -> dict:
         result: dict = {}
@@ -207,18 +172,12 @@ class TorchFile:
 
     def _storage(self, persistent_id: Any) -> Storage | Opaque:
         match persistent_id:
-            case ("storage", Name(module="torch", name=kind), str(key), str(), int(numel)) if (
-                kind in _DTYPES and len(key) <= MAX_NAME
+            case ("storage", Name(module="torch", name=kind), str(key), str(), int(numel), *view) if (
+                kind in _DTYPES and len(key) <= MAX_NAME and view in ([], [None])
             ):
-                dtype, member = np.dtype(_DTYPES[kind]), f"{self._root}data/{key}"
-                if member not in self._members:
-                    raise InvalidFile(f"missing storage {member[:100]}")
-                size = self._members[member].file_size
-                if numel * dtype.itemsize != size:
-                    raise InvalidFile(
-                        f"{member[:100]} has {size:,} bytes; expected {numel:,} values of {dtype}"
-                    )
-                return Storage(member, dtype, numel)
+                dtype = np.dtype(_DTYPES[kind])
+                self._container.declare(key, dtype, numel)
+                return Storage(key, dtype, numel)
         return Opaque("unsupported storage")
 
 
@@ -239,46 +198,6 @@ def open_torch(path: Path) -> Iterator[TorchFile]:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
-
-
-def _members(path: pathlib.Path, data: mmap.mmap) -> Mapping[str, zipfile.ZipInfo]:
-    """Return the archive's directory; reject members that PyTorch does not write."""
-    _check_directory(data)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise InvalidFile(f"corrupt zip archive: {str(error)[:100]}") from error
-    members: dict[str, zipfile.ZipInfo] = {}
-    for info in infos:
-        name = f"{info.filename[:100]!r}"
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise InvalidFile(f"compressed member {name}; expected an uncompressed one")
-        if info.flag_bits & 1:
-            raise InvalidFile(f"encrypted member {name}; expected an unencrypted one")
-        insert(members, info.filename, info)
-    return members
-
-
-def _check_directory(data: mmap.mmap) -> None:
-    """Bound the size of the archive's directory before it is read."""
-    if data[: len(_OLD_FORMAT)] == _OLD_FORMAT:
-        raise InvalidFile(
-            "unsupported format of PyTorch before 1.6; convert it with torch.save(torch.load(FILE), NEW)"
-        )
-    end = data.rfind(b"PK\5\6", max(0, len(data) - 2**16 - 22))
-    if end < 0 or end + 22 > len(data):
-        raise InvalidFile("not a PyTorch file, or a truncated one: it does not end in a zip directory")
-    # Large archives have a second record (zip64). Check every record that a reader might use.
-    records = data[max(0, end - 2**16) : end].split(b"PK\6\6")[1:]
-    claims = [int.from_bytes(record[36:44], "little") for record in records]
-    plain = int.from_bytes(data[end + 12 : end + 16], "little")
-    if plain < 2**32 - 1 or not claims:
-        claims.append(plain)
-    if max(claims) > _MAX_DIRECTORY:
-        raise InvalidFile(
-            f"directory too large: got {max(claims):,} bytes; expected at most {_MAX_DIRECTORY:,}"
-        )
 
 
 def _parameter(arguments: tuple) -> Tensor | Opaque:
@@ -313,7 +232,7 @@ def _view(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[
     if last >= storage.numel:
         raise InvalidFile(
             f"tensor of shape {list(shape)} exceeds its storage: got index {last:,} of"
-            f" {storage.numel:,} values in {storage.member[:100]}"
+            f" {storage.numel:,} values in storage {storage.key[:100]}"
         )
     if math.prod(shape) > storage.numel:
         raise InvalidFile(
@@ -327,8 +246,12 @@ def _check_entries(count: int) -> None:
         raise InvalidFile(f"too many names: expected at most {_MAX_ENTRIES:,}")
 
 
-def _flattened(tree: dict) -> Iterator[tuple[str, Any]]:
-    """Yield every leaf of nested dicts with its dotted name; an InvalidFile in place of an invalid entry."""
+def flattened(tree: dict) -> Iterator[tuple[str, Any]]:
+    """Yield every leaf of nested dicts with its dotted name; an InvalidFile in place of an invalid entry.
+
+    Raises:
+        InvalidFile: too many entries.
+    """
     pending: list[tuple[str, int, Any]] = [("", 0, tree)]
     entries = 0
     while pending:
