@@ -1,27 +1,126 @@
-"""Mean and covariance of feature vectors, and the Fréchet distance between two such Gaussians."""
+"""Mean and covariance of a stream of feature vectors, and the Fréchet distance between two Gaussians."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float64, Shaped
 
 
-def frechet_distance(features_a: Float[np.ndarray, "n d"], features_b: Float[np.ndarray, "m e"]) -> float:
-    """Return the squared 2-Wasserstein distance between the Gaussians fitted to two sets of features.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gaussian:
+    """Mean and covariance of feature vectors."""
+
+    mean: Float64[np.ndarray, " d"]
+    covariance: Float64[np.ndarray, "d d"]
+
+    @functools.cached_property
+    def factor(self) -> Float64[np.ndarray, "r d"]:
+        """R with RᵀR = covariance and as many rows as its rank.
+
+        Eigenvalues below the rounding errors of the largest one count as 0: the roots of such errors would
+        add up to a visible distance.
+        """
+        values, vectors = np.linalg.eigh(self.covariance)
+        kept = values > 8 * len(values) * np.finfo(np.float64).eps * values.max(initial=0)
+        return np.sqrt(values[kept])[:, None] * vectors.T[kept]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean and scatter matrix Σ (x - mean)(x - mean)ᵀ of feature vectors, in float64.
+
+    `a + b` are the moments of both sets (Chan, Golub and LeVeque 1979). Sums of x and xxᵀ would lose digits
+    if the mean is large.
+
+    Attributes:
+        count: number n of vectors.
+        mean: their mean; 0 if there are none.
+        scatter: the scatter matrix, (n - 1) times the unbiased covariance.
+    """
+
+    count: int
+    mean: Float64[np.ndarray, " d"]
+    scatter: Float64[np.ndarray, "d d"]
+
+    @classmethod
+    def none(cls, length: int) -> "Moments":
+        """Return the moments of an empty set of vectors of this length."""
+        return cls(0, np.zeros(length), np.zeros((length, length)))
+
+    @classmethod
+    def of(cls, features: Float[np.ndarray, "n d"]) -> "Moments":
+        """Return the moments of vectors."""
+        if not len(features):
+            return cls.none(features.shape[1])
+        mean = features.mean(0, dtype=np.float64)
+        centered = features - mean
+        return cls(len(features), mean, centered.T @ centered)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        count = self.count + other.count
+        if not count:
+            return self
+        shift = other.mean - self.mean
+        mean = self.mean + shift * (other.count / count)
+        between = np.outer(shift, shift) * (self.count * other.count / count)
+        return Moments(count, mean, self.scatter + other.scatter + between)
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """The Gaussian with the mean and the unbiased covariance.
+
+        Raises:
+            ValueError: there are fewer than two vectors.
+        """
+        if self.count < 2:
+            raise ValueError(f"too few vectors for a covariance: got {self.count}; expected at least 2")
+        return Gaussian(self.mean, self.scatter / (self.count - 1))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the attributes as arrays to store."""
+        return {name: np.asarray(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> "Moments":
+        """Return the moments that `arrays` described."""
+        return cls(int(arrays["count"]), np.asarray(arrays["mean"]), np.asarray(arrays["scatter"]))
+
+
+def distance(a: Gaussian, b: Gaussian) -> float:
+    """Return the squared 2-Wasserstein distance between Gaussians.
 
         |μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½)
 
-    (Dowson and Landau 1982; with Inception features this is the FID of Heusel et al. 2017, eq. 6), with
-    unbiased covariances, in float64. With Σ = RᵀR from a QR factorization of the centered features, the
-    eigenvalues of Σa Σb are the squared singular values of Ra Rbᵀ. The trace of the root is therefore a sum
-    of singular values, which stays accurate for singular covariances.
+    (Dowson and Landau 1982; with Inception features this is the FID of Heusel et al. 2017, eq. 6). With
+    Σ = RᵀR, the eigenvalues of Σa Σb are the squared singular values of Ra Rbᵀ. The trace of the root is
+    therefore a sum of singular values, which stays accurate for singular covariances.
 
-    The estimate has a positive bias of about 1/n + 1/m: compare only distances between sets of equal sizes.
+    Returns:
+        The distance in squared units of the features; 0 for equal Gaussians.
+
+    Raises:
+        ValueError: the lengths of the vectors differ.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"feature lengths differ: got {len(a.mean)} and {len(b.mean)}; expected equal lengths"
+        )
+    cross = np.linalg.norm(a.factor @ b.factor.T, "nuc") if len(a.factor) and len(b.factor) else 0.0
+    traces = np.trace(a.covariance) + np.trace(b.covariance)
+    return max(0.0, float(np.sum((a.mean - b.mean) ** 2) + traces - 2 * cross))
+
+
+def frechet_distance(features_a: Float[np.ndarray, "n d"], features_b: Float[np.ndarray, "m e"]) -> float:
+    """Return the `distance` between the Gaussians fitted to two sets of features, with unbiased covariances.
+
+    The estimate has a positive bias. For n and m standard normal vectors of length d it is about
+    d (1/n + 1/m) + d (d + 1) (1/n + 1/m)/4: compare only distances between sets of equal sizes.
 
     Args:
         features_a: n ≥ 2 vectors.
         features_b: m ≥ 2 vectors of the same length and in the same units.
-
-    Returns:
-        The distance in squared units of the features; 0 for equal means and covariances.
 
     Raises:
         ValueError: a set has fewer than two vectors, or the lengths of the vectors differ.
@@ -29,23 +128,4 @@ def frechet_distance(features_a: Float[np.ndarray, "n d"], features_b: Float[np.
     counts = len(features_a), len(features_b)
     if min(counts) < 2:
         raise ValueError(f"too few vectors for a Fréchet distance: got {counts}; expected at least 2 per set")
-    if features_a.shape[1] != features_b.shape[1]:
-        raise ValueError(
-            f"feature lengths differ: got {features_a.shape[1]} and {features_b.shape[1]}; expected equal"
-            " lengths"
-        )
-    mean_a, root_a = _moments(features_a)
-    mean_b, root_b = _moments(features_b)
-    cross = np.linalg.norm(root_a @ root_b.T, "nuc")
-    squared = np.sum((mean_a - mean_b) ** 2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * cross
-    return max(0.0, float(squared))
-
-
-def _moments(
-    features: Float[np.ndarray, "n d"],
-) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "r d"]]:
-    """Return the mean, and R such that RᵀR is the covariance."""
-    features = features.astype(np.float64)
-    mean = features.mean(0)
-    root = np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")
-    return mean, np.asarray(root)
+    return distance(Moments.of(features_a).gaussian, Moments.of(features_b).gaussian)
