@@ -1,14 +1,16 @@
 """The interface of a network whose outputs scores compare."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped
 
-Images = UInt8[jax.Array, "n height width 3"] | Float[jax.Array, "n height width 3"]
+# `check_images` checks the dtype and the number of channels.
+Images = Shaped[jax.Array, "n height width c"]
 
 
+@runtime_checkable
 class FeatureNetwork(Protocol):
     """A pretrained network that maps images to feature vectors.
 
