@@ -33,3 +33,21 @@ def resize_tf1(images: Float[Array, "n height width c"], size: int) -> Float[Arr
         below, above = jnp.take(images, low, axis=axis), jnp.take(images, high, axis=axis)
         images = below + (above - below) * fraction
     return images
+
+
+def resize_bicubic(images: Float[Array, "n height width c"], size: int) -> Float[Array, "n size size c"]:
+    """Resize to size × size like PyTorch's anti-aliased `bicubic`, with Keys's kernel of a = -0.5."""
+    n, _, _, c = images.shape
+    return jax.image.resize(images, (n, size, size, c), "cubic")
+
+
+def resize_pillow(images: Float[Array, "n height width c"], size: int) -> Float[Array, "n size size c"]:
+    """Resize pixels in 0…255 to size × size like Pillow's `BICUBIC`.
+
+    The kernel is that of `resize_bicubic`, but Pillow rounds pixels to integers after resizing rows and again
+    after resizing columns. Its weights have 22 bits, so that a pixel in a million may differ by one.
+    """
+    n, height, _, c = images.shape
+    for shape in ((n, height, size, c), (n, size, size, c)):
+        images = jnp.clip(jnp.floor(jax.image.resize(images, shape, "cubic") + 0.5), 0, 255)
+    return images
