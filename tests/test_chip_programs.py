@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configs import dig_s
-from dig_jax import config
+from dig_jax import ConfigError, config
 from dig_jax.planning.plan import without_data
 from dig_jax.planning.planned_run import PlannedRun, lower_sampler, lower_train_step
 from dig_jax.planning.topology import find_topology
@@ -77,3 +77,9 @@ def test_sampling_loops_over_steps_and_scans_tokens_only_in_kernels(topology, sa
     run = run_on(topology, **{"diffusion.process": process, "sampling.sampler": sampler, "sampling.steps": 4})
     kernels, loops = kernels_and_loops(lower_sampler(run), topology)
     assert kernels >= 1 and loops == 1
+
+
+def test_a_plan_refuses_a_sampler_without_a_number_of_steps():
+    run = run_on("v5e:2x2", **{"diffusion.process": "flow", "sampling.sampler": "dopri5"})
+    with pytest.raises(ConfigError, match="config.sampling.sampler='dopri5': only a run tells"):
+        lower_sampler(run)

@@ -187,7 +187,7 @@ EVALUATIONS = {
 @pytest.mark.parametrize(
     "process", [FlowMatching(), GaussianDiffusion(learn_sigma=False)], ids=["flow", "ddpm"]
 )
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", EVALUATIONS)
 def test_steps_mean_what_they_say_and_evaluations_are_counted(name, process):
     sampler = SAMPLERS[name](steps=10)
     try:
@@ -231,7 +231,7 @@ def test_heun_evaluates_at_the_predicted_point_not_again_at_the_old_one():
     assert not np.allclose(drawn, predicted)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", EVALUATIONS)
 def test_the_program_is_one_scan_with_one_evaluation_in_its_body(name):
     process = GaussianDiffusion(learn_sigma=False) if name == "ddpm" else FlowMatching()
     sampler, calls = SAMPLERS[name](steps=50), []
@@ -246,7 +246,7 @@ def test_the_program_is_one_scan_with_one_evaluation_in_its_body(name):
     assert calls == [(4,)]
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", EVALUATIONS)
 def test_float32_samples_stay_close_to_float64(name):
     process = GaussianDiffusion(learn_sigma=False) if name == "ddpm" else FlowMatching()
     denoise = gaussian_denoiser(process) if name == "ddpm" else denoiser(process)

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dig_jax.diffusion.path import Level, Path, combine, convert
-from dig_jax.diffusion.process import Images, Knots, PerImage
+from dig_jax.diffusion.process import Images, Knots, PerImage, Process
 from dig_jax.diffusion.times import Times, shifted
 from dig_jax.errors import suggest
 
@@ -176,3 +176,12 @@ class FlowMatching:
     def level(self, times: PerImage, x: Images) -> Level:
         """Return the path's coefficients in the dtype of x, shaped to broadcast over images."""
         return Level(*(part.astype(x.dtype)[:, None, None, None] for part in self.curve.at(times)))
+
+
+def as_flow(process: Process, sampler: str) -> FlowMatching:
+    """Return the process, or raise ValueError that the sampler supports only flow matching."""
+    if not isinstance(process, FlowMatching):
+        raise ValueError(
+            f"unsupported process for {sampler}: got {type(process).__name__}; expected FlowMatching"
+        )
+    return process

@@ -72,6 +72,19 @@ def pieces(
         yield denoiser.denoisers[indices[first]], np.arange(first, last)
 
 
+def spans(
+    denoiser: AnyDenoiser, first: float, last: float
+) -> Iterator[tuple[Denoiser | Remembering, float, float]]:
+    """Yield each denoiser between two times, first > last, and the greatest and least time of its range."""
+    if not isinstance(denoiser, Piecewise):
+        yield denoiser, first, last
+        return
+    edges = [first, *(min(max(bound, last), first) for bound in denoiser.bounds), last]
+    for part, start, end in zip(denoiser.denoisers, edges, edges[1:], strict=False):
+        if start - end > 4 * TOLERANCE:
+            yield part, start, end
+
+
 class Session:
     """A denoiser for the body of a loop, which sets and reads `memory` around its one evaluation."""
 

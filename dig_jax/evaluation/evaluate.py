@@ -56,7 +56,8 @@ def score(sampler: Sampler, workdir: pathlib.Path) -> Scores:
     if not evaluators:
         return {}
     labels, seeds = sampler.resolve(None, np.arange(settings.evaluation.num_images))
-    images = sampler(labels, seeds=seeds)
+    images, counted = sampler.counted(labels, seeds=seeds)
+    evaluations = sampler.evaluations
     scores: Scores = {}
     for evaluator in evaluators:
         with naming_setting("config.evaluation.num_images"):
@@ -68,8 +69,8 @@ def score(sampler: Sampler, workdir: pathlib.Path) -> Scores:
         "step": sampler.step,
         "ema": settings.sampled_ema,
         "sampler": s.sampler,
-        "sampling_steps": s.steps,
-        "network_evaluations_per_image": sampler.evaluations,
+        "sampling_steps": None if evaluations is None else s.steps,
+        "network_evaluations_per_image": float(counted.mean()) if evaluations is None else evaluations,
         "guidance": s.guidance,
         "guidance_scale": s.guidance_scale,
         "internal_guidance_scale": s.internal_guidance_scale,

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dig_jax.components import Components
 from dig_jax.config import Config
+from dig_jax.errors import ConfigError
 from dig_jax.hardware.model_flops import training_flops
 from dig_jax.parallel import batch_sharding, batch_shards, make_mesh, replicated, sampling_mesh
 from dig_jax.planning.compiling import CompiledProgram, compile_fully, compile_without_codegen
@@ -102,6 +103,11 @@ def lower_sampler(run: PlannedRun) -> jax.stages.Lowered:
     params = with_sharding(run.state["params"], mesh)
     # The weaker model of autoguidance is not read: it is at most as large as the model.
     spec = GenerationSpec.of(run.components, weak=run.components.model_spec)
+    if spec.evaluations is None:
+        raise ConfigError(
+            f"unsupported config.sampling.sampler={run.settings.sampling.sampler!r}: only a run tells its"
+            " number of steps; expected another sampler for a plan"
+        )
     with jax.set_mesh(mesh):
         return generate.lower(
             params,

@@ -4,11 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dig_jax.components import Params
 from dig_jax.diffusion.guidance import LabeledDenoiser, Perturbed, null_pair
 from dig_jax.diffusion.piecewise import AnyDenoiser
+from dig_jax.diffusion.samplers import Dopri5
 from dig_jax.models.isolation import isolate_tokens
 from dig_jax.parallel import constrain
 from dig_jax.sampling.generation_spec import GenerationSpec
@@ -23,8 +25,10 @@ def generate(
     scale: Float[Array, ""],
     spec: GenerationSpec,
     weak_params: Params | None = None,
-) -> Float[Array, "*images"]:
-    """Return images in the model's space: [B, H, W, C], or [steps, B, H, W, C] for a trajectory.
+) -> tuple[Float[Array, "*images"], Int[Array, " b"]]:
+    """Return images in the model's space, and how often networks were evaluated for each of them.
+
+    The images are [B, H, W, C], or [steps, B, H, W, C] for a trajectory.
 
     Args:
         params: parameters of the model.
@@ -40,12 +44,18 @@ def generate(
     def step_noise(step: Int[Array, ""]) -> Float[Array, "b h w c"]:
         return noise(seeds, step + 1, spec.shape)
 
-    if spec.trajectory:
+    evaluations = jnp.full(seeds.shape, spec.evaluations or 0, jnp.int32)
+    if isinstance(spec.sampler, Dopri5):
+        images, counted = spec.sampler.solve(spec.process, denoiser, start)
+        kinds = spec.kinds(np.array([span.middle for span in counted]))
+        for kind, span in zip(kinds, counted, strict=True):
+            evaluations += int(kind) * span.evaluations
+    elif spec.trajectory:
         _, images = spec.sampler(spec.process, denoiser, start, step_noise, return_trajectory=True)
     else:
         images = spec.sampler(spec.process, denoiser, start, step_noise)
     # Replicated, so that every process can read all images.
-    return constrain(images)
+    return constrain(images), constrain(evaluations)
 
 
 def _denoiser(

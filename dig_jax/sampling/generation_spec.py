@@ -7,11 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Int
 
 from dig_jax.components import Components, ModelSpec
 from dig_jax.config import SamplingConfig
 from dig_jax.diffusion import BaseSampler, Guidance, Process, make_rule, make_sampler
-from dig_jax.diffusion.guidance import GUIDED, ZERO, Perturbed
+from dig_jax.diffusion.guidance import GUIDED, PLAIN, ZERO, Perturbed
+from dig_jax.diffusion.samplers import LoopSampler
+from dig_jax.diffusion.samplers.dopri5 import MOMENTUM
 from dig_jax.errors import suggest
 from dig_jax.models.isolation import isolate_tokens
 
@@ -79,25 +82,31 @@ class GenerationSpec:
     internal_scale: float = 1.0
     trajectory: bool = False
 
+    def kinds(self, fractions: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Return the kind of evaluation at each time of the process: the number of networks that it runs."""
+        return np.full(len(fractions), PLAIN) if self.guidance is None else self.guidance.kinds(fractions)
+
     @property
-    def evaluations_by_network(self) -> dict[str, int]:
-        """How often each network is evaluated for one image.
+    def evaluations_by_network(self) -> dict[str, int] | None:
+        """How often each network is evaluated for one image; None: only a run tells.
 
         A step with a null class or a perturbed mixer evaluates the model twice; autoguidance evaluates the
         weaker model too.
         """
-        fractions = self.sampler.fractions(self.process)
+        if not isinstance(self.sampler, LoopSampler):
+            return None
+        kinds = self.kinds(self.sampler.fractions(self.process))
         if self.guidance is None:
-            return {"model": len(fractions)}
-        kinds = self.guidance.kinds(fractions)
+            return {"model": len(kinds)}
         counts = {"model": int(np.sum(kinds != ZERO))}
         weak = "model" if self.weak is None else "weaker model"
         return counts | {weak: counts.get(weak, 0) + int(np.sum(kinds == GUIDED))}
 
     @property
-    def evaluations(self) -> int:
-        """How often networks are evaluated for one image (NFE)."""
-        return sum(self.evaluations_by_network.values())
+    def evaluations(self) -> int | None:
+        """How often networks are evaluated for one image (NFE); None: only a run tells."""
+        counts = self.evaluations_by_network
+        return None if counts is None else sum(counts.values())
 
     @classmethod
     def of(
@@ -127,7 +136,15 @@ class GenerationSpec:
         sampler = make_sampler(
             fields["sampler"], steps=fields["steps"], clip=fields["clip"], **fields["sampler_options"]
         )
+        if trajectory and not isinstance(sampler, LoopSampler):
+            raise ValueError(
+                f"unsupported sampler of a trajectory: got {fields['sampler']!r}; expected one with a number"
+                " of steps"
+            )
+        sampler.check(components.diffusion)
         guidance = _guidance(fields, components)
+        if guidance is not None and guidance.rule.remembers and not isinstance(sampler, LoopSampler):
+            raise ValueError(MOMENTUM)
         needs_weak = guidance is not None and guidance.rule.weak == "model"
         if needs_weak and weak is None:
             raise ValueError("missing weak_model: guidance 'autoguidance' expects a weaker model's workdir")

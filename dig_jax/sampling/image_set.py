@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, Int32, UInt8
 
 from dig_jax.config import flattened, to_dict
 from dig_jax.data.class_names import display_name
@@ -126,8 +126,8 @@ class ImageSet:
             make_folder(self.folder)
             write_json(path, identity)
 
-    def draw(self, *, index: int, count: int) -> None:
-        """Draw the missing chunks of process `index` out of `count`."""
+    def draw(self, *, index: int, count: int) -> Int32[np.ndarray, " n"]:
+        """Draw the missing chunks of process `index` out of `count`; return the evaluations of each image."""
         missing = [
             first for first in range(0, len(self.seeds), self.chunk_size) if not self._is_intact(first)
         ]
@@ -137,16 +137,19 @@ class ImageSet:
         if done:
             log.info("%d of %d images already exist", done, len(self.seeds))
         progress = Progress("image", first=done, total=len(self.seeds), every_seconds=10.0)
+        counted = [np.zeros(0, np.int32)]
         for number, first in enumerate(own, 1):
             chosen = slice(first, first + self.chunk_size)
             with naming_setting("config.sampling"):
-                images = self.sampler(self.labels[chosen], seeds=self.seeds[chosen])
+                images, evaluations = self.sampler.counted(self.labels[chosen], seeds=self.seeds[chosen])
+            counted.append(evaluations)
             with naming_directory(self.folder), replacing(self._path(first)) as file:
                 file.write(_header(images.shape) + images.tobytes())
             if index == 0:
                 progress.show(min(done + number * count * self.chunk_size, len(self.seeds)))
         if own:
             progress.close()
+        return np.concatenate(counted)
 
     def collect(self, class_names: tuple[str, ...]) -> None:
         """Draw the grid, join the chunks in the npz file, and delete them."""

@@ -67,13 +67,12 @@ def sample(
         on_process_0(images.claim)
         check_shared_directory(images.folder)
         options = settings.sampling
-        log.info(
-            "drawing with %s, %d steps: %s",
-            options.sampler,
-            options.steps,
-            evaluations_text(sampler.evaluations_by_network),
-        )
-        images.draw(index=jax.process_index(), count=jax.process_count())
+        if counts := sampler.evaluations_by_network:
+            text = evaluations_text(counts)
+            log.info("drawing with %s, %d steps: %s", options.sampler, options.steps, text)
+        evaluations = images.draw(index=jax.process_index(), count=jax.process_count())
+        if counts is None and len(evaluations):
+            log.info("drawn with %s: %s", options.sampler, counted_text(evaluations))
         barrier("images are drawn")
         on_process_0(lambda: images.collect(names))
     log.info("wrote %d images of step %d to %s", len(seeds), sampler.step, output)
@@ -84,6 +83,12 @@ def evaluations_text(counts: Mapping[str, int]) -> str:
     total = f"{sum(counts.values())} network evaluations per image"
     parts = ", ".join(f"{count} of the {name}" for name, count in counts.items())
     return f"{total} ({parts})" if len(counts) > 1 else total
+
+
+def counted_text(evaluations: Int[np.ndarray, " n"]) -> str:
+    """Return "N network evaluations per image (LEAST to GREATEST)"."""
+    mean, least, greatest = evaluations.mean(), evaluations.min(), evaluations.max()
+    return f"{mean:.1f} network evaluations per image ({least} to {greatest})"
 
 
 def _output(workdir: Path, output: Path | None) -> Path:

@@ -17,6 +17,7 @@ from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components, ModelSpec, Params
 from dig_jax.config import Config, check_same
 from dig_jax.data.class_names import class_index
+from dig_jax.diffusion.samplers import Dopri5
 from dig_jax.errors import naming_implementation, naming_setting
 from dig_jax.files.paths import to_path
 from dig_jax.parallel import (
@@ -87,8 +88,20 @@ class Sampler:
             UserError: the autoencoder or the weaker model is unreadable.
         """
         options |= {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
-        x = self._draw(labels, seeds, options, size)
-        return x if return_latents else self._decode(x)
+        return self.counted(labels, seeds=seeds, size=size, return_latents=return_latents, **options)[0]
+
+    def counted(
+        self,
+        labels: Labels = None,
+        *,
+        seeds: Numbers = None,
+        size: int | tuple[int, int] | None = None,
+        return_latents: bool = False,
+        **options: Any,
+    ) -> tuple[np.ndarray, Int32[np.ndarray, " n"]]:
+        """Return what a call returns, and how often networks were evaluated for each image."""
+        x, evaluations = self._draw(labels, seeds, options, size)
+        return x if return_latents else self._decode(x), evaluations
 
     def trajectory(
         self,
@@ -102,7 +115,7 @@ class Sampler:
     ) -> UInt8[np.ndarray, "steps n height width c"]:
         """Return the model's prediction of the final images at each step; arguments as in a call."""
         options |= {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
-        x = self._draw(labels, seeds, options, trajectory=True)
+        x, _ = self._draw(labels, seeds, options, trajectory=True)
         return self._decode(x.reshape(-1, *x.shape[2:])).reshape(*x.shape[:2], *self.output_shape)
 
     @property
@@ -116,16 +129,17 @@ class Sampler:
         return factor * height, factor * width, decoder.config.out_channels
 
     @property
-    def evaluations(self) -> int:
-        """Network evaluations per image (NFE) with the config's sampling options.
+    def evaluations(self) -> int | None:
+        """Network evaluations per image (NFE) with the config's sampling options; None: `counted` tells.
 
         Raises:
             ConfigError: as `evaluations_by_network`.
         """
-        return sum(self.evaluations_by_network.values())
+        counts = self.evaluations_by_network
+        return None if counts is None else sum(counts.values())
 
     @property
-    def evaluations_by_network(self) -> dict[str, int]:
+    def evaluations_by_network(self) -> dict[str, int] | None:
         """`evaluations` of the model and, with autoguidance, of the weaker model.
 
         Raises:
@@ -178,8 +192,11 @@ class Sampler:
         size: int | tuple[int, int] | None = None,
         *,
         trajectory: bool = False,
-    ) -> Float[np.ndarray, "*leading n h w c"]:
-        """Draw images in the model's space, in batches; `options` as in `GenerationSpec.of`."""
+    ) -> tuple[Float[np.ndarray, "*leading n h w c"], Int32[np.ndarray, " n"]]:
+        """Return images in the model's space, drawn in batches, and the evaluations of each one.
+
+        `options` are those of `GenerationSpec.of`.
+        """
         spec = self.components.image_spec
         fields = with_options(self.components.config.sampling, options)
         labels, seeds = self.resolve(labels, seeds)
@@ -207,12 +224,20 @@ class Sampler:
             batch = {"labels": labels[indices], "seeds": seeds[indices]}
             with naming_implementation():
                 if self._mesh is None:
-                    x = draw(**batch)
+                    drawn = draw(**batch)
                 else:
                     with jax.set_mesh(self._mesh):
-                        x = draw(**distribute(batch, self._mesh))
-            batches.append(np.asarray(x))
-        return np.concatenate(batches, axis=-4)[..., : len(seeds), :, :, :]
+                        drawn = draw(**distribute(batch, self._mesh))
+            batches.append(jax.tree.map(np.asarray, drawn))
+        images, evaluations = zip(*batches, strict=True)
+        x = np.concatenate(images, axis=-4)[..., : len(seeds), :, :, :]
+        if isinstance(generation.sampler, Dopri5) and not np.isfinite(x).all():
+            steps = generation.sampler.max_steps
+            raise ValueError(
+                f"dopri5 did not reach its tolerance in max_steps={steps}; expected a larger rtol, atol or"
+                " max_steps"
+            )
+        return x, np.concatenate(evaluations)[: len(seeds)]
 
     def _weak(self, fields: Mapping[str, Any]) -> tuple[ModelSpec | None, Params | None]:
         """Return the weaker model that these fields of `sampling` need, or (None, None)."""

@@ -1,8 +1,9 @@
-"""Samplers, from noise to images: frozen dataclasses, each of which runs one `lax.scan` over its steps."""
+"""Samplers, from noise to images: frozen dataclasses. All but Dopri5 run one `lax.scan` over their steps."""
 
-from dig_jax.diffusion.samplers.base import BaseSampler
+from dig_jax.diffusion.samplers.base import BaseSampler, LoopSampler
 from dig_jax.diffusion.samplers.ddim import DDIM
 from dig_jax.diffusion.samplers.ddpm import DDPM
+from dig_jax.diffusion.samplers.dopri5 import Dopri5
 from dig_jax.diffusion.samplers.ode import DPMpp2M, Euler, Heun, UniPC
 from dig_jax.diffusion.samplers.registry import SAMPLERS, make_sampler
 from dig_jax.diffusion.samplers.sde import DPMpp2MSDE, EDMHeun, EulerMaruyama
@@ -14,10 +15,12 @@ __all__ = [
     "BaseSampler",
     "DPMpp2M",
     "DPMpp2MSDE",
+    "Dopri5",
     "EDMHeun",
     "Euler",
     "EulerMaruyama",
     "Heun",
+    "LoopSampler",
     "UniPC",
     "make_sampler",
 ]

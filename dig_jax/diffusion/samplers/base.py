@@ -1,4 +1,4 @@
-"""The interface of samplers, and the loop that they share.
+"""The interface of samplers, and the loop that all but the adaptive one share.
 
 A sampler takes a denoiser and does not know about networks, labels or guidance. The caller supplies the noise
 as a function of the step, so that the noise of an image can depend on its seed alone and not on its batch.
@@ -68,6 +68,26 @@ class BaseSampler(abc.ABC):
     @abc.abstractmethod
     def check(self, process: Process) -> None:
         """Raise ValueError if the sampler does not support the process or cannot honor its options on it."""
+
+    @abc.abstractmethod
+    def evaluations(self, process: Process) -> int | None:
+        """Return how often a call evaluates the denoiser (NFE); None: only a run tells."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        process: Process,
+        denoiser: AnyDenoiser,
+        x: Images,
+        noise: Noise,
+        return_trajectory: bool = False,
+    ) -> Any:
+        """Draw images; see `LoopSampler`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSampler(BaseSampler):
+    """A sampler with a fixed number of evaluations, in one `lax.scan` per range of time."""
 
     @abc.abstractmethod
     def discretize(self, process: Process, denoiser: Denoiser, noise: Noise) -> Loop:

@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from dig_jax.diffusion.gaussian import GaussianDiffusion, Prediction, Steps
 from dig_jax.diffusion.process import Denoiser, Images, Process
-from dig_jax.diffusion.samplers.base import BaseSampler, Loop, Noise, State
+from dig_jax.diffusion.samplers.base import Loop, LoopSampler, Noise, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiscreteSampler(BaseSampler):
+class DiscreteSampler(LoopSampler):
     """A sampler that is defined by its move from x_t to x_{t-1}.
 
     `steps` chooses the timesteps in the notation of `space_timesteps`: a number spaces them evenly from the

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float64, Int, Num
 
 from dig_jax.diffusion.path import Level
 from dig_jax.diffusion.process import Denoiser, Images, Process
-from dig_jax.diffusion.samplers.base import BaseSampler, Loop, Noise, State
+from dig_jax.diffusion.samplers.base import Loop, LoopSampler, Noise, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearSampler(BaseSampler):
+class LinearSampler(LoopSampler):
     """A sampler that is defined by its table.
 
     `steps` is a positive number for `FlowMatching`, and for `GaussianDiffusion` as in `space_timesteps`.

@@ -6,6 +6,7 @@ from dig_jax.diffusion.options import construct
 from dig_jax.diffusion.samplers.base import BaseSampler
 from dig_jax.diffusion.samplers.ddim import DDIM
 from dig_jax.diffusion.samplers.ddpm import DDPM
+from dig_jax.diffusion.samplers.dopri5 import Dopri5
 from dig_jax.diffusion.samplers.ode import DPMpp2M, Euler, Heun, UniPC
 from dig_jax.diffusion.samplers.sde import DPMpp2MSDE, EDMHeun, EulerMaruyama
 from dig_jax.errors import suggest
@@ -20,6 +21,7 @@ SAMPLERS: dict[str, type[BaseSampler]] = {
     "unipc": UniPC,
     "euler_maruyama": EulerMaruyama,
     "edm_heun": EDMHeun,
+    "dopri5": Dopri5,
 }
 
 

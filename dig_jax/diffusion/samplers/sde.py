@@ -27,7 +27,7 @@ import math
 import numpy as np
 from jaxtyping import Float64
 
-from dig_jax.diffusion.flow_matching import FlowMatching
+from dig_jax.diffusion.flow_matching import as_flow
 from dig_jax.diffusion.path import Level
 from dig_jax.diffusion.process import Process
 from dig_jax.diffusion.samplers.linear import LinearSampler, Table, velocity_row
@@ -71,7 +71,7 @@ class EulerMaruyama(LinearSampler):
 
     def table(self, process: Process) -> Table:
         """Return one row per step."""
-        process = _flow(process, self)
+        process = as_flow(process, type(self).__name__)
         steps = len(process.knots(self.steps).times) - 1
         # The forward diffusion's rate, like the image of a noise prediction, is infinite where α = 0.
         first = 0.999 if self.form == "sbdm" else process.last_time
@@ -146,7 +146,7 @@ class EDMHeun(LinearSampler):
 
     def table(self, process: Process) -> Table:
         """Return a predicting and a correcting row per step; the last step only predicts."""
-        process = _flow(process, self)
+        process = as_flow(process, type(self).__name__)
         steps = len(process.knots(self.steps).times) - 1
         tau = self._levels(steps)
         gamma = np.where((tau >= self.s_min) & (tau <= self.s_max), min(self.s_churn / steps, 2**0.5 - 1), 0)
@@ -189,12 +189,3 @@ def _half_w(form: str, t: Float64[np.ndarray, " knots"], level: Level) -> Float6
             "decreasing": (1 - np.cos(np.pi * t)) ** 2 / 4,
             "increasing_decreasing": np.sin(np.pi * t) ** 2,
         }[form]
-
-
-def _flow(process: Process, sampler: LinearSampler) -> FlowMatching:
-    if not isinstance(process, FlowMatching):
-        raise ValueError(
-            f"unsupported process for {type(sampler).__name__}: got {type(process).__name__}; expected"
-            " FlowMatching"
-        )
-    return process
