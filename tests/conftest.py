@@ -1,5 +1,6 @@
 import importlib.metadata
 import os
+import tempfile
 
 import pytest
 
@@ -10,8 +11,12 @@ FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_lev
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
-# Tests neither read nor write the user's caches.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+# Tests compile the same small programs again and again; those of one worker, and the processes that they
+# start, share a cache. Workers do not share it: JAX does not write an entry at once.
+compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # If plugins for TPU or GPU are installed, JAX would look for chips.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

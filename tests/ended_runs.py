@@ -60,14 +60,13 @@ def free_port() -> int:
 GLOO = {"JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
 
 
-def environment(compiled: Path, *, optimized: bool = False) -> dict[str, str]:
-    """Variables of runs that share compiled programs in a directory."""
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized)),
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+def environment(compiled: Path | None = None, *, optimized: bool = False) -> dict[str, str]:
+    """Variables of runs. Those that are killed need a cache of compiled programs of their own."""
+    return (
+        {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        | {"JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not optimized))}
+        | ({"JAX_COMPILATION_CACHE_DIR": str(compiled)} if compiled else {})
+    )
 
 
 def state_at(workdir: Path, step: int) -> dict:

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -19,14 +18,9 @@ def jax_options(**options: object) -> Iterator[None]:
         _update(before)
 
 
-def unoptimized(cache: Path) -> contextlib.AbstractContextManager[None]:
-    """Compile without optimizations and share compiled programs in a directory: compiling costs the most."""
-    return jax_options(
-        jax_disable_most_optimizations=True,
-        jax_compilation_cache_dir=str(cache),
-        jax_persistent_cache_min_compile_time_secs=0,
-        jax_persistent_cache_min_entry_size_bytes=-1,
-    )
+def unoptimized() -> contextlib.AbstractContextManager[None]:
+    """Compile without optimizations, because compiling costs the most."""
+    return jax_options(jax_disable_most_optimizations=True)
 
 
 def _update(options: dict[str, object]) -> None:

@@ -104,7 +104,7 @@ def test_sigterm_saves_the_last_step_while_a_read_hangs(tmp_path, split):
     command = [sys.executable, "main.py", f"--config={tmp_path}/hanging.py", f"--workdir={tmp_path}/run"]
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     lines = []
-    options = {"cwd": ROOT, "env": environment(tmp_path) | paths, "stderr": subprocess.PIPE, "text": True}
+    options = {"cwd": ROOT, "env": environment() | paths, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **options) as process:
         limit = threading.Timer(240, process.kill)
         limit.start()

@@ -231,7 +231,7 @@ def test_export_from_the_command_line(tmp_path):
     trees = write_checkpoint(tmp_path / "run", config.from_dict(c.to_dict()), step=5)
     output = tmp_path / "x.safetensors"
     arguments = command("smoke", tmp_path / "run", FIELDS, "--mode=export", f"--output={output}")
-    done = subprocess.run(arguments, env=environment(tmp_path), capture_output=True, text=True)
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1].endswith(f"arrays) to {output}")
     assert_equal(read_model(output)[2], trees["0.9"])

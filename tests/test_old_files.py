@@ -42,7 +42,7 @@ def test_an_old_workdir_resumes_as_if_the_code_had_not_changed(old, tmp_path, mo
         logging__heldout_every_steps=4,
         sampling__every_steps=0,
     )
-    with unoptimized(tmp_path / "compiled"):
+    with unoptimized():
         train(settings, workdir)
     resumed, straight = rows(workdir / "metrics.jsonl"), rows(old / "metrics_of_8_steps.jsonl")
     assert list(resumed) == list(straight) == [2, 4, 6, 8]

@@ -33,7 +33,7 @@ def patch():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory, patch):
+def compiled_once(patch):
     """Runs share their compiled programs, which are not optimized."""
     compile_step, compiled = train.compile_train_step, {}
 
@@ -48,7 +48,7 @@ def compiled_once(tmp_path_factory, patch):
         return compiled[key]
 
     patch.setattr(train, "compile_train_step", compile_once)
-    with unoptimized(tmp_path_factory.mktemp("compiled")):
+    with unoptimized():
         yield
 
 

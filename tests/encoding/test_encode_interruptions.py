@@ -129,7 +129,7 @@ def test_processes_share_the_files(made, complete, tmp_path):
     cache, file = tmp_path / "cache", tmp_path / "config.py"
     file.write_text(CONFIG.format(fields(made, cache)))
     command = [sys.executable, "main.py", f"--config={file}", "--mode=encode"]
-    options = {"cwd": ROOT, "env": environment(tmp_path / "compiled") | GLOO}
+    options = {"cwd": ROOT, "env": environment() | GLOO}
     options |= {"stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*command, *flags], **options) for flags in joined(2)]
     logs = [process.communicate(timeout=300)[1] for process in processes]
@@ -177,7 +177,7 @@ ImageFiles.read = hang
 def test_sigterm_ends_a_run_while_a_read_hangs(made, tmp_path):
     (tmp_path / "config.py").write_text(HANGING + CONFIG.format(fields(made, tmp_path / "cache")))
     command = [sys.executable, "main.py", f"--config={tmp_path}/config.py", "--mode=encode"]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE) as process:
         limit = threading.Timer(120, process.kill)
         limit.start()
         process.stdout.readline()
