@@ -45,6 +45,24 @@ def test_a_slice_reads_only_its_elements():
     assert count(text).bytes <= 4 * 256 * x.itemsize
 
 
+# As XLA writes it for a GPU.
+CUBLAS = """HloModule product, is_scheduled=true
+
+ENTRY %main (a: f32[8,16], b: f32[16,4]) -> (f32[8,4], s8[1024]) {{
+  %a = f32[8,16]{{1,0}} parameter(0)
+  %b = f32[16,4]{{1,0}} parameter(1)
+  ROOT %product = (f32[8,4]{{1,0}}, s8[1024]{{0}}) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{"lhs_contracting_dimensions":["1"]}},\
+"precision_config":{{"operand_precision":["{precision}","{precision}"]}}}}}}
+}}
+"""
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("DEFAULT", "float32"), ("HIGHEST", "highest")])
+def test_a_cublas_call_counts_at_its_precision(precision, kind):
+    assert count(CUBLAS.format(precision=precision)).flops == {kind: 2 * 8 * 16 * 4}
+
+
 # An update in place by a GPU, which runs beside other operations and returns operands, result and context.
 ASYNC_UPDATE = """HloModule update, is_scheduled=true
 

@@ -126,7 +126,8 @@ def _flops(module: HloModule, scope: _Scope, x: HloInstruction) -> collections.C
 def _operand_type(scope: _Scope, x: HloInstruction) -> str:
     types = {array.dtype for name in x.operands[:2] for array in arrays(scope[name].shape)}
     if types & {"f32", "f64"}:
-        return "highest" if "highest" in x.attributes else "float32"
+        # Upper case in the options of cuBLAS calls.
+        return "highest" if "highest" in x.attributes.lower() else "float32"
     return "bfloat16"
 
 
