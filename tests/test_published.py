@@ -1,0 +1,41 @@
+"""The table of published scores: current, and every row with settings that this code accepts."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from configs import published
+from dig_jax.config import from_dict
+
+REPRODUCIBLE = [row for row in published.ROWS if row.config]
+
+
+def test_the_page_of_published_scores_is_current():
+    assert Path("docs/published.md").read_text() == published.markdown(), (
+        "run: python -m configs.published > docs/published.md"
+    )
+
+
+@pytest.mark.parametrize("row", REPRODUCIBLE, ids=lambda row: f"{row.model}-{row.pixels}-{row.fid}")
+def test_the_settings_of_a_row_are_a_valid_config_of_its_model(row):
+    name, _, arguments = row.config.partition(":")
+    settings = runpy.run_path(f"configs/{name}")["get_config"](*arguments.split(","))
+    settings.update_from_flattened_dict(row.settings)
+    config = from_dict(settings.to_dict())
+    assert config.model.name == row.model
+    assert config.data.options["image_size"] * 8 == row.pixels
+    assert f"{config.sampling.sampler.upper()}, {config.sampling.steps} steps" == row.sampler
+    assert row.guidance in (None, config.sampling.guidance_scale)
+    assert row.weights or config.training.steps == row.steps
+
+
+def test_rows_without_a_run_say_so():
+    table = [line for line in published.markdown().splitlines() if line.startswith("| Di")]
+    assert len(table) == sum(row.model.startswith("Di") for row in published.ROWS)
+    for row, line in zip(published.ROWS, table, strict=False):
+        assert line.endswith("| not run |") == (row.measured_fid is None)
+
+
+def test_a_row_that_this_code_cannot_reproduce_has_no_commands():
+    assert {row.model for row in published.ROWS if not row.commands()} == {"SiT-XL/2"}
