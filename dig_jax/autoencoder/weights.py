@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
-import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +14,8 @@ from jaxtyping import Array
 
 from dig_jax.autoencoder.model import Autoencoder
 from dig_jax.autoencoder.networks import AutoencoderArchitecture
-from dig_jax.errors import CheckpointError, InvalidFile, install_command, one_line
+from dig_jax.errors import CheckpointError, InvalidFile, one_line
+from dig_jax.files import hub
 from dig_jax.files.json_file import read_json
 from dig_jax.files.paths import Path, to_path
 from dig_jax.files.safetensors import StoredArray
@@ -69,26 +68,17 @@ def _find(path_or_name: str | os.PathLike) -> tuple[Path, Path]:
         return path.with_name(CONFIG_FILE), path
     if path.exists():
         return path.with_name(CONFIG_FILE), path
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_name)):
+    if not hub.is_repository(str(path_or_name)):
         raise CheckpointError(
             f"invalid autoencoder {str(path)!r}; expected an existing path or a Hugging Face repository id"
             " (owner/name)"
         )
     try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
+        config, weights = (hub.download(str(path_or_name), file) for file in (CONFIG_FILE, WEIGHTS_FILE))
+    except CheckpointError as error:
         raise CheckpointError(
-            f"no such path: autoencoder {path_or_name}; a download from the Hugging Face Hub needs the"
-            f" package huggingface_hub: {install_command('latents')}"
-        ) from error
-    try:
-        config, weights = (
-            pathlib.Path(hf_hub_download(str(path_or_name), f)) for f in (CONFIG_FILE, WEIGHTS_FILE)
-        )
-    except Exception as error:  # raised by the network, the Hub or its cache
-        raise CheckpointError(
-            f"no such path: autoencoder {path_or_name}, and the download from the Hugging Face Hub failed"
-            f" ({one_line(error)}); without a network, use a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+            f"no such path: autoencoder {path_or_name}, and {error}; without a network, use a folder with"
+            f" {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from error
     return config, weights
 

@@ -102,6 +102,10 @@ def max_pool(x: _Input, stride: int = 2) -> _Output:
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
 
+# One object, so that networks have equal structures and share compiled programs.
+_max_pool_same = functools.partial(max_pool, stride=1)
+
+
 def average_pool(x: _Input) -> _Output:
     """Return the mean over the pixels of 3 × 3 windows that are in the image."""
     count = np.ones((1, *x.shape[1:3], 1), np.float32)
@@ -260,7 +264,7 @@ class Inception(nnx.Module):
         self.Mixed_6d, self.Mixed_6e = BlockC(160), BlockC(192)
         self.Mixed_7a = BlockD()
         self.Mixed_7b = BlockE(1280, average_pool)
-        self.Mixed_7c = BlockE(2048, functools.partial(max_pool, stride=1))
+        self.Mixed_7c = BlockE(2048, _max_pool_same)
         self.fc = Classifier(2048, CLASSES)
 
     @property

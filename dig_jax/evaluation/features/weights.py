@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,13 +10,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dig_jax.errors import CheckpointError, ConfigError, install_command, one_line
-from dig_jax.files import paths
+from dig_jax.errors import CheckpointError, ConfigError
+from dig_jax.files import hub, paths
 from dig_jax.files.paths import Path, to_path
 from dig_jax.files.safetensors import StoredArray
 from dig_jax.files.weights import open_weights
 
-_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?:/([\w.-]+))?")
 # PyTorch's hub puts the beginning of a file's SHA-256 into its name.
 _NAMED_HASH = re.compile(r".*-([0-9a-f]{8,})\.\w+")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -77,25 +75,22 @@ def find_file(source: str, published: Published) -> Path:
         return found[0]
     if path.exists():
         return path
-    if match := _HUB.fullmatch(source):
-        return _download(match[1], (match[2],) if match[2] else published.files, published)
+    owner, _, rest = source.partition("/")
+    name, _, file = rest.partition("/")
+    if hub.is_repository(f"{owner}/{name}"):
+        return _download(f"{owner}/{name}", [file] if file else published.files, published)
     raise ConfigError(published.missing(f"no such file: {path}"))
 
 
 def _download(repository: str, files: Sequence[str], published: Published) -> Path:
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        need = f"no such file: {repository}; the Hugging Face Hub needs {install_command('latents')}"
-        raise ConfigError(published.missing(need)) from error
+    """Return the first file that the repository has."""
     failures = []
     for file in files:
         try:
-            return pathlib.Path(hf_hub_download(repository, file))
-        except Exception as error:  # raised by the network, the Hub or its cache
-            failures.append(one_line(error))
-    what = f"no such file: {repository}, and no download from the Hugging Face Hub ({failures[0]})"
-    raise ConfigError(published.missing(what))
+            return hub.download(repository, file)
+        except CheckpointError as error:
+            failures.append(str(error))
+    raise ConfigError(published.missing(f"no such file: {repository}, and {failures[0]}"))
 
 
 def load_weights(
