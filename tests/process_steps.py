@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from dig_jax.errors import ConfigError, UserError
 from dig_jax.parallel import (
     barrier,
     check_agreement,
     exit_process,
+    gather_arrays,
     initialize_distributed,
     is_peer_failure,
     on_process_0,
@@ -38,6 +40,7 @@ def main(port, number, folder):
         "different settings": lambda: check_agreement({"seed": 0, "config.training.steps": 20 + number}),
         "broadcast": lambda: on_process_0(lambda: {"index": jax.process_index()}),
         "rejection": lambda: on_process_0(reject),
+        "gather": lambda: [part["x"].tolist() for part in gather_arrays({"x": np.arange(number + 2) / 3})],
         "without": lambda: processes_without(number == 0),
         "shared workdir": lambda: claim(tiny_settings(), folder / "run"),
         "workdir of different settings": lambda: claim(

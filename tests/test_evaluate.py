@@ -7,7 +7,7 @@ import pytest
 from dig_jax import ConfigError, Sampler
 from dig_jax.evaluation import digits, evaluate, registry
 from dig_jax.evaluation.evaluate import draw_neighbors, score
-from dig_jax.evaluation.evaluator import Evaluator
+from dig_jax.evaluation.evaluator import Accumulator, Evaluator
 from dig_jax.reporting import sample_grids
 from dig_jax.reporting.sample_grids import draw_samples
 from dig_jax.testing import PlainComponents, tiny_settings, write_checkpoint
@@ -67,7 +67,8 @@ def test_scores_are_written_with_what_they_depend_on(tmp_path, caplog):
     assert scores["accuracy"] < 0.5  # it is noise that is scored here
     expected = {"step": 7, "ema": "0.99", "sampler": "ddim", "sampling_steps": 2, "guidance_scale": 2.0}
     assert scores | expected == scores
-    (line,) = caplog.messages
+    *progress, line = caplog.messages
+    assert "image 40/40" in progress[-1]
     assert "\n" not in line
     assert f"Fréchet distance {scores['frechet_distance']:.3f}" in line
 
@@ -136,12 +137,29 @@ class Brightness(Evaluator):
     def applies_to(self, settings):
         return settings.data.name == "fake"
 
-    def score(self, images, labels, components):
-        real = np.mean([components.train_source[index]["image"].mean() for index in range(9)])
-        return {"brightness": float(images.mean() - real)}
+    def rankings(self, settings):
+        return {"brightness": True}
+
+    def check(self, components):
+        pass
+
+    def start(self, task):
+        return MeanBrightness(task)
 
     def summary(self, scores):
         return f"brightness {scores['brightness']:.1f}"
+
+
+class MeanBrightness(Accumulator):
+    def __init__(self, task):
+        self.source, self.means = task.components.train_source, []
+
+    def add(self, indices, images):
+        self.means.extend(images.mean((1, 2, 3)))
+
+    def scores(self):
+        real = np.mean([self.source[index]["image"].mean() for index in range(9)])
+        return {"brightness": float(np.mean(self.means) - real)}
 
 
 def test_training_and_evaluation_use_a_second_evaluator(tmp_path, monkeypatch, caplog):
@@ -161,5 +179,7 @@ def test_training_and_evaluation_use_a_second_evaluator(tmp_path, monkeypatch, c
 def test_a_file_as_workdir_is_an_error_before_anything_is_drawn(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"")
-    with pytest.raises(ConfigError, match=f"invalid --workdir={path}: got a file; expected a directory"):
+    with pytest.raises(
+        ConfigError, match=f"missing --output: --workdir={path} is a file; expected --output=DIR"
+    ):
         evaluate.evaluate(tiny_settings(), path)

@@ -265,3 +265,34 @@ def test_the_progress_line_shows_loss_speed_and_mfu_if_known():
     row = {"loss": 0.12345, "images_per_second": 321.0}
     assert progress_text(row) == "loss 0.1235  321 images/s"
     assert progress_text(row | {"mfu": 0.4567}) == "loss 0.1235  321 images/s  MFU 45.7%"
+
+
+def test_scores_are_computed_every_n_steps_and_at_the_last_one_but_not_before_an_exit(meter):
+    paused = []
+
+    def compute(state):
+        paused.append(meter.is_paused)
+        return {"fid": float(state["number"])}
+
+    events = run(hooks.ComputeScores(4, compute, meter))
+    assert {e.step: e.scores for e in events if e.scores} == {n: {"fid": float(n)} for n in (4, 8, LAST)}
+    assert all(paused)
+    preempted = event(4, preempted=True)
+    hooks.ComputeScores(4, compute, meter).after_step(preempted)
+    assert not preempted.scores
+
+
+def test_a_step_with_scores_gets_a_row_of_metrics(metrics, calls):
+    metrics.after_step(event(1, scores={"fid": 5.0}))
+    metrics.write_pending()
+    (row,) = [call[2] for call in calls if call[0] == "write"]
+    assert row["fid"] == 5.0
+
+
+def test_checkpoints_are_compared_by_the_held_out_loss_or_a_score():
+    measured = event(1, heldout_loss=0.5, scores={"fid": 5.0, "is": 9.0})
+    assert measured.metric("heldout_loss", higher_is_better=False) == 0.5
+    assert measured.metric("fid", higher_is_better=False) == 5
+    assert measured.metric("is", higher_is_better=True) == -9
+    assert measured.metric("kid", higher_is_better=False) is None
+    assert event(1).metric("heldout_loss", higher_is_better=False) is None

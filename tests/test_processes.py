@@ -222,6 +222,7 @@ def test_processes_take_steps_together_and_fail_together(directory):
             True,
         ]
         assert outcomes["broadcast"] == {"index": 0}
+        assert outcomes["gather"] == [[0, 1 / 3], [0, 1 / 3, 2 / 3]]
         assert outcomes["rejection"] == ["rejected by process 0", True]
         assert outcomes["without"] == [1]
         assert outcomes["shared workdir"] is None

@@ -94,9 +94,9 @@ def test_an_interrupted_set_is_completed_without_redrawing(draw, monkeypatch):
             raise KeyboardInterrupt
         return pictures(self, x)
 
-    pictures = Sampler._decode
+    pictures = Sampler.decode
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Sampler, "_decode", broken)
+        patched.setattr(Sampler, "decode", broken)
         draw(seeds=seeds)
     chunks = draw.workdir / "generated"
     assert sorted(path.name for path in chunks.iterdir()) == ["00000000.npy", "00000002.npy", "set.json"]

@@ -138,6 +138,7 @@ def _check_channels(name: str, channels: int, expected: int) -> None:
         raise ValueError(f"invalid {name} with {channels} channels; expected {expected} (NHWC)")
 
 
-def to_uint8(images: Float[AnyArray, "*shape"]) -> UInt8[Array, "*shape"]:
-    """Convert decoded images to pixels: clip x/2 + 1/2 to 0…1, multiply by 255, round."""
-    return jnp.round(jnp.clip(images / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+def to_uint8(images: Float[AnyArray, "*shape"], rule: str = "round") -> UInt8[Array, "*shape"]:
+    """Convert decoded images to pixels: clip x/2 + 1/2 to 0…1, multiply by 255, and round or truncate."""
+    pixels = jnp.clip(images / 2 + 0.5, 0, 1) * 255
+    return (jnp.round(pixels) if rule == "round" else jnp.floor(pixels)).astype(jnp.uint8)

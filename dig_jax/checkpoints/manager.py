@@ -57,7 +57,7 @@ class Checkpoints:
         state: Any,
         data: dict[str, Any],
         settings: Config,
-        heldout_loss: float | None = None,
+        metric: float | None = None,
     ) -> None:
         """Save a checkpoint: copy the state to the host and write it in the background.
 
@@ -66,7 +66,8 @@ class Checkpoints:
             state: the train state.
             data: JSON values that describe the position in the training data.
             settings: the run's config.
-            heldout_loss: the held-out loss, by which the best checkpoints are kept.
+            metric: the value of `settings.keep_best_by`, negative if higher is better: checkpoints
+                with the lowest values are kept.
 
         Raises:
             CheckpointError: this save or the previous one failed; older checkpoints are unchanged.
@@ -82,7 +83,7 @@ class Checkpoints:
                     data=ocp.args.JsonSave(data),
                     config=ocp.args.JsonSave(config_and_versions(settings)),
                 ),
-                metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
+                metrics=None if metric is None else {self._settings.keep_best_by: metric},
                 force=True,
             )
 
@@ -150,7 +151,7 @@ class Checkpoints:
         kept = [
             policies.LatestN(self._settings.keep),
             policies.BestN(
-                get_metric_fn=_finite_heldout_loss,
+                get_metric_fn=self._metric,
                 reverse=True,
                 n=self._settings.keep_best,
                 keep_checkpoints_without_metrics=False,
@@ -161,7 +162,7 @@ class Checkpoints:
             kept.append(policies.EveryNSteps(self._settings.keep_every_steps))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            best_fn=_finite_heldout_loss,  # Orbax stores metrics only if this is set
+            best_fn=self._metric,  # Orbax stores metrics only if this is set
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
                 # Orbax calls this before it gives the directory its final name.
@@ -172,6 +173,11 @@ class Checkpoints:
         )
         prepare_orbax(self._directory)
         return ocp.CheckpointManager(self._directory, options=options)
+
+    def _metric(self, metrics: dict[str, float]) -> float:
+        """Return a checkpoint's metric; infinity if it is not finite or the checkpoint has another one."""
+        value = metrics.get(self._settings.keep_best_by, math.inf)
+        return value if math.isfinite(value) else math.inf
 
     def _complete(self) -> None:
         """Verify the first save, and write the record of the files."""
@@ -216,11 +222,6 @@ class _KeepLinks(policies.PreservationPolicy):
         if is_remote(self._directory):
             return [False] * len(checkpoints)
         return [os.path.islink(self._directory / str(checkpoint.step)) for checkpoint in checkpoints]
-
-
-def _finite_heldout_loss(metrics: dict[str, float]) -> float:
-    loss = metrics["heldout_loss"]
-    return loss if math.isfinite(loss) else math.inf
 
 
 def _free_name(path: Path) -> Path:

@@ -93,10 +93,14 @@ def _sample(settings: Config, workdir: Path, values: FlagValues) -> None:
     sample(settings, workdir, functools.partial(labels, values.labels), seeds, output)
 
 
-def _evaluate(settings: Config, workdir: Path, _: FlagValues) -> None:
-    from dig_jax.evaluation.evaluate import evaluate
+def _evaluate(settings: Config, workdir: Path, values: FlagValues) -> None:
+    from dig_jax.evaluation.evaluate import evaluate, evaluate_images
 
-    evaluate(settings, workdir)
+    output = to_path(values.output) if values.output else None
+    if values.images:
+        evaluate_images(settings, to_path(values.images), output or workdir)
+    else:
+        evaluate(settings, workdir, output)
 
 
 def _encode(settings: Config, _: Path, values: FlagValues) -> None:
@@ -122,7 +126,7 @@ def _plan(settings: Config, _: Path, values: FlagValues) -> None:
 COMMANDS = {
     "train": Command(_train, ("profile_steps", *_PROCESSES)),
     "sample": Command(_sample, ("labels", "seeds", "output", *_PROCESSES)),
-    "evaluate": Command(_evaluate),
+    "evaluate": Command(_evaluate, ("images", "output")),
     "encode": Command(_encode, _PROCESSES),
     "export": Command(_export, ("output",)),
     "plan": Command(_plan, ("topology", "json")),

@@ -25,7 +25,11 @@ def define_flags() -> flags.FlagValues:
     text(
         "output",
         "The file to write. With --mode=export: FILE.safetensors. With --mode=sample: FILE.npz, by default"
-        " WORKDIR/generated.npz.",
+        " WORKDIR/generated.npz. With --mode=evaluate: a directory for the scores, by default the workdir.",
+    )
+    text(
+        "images",
+        "With --mode=evaluate: a folder of images or FILE.npz to score instead of a model.",
     )
     text(
         "topology",

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from dig_jax.config.averages import LONGEST, average_of_length, length_of
+from dig_jax.config.evaluation import EvaluationConfig
 from dig_jax.config.field import Group, field, group
 from dig_jax.config.objective import AuxiliaryConfig, DiffusionConfig
 from dig_jax.config.sampling import SamplingConfig
@@ -219,8 +220,13 @@ class CheckpointConfig(Group, path="config.checkpoint"):
     keep: int = field(3, "Number of most recent checkpoints to keep.", bounds="positive")
     keep_best: int = field(
         1,
-        "Number of checkpoints with the lowest held-out loss to keep; only steps that measure it count.",
+        "Number of best checkpoints to keep by `keep_best_by`; only steps that measure it count.",
         bounds="nonnegative",
+    )
+    keep_best_by: str = field(
+        "heldout_loss",
+        "What the best checkpoints are chosen by: heldout_loss, or a figure that `evaluation.every_steps`"
+        " measures, such as fid, or frechet_distance of the digits.",
     )
     keep_every_steps: int | None = field(
         100_000,
@@ -244,13 +250,6 @@ class LoggingConfig(Group, path="config.logging"):
     )
     tensorboard: bool = field(True, "Write TensorBoard files.")
     wandb: str | None = field(None, "Weights & Biases project; empty: none.", none="")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig(Group, path="config.evaluation"):
-    """Scores of generated images."""
-
-    num_images: int = field(500, "Number of generated images to score; 0: no scores.", bounds="nonnegative")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,4 +64,10 @@ class SamplingConfig(Group, path="config.sampling"):
         "Name of the average to sample with, or params for the parameters themselves; empty: the first one.",
         none="",
     )
+    uint8: str = field(
+        "round",
+        "How pixels become 8-bit integers: round (to nearest), or truncate as ADM does, which is half a gray"
+        " level darker.",
+        choices=("round", "truncate"),
+    )
     batch_size: int = field(100, "Images per batch.", bounds="positive")

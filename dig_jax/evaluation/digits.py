@@ -25,8 +25,9 @@ from dig_jax.components import Components
 from dig_jax.config import Config
 from dig_jax.data.digits import digits
 from dig_jax.data.pipeline import normalize
-from dig_jax.evaluation.evaluator import Evaluator, Scores
+from dig_jax.evaluation.evaluator import Accumulator, Evaluator, Scores, Task
 from dig_jax.evaluation.moments import frechet_distance
+from dig_jax.parallel import gather_arrays
 
 if TYPE_CHECKING:
     from sklearn.decomposition import PCA
@@ -39,15 +40,23 @@ _SUBSETS = 20
 class DigitsEvaluator(Evaluator):
     """The evaluator of the digits data set."""
 
+    needs_labels = True
+
     def applies_to(self, settings: Config) -> bool:
         """Return whether the model was trained on digits."""
         return settings.data.name == "digits"
 
-    def score(
-        self, images: UInt8[np.ndarray, "n 8 8 1"], labels: Int[np.ndarray, " n"], components: Components
-    ) -> Scores:
-        """Return `score_digits(images, labels)`."""
-        return score_digits(images, labels)
+    def rankings(self, settings: Config) -> Mapping[str, bool]:
+        """Return Fréchet distance and accuracy."""
+        return {"frechet_distance": False, "accuracy": True}
+
+    def check(self, components: Components) -> None:
+        """Scores of digits need no files."""
+
+    def start(self, task: Task) -> Accumulator:
+        """Collect the images, which are small."""
+        assert task.labels is not None
+        return _Images(task.labels)
 
     def summary(self, scores: Mapping[str, Any]) -> str:
         """Return accuracy and Fréchet distance, each with its value for real images."""
@@ -62,6 +71,26 @@ class DigitsEvaluator(Evaluator):
     def nearest_training_images(self, images: UInt8[np.ndarray, "n 8 8 1"]) -> Int[np.ndarray, " n"]:
         """Return the index of the training image nearest to each image."""
         return nearest_training_images(images)[0]
+
+
+class _Images(Accumulator):
+    """All images of a task."""
+
+    def __init__(self, labels: Int[np.ndarray, " n"]):
+        self._labels = labels
+        self._parts = [(np.zeros(0, int), np.zeros((0, 8, 8, 1), np.uint8))]
+
+    def add(self, indices: Int[np.ndarray, " n"], images: UInt8[np.ndarray, "n 8 8 1"]) -> None:
+        """Keep the images."""
+        self._parts.append((indices, images))
+
+    def scores(self) -> Scores:
+        """Return the scores of the images of all processes."""
+        indices, images = (np.concatenate(arrays) for arrays in zip(*self._parts, strict=True))
+        everywhere = gather_arrays({"indices": indices, "images": images})
+        indices, images = (np.concatenate([part[name] for part in everywhere]) for name in everywhere[0])
+        order = np.argsort(indices)
+        return score_digits(images[order], self._labels[indices[order]])
 
 
 def score_digits(

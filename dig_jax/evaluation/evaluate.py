@@ -1,18 +1,23 @@
-"""--mode=evaluate: score a checkpoint, and show each sample next to the nearest training image."""
+"""--mode=evaluate: score a model or a set of images, and show samples next to the nearest training images."""
 
 import datetime
 import logging
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
+from dig_jax.components import Components
 from dig_jax.config import Config
 from dig_jax.errors import ConfigError, naming_setting
-from dig_jax.evaluation.evaluator import Scores
+from dig_jax.evaluation.evaluator import Evaluator, Scores, Task
+from dig_jax.evaluation.generated import GeneratedImages, provenance
+from dig_jax.evaluation.image_sets import open_images
 from dig_jax.evaluation.registry import EVALUATORS, evaluators_for
 from dig_jax.files.atomic import write_json
 from dig_jax.files.mirror import mirror
-from dig_jax.files.paths import Path
+from dig_jax.files.paths import Path, make_folder
+from dig_jax.progress import Progress
 from dig_jax.reporting.grids import save_pair_grid
 from dig_jax.reporting.html import write_report
 from dig_jax.reporting.pictures import warning_of_failure
@@ -21,64 +26,106 @@ from dig_jax.sampling.sampler import Sampler, load
 
 log = logging.getLogger(__name__)
 
+# Images of a folder or file that are read at once.
+_PART = 256
 
-def evaluate(settings: Config, workdir: Path) -> Scores:
-    """Score a workdir's newest checkpoint; write scores.json, samples.png, neighbors.png and report.html.
+
+def evaluate(settings: Config, workdir: Path, output: Path | None = None) -> Scores:
+    """Score a model; write scores.json, samples.png, neighbors.png and report.html.
+
+    An interrupted evaluation resumes where it last saved features, every five minutes.
+
+    Args:
+        settings: `sampling`, `evaluation` and `autoencoder` may differ from the checkpoint's.
+        workdir: a run's directory, of which the newest checkpoint is scored, a checkpoint directory in it, or
+            a file of --mode=export.
+        output: the folder of the results; by default the workdir.
 
     Raises:
         UserError: there is no checkpoint, its settings differ, or no evaluator applies to the data.
     """
-    if workdir.is_file():
-        raise ConfigError(f"invalid --workdir={workdir}: got a file; expected a directory for the scores")
+    output = _output(workdir, output)
     sampler = load(workdir, settings=settings)
-    with mirror(workdir) as output:
-        scores = score(sampler, output.folder)
+    with mirror(output) as mirrored:
+        scores = score(sampler, mirrored.folder, resume=True)
         if not scores:
-            raise ConfigError(
-                f"nothing to evaluate: got config.data.name={settings.data.name!r} and"
-                f" config.evaluation.num_images={settings.evaluation.num_images}; expected data with an"
-                f" evaluator ({', '.join(EVALUATORS)}) and at least 1 image"
-            )
-        draw_samples(sampler, output.folder)
-        draw_neighbors(sampler, output.folder)
-        write_report(output.folder)
+            raise _nothing_to_evaluate(settings)
+        draw_samples(sampler, mirrored.folder)
+        draw_neighbors(sampler, mirrored.folder)
+        write_report(mirrored.folder)
     return scores
 
 
-def score(sampler: Sampler, workdir: pathlib.Path) -> Scores:
-    """Score images of seeds 0, 1, …, with equal shares of the classes; log a summary and write scores.json.
+def evaluate_images(settings: Config, path: Path, output: Path) -> Scores:
+    """Score the images of a folder or an npz file, without a model; write scores.json to `output`.
+
+    Args:
+        settings: `evaluation` names scores and reference. `evaluation.num_images` does not apply.
+        path: the folder or file.
+        output: the folder of the results.
+
+    Raises:
+        UserError: invalid images or an invalid reference, or no scores are named.
+    """
+    with naming_setting("--images"):
+        images = open_images(path)
+        count = len(images)
+    evaluators = [one for one in EVALUATORS.values() if one.applies_to(settings) and not one.needs_labels]
+    if not evaluators:
+        raise ConfigError(
+            "nothing to evaluate: got config.evaluation.scores=''; expected scores such as fid,kid"
+        )
+    make_folder(output)
+    with mirror(output) as mirrored:
+        task = Task(Components(settings), images, count, folder=mirrored.folder)
+        scores = _scores(task, evaluators, _PART)
+        scores |= {"images": images.name, "images_hash": images.fingerprint, "time": _now()}
+        write_json(mirrored.folder / "scores.json", scores)
+    return scores
+
+
+def score(sampler: Sampler, folder: pathlib.Path, *, resume: bool = False) -> Scores:
+    """Score images of seeds 0, 1, …; log a summary and write scores.json.
+
+    Args:
+        sampler: what draws the images.
+        folder: where scores.json is written.
+        resume: keep features in the folder, so that the same call continues after an interruption. Only for
+            one process.
 
     Returns:
-        The scores and the settings that they depend on; empty if no evaluator applies.
+        The scores and what they depend on; empty if no evaluator applies.
     """
     settings = sampler.components.config
     evaluators = evaluators_for(settings)
     if not evaluators:
         return {}
-    labels, seeds = sampler.resolve(None, np.arange(settings.evaluation.num_images))
-    images, counted = sampler.counted(labels, seeds=seeds)
-    evaluations = sampler.evaluations
+    images = GeneratedImages(sampler, settings.evaluation.num_images)
+    task = Task(sampler.components, images, images.count, images.labels, folder if resume else None)
+    scores = _scores(task, evaluators, settings.sampling.batch_size)
+    scores |= provenance(images) | {"time": _now()}
+    write_json(folder / "scores.json", scores)
+    return scores
+
+
+def _scores(task: Task, evaluators: Sequence[Evaluator], size: int) -> Scores:
+    """Pass the images to all evaluators, `size` at a time; return and log the scores."""
+    accumulators = [evaluator.start(task) for evaluator in evaluators]
+    first = min(accumulator.first for accumulator in accumulators)
+    if first:
+        log.info("resuming: the features of %d of %d images already exist", first, task.count)
+    progress = Progress("image", first=first, total=task.count, every_seconds=10.0)
+    for indices, images in task.images.parts(first, size, task.count):
+        for accumulator in accumulators:
+            accumulator.add(indices, images)
+        progress.show(int(indices[-1]) + 1)
+    progress.close()
     scores: Scores = {}
-    for evaluator in evaluators:
+    for evaluator, accumulator in zip(evaluators, accumulators, strict=True):
         with naming_setting("config.evaluation.num_images"):
-            figures = evaluator.score(images, labels, sampler.components)
+            figures = accumulator.scores()
         log.info(evaluator.summary(figures))
         scores |= figures
-    s = settings.sampling
-    scores |= {
-        "step": sampler.step,
-        "ema": settings.sampled_ema,
-        "sampler": s.sampler,
-        "sampling_steps": None if evaluations is None else s.steps,
-        "network_evaluations_per_image": float(counted.mean()) if evaluations is None else evaluations,
-        "guidance": s.guidance,
-        "guidance_scale": s.guidance_scale,
-        "internal_guidance_scale": s.internal_guidance_scale,
-        "seeds": f"0…{len(seeds) - 1}",
-        "labels": "seed modulo the number of classes",
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    write_json(workdir / "scores.json", scores)
     return scores
 
 
@@ -88,7 +135,7 @@ def draw_neighbors(sampler: Sampler, workdir: pathlib.Path) -> None:
     Writes nothing if no evaluator measures distances to the training images.
     """
     evaluators = evaluators_for(sampler.components.config)
-    if not evaluators:
+    if not evaluators or sampler.output_shape[2] not in (1, 3):
         return
     images, options = grid_of_samples(sampler)
     for evaluator in evaluators:
@@ -99,3 +146,27 @@ def draw_neighbors(sampler: Sampler, workdir: pathlib.Path) -> None:
             with warning_of_failure(workdir / "neighbors.png"):
                 save_pair_grid(workdir / "neighbors.png", images, neighbors, **options)
             return
+
+
+def _output(workdir: Path, output: Path | None) -> Path:
+    """Return the folder of the results: for a checkpoint directory, by default the workdir that it is in."""
+    if output is not None:
+        if output.is_file():
+            raise ConfigError(f"invalid --output={output}: got a file; expected a directory for the scores")
+        make_folder(output)
+        return output
+    if workdir.is_file():
+        raise ConfigError(f"missing --output: --workdir={workdir} is a file; expected --output=DIRECTORY")
+    return workdir.parent.parent if workdir.parent.name == "checkpoints" else workdir
+
+
+def _nothing_to_evaluate(settings: Config) -> ConfigError:
+    return ConfigError(
+        f"nothing to evaluate: got config.data.name={settings.data.name!r} and"
+        f" config.evaluation.num_images={settings.evaluation.num_images}; expected data with an evaluator"
+        f" ({', '.join(EVALUATORS)}) or config.evaluation.scores, and at least 1 image"
+    )
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -197,6 +198,23 @@ def processes_without(present: bool) -> list[int]:
     if jax.process_count() == 1:
         return [] if present else [0]
     return np.flatnonzero(~multihost_utils.process_allgather(np.bool_(present))).tolist()
+
+
+def gather_arrays(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Return the arrays of all processes, in order of processes; shapes and values may differ."""
+    if jax.process_count() == 1:
+        return [dict(arrays)]
+    buffer = io.BytesIO()
+    named: dict[str, Any] = dict(arrays)
+    np.savez(buffer, **named)
+    content = np.frombuffer(buffer.getvalue(), np.uint8)  # JAX would make float32 of float64
+    sizes = multihost_utils.process_allgather(np.int32(content.size))
+    gathered = multihost_utils.process_allgather(np.resize(content, int(sizes.max())))
+    result = []
+    for part, size in zip(gathered, sizes.tolist(), strict=True):
+        with np.load(io.BytesIO(part[:size].tobytes())) as loaded:
+            result.append({name: loaded[name] for name in loaded.files})
+    return result
 
 
 def barrier(name: str) -> None:

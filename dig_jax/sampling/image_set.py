@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 _SHOWN = 100
 # Fields of `sampling` that do not affect the images.
 _IRRELEVANT = ("every_steps", "images_per_class")
+# Fields that sets of earlier versions lack, and what they did.
+_LATER = {"uint8": "round"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -240,6 +242,7 @@ def _digest(arrays: Iterable[Array | np.ndarray]) -> str:
 
 def _changed(stored: dict[str, Any], identity: dict[str, Any]) -> str:
     """Return the differences as "name: old → new"; empty if there are none."""
+    stored = _LATER | stored
     changed = [name for name, value in identity.items() if stored.get(name) != value]
     return "; ".join(f"{name}: {stored.get(name)} → {identity[name]}" for name in changed)
 

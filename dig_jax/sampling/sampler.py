@@ -101,7 +101,7 @@ class Sampler:
     ) -> tuple[np.ndarray, Int32[np.ndarray, " n"]]:
         """Return what a call returns, and how often networks were evaluated for each image."""
         x, evaluations = self._draw(labels, seeds, options, size)
-        return x if return_latents else self._decode(x), evaluations
+        return x if return_latents else self.decode(x), evaluations
 
     def trajectory(
         self,
@@ -116,7 +116,7 @@ class Sampler:
         """Return the model's prediction of the final images at each step; arguments as in a call."""
         options |= {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
         x, _ = self._draw(labels, seeds, options, trajectory=True)
-        return self._decode(x.reshape(-1, *x.shape[2:])).reshape(*x.shape[:2], *self.output_shape)
+        return self.decode(x.reshape(-1, *x.shape[2:])).reshape(*x.shape[:2], *self.output_shape)
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
@@ -259,10 +259,11 @@ class Sampler:
             )
         return height // factor, width // factor
 
-    def _decode(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:
+    def decode(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:
         """Convert images in the model's space to pixels, on all devices of this process."""
+        rule = self.components.config.sampling.uint8
         if self._decoder is None:
-            return to_pixels(x)
+            return to_pixels(x, rule)
         count, height, width, _ = x.shape
         devices = jax.local_device_count()
         size = devices * min(max(_DECODED_LATENT_PIXELS // (height * width), 1), -(-count // devices))
@@ -271,7 +272,7 @@ class Sampler:
             for first in range(0, count, size):
                 indices = np.minimum(np.arange(first, first + size), count - 1)
                 batch = jax.device_put(x[indices], batch_sharding(mesh))
-                decoded.append(np.asarray(to_uint8(self._decoder.decode(batch))))
+                decoded.append(np.asarray(to_uint8(self._decoder.decode(batch), rule)))
         return np.concatenate(decoded)[:count]
 
     @functools.cached_property
@@ -372,6 +373,7 @@ def _integers(name: str, numbers: Numbers, limit: int) -> Int[np.ndarray, " n"]:
     return numbers
 
 
-def to_pixels(x: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Map -1 … 1 to 0 … 255, rounded and clipped."""
-    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+def to_pixels(x: Float[np.ndarray, "*shape"], rule: str = "round") -> UInt8[np.ndarray, "*shape"]:
+    """Map -1 … 1 to 0 … 255, rounded or truncated, and clipped."""
+    pixels = np.clip((x + 1) * 127.5, 0, 255)
+    return (np.round(pixels) if rule == "round" else np.floor(pixels)).astype(np.uint8)

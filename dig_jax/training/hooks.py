@@ -4,7 +4,6 @@ Each hook does one thing and can be tested without a network. `make_hooks` lists
 the loop calls them.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import jax
 from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.config import CheckpointConfig
 from dig_jax.errors import StalledRead, UserError, one_line
+from dig_jax.evaluation.registry import rankings
 from dig_jax.files import paths
 from dig_jax.parallel import on_process_0
 from dig_jax.progress import Progress
@@ -22,6 +22,7 @@ from dig_jax.reporting.html import write_report
 from dig_jax.reporting.sample_grids import draw_samples
 from dig_jax.sampling.sampler import Sampler
 from dig_jax.training.heldout import HeldoutLoss
+from dig_jax.training.hook import Hook, StepEvent
 from dig_jax.training.run import Run
 from dig_jax.training.state import State
 from dig_jax.training.telemetry.profiler import ProfiledSteps, Profiler
@@ -30,55 +31,6 @@ from dig_jax.training.telemetry.utilization import BestTimes, peak_memory
 from dig_jax.training.telemetry.writer import MetricWriter
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class StepEvent:
-    """A step that was dispatched and may still be running.
-
-    Attributes:
-        step: its number, from 1.
-        state: the state after it.
-        last: the number of the run's last step.
-        examples: the number of training examples consumed, this step's included.
-        preempted: whether the process must exit after this step.
-        stalled: whether it must exit while a read hangs.
-        must_exit: function that asks again whether the process must exit, during a hook that takes long.
-        heldout_loss: the held-out loss after this step, once a hook has computed it.
-        has_new_files: whether a hook saved a checkpoint or drew samples after this step.
-    """
-
-    step: int
-    state: State
-    last: int
-    examples: int
-    preempted: bool = False
-    stalled: bool = False
-    must_exit: Callable[[], bool] = lambda: False
-    heldout_loss: float | None = None
-    has_new_files: bool = False
-
-    @property
-    def ends_loop(self) -> bool:
-        """Whether no step follows in this start."""
-        return self.preempted or self.step == self.last
-
-    def is_due(self, every_steps: int | None) -> bool:
-        """Return whether an action every N steps and at the last step is due; None: never."""
-        return every_steps is not None and (self.step % every_steps == 0 or self.step == self.last)
-
-
-class Hook:
-    """A hook that does nothing. The loop calls all hooks, on all processes."""
-
-    def before_step(self, step: int) -> None:
-        """Called before a step is dispatched; the previous step may still be running."""
-
-    def after_step(self, event: StepEvent) -> None:
-        """Called when a step and the transfer of the next batch were dispatched."""
-
-    def close(self) -> None:
-        """Called when the loop ends, also by an exception."""
 
 
 class ProfileSteps(Hook):
@@ -125,13 +77,28 @@ class ComputeHeldoutLoss(Hook):
                 event.stalled = event.preempted = True
 
 
+class ComputeScores(Hook):
+    """Hook that scores generated images every N steps, for metrics and the choice of checkpoints."""
+
+    def __init__(
+        self, every_steps: int | None, compute: Callable[[State], dict[str, float]], meter: StepMeter
+    ):
+        self._every_steps, self._compute, self._meter = every_steps, compute, meter
+
+    def after_step(self, event: StepEvent) -> None:
+        """Compute the scores if they are due; a process that must exit has no time for them."""
+        if event.is_due(self._every_steps) and not event.preempted:
+            with self._meter.paused():
+                event.scores = self._compute(event.state)
+
+
 class WriteMetrics(Hook):
     """Hook that writes a row of metrics every N steps and shows it in the progress line.
 
     A row is written after the next step was dispatched, so that the devices never wait for it.
 
     Args:
-        every_steps: the interval; steps with a held-out loss always get a row.
+        every_steps: the interval; steps with a held-out loss or scores always get a row.
         meter: measures the steps.
         writer: where rows go.
         progress: the progress line.
@@ -153,7 +120,7 @@ class WriteMetrics(Hook):
     def after_step(self, event: StepEvent) -> None:
         """Write the row of the previous step, and remember this one if its row is due."""
         self.write_pending()
-        if event.heldout_loss is not None or event.is_due(self._every_steps):
+        if event.heldout_loss is not None or event.scores or event.is_due(self._every_steps):
             self._pending = event
 
     def write_pending(self) -> None:
@@ -168,6 +135,7 @@ class WriteMetrics(Hook):
         row |= self._more_metrics(row)
         if event.heldout_loss is not None:
             row["heldout_loss"] = event.heldout_loss
+        row |= event.scores
         self._writer.write(event.step, row)
         self._progress.show(event.step, progress_text(row))
 
@@ -326,7 +294,7 @@ def make_hooks(
 ) -> list[Hook]:
     """Return the hooks of a run that resumes after step `first`, in the order of their calls."""
     settings, heldout_loss = run.settings, HeldoutLoss(run.components, run.mesh)
-    last = settings.training.steps
+    last, figures = settings.training.steps, rankings(settings)
 
     def utilization(row: Row) -> Row:
         return bounds.utilization(row["images_per_second"]) | peak_memory(run.mesh.local_devices)
@@ -334,7 +302,13 @@ def make_hooks(
     def save(event: StepEvent) -> None:
         run.publish()  # first: a run that resumes from this checkpoint has the rows of its steps
         data = run.data_item(event.examples)
-        checkpoints.save(event.step, event.state, data, settings, heldout_loss=event.heldout_loss)
+        best = settings.checkpoint.keep_best_by
+        metric = event.metric(best, higher_is_better=figures.get(best, False))
+        checkpoints.save(event.step, event.state, data, settings, metric=metric)
+
+    def scores(state: State) -> dict[str, float]:
+        measured = run.score(state)
+        return {name: measured[name] for name in figures} | {"scored_images": measured["num_images"]}
 
     every = settings.logging.every_steps
     metrics = WriteMetrics(every, meter, writer, Progress("step", first=first, total=last), utilization)
@@ -347,6 +321,7 @@ def make_hooks(
             lambda state, must_exit: heldout_loss(run.sampled_params(state), must_exit),
             meter,
         ),
+        ComputeScores(settings.evaluation.every_steps if figures else None, scores, meter),
         metrics,
         saving,
         EndCollapsedRun(settings.training.max_skipped_steps, directory, saving, metrics, meter),

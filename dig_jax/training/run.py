@@ -1,6 +1,7 @@
 """The parts of a training run that stay the same from the first step to the last."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ from jax.sharding import Mesh
 from dig_jax.components import Components, Params, network_params
 from dig_jax.config import Config
 from dig_jax.data import batches
+from dig_jax.evaluation.evaluate import score
+from dig_jax.evaluation.evaluator import Scores
 from dig_jax.files.paths import Path
 from dig_jax.parallel import process_shard
 from dig_jax.sampling.sampler import Sampler
@@ -35,6 +38,17 @@ class Run:
     workdir: Path
     output: pathlib.Path
     publish: Callable[[], None] = lambda: None
+
+    @functools.cached_property
+    def _newest_scores(self) -> Scores:
+        return {}
+
+    def score(self, state: State) -> Scores:
+        """Return the scores of images of a state, and write scores.json; the newest ones are kept."""
+        if self._newest_scores.get("step") != int(state["step"]):
+            self._newest_scores.clear()
+            self._newest_scores.update(score(self.sampler(state), self.output))
+        return self._newest_scores
 
     @property
     def settings(self) -> Config:

@@ -21,7 +21,8 @@ from dig_jax.data.image_folder import folder
 from dig_jax.data.latents import LatentSource, check_latents
 from dig_jax.data.summary import summary
 from dig_jax.errors import ConfigError, alternatives, naming_setting
-from dig_jax.evaluation.evaluate import draw_neighbors, score
+from dig_jax.evaluation.evaluate import draw_neighbors
+from dig_jax.evaluation.registry import check_keep_best, evaluators_for
 from dig_jax.files.atomic import replacing
 from dig_jax.files.mirror import Mirror, mirror
 from dig_jax.files.paths import Path, absolute, is_remote
@@ -118,7 +119,7 @@ def _finish(run: Run, state: State, writer: MetricWriter) -> dict[str, Any]:
     """Draw and score samples of the final state; return the scores."""
     sampler = run.sampler(state)
     draw_grid(sampler, run.output, writer)
-    scores = score(sampler, run.output)
+    scores = dict(run.score(state))
     draw_neighbors(sampler, run.output)
     try_to_write_report(run.output)
     return scores
@@ -142,6 +143,7 @@ def _check_settings(components: Components) -> None:
         ConfigError: an invalid setting.
     """
     require_wandb(components.config.logging.wandb)
+    check_keep_best(components.config)
     settings, channels = components.config.sampling, components.image_spec.image_shape[2]
     names = (*components.config.training.average_names, "params")
     if components.config.sampled_ema not in names:  # an average that checkpoints give after training
@@ -155,6 +157,8 @@ def _check_settings(components: Components) -> None:
     decoder, _ = components.autoencoder, components.heldout_source
     if isinstance(source, LatentSource):
         check_latents(source, components.config, decoder.fingerprint() if decoder else None)
+    for evaluator in evaluators_for(components.config):
+        evaluator.check(components)
     with naming_setting("config.sampling"):
         _ = Sampler(components, {}, step=0).evaluations  # validates samplers and guidance
         if settings.guidance_channels is not None and settings.guidance_channels > channels:

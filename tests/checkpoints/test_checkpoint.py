@@ -104,7 +104,7 @@ def test_the_checkpoint_with_the_lowest_heldout_loss_is_kept_also_by_a_resumed_r
     for losses in ({1: 0.5, 2: 0.2, 3: float("nan"), 4: None}, {5: 0.3}):
         with contextlib.closing(Checkpoints(tmp_path, dataclasses.replace(RETENTION, keep_best=1))) as run:
             for step, loss in losses.items():
-                run.save(step, make_state(step), {}, SETTINGS, heldout_loss=loss)
+                run.save(step, make_state(step), {}, SETTINGS, metric=loss)
             run.wait()
         assert names(tmp_path) == ["2", str(step)]
 

@@ -26,6 +26,11 @@ class PrecisionRecall(Score):
     neighbors: int = 3
     half: bool = False
     higher_is_better = True
+    ranked = ("precision", "recall")
+
+    def figure(self, name: str, suffix: str) -> str:
+        """Return "precision" or "recall", or the same of float16."""
+        return f"{suffix}_float16" if self.half else suffix
 
     @property
     def protocol(self) -> str:

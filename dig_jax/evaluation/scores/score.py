@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 from jaxtyping import Float
 from numpy import ndarray
@@ -60,9 +61,11 @@ class Score(abc.ABC):
     output: str = "pool"
 
     # Whether the score needs the features of single images, not only their mean and covariance.
-    needs_rows = True
-    needs_reference = True
-    higher_is_better = False
+    needs_rows: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = False
+    # Suffixes of the figures by which checkpoints can be compared.
+    ranked: ClassVar[tuple[str, ...]] = ("",)
 
     @property
     @abc.abstractmethod
@@ -80,3 +83,15 @@ class Score(abc.ABC):
         Raises:
             ValueError: too few images, or features that the set does not have.
         """
+
+    def figure(self, name: str, suffix: str) -> str:
+        """Return the name of a figure of the score called `name`."""
+        return f"{name}_{suffix}" if suffix else name
+
+    def ranks(self, name: str) -> list[str]:
+        """Return the names of the figures by which checkpoints can be compared."""
+        return [self.figure(name, suffix) for suffix in self.ranked]
+
+    def figures(self, name: str, generated: FeatureSet, reference: FeatureSet | None) -> dict[str, float]:
+        """Return the figures by their names, as a call does by their suffixes."""
+        return {self.figure(name, key): value for key, value in self(generated, reference).items()}
