@@ -112,20 +112,21 @@ def distance(a: Gaussian, b: Gaussian) -> float:
     return max(0.0, float(np.sum((a.mean - b.mean) ** 2) + traces - 2 * cross))
 
 
-def frechet_distance(features_a: Float[np.ndarray, "n d"], features_b: Float[np.ndarray, "m e"]) -> float:
+def frechet_distance(a: Moments | Float[np.ndarray, "n d"], b: Moments | Float[np.ndarray, "m e"]) -> float:
     """Return the `distance` between the Gaussians fitted to two sets of features, with unbiased covariances.
 
     The estimate has a positive bias. For n and m standard normal vectors of length d it is about
     d (1/n + 1/m) + d (d + 1) (1/n + 1/m)/4: compare only distances between sets of equal sizes.
 
     Args:
-        features_a: n ≥ 2 vectors.
-        features_b: m ≥ 2 vectors of the same length and in the same units.
+        a: at least two vectors, or the moments of as many.
+        b: the same for vectors of the same length and in the same units.
 
     Raises:
         ValueError: a set has fewer than two vectors, or the lengths of the vectors differ.
     """
-    counts = len(features_a), len(features_b)
+    first, second = (x if isinstance(x, Moments) else Moments.of(x) for x in (a, b))
+    counts = first.count, second.count
     if min(counts) < 2:
         raise ValueError(f"too few vectors for a Fréchet distance: got {counts}; expected at least 2 per set")
-    return distance(Moments.of(features_a).gaussian, Moments.of(features_b).gaussian)
+    return distance(first.gaussian, second.gaussian)
