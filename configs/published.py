@@ -5,6 +5,7 @@ python -m configs.published > docs/published.md
 
 import dataclasses
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 
 _DIG = "DiG, arXiv 2405.18428"
@@ -49,8 +50,15 @@ class Row:
     settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
     measured_fid: float | None = None
 
+    def evaluation(self) -> dict[str, object]:
+        """Return the fields of the config that score the row as the papers do."""
+        return SCORING | {"evaluation.reference": _REFERENCES[self.pixels]} | dict(self.settings)
+
     def commands(self) -> list[str]:
-        """Return the commands that train or convert the model and draw the images; none if unsupported."""
+        """Return the commands that train or convert the model, draw images and score them.
+
+        There are none if this code cannot reproduce the row.
+        """
         if not self.config:
             return []
         training = {name: value for name, value in self.settings.items() if name.startswith("training.")}
@@ -63,16 +71,22 @@ class Row:
                 f"curl -O {self.weights}",
                 f"python -m dig_jax.convert {file} {file.removesuffix('.pt')}",
             ]
-        return [
-            *first,
-            f"python main.py --config={name} --mode=sample --seeds=0-49999{_flags(self.settings)}",
-        ]
+        return [*first, f"python main.py --config={name} --mode=evaluate{_flags(self.evaluation())}"]
 
 
 def _flags(settings: Mapping[str, object]) -> str:
     return "".join(f" --config.{name}={value}" for name, value in settings.items())
 
 
+# The papers' protocol: ADM's evaluator, random classes.
+SCORING = {
+    "evaluation.num_images": 50_000,
+    "evaluation.labels": "random",
+    "evaluation.scores": "fid,sfid,is,precision_recall",
+    "evaluation.inception_weights": "pt_inception-2015-12-05-6726825d.pth",
+}
+# Statistics of ImageNet's training images, and 10,000 of them, published with ADM's evaluator.
+_REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
 _LONG = {"training.steps": 1_200_000}
 _GUIDED = {"sampling.guidance_scale": 1.5}
 # Published weights are converted without a recipe; these are the settings of "paper".
@@ -177,7 +191,9 @@ _COLUMNS = (
 _COMMANDS = """
 ## Commands
 
-The last command of each row draws the images and writes them to one npz file, which ADM's evaluator reads.
+The last command of each row draws 50,000 images and scores them. [scores.md](scores.md) says where to get the
+weights of Inception; the references `VIRTUAL_imagenet….npz` are published with
+[ADM's evaluator](https://github.com/openai/guided-diffusion/tree/main/evaluations).
 [configs.md](configs.md#from-imagenet-to-a-model) prepares ImageNet for training. The samplers here do not
 support the released weights of SiT.
 """
@@ -215,7 +231,13 @@ def _sections() -> Iterator[str]:
         first = equal[0]
         scores = " or ".join(f"{row.fid:g}" for row in equal)
         yield f"{first.model} at {first.pixels} px, FID {scores}:\n"
-        yield "\n".join(f"    {command}" for command in commands) + "\n"
+        yield "\n".join(map(_wrapped, commands)) + "\n"
+
+
+def _wrapped(command: str) -> str:
+    """Return an indented code block, whose lines end in a backslash."""
+    lines = textwrap.wrap(command, 104, break_on_hyphens=False, break_long_words=False)
+    return "    " + " \\\n        ".join(lines)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dig_jax import convert, diffusion
+    from dig_jax import convert, diffusion, evaluation
     from dig_jax.errors import CheckpointError, ConfigError, UserError
     from dig_jax.models import create_model
     from dig_jax.sampling.sampler import Sampler, load
@@ -32,6 +32,7 @@ __all__ = [
     "convert",
     "create_model",
     "diffusion",
+    "evaluation",
     "load",
 ]
 

@@ -7,6 +7,7 @@ import pytest
 
 from configs import published
 from dig_jax.config import from_dict
+from dig_jax.evaluation.scores import SCORES
 
 REPRODUCIBLE = [row for row in published.ROWS if row.config]
 
@@ -21,12 +22,13 @@ def test_the_page_of_published_scores_is_current():
 def test_the_settings_of_a_row_are_a_valid_config_of_its_model(row):
     name, _, arguments = row.config.partition(":")
     settings = runpy.run_path(f"configs/{name}")["get_config"](*arguments.split(","))
-    settings.update_from_flattened_dict(row.settings)
+    settings.update_from_flattened_dict(row.evaluation())
     config = from_dict(settings.to_dict())
     assert config.model.name == row.model
     assert config.data.options["image_size"] * 8 == row.pixels
     assert f"{config.sampling.sampler.upper()}, {config.sampling.steps} steps" == row.sampler
     assert row.guidance in (None, config.sampling.guidance_scale)
+    assert set(config.evaluation.score_names) <= set(SCORES)
     assert row.weights or config.training.steps == row.steps
 
 

@@ -63,7 +63,16 @@ def find_file(source: str, published: Published) -> Path:
 
     Raises:
         ConfigError: there is no such file; the message says where to get it.
+        CheckpointError: a published file is damaged, according to the hash in its name.
     """
+    path = _find(source, published)
+    match = _NAMED_HASH.fullmatch(path.name)
+    if path.name in published.files and match and not paths.sha256(path).startswith(match[1]):
+        raise CheckpointError(f"{path}: checksum mismatch with the file's name; download it again")
+    return path
+
+
+def _find(source: str, published: Published) -> Path:
     if not source:
         raise ConfigError(published.missing("no weights"))
     path = to_path(source)
@@ -107,7 +116,6 @@ def load_weights(
     Raises:
         CheckpointError: the file is unreadable or damaged, or its arrays are not those of the network.
     """
-    _check_named_hash(path)
     graphdef, state = nnx.split(network)
     variables, digest, arrays = dict(nnx.to_flat_state(state)), hashlib.sha256(), {}
     with open_weights(path) as weights:
@@ -126,13 +134,6 @@ def load_weights(
     loaded = nnx.merge(graphdef, nnx.from_flat_state(flat))
     loaded.weights_hash = digest.hexdigest()
     return loaded
-
-
-def _check_named_hash(path: Path) -> None:
-    """Raise CheckpointError if the name of a file contains the beginning of another SHA-256."""
-    match = _NAMED_HASH.fullmatch(path.name)
-    if match and not paths.sha256(path).startswith(match[1]):
-        raise CheckpointError(f"{path}: checksum mismatch with the file's name; download it again")
 
 
 def _layout_of(
