@@ -98,7 +98,7 @@ def get_config():
 """
 
 
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("split", ["train", pytest.param("heldout", marks=pytest.mark.slow)])
 def test_sigterm_saves_the_last_step_while_a_read_hangs(tmp_path, split):
     (tmp_path / "hanging.py").write_text(f"SPLIT = {split!r}\n{HANGING_CONFIG}")
     command = [sys.executable, "main.py", f"--config={tmp_path}/hanging.py", f"--workdir={tmp_path}/run"]

@@ -165,7 +165,14 @@ def value_and_gradient(depth, skip, remat, run=BlockStack.__call__, scan_layers=
 # Depth 5, of two mixers: two groups and a remaining block. Depth 12: every kind of segment.
 @pytest.mark.parametrize(
     ("depth", "skip", "remat"),
-    [(5, None, None), (5, None, "full"), (5, None, "dots"), (12, "linear", None), (12, "linear", "full")],
+    [
+        (5, None, "dots"),
+        (12, "linear", "full"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((5, None, None), (5, None, "full"), (12, "linear", None))
+        ),
+    ],
 )
 def test_a_scanned_stack_equals_a_loop_over_its_blocks_in_output_and_gradient(depth, skip, remat):
     def assert_close(actual, expected):

@@ -121,6 +121,7 @@ def test_a_run_in_object_storage_is_loaded_exported_and_continued(trained, local
         train(settings, tmp_path / Path(source).name)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_copied_to_a_bucket_goes_on_and_keeps_its_checkpoints(directed, local, tmp_path):  # noqa: F811
     copy = to_path(f"{create_bucket('gs', directed)}/copied")
     for file in paths.files_below(local):

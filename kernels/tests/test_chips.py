@@ -95,7 +95,9 @@ def test_the_default_compiles_on_every_chip(chip, dtype, gated):
     compiles(chip, dtype, gated)
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_86", "sm_89", "sm_120"])
+@pytest.mark.parametrize(
+    "chip", ["sm_80", "sm_120", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("sm_86", "sm_89"))]
+)
 def test_heads_that_exceed_the_shared_memory_of_a_small_gpu_run_plain_jax(chip):
     found = [KERNELS[0] in lowered(chip, "bfloat16", True, (128, v)).as_text() for v in (64, 65)]
     assert found == [True, chip == "sm_80"]

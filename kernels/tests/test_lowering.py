@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +54,24 @@ def settings(request):
         jax.config.update(name, value)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, indirect=True)
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+SCANS = [
+    ("float32", False, "column_reversed"),
+    ("bfloat16", True, "column"),
+    ("float32", True, "row_reversed"),
+]
+
+
+def latin_square():
+    """Parametrize over all cases; the fast ones try all settings on each platform and with each scan."""
+    cases = itertools.product(enumerate(SETTINGS), enumerate(["cpu", "cuda", "tpu"]), enumerate(SCANS))
+    return [
+        pytest.param(settings, platform, *scan, marks=() if (i + j + k) % 3 == 0 else pytest.mark.slow)
+        for (i, settings), (j, platform), (k, scan) in cases
+    ]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "gated", "direction"),
-    [("float32", False, "column_reversed"), ("bfloat16", True, "column"), ("float32", True, "row_reversed")],
+    ("settings", "platform", "dtype", "gated", "direction"), latin_square(), indirect=["settings"]
 )
 def test_lowers_under_any_settings_of_jax(settings, platform, dtype, gated, direction):
     gradient = jax.value_and_grad(functools.partial(loss, direction=direction), argnums=range(6))

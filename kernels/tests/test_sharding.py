@@ -26,9 +26,16 @@ def arrays_and_gradient():
     return (q, k, v, logits, gate, jnp.linspace(0.5, 2, v.shape[-1])), jax.grad(loss, argnums=range(6))
 
 
-@pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("axes", [("data", "tensor"), ("fsdp", "model")])
-def test_sharding_batch_and_heads_equals_one_device_and_gathers_nothing(types, axes):
+@pytest.mark.parametrize(
+    ("axes", "types"),
+    [
+        (("data", "tensor"), AUTO),
+        (("fsdp", "model"), EXPLICIT),
+        pytest.param(("data", "tensor"), EXPLICIT, marks=pytest.mark.slow),
+        pytest.param(("fsdp", "model"), AUTO, marks=pytest.mark.slow),
+    ],
+)
+def test_sharding_batch_and_heads_equals_one_device_and_gathers_nothing(axes, types):
     mesh = jax.make_mesh((2, 2), axes, axis_types=types)
     arrays, gradient = arrays_and_gradient()
     expected = jax.jit(gradient)(*arrays)
@@ -67,8 +74,15 @@ def test_auto_axes_inside_a_shard_map_still_shard_the_batch():
         oracle.assert_close(actual, expected, 1e-5, ["o", *NAMES[:4]])
 
 
-@pytest.mark.parametrize("types", [AUTO, EXPLICIT], ids=["auto", "explicit"])
-@pytest.mark.parametrize("manual", ["data", "tensor"])
+@pytest.mark.parametrize(
+    ("types", "manual"),
+    [
+        (AUTO, "data"),
+        (EXPLICIT, "tensor"),
+        pytest.param(AUTO, "tensor", marks=pytest.mark.slow),
+        pytest.param(EXPLICIT, "data", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_inside_a_partly_manual_shard_map_equal_those_of_one_device(types, manual):
     arrays, gradient = arrays_and_gradient()
     expected = jax.jit(gradient)(*arrays)
