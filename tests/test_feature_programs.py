@@ -30,10 +30,14 @@ def lowered(name, batch, sharding=None):
     return jax.jit(lambda network, images: network(images)).lower(network, images)
 
 
+@functools.cache
+def text(name):
+    return lowered(name, 2).as_text()
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_all_products_are_at_the_highest_precision(name):
-    text = lowered(name, 2).as_text()
-    products = re.findall(r"stablehlo\.(?:convolution|dot_general).*", text)
+    products = re.findall(r"stablehlo\.(?:convolution|dot_general).*", text(name))
     assert len(products) > 5
     assert [line for line in products if line.count("HIGHEST") != 2] == []
 
@@ -41,7 +45,7 @@ def test_all_products_are_at_the_highest_precision(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_weights_are_arguments_of_the_program(name):
     """Constants in it would be copied for every shape of the images, and slow down the compiler."""
-    constants = re.findall(r"stablehlo\.constant dense<\"0x[0-9A-F]*", lowered(name, 2).as_text())
+    constants = re.findall(r"stablehlo\.constant dense<\"0x[0-9A-F]*", text(name))
     assert sum(map(len, constants)) < 2**20
 
 
