@@ -34,15 +34,15 @@ def draw(tmp_path, monkeypatch):
         settings = tiny_settings(**{"sampling__batch_size": 2, "sampling__steps": 3} | changes)
         draw.sampler = sampler = Sampler(PlainComponents(settings), dict(params), step=7)
         monkeypatch.setattr("dig_jax.sampling.sample.load", lambda *_, **__: sampler)
-        call = Sampler.__call__
+        counted = Sampler.counted
 
         def noted(self, labels, *, seeds):
-            images = call(self, labels, seeds=seeds)
+            images, evaluations = counted(self, labels, seeds=seeds)
             draw.drawn += np.asarray(seeds).tolist()
-            return images
+            return images, evaluations
 
         with monkeypatch.context() as patched:
-            patched.setattr(Sampler, "__call__", noted)
+            patched.setattr(Sampler, "counted", noted)
             sample(settings, draw.workdir, lambda names: labels, seeds, output)
         with np.load(output or draw.workdir / "generated.npz") as file:
             return dict(file)

@@ -97,8 +97,14 @@ def _evaluate(settings: Config, workdir: Path, values: FlagValues) -> None:
     from dig_jax.evaluation.evaluate import evaluate, evaluate_images
 
     output = to_path(values.output) if values.output else None
+    if values.images and values.sweep:
+        raise ConfigError("--sweep does not apply to --images; expected a model in --workdir")
     if values.images:
         evaluate_images(settings, to_path(values.images), output or workdir)
+    elif values.sweep:
+        from dig_jax.evaluation.sweep import sweep
+
+        sweep(settings, workdir, values.sweep, output)
     else:
         evaluate(settings, workdir, output)
 
@@ -126,7 +132,7 @@ def _plan(settings: Config, _: Path, values: FlagValues) -> None:
 COMMANDS = {
     "train": Command(_train, ("profile_steps", *_PROCESSES)),
     "sample": Command(_sample, ("labels", "seeds", "output", *_PROCESSES)),
-    "evaluate": Command(_evaluate, ("images", "output")),
+    "evaluate": Command(_evaluate, ("images", "sweep", "output")),
     "encode": Command(_encode, _PROCESSES),
     "export": Command(_export, ("output",)),
     "plan": Command(_plan, ("topology", "json")),

@@ -31,6 +31,13 @@ def define_flags() -> flags.FlagValues:
         "images",
         "With --mode=evaluate: a folder of images or FILE.npz to score instead of a model.",
     )
+    flags.DEFINE_multi_string(
+        "sweep",
+        None,
+        "With --mode=evaluate: a sampling option and its values, such as guidance_scale=1,1.5,2 or"
+        " guidance_interval=0:1,0.2:0.8. Repeat the flag for all combinations with another option.",
+        flag_values=values,
+    )
     text(
         "topology",
         "With --mode=plan: chips to plan for, which need not be present, such as v6e:8x8 or h100:8x4; by"

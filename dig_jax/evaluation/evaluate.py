@@ -44,12 +44,12 @@ def evaluate(settings: Config, workdir: Path, output: Path | None = None) -> Sco
     Raises:
         UserError: there is no checkpoint, its settings differ, or no evaluator applies to the data.
     """
-    output = _output(workdir, output)
+    output = output_folder(workdir, output)
     sampler = load(workdir, settings=settings)
     with mirror(output) as mirrored:
         scores = score(sampler, mirrored.folder, resume=True)
         if not scores:
-            raise _nothing_to_evaluate(settings)
+            raise nothing_to_evaluate(settings)
         draw_samples(sampler, mirrored.folder)
         draw_neighbors(sampler, mirrored.folder)
         write_report(mirrored.folder)
@@ -148,8 +148,12 @@ def draw_neighbors(sampler: Sampler, workdir: pathlib.Path) -> None:
             return
 
 
-def _output(workdir: Path, output: Path | None) -> Path:
-    """Return the folder of the results: for a checkpoint directory, by default the workdir that it is in."""
+def output_folder(workdir: Path, output: Path | None) -> Path:
+    """Return the folder of the results, by default the workdir, also for a checkpoint directory in it.
+
+    Raises:
+        ConfigError: the default would be a file, or `output` is one.
+    """
     if output is not None:
         if output.is_file():
             raise ConfigError(f"invalid --output={output}: got a file; expected a directory for the scores")
@@ -160,7 +164,8 @@ def _output(workdir: Path, output: Path | None) -> Path:
     return workdir.parent.parent if workdir.parent.name == "checkpoints" else workdir
 
 
-def _nothing_to_evaluate(settings: Config) -> ConfigError:
+def nothing_to_evaluate(settings: Config) -> ConfigError:
+    """Return the error of a config without scores."""
     return ConfigError(
         f"nothing to evaluate: got config.data.name={settings.data.name!r} and"
         f" config.evaluation.num_images={settings.evaluation.num_images}; expected data with an evaluator"
