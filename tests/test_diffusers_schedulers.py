@@ -72,8 +72,9 @@ def test_samplers_reach_the_values_of_diffusers_scheduler_tests(sampler, process
         ("ddim", DDIM(steps="ddim10", clip=True), GaussianDiffusion(learn_sigma=False), model),
         ("dpmpp_2m", DPMpp2M(steps=10), Diffusers(learn_sigma=False), model),
         ("dpmpp_2m_v", DPMpp2M(steps=10), Diffusers(learn_sigma=False), model_of_v),
+        ("unipc", FirstOrderEnd(steps=10), Diffusers(learn_sigma=False), model),
     ],
-    ids=["ddim", "dpmpp_2m", "dpmpp_2m_v"],
+    ids=["ddim", "dpmpp_2m", "dpmpp_2m_v", "unipc"],
 )
 def test_every_step_is_that_of_diffusers(name, sampler, process, denoise):
     golden = np.load(GOLDEN)
