@@ -5,7 +5,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Path, Process, Ti
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
 from dig_jax.models.backbone import ModelOptions, Outputs
+from dig_jax.models.block_stack import StackFeatures
 from dig_jax.models.registry import accepted_options, resolve_options
 from dig_jax.parallel import gather_params
 
@@ -167,9 +168,10 @@ class ModelSpec:
         y: Int[Array, " b"] | None,
         drop: Bool[Array, " b"] | None = None,
         taps: Collection[int] = (),
+        features: StackFeatures | Literal["keep"] | None = None,
     ) -> Outputs:
         """Call the network for its internal outputs too; see `DiffusionTransformer.outputs`."""
-        return self._network(params).outputs(x, t, y, drop=drop, taps=taps)
+        return self._network(params).outputs(x, t, y, drop=drop, taps=taps, features=features)
 
     def _network(self, params: Params) -> DiffusionTransformer:
         params = network_params(params)
@@ -207,8 +209,23 @@ def _options(settings: ModelConfig) -> dict[str, Any]:
     """Return the options for `create_model`."""
     accepted = accepted_options(settings.name)
     _check_unused(settings, accepted)
+    _check_internal_head(settings)
     options = {name: value for name, value in vars(settings).items() if name in accepted}
     return options | {"dtype": jnp.dtype(settings.dtype)}
+
+
+def _check_internal_head(settings: ModelConfig) -> None:
+    """Name both fields that a preset with an internal head sets, for models that are less deep."""
+    if settings.internal_head is None:
+        return
+    headless = dataclasses.replace(settings, internal_head=None)
+    depth = resolve_options(settings.name, **_options(headless))[1].depth
+    if settings.internal_head > depth - 2:
+        shallower = f"at most {depth - 2}, or " if depth > 2 else ""
+        raise ValueError(
+            f"invalid internal_head={settings.internal_head} for depth={depth}; expected {shallower}no"
+            " internal head: --config.model.internal_head=0 --config.sampling.internal_guidance_scale=1"
+        )
 
 
 def _check_unused(settings: ModelConfig, accepted: Collection[str]) -> None:

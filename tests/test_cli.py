@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 import os
 import runpy
 import subprocess
@@ -97,6 +98,11 @@ def broken_config(tmp_path):
         ([SMOKE, "--config.training.step=3"], "unknown field config.training.step; did you mean 'steps'?"),
         ([SMOKE, "--config.seed.x=1"], "unknown field config.seed.x"),
         ([SMOKE, "--config.data.options.size=3"], "unknown field config.data.options.size"),
+        (
+            [SMOKE, "--config.sampling.sampler_options.eta"],
+            "missing value of config.sampling.sampler_options.eta; expected",
+        ),
+        ([SMOKE, "--config.sampling.sampler_option.eta=1"], "did you mean 'sampler_options'?"),
         ([SMOKE, "--noconfig.model.lern_sigma"], "did you mean 'learn_sigma'?"),
         ([SMOKE, "--config.model=3"], "flag --config.model=3: Failed to parse '3'"),
         (
@@ -148,6 +154,23 @@ def test_fields_are_set_in_every_spelling_that_absl_accepts(command, arguments):
     assert workdir.parts[0] == "runs" and workdir.name in " ".join(arguments)
     if workdir.name == "dig_xl":
         assert settings.data.options["image_size"] == 64
+
+
+def test_options_of_samplers_and_guidance_rules_are_set_by_flags(command):
+    seen = []
+    arguments = [
+        "--config.sampling.sampler_options.eta=0.5",
+        "--config.sampling.sampler_options.form=sigma",
+        "-config.sampling.sampler_options.s_max=inf",
+        "--config.sampling.guidance_options.blocks=[1,2]",
+        "--config.sampling.guidance_options.norm_cap=None",
+        "--config.sampling.steps=3",
+    ]
+    status, stderr = command(SMOKE, *arguments, main=lambda *given: seen.append(given))
+    assert (status, stderr) == (0, "")
+    sampling = seen[0][0].sampling
+    assert sampling.sampler_options == {"eta": 0.5, "form": "sigma", "s_max": math.inf}
+    assert sampling.guidance_options == {"blocks": [1, 2], "norm_cap": None} and sampling.steps == 3
 
 
 def test_the_config_json_of_a_run_also_sets_the_workdir(command, tmp_path):

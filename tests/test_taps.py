@@ -57,7 +57,7 @@ def test_every_tapped_block_gives_its_output_and_changes_no_other(depth, skip):
     """All blocks at once and a few pairs, with a remainder and with every kind of segment of long skips."""
     module = randomized(stack(depth, skip=skip))
     x, c = jax.random.normal(jax.random.key(0), (1, 6, WIDTH)), jnp.ones((1, WIDTH))
-    run = nnx.jit(lambda module, x, c, taps: module.run(x, c, GRID, taps), static_argnums=3)
+    run = nnx.jit(lambda module, x, c, taps: module.run(x, c, GRID, taps)[:2], static_argnums=3)
     expected = nnx.jit(by_loop)(module, x, c)
     for taps in [tuple(range(depth)), (2, 4)]:
         out, hidden = run(module, x, c, taps)
@@ -144,8 +144,12 @@ def test_blocks_that_do_not_exist_are_rejected():
     params, images, numbers = random_params(components), jnp.ones((1, 4, 4, 1)), jnp.ones(1, jnp.int32)
     with pytest.raises(ValueError, match=r"block out of range: got 2; expected 0 … 1"):
         components.model_spec.outputs(params, images, numbers, numbers, taps=(2,))
-    with pytest.raises(ConfigError, match=r"config.model: invalid internal_head=1.*at most 0 for depth=2"):
-        tiny_components(model__depth=2, model__internal_head=1).init_params(jax.random.key(0))
+    flags = "no internal head: --config.model.internal_head=0 --config.sampling.internal_guidance_scale=1"
+    for depth, expected in ((2, flags), (4, f"at most 2, or {flags}")):
+        components = tiny_components(model__depth=depth, model__internal_head=3)
+        message = f"invalid internal_head=3 for depth={depth}; expected {expected}"
+        with pytest.raises(ConfigError, match=message):
+            components.init_params(jax.random.key(0))
 
 
 def test_upstreams_format_refuses_a_model_with_an_internal_head():

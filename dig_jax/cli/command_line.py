@@ -5,6 +5,7 @@ Exit statuses: 0 success; 1 an error outside the program, such as a corrupt chec
 output any more (128 + SIGPIPE). A traceback is a bug in this program.
 """
 
+import ast
 import contextlib
 import inspect
 import os
@@ -113,6 +114,7 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[Config, Path]:
     """
     text, argv = _take_config_flag(argv)
     settings = load_config(text)
+    argv = _take_options(argv, settings)
     for argument in argv[1:]:
         if match := re.match(r"--?(?:no)?(config\.[\w.]+)", argument):
             _check_path(settings, match[1])
@@ -140,6 +142,37 @@ def _take_config_flag(argv: list[str]) -> tuple[str, list[str]]:
             if value:
                 return value, argv[:position] + rest
     raise ConfigError("missing --config; expected a config file, such as --config=configs/digits.py")
+
+
+def _take_options(argv: list[str], settings: ConfigDict) -> list[str]:
+    """Set the options of samplers and guidance rules; return the other arguments.
+
+    ml_collections only accepts fields that exist. Which options exist depends on the sampler and the rule,
+    which check them.
+    """
+    rest = []
+    for argument in argv:
+        match = re.fullmatch(r"--?(config\.sampling\.(\w+_options)\.(\w+))(=.*)?", argument, re.DOTALL)
+        known: Any = settings.get("sampling") or {}
+        if match is None or match[2] not in known:
+            rest.append(argument)
+            continue
+        if not match[4]:
+            raise ConfigError(f"missing value of {match[1]}; expected --{match[1]}=VALUE")
+        with settings.unlocked():
+            known[match[2]] = ConfigDict({**known[match[2]], match[3]: _literal(match[4][1:])})
+    return rest
+
+
+def _literal(text: str) -> Any:
+    """Return a number, a list, true, false, none, or else the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for parse in (ast.literal_eval, float):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return parse(text)
+    return text
 
 
 def load_config(text: str) -> ConfigDict:

@@ -47,6 +47,15 @@ class SamplingConfig(Group, path="config.sampling"):
         " `model.internal_head`; 1: none.",
         bounds="nonnegative",
     )
+    cache_interval: int = field(
+        1,
+        "Steps from one full evaluation of the network to the next; the others extrapolate its features"
+        " (after Liu et al. 2025, TaylorSeer); 1: no caching.",
+        bounds="positive",
+    )
+    cache_order: int = field(
+        1, "Degree of the extrapolation of features; 0: reuse them.", bounds="nonnegative"
+    )
     weak_model: str | None = field(
         None,
         "Workdir, checkpoint or file of the weaker model of guidance=autoguidance; empty: none.",

@@ -20,16 +20,17 @@ TOLERANCE = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Remembering:
-    """A denoiser that takes images from its previous evaluation and returns images for the next one.
+    """A denoiser that takes arrays from its previous evaluation and returns them for the next one.
+
+    The memory starts anew in each range of time.
 
     Attributes:
-        evaluate: (x, timesteps, memory) -> (output, memory); the memory has the shape and dtype of x and
-            starts at zero.
+        evaluate: (x, timesteps, memory) -> (output, memory).
+        start: x -> memory before the first evaluation; by default zeros of its shape.
     """
 
-    evaluate: Callable[
-        [Images, Num[Array, " b"], Images | None], tuple[Float[Array, "b h w d"], Images | None]
-    ]
+    evaluate: Callable[[Images, Num[Array, " b"], Any], tuple[Float[Array, "b h w d"], Any]]
+    start: Callable[[Images], Any] = jnp.zeros_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +93,13 @@ class Session:
         self.denoiser = denoiser
         self.memory: Any = ()
 
+    def start(self, x: Images) -> Any:
+        """Return the memory before the first evaluation: () for denoisers without memory."""
+        return self.denoiser.start(x) if isinstance(self.denoiser, Remembering) else ()
+
     def __call__(self, x: Images, timesteps: Num[Array, " b"]) -> Float[Array, "b h w d"]:
         """Evaluate the denoiser."""
         if not isinstance(self.denoiser, Remembering):
             return self.denoiser(x, timesteps)
         output, self.memory = self.denoiser.evaluate(x, timesteps, self.memory)
         return output
-
-
-def first_memory(denoiser: AnyDenoiser, x: Images) -> Any:
-    """Return the memory before the first evaluation: zeros, or () for denoisers without memory."""
-    parts = denoiser.denoisers if isinstance(denoiser, Piecewise) else (denoiser,)
-    return jnp.zeros_like(x) if any(isinstance(part, Remembering) for part in parts) else ()

@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dig_jax.models.block_stack import BlockPattern, BlockStack, Remat
+from dig_jax.models.block_stack import BlockPattern, BlockStack, Remat, StackFeatures, StackOutputs
 from dig_jax.models.blocks import FinalLayer
 from dig_jax.models.embeddings import (
     LabelEmbedding,
@@ -29,11 +29,13 @@ class Outputs(NamedTuple):
         output: the prediction.
         internal: the prediction of the internal head, or None without one.
         hidden: tokens after each tapped block, by the block's index, in the dtype of activations.
+        features: outputs of mixers and MLPs before their gates, if they are kept.
     """
 
     output: Float[Array, "b height width out"]
     internal: Float[Array, "b height width out"] | None
     hidden: dict[int, Float[Array, "b t d"]]
+    features: StackFeatures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,8 +169,8 @@ class DiffusionTransformer(nnx.Module):
             y: labels; the null class has the index num_classes, and `y=None` selects it for all images.
             drop: True replaces an image's label with the null class.
         """
-        tokens, _, c, grid = self._tokens(x, t, y, drop, ())
-        return self._image(self.final, tokens, c, grid)
+        stack, c, grid = self._run_blocks(x, t, y, drop, ())
+        return self._image(self.final, stack.output, c, grid)
 
     def outputs(
         self,
@@ -178,28 +180,35 @@ class DiffusionTransformer(nnx.Module):
         *,
         drop: Bool[Array, " b"] | None = None,
         taps: Collection[int] = (),
+        features: StackFeatures | Literal["keep"] | None = None,
     ) -> Outputs:
         """Also return the internal head's prediction, and the tokens after each block in `taps`.
 
         The internal head predicts what the model predicts, from the tokens of an earlier block (Internal
-        Guidance, CVPR 2026).
+        Guidance, CVPR 2026). `features` are those of `BlockStack.run`.
 
         Raises:
             ValueError: a tap is not the index of a block.
         """
         head = self.options.internal_head
-        tokens, hidden, c, grid = self._tokens(x, t, y, drop, {*taps} if head is None else {*taps, head})
+        tapped = {*taps} if head is None else {*taps, head}
+        stack, c, grid = self._run_blocks(x, t, y, drop, tapped, features)
         internal = None
         if head is not None and self.internal is not None:
-            internal = self._image(self.internal, hidden[head], c, grid)
-        return Outputs(
-            self._image(self.final, tokens, c, grid), internal, {block: hidden[block] for block in taps}
-        )
+            internal = self._image(self.internal, stack.hidden[head], c, grid)
+        output = self._image(self.final, stack.output, c, grid)
+        return Outputs(output, internal, {block: stack.hidden[block] for block in taps}, stack.features)
 
-    def _tokens(
-        self, x: Array, t: Array, y: Array | None, drop: Array | None, taps: Collection[int]
-    ) -> tuple[Array, dict[int, Array], Array, tuple[int, int]]:
-        """Return the last block's tokens, those of tapped blocks, the condition and the grid."""
+    def _run_blocks(
+        self,
+        x: Array,
+        t: Array,
+        y: Array | None,
+        drop: Array | None,
+        taps: Collection[int],
+        features: StackFeatures | Literal["keep"] | None = None,
+    ) -> tuple[StackOutputs, Array, tuple[int, int]]:
+        """Return what the blocks compute, the condition and the grid."""
         height, width = x.shape[1:3]
         self.options.check_size(height, width)
         grid = (height // self.patch_size, width // self.patch_size)
@@ -214,8 +223,7 @@ class DiffusionTransformer(nnx.Module):
         c = constrain_batch(c)
         tokens = self.patch_embed(patchify(constrain_rows(x), self.patch_size))
         tokens = tokens + jnp.asarray(sincos_positions(grid, self.hidden_size), tokens.dtype)
-        tokens, hidden = self.blocks.run(tokens, c, grid, taps)
-        return tokens, hidden, c, grid
+        return self.blocks.run(tokens, c, grid, taps, features), c, grid
 
     def _image(self, final: FinalLayer, tokens: Array, c: Array, grid: tuple[int, int]) -> Array:
         """Return the prediction of a final layer, in float32."""

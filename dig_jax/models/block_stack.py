@@ -8,7 +8,7 @@ blocks depth/2 + 1 … depth - 1, stacked in this order.
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dig_jax.models.blocks import Block, BlockSpec
+from dig_jax.models.blocks import Block, BlockSpec, Features
 from dig_jax.models.layers import Linear, xavier
 from dig_jax.parallel import axis_sizes, gather_params, save_all_but_gathered
 
@@ -26,6 +26,24 @@ _REMAT_POLICIES: dict[Remat, Callable] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+StackFeatures = list[list[Features]]
+"""The features of each piece that runs, block by block; stacked over the iterations of a scan."""
+
+
+class StackOutputs(NamedTuple):
+    """What a stack computes.
+
+    Attributes:
+        output: tokens after the last block.
+        hidden: tokens after each tapped block, by its index.
+        features: outputs of mixers and MLPs, if they are kept.
+    """
+
+    output: Float[Array, "b t d"]
+    hidden: dict[int, Float[Array, "b t d"]]
+    features: StackFeatures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,14 +195,24 @@ class BlockStack(nnx.Module):
         self, x: Float[Array, "b t d"], c: Float[Array, "b d"], grid: tuple[int, int]
     ) -> Float[Array, "b t d"]:
         """Run all blocks on tokens in raster order on a grid of (rows, columns), under the condition c."""
-        return self.run(x, c, grid, ())[0]
+        return self.run(x, c, grid, ()).output
 
     def run(
-        self, x: Float[Array, "b t d"], c: Float[Array, "b d"], grid: tuple[int, int], taps: Collection[int]
-    ) -> tuple[Float[Array, "b t d"], dict[int, Float[Array, "b t d"]]]:
-        """Run all blocks; return the output of the last one and of each block in `taps`, by index.
+        self,
+        x: Float[Array, "b t d"],
+        c: Float[Array, "b d"],
+        grid: tuple[int, int],
+        taps: Collection[int],
+        features: StackFeatures | Literal["keep"] | None = None,
+    ) -> StackOutputs:
+        """Run all blocks.
 
         Scanned segments are cut after tapped blocks, so that no other block's output is kept.
+
+        Args:
+            taps: indices of blocks whose outputs are returned.
+            features: "keep" returns the outputs of mixers and MLPs; those of a call with the same taps take
+                the place of their computation.
 
         Raises:
             ValueError: a tap is not the index of a block.
@@ -194,46 +222,66 @@ class BlockStack(nnx.Module):
                 raise ValueError(f"block out of range: got {tap}; expected 0 … {self.depth - 1}")
         stored: list[list[Array]] = []
         hidden: dict[int, Array] = {}
+        made: StackFeatures = []
+
+        def run_piece(segment: Segment, x: Array, joins: list | None) -> tuple[Array, list[Array]]:
+            given = features[len(made)] if isinstance(features, list) else features
+            x, outputs, piece_features = self._run(segment, x, joins, c, grid, given)
+            made.append(piece_features)
+            return x, outputs
+
         for segment in self.segments:
             if segment.skip == "store":
-                x, outputs = self._run(segment, x, None, c, grid)
+                x, outputs = run_piece(segment, x, None)
                 stored.append(outputs)
                 hidden |= _tapped(segment, outputs, taps)
                 continue
             joins = self._joins(segment, stored.pop(), grid) if segment.skip == "join" else None
             for piece in segment.after(taps):
-                x, _ = self._run(piece, x, joins and segment.part(piece, joins), c, grid)
+                x, _ = run_piece(piece, x, joins and segment.part(piece, joins))
                 if (last := piece.start + piece.num_blocks - 1) in taps:
                     hidden[last] = x
-        return x, hidden
+        return StackOutputs(x, hidden, made)
 
     def _run(
-        self, segment: Segment, x: Array, joins: list | None, c: Array, grid: tuple[int, int]
-    ) -> tuple[Array, list[Array]]:
-        """Run a segment; return its output and, with skip="store", the outputs of each block.
+        self,
+        segment: Segment,
+        x: Array,
+        joins: list | None,
+        c: Array,
+        grid: tuple[int, int],
+        features: list[Features] | Literal["keep"] | None,
+    ) -> tuple[Array, list[Array], list[Features]]:
+        """Run a segment; return its output, with skip="store" the outputs of each block, and kept features.
 
-        If the segment is scanned, parameters, skips and outputs of a block have a leading axis `repeats`.
+        If the segment is scanned, parameters, skips, outputs and features have a leading axis `repeats`.
         """
+        given = None if features == "keep" else features
         layers = [self._layers(segment, number) for number in range(segment.size)]
         graphdefs, params = zip(*layers, strict=True)
 
-        def body(x: Array, inputs: tuple) -> tuple[Array, list[Array]]:
-            params, joins = inputs
-            outputs = []
+        def body(x: Array, inputs: tuple) -> tuple[Array, tuple[list[Array], list[Features]]]:
+            params, joins, given = inputs
+            outputs, made = [], []
             for number, graphdef in enumerate(graphdefs):
                 if joins is not None:
                     skip, join_params = joins[number]
                     join = self._ready(nnx.split(self.skips)[0], join_params)
                     x = join(jnp.concatenate([x, skip], axis=-1))
-                x = self._ready(graphdef, params[number])(x, c, grid)
+                block: Any = self._ready(graphdef, params[number])
+                x, block_features = block.run(x, c, grid, None if given is None else given[number])
+                if features == "keep":
+                    made.append(block_features)
                 if segment.skip == "store":
                     outputs.append(x)
-            return x, outputs
+            return x, (outputs, made)
 
         body = self._rematerialized(body)
         if segment.repeats is None:
-            return body(x, (params, joins))
-        return jax.lax.scan(body, x, (params, joins), unroll=not self.scan_layers)
+            x, (outputs, made) = body(x, (params, joins, given))
+        else:
+            x, (outputs, made) = jax.lax.scan(body, x, (params, joins, given), unroll=not self.scan_layers)
+        return x, outputs, made
 
     def _layers(self, segment: Segment, number: int) -> tuple[nnx.GraphDef, Any]:
         """Return the graphdef and the parameters of block `number` of a segment."""

@@ -12,6 +12,8 @@ from dig_jax.models.layers import DepthwiseConv, Linear, Modulation, Norm, NormK
 from dig_jax.parallel import constrain_tokens
 
 ConvPlacement = Literal["after", "inside"]
+Features = tuple[Array, Array]
+"""What a block adds to its tokens [b, t, d] before the gates: the outputs of the mixer and of the MLP."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +48,34 @@ class Block(nnx.Module):
         self, x: Float[Array, "b t d"], c: Float[Array, "b d"], grid: tuple[int, int]
     ) -> Float[Array, "b t d"]:
         """Transform tokens x, in raster order on a grid of (rows, columns), under the condition c."""
+        return self.run(x, c, grid)[0]
+
+    def run(
+        self,
+        x: Float[Array, "b t d"],
+        c: Float[Array, "b d"],
+        grid: tuple[int, int],
+        features: Features | None = None,
+    ) -> tuple[Float[Array, "b t d"], Features]:
+        """Also return the outputs of the mixer and the MLP, or take given ones in their place."""
         x = constrain_tokens(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
-        y = modulate(self.norm1(x), shift1, scale1)
-        if self.conv is not None and self.conv_inside:
-            y = self.conv(y, grid)
-        x = x + gate1[:, None] * constrain_tokens(self.mixer(y, grid))
-        x = x + gate2[:, None] * constrain_tokens(self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        if features is None:
+            y = modulate(self.norm1(x), shift1, scale1)
+            if self.conv is not None and self.conv_inside:
+                y = self.conv(y, grid)
+            mixed = constrain_tokens(self.mixer(y, grid))
+        else:
+            mixed = features[0]
+        x = x + gate1[:, None] * mixed
+        if features is None:
+            transformed = constrain_tokens(self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        else:
+            transformed = features[1]
+        x = x + gate2[:, None] * transformed
         if self.conv is not None and not self.conv_inside:
             x = self.conv(x, grid)
-        return x
+        return x, (mixed, transformed)
 
 
 class FinalLayer(nnx.Module):

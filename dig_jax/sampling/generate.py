@@ -1,19 +1,24 @@
 """One jitted function from parameters, labels and seeds to images."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dig_jax.components import Params
+from dig_jax.components import ModelSpec, Params
 from dig_jax.diffusion.guidance import LabeledDenoiser, Perturbed, null_pair
 from dig_jax.diffusion.piecewise import AnyDenoiser
 from dig_jax.diffusion.samplers import Dopri5
 from dig_jax.models.isolation import isolate_tokens
 from dig_jax.parallel import constrain
+from dig_jax.sampling.feature_cache import CachedModel, with_caches
 from dig_jax.sampling.generation_spec import GenerationSpec
+
+Predictor = Callable[[Array, Array, Array], tuple[Array, Array | None]]
+"""(x, t, y) -> the prediction, and that of the internal head or None."""
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -66,40 +71,60 @@ def _denoiser(
     weak_params: Params | None,
 ) -> AnyDenoiser:
     """Return the denoiser that a spec describes."""
-    denoise = _with_internal_guidance(params, spec)
+    caches: list[CachedModel] = []
+    with_internal = spec.internal_scale != 1
+    denoise = _internally_guided(_predictor(spec, spec.model, params, with_internal, caches), spec)
 
     def plain(x: Array, t: Array) -> Array:
         return denoise(x, t, labels)
 
     if spec.guidance is None:
-        return plain
+        return with_caches(plain, caches)
     rule = spec.guidance.rule
     if rule.weak == "null":
         pair = null_pair(denoise, labels, spec.model.num_classes)
-        return spec.guidance(plain, pair, scale, spec.process)
+        return with_caches(spec.guidance(plain, pair, scale, spec.process), caches)
     if isinstance(rule, Perturbed):
         weak, weak_params = spec.model, isolate_tokens(params, rule.blocks)
     else:
         weak = spec.weak
     assert weak is not None and weak_params is not None
+    weak_predict = _predictor(spec, weak, weak_params, False, caches)
 
     def both(x: Array, t: Array) -> tuple[Array, Array]:
-        return plain(x, t), weak.denoise(weak_params, x, t, labels)
+        return plain(x, t), weak_predict(x, t, labels)[0]
 
-    return spec.guidance(plain, both, scale, spec.process)
+    return with_caches(spec.guidance(plain, both, scale, spec.process), caches)
 
 
-def _with_internal_guidance(params: Params, spec: GenerationSpec) -> LabeledDenoiser:
+def _predictor(
+    spec: GenerationSpec, model: ModelSpec, params: Params, with_internal: bool, caches: list[CachedModel]
+) -> Predictor:
+    """Return a network; one with a feature cache is appended to `caches`."""
+    if spec.cache is not None:
+        caches.append(CachedModel(functools.partial(model.outputs, params), spec.cache))
+        return caches[-1]
+
+    def predict(x: Array, t: Array, y: Array) -> tuple[Array, Array | None]:
+        if not with_internal:
+            return model.denoise(params, x, t, y), None
+        outputs = model.outputs(params, x, t, y)
+        return outputs.output, outputs.internal
+
+    return predict
+
+
+def _internally_guided(predict: Predictor, spec: GenerationSpec) -> LabeledDenoiser:
     """Return the model, guided away from the prediction of its internal head.
 
     internal + scale · (output - internal), in the channels of the image (Zhou et al. 2025): autoguidance
     whose weaker model is the first part of the same network, at no cost.
     """
-    if spec.internal_scale == 1:
-        return functools.partial(spec.model.denoise, params)
 
     def denoise(x: Array, t: Array, y: Array) -> Array:
-        output, internal, _ = spec.model.outputs(params, x, t, y)
+        output, internal = predict(x, t, y)
+        if spec.internal_scale == 1:
+            return output
         assert internal is not None
         channels = x.shape[-1]
         strong, weak = output[..., :channels], internal[..., :channels]

@@ -17,6 +17,7 @@ from dig_jax.diffusion.samplers import LoopSampler
 from dig_jax.diffusion.samplers.dopri5 import MOMENTUM
 from dig_jax.errors import suggest
 from dig_jax.models.isolation import isolate_tokens
+from dig_jax.sampling.feature_cache import CacheSpec
 
 # Fields of `sampling` that a call may replace.
 OPTIONS = (
@@ -31,6 +32,8 @@ OPTIONS = (
     "guidance_interval",
     "guidance_rescale",
     "internal_guidance_scale",
+    "cache_interval",
+    "cache_order",
     "weak_model",
 )
 
@@ -70,6 +73,7 @@ class GenerationSpec:
         guidance: the guidance, or None for none.
         weak: the weaker model of autoguidance.
         internal_scale: scale of internal guidance; 1 is none.
+        cache: feature caching between steps, or None for none.
         trajectory: return the images predicted at every step instead of the final images.
     """
 
@@ -80,6 +84,7 @@ class GenerationSpec:
     guidance: Guidance | None = None
     weak: ModelSpec | None = None
     internal_scale: float = 1.0
+    cache: CacheSpec | None = None
     trajectory: bool = False
 
     def kinds(self, fractions: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
@@ -162,6 +167,7 @@ class GenerationSpec:
             guidance=guidance,
             weak=weak if needs_weak else None,
             internal_scale=scale,
+            cache=_cache(fields, sampler),
             trajectory=trajectory,
         )
 
@@ -169,6 +175,17 @@ class GenerationSpec:
 def needs_weak_model(fields: Mapping[str, Any]) -> bool:
     """Return whether these fields of `sampling` describe guidance by a weaker model."""
     return fields["guidance_scale"] != 1 and make_rule(fields["guidance"]).weak == "model"
+
+
+def _cache(fields: Mapping[str, Any], sampler: BaseSampler) -> CacheSpec | None:
+    if fields["cache_interval"] == 1:
+        return None
+    if not isinstance(sampler, LoopSampler) or sampler.evaluations_per_step > 1:
+        raise ValueError(
+            f"unsupported cache_interval={fields['cache_interval']} with sampler={fields['sampler']!r};"
+            " expected 1, or a sampler with one evaluation per step"
+        )
+    return CacheSpec(fields["cache_interval"], fields["cache_order"])
 
 
 def _guidance(fields: Mapping[str, Any], components: Components) -> Guidance | None:

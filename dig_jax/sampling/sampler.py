@@ -81,7 +81,8 @@ class Sampler:
             size: (height, width) in pixels, or one number for both; by default the training images' size.
             return_latents: return float32 images in the model's space instead of decoded pixels.
             options: other fields of `config.sampling`: sampler_options, clip, guidance, guidance_options,
-                guidance_channels, guidance_interval, guidance_rescale, internal_guidance_scale, weak_model.
+                guidance_channels, guidance_interval, guidance_rescale, internal_guidance_scale,
+                cache_interval, cache_order, weak_model.
 
         Raises:
             ValueError: invalid labels, seeds, size or options.

@@ -7,14 +7,14 @@ as a function of the step, so that the noise of an image can depend on its seed 
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dig_jax.diffusion.piecewise import AnyDenoiser, Session, first_memory, pieces
+from dig_jax.diffusion.piecewise import AnyDenoiser, Session, pieces
 from dig_jax.diffusion.process import Denoiser, Images, Process
 
 Noise = Callable[[Int[Array, ""]], Images]
@@ -61,6 +61,8 @@ class BaseSampler(abc.ABC):
         steps: number of steps, or another specification that the sampler supports.
         clip: limit every predicted x_0 to [-1, 1], for pixels.
     """
+
+    evaluations_per_step: ClassVar[int] = 1
 
     steps: int | str | None = None
     clip: bool = False
@@ -147,7 +149,7 @@ class LoopSampler(BaseSampler):
             ValueError: as `check`.
         """
         self.check(process)
-        memory, state, trajectory = first_memory(denoiser, x), None, []
+        state, trajectory = None, []
         for piece, steps in pieces(denoiser, self.fractions(process)):
             session = Session(piece)
             loop = self.discretize(process, session, noise)
@@ -162,7 +164,7 @@ class LoopSampler(BaseSampler):
                 moved = tuple(part.astype(x.dtype) for part in moved)
                 return (moved, session.memory), x0 if return_trajectory else None
 
-            (state, memory), predicted = jax.lax.scan(body, (state, memory), jnp.asarray(steps))
+            (state, _), predicted = jax.lax.scan(body, (state, session.start(x)), jnp.asarray(steps))
             trajectory.append(predicted)
         assert state is not None
         if not return_trajectory:

@@ -29,6 +29,7 @@ integrated exactly if it is a quadratic in λ, which gives order 3. The first st
 """
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float64
@@ -56,6 +57,8 @@ class Euler(LinearSampler):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heun(LinearSampler):
     """Heun's method on the velocity. Order 2, 2 · steps - 1 evaluations."""
+
+    evaluations_per_step: ClassVar[int] = 2
 
     def table(self, process: Process) -> Table:
         """Return a predicting and a correcting row per step; the last step only predicts."""

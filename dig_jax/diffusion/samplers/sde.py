@@ -23,6 +23,7 @@ Here the noise of a step is added at the end of the step before.
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float64
@@ -123,6 +124,8 @@ class EDMHeun(LinearSampler):
         s_max: greatest τ with churn.
         s_noise: deviation of the churn's noise.
     """
+
+    evaluations_per_step: ClassVar[int] = 2
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
