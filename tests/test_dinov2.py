@@ -112,6 +112,19 @@ def test_the_class_token_is_that_of_transformers(golden, path):
     np.testing.assert_allclose(result, golden["cls"], rtol=0, atol=2e-5)
 
 
+def test_the_class_token_is_that_of_the_released_code(golden, tmp_path):
+    """From the shape of its files to the resized positions."""
+    architecture = Architecture(width=32, depth=2, heads=2)
+    arrays = {}
+    for name, array in original_arrays(hub_arrays(architecture)).items():
+        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(array.shape)
+        arrays[name] = np.float32(x * (0.3 if array.ndim < 2 else array.shape[-1] ** -0.5))
+    write_torch(tmp_path / "dinov2_small_pretrain.pth", arrays)
+    pixels = np.random.default_rng(0).standard_normal((1, 224, 224, 3)).astype(np.float32)
+    network = read(tmp_path / "dinov2_small_pretrain.pth", architecture)
+    np.testing.assert_allclose(jax.jit(Dinov2.encode)(network, pixels), golden["released"], atol=2e-6)
+
+
 def test_files_of_the_released_code_give_the_same_network(path, tmp_path):
     write_torch(tmp_path / "original.pth", original_arrays(hub_arrays()))
     network, original = read(path), read(tmp_path / "original.pth")
