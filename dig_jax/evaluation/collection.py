@@ -17,10 +17,11 @@ from jaxtyping import Float, Float32, Int, UInt8
 from dig_jax.evaluation.features.network import FeatureNetwork
 from dig_jax.evaluation.moments import Moments
 from dig_jax.evaluation.scores import FeatureSet, Score
-from dig_jax.parallel import BATCH_AXES, batch_sharding, local_mesh, replicated
+from dig_jax.parallel import BATCH_AXES, batch_sharding, gather_arrays, local_mesh, replicated
 
-# Images per device and call. Fixed: convolutions of batches of other sizes may round differently.
-_BATCH = 32
+# Images per device and call, by platform. Fixed: batches of other sizes may round differently. A CPU gains
+# nothing from large batches, which take memory.
+_BATCH, _CPU_BATCH = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,10 @@ class Collection:
         Raises:
             ValueError: there are fewer than two images.
         """
-        order = np.argsort(self.indices)
-        rows = {name: np.concatenate(parts)[order] for name, parts in self.rows.items()}
+        rows = {name: np.concatenate(parts) for name, parts in self.rows.items()}
+        if (np.diff(self.indices) < 0).any():
+            order = np.argsort(self.indices)
+            rows = {name: values[order] for name, values in rows.items()}
         gaussians = {name: moments.gaussian for name, moments in self.moments.items()}
         return FeatureSet(len(self.indices), gaussians, rows)
 
@@ -146,7 +149,8 @@ class Collector:
         self._mesh = local_mesh()
         self._outputs = outputs
         self._network = jax.device_put(network, replicated(self._mesh))
-        self._size = _BATCH * self._mesh.size
+        platform = self._mesh.devices.flat[0].platform
+        self._size = (_CPU_BATCH if platform == "cpu" else _BATCH) * self._mesh.size
         self._collection = Collection.none(outputs, network.dimensions)
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
         self._running: list[tuple[np.ndarray, dict[str, jax.Array]]] = []
@@ -219,3 +223,10 @@ def _features(
 def merged(collections: Iterable[Collection]) -> Collection:
     """Return the union of collections of different images."""
     return functools.reduce(operator.add, collections)
+
+
+def gathered(collection: Collection) -> Collection:
+    """Return the union of the collections of all processes. All processes must call this."""
+    if jax.process_count() == 1:  # without copies
+        return collection
+    return merged(map(Collection.from_arrays, gather_arrays(collection.arrays())))

@@ -12,14 +12,13 @@ from numpy import ndarray
 from dig_jax.components import Components
 from dig_jax.config import Config, EvaluationConfig
 from dig_jax.errors import ConfigError, naming_setting
-from dig_jax.evaluation.collection import Collection, Collector, Outputs, merged
+from dig_jax.evaluation.collection import Collection, Collector, Outputs, gathered
 from dig_jax.evaluation.evaluator import Accumulator, Evaluator, Scores, Task
 from dig_jax.evaluation.features.network import FeatureNetwork
 from dig_jax.evaluation.image_sets import Images
 from dig_jax.evaluation.references import Needs, Networks, Reference, check_reference, read_reference
 from dig_jax.evaluation.scores import Score, scores_named
 from dig_jax.evaluation.store import Store
-from dig_jax.parallel import gather_arrays
 from dig_jax.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -99,8 +98,7 @@ class FeatureAccumulator(Accumulator):
             self._store.save(self._collectors)
         features = {}
         for name, collector in self._collectors.items():
-            parts = gather_arrays(collector.collection.arrays())
-            features[name] = merged(map(Collection.from_arrays, parts)).feature_set()
+            features[name] = gathered(collector.collection).feature_set()
         figures: Scores = {}
         for name, score in self._scores.items():
             reference = self._reference.features[score.network] if score.needs_reference else None

@@ -1,14 +1,15 @@
 """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2), with ADM's conventions."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from dig_jax.evaluation.scores.score import FeatureSet, Score
 
-# Distances computed at once; 400 MB as float64.
-_BLOCK = 50_000_000
+# Rows and columns of distances computed at once: 50,000 images must not need copies of all features.
+_ROWS, _COLUMNS = 250, 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +57,22 @@ class PrecisionRecall(Score):
         )
         return np.concatenate([(block <= radii).any(1) for block in self._blocks(x, y)])
 
-    def _blocks(self, x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]):
+    def _blocks(
+        self, x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]
+    ) -> Iterator[Float[np.ndarray, "rows m"]]:
         """Yield squared distances of some rows of x to all rows of y."""
-        rows = max(1, _BLOCK // len(y))
-        for first in range(0, len(x), rows):
-            block = x[first : first + rows]
-            if not self.half:
-                yield squared_distances(block, y, np.float64)
-                continue
-            distances = squared_distances(block, y, np.float16)
-            yield distances if np.isfinite(distances).all() else squared_distances(block, y, np.float32)
+        for first in range(0, len(x), _ROWS):
+            tiles = range(0, len(y), _COLUMNS)
+            block = x[first : first + _ROWS]
+            yield np.concatenate([self._distances(block, y[j : j + _COLUMNS]) for j in tiles], axis=1)
+
+    def _distances(
+        self, x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]
+    ) -> Float[np.ndarray, "n m"]:
+        if not self.half:
+            return squared_distances(x, y, np.float64)
+        distances = squared_distances(x, y, np.float16)
+        return distances if np.isfinite(distances).all() else squared_distances(x, y, np.float32)
 
 
 def squared_distances(
