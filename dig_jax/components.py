@@ -21,6 +21,7 @@ from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
 from dig_jax.models.backbone import ModelOptions, Outputs
 from dig_jax.models.block_stack import StackFeatures
+from dig_jax.models.isolation import isolate_attention
 from dig_jax.models.registry import accepted_options, resolve_options
 from dig_jax.parallel import gather_params
 
@@ -143,11 +144,13 @@ class ModelSpec:
         config: name and options of the model.
         image_shape: (height, width, channels) of the training images.
         num_classes: number of labels, or 0 for an unconditional model.
+        isolated: softmax attention lets every token see itself only.
     """
 
     config: ModelConfig
     image_shape: tuple[int, int, int]
     num_classes: int
+    isolated: bool = dataclasses.field(default=False, kw_only=True)
 
     def denoise(
         self,
@@ -283,7 +286,10 @@ def _check_flow_fields(settings: DiffusionConfig) -> None:
 # Cached outside the spec, because the spec must be picklable.
 @functools.lru_cache(maxsize=16)
 def _abstract_model(spec: ModelSpec) -> DiffusionTransformer:
-    return nnx.eval_shape(lambda: spec.create(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: spec.create(nnx.Rngs(0)))
+    if spec.isolated:
+        isolate_attention(model)
+    return model
 
 
 @functools.lru_cache(maxsize=16)

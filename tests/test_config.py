@@ -397,8 +397,12 @@ def test_all_settings_that_a_workdir_was_not_created_with_are_named():
             "config.sampling: block out of range: got 99; expected 0 … ",
         ),
         (
-            {"model__name": "DiT-S/2", "sampling__guidance": "perturbed"},
-            "config.sampling: unsupported guidance 'perturbed': the model has softmax attention",
+            {
+                "model__name": "DiT-S/2",
+                "sampling__guidance": "perturbed",
+                "sampling__guidance_options": {"blocks": [0]},
+            },
+            "config.sampling: unsupported blocks of guidance 'perturbed': block 0 has softmax attention",
         ),
         (
             {"sampling__guidance_channels": 4},

@@ -1,5 +1,6 @@
 """Guidance and sampler options through `Sampler` and the config."""
 
+import dataclasses
 import functools
 
 import jax
@@ -130,6 +131,27 @@ def test_perturbed_guidance_extrapolates_from_the_isolated_blocks():
     assert np.abs(weak - strong).max() > 1e-3
     guided = sampler()(guidance="perturbed", guidance_options={"blocks": [1]}, guidance_scale=3.0, **one_step)
     np.testing.assert_allclose(guided, weak + 3 * (strong - weak), atol=1e-4)
+
+
+def test_perturbed_guidance_isolates_softmax_attention_in_all_blocks():
+    options = {"model__name": "DiT-S/2", "sampling__steps": 1, "sampling__sampler": "euler"}
+    plain, isolated = (tiny_components(**options, **FLOW) for _ in range(2))
+    isolated.__dict__["model_spec"] = dataclasses.replace(plain.model_spec, isolated=True)
+    params = random_params(plain)
+    x, t, y = jnp.ones((2, 4, 4, 1)).at[1, 0, 0].add(1.0), jnp.ones(2), jnp.zeros(2, jnp.int32)
+    outputs = np.asarray(
+        jax.jit(isolated.denoise)(params, x, t, y)
+    )  # the second image has another first token
+    first = np.kron([[1, 0], [0, 0]], np.ones((2, 2))) > 0
+    np.testing.assert_array_equal(np.abs(outputs[1] - outputs[0]).max(-1) > 0, first)
+    weak, strong = (
+        Sampler(components, params, step=0)(guidance_scale=1.0, **DRAW) for components in (isolated, plain)
+    )
+    assert np.abs(weak - strong).max() > 1e-4
+    draw = functools.partial(Sampler(plain, params, step=0), guidance="perturbed", guidance_scale=3.0, **DRAW)
+    np.testing.assert_allclose(draw(), weak + 3 * (strong - weak), atol=1e-4)
+    with pytest.raises(ValueError, match="block 0 has softmax attention; expected blocks with GLA, or none"):
+        draw(guidance_options={"blocks": [0]})
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """One jitted function from parameters, labels and seeds to images."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -85,7 +86,8 @@ def _denoiser(
         pair = null_pair(denoise, labels, spec.model.num_classes)
         return with_caches(spec.guidance(plain, pair, scale, spec.process), caches)
     if isinstance(rule, Perturbed):
-        weak, weak_params = spec.model, isolate_tokens(params, rule.blocks)
+        weak = dataclasses.replace(spec.model, isolated=not rule.blocks)
+        weak_params = isolate_tokens(params, rule.blocks)
     else:
         weak = spec.weak
     assert weak is not None and weak_params is not None

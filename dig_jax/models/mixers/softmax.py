@@ -14,12 +14,16 @@ from dig_jax.parallel import shard_map_rows
 
 
 class SoftmaxAttention(nnx.Module):
-    """Multi-head self-attention with biases (Vaswani et al. 2017)."""
+    """Multi-head self-attention with biases (Vaswani et al. 2017).
+
+    Attributes:
+        isolated: let every token attend to itself only, so that the output of a head is its v.
+    """
 
     def __init__(self, width: int, *, num_heads: int, dtype: DTypeLike, rngs: nnx.Rngs):
         if width % num_heads:
             raise ValueError(f"invalid num_heads={num_heads}; expected a divisor of hidden_size={width}")
-        self.num_heads = num_heads
+        self.num_heads, self.isolated = num_heads, False
         options = {"kernel_init": xavier, "dtype": dtype, "rngs": rngs}
         self.qkv_proj = FusedLinear(width, width, 3, **options)
         self.o_proj = Linear(width, width, **options)
@@ -27,7 +31,8 @@ class SoftmaxAttention(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
         """Let every token attend to all tokens; the grid has no effect."""
         del grid
-        o = shard_map_rows(_attend, *(split_heads(y, self.num_heads) for y in self.qkv_proj(x)))
+        q, k, v = (split_heads(y, self.num_heads) for y in self.qkv_proj(x))
+        o = v if self.isolated else shard_map_rows(_attend, q, k, v)
         return self.o_proj(o.reshape(x.shape))
 
 
