@@ -58,6 +58,8 @@ CASES = {
     "sampling without a checkpoint": (["--mode=sample"], "no checkpoint in "),
     "export without a checkpoint": (["--mode=export", "--output=x.safetensors"], "no checkpoint in "),
     "evaluation without a checkpoint": (["--mode=evaluate"], "no checkpoint in "),
+    "a sweep of images": (["--mode=evaluate", "--images=x", "--sweep=steps=1"], "--sweep does not apply to"),
+    "images of training": (["--images=x"], "--images does not apply to --mode=train"),
     "encoding without latents": (["--mode=encode"], "invalid config.data.name='fake'"),
     # Config files
     "no config": (["--config="], "missing --config"),

@@ -38,7 +38,7 @@ def write_report(workdir: Path) -> None:
         grids=embedded_grids(workdir),
         losses=losses,
         charts=charts,
-        scores=_read_json(workdir / "scores.json"),
+        scores=flattened(_read_json(workdir / "scores.json")),
         config=fields,
         changed=_changed(fields),
         starts=[_start(start) for start in reversed(starts)],
