@@ -68,7 +68,8 @@ class ToySpec(ModelSpec):
             hidden.append(tokens)
         output, internal = (unpatchify(hidden[n] @ params["final"], (2, 2), 2) for n in (2, 1))
         head = self.config.internal_head
-        return Outputs(output, None if head is None else internal, {block: hidden[block] for block in taps})
+        seen = {block: hidden[block] for block in taps}
+        return Outputs(output, None if head is None else internal, seen, features=[])
 
     def denoise(self, params, x, t, y, drop=None):
         return self.outputs(params, x, t, y, drop).output
