@@ -1,7 +1,7 @@
 """Feature caching: most steps predict what mixers and MLPs add to the tokens instead of computing it.
 
 Every `interval`-th evaluation is a full one. Between full evaluations, the outputs of all mixers and MLPs are
-extrapolated from those of the last full ones (the idea of TaylorSeer, Liu et al. 2025). Embeddings,
+extrapolated from the last full evaluations (the idea of TaylorSeer, Liu et al. 2025). Embeddings,
 modulation, gates, convolutions and the final layer run at every step.
 
 TaylorSeer takes differences for derivatives, which misses polynomials of degree 2. Newton's backward form is
@@ -65,7 +65,7 @@ class CachedModel:
         return jnp.int32(0), differences
 
     def __call__(self, x: Array, t: Array, y: Array) -> tuple[Array, Array | None]:
-        """Return the prediction and that of the internal head."""
+        """Return the prediction and the prediction of the internal head."""
         evaluation, differences = self._start(x, t, y) if self.memory is None else self.memory
         interval = self.spec.interval
         since = evaluation % interval

@@ -19,7 +19,7 @@ from dig_jax.sampling.feature_cache import CachedModel, with_caches
 from dig_jax.sampling.generation_spec import GenerationSpec
 
 Predictor = Callable[[Array, Array, Array], tuple[Array, Array | None]]
-"""(x, t, y) -> the prediction, and that of the internal head or None."""
+"""(x, t, y) -> (prediction, prediction of the internal head or None)."""
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -29,7 +29,7 @@ _SPATIAL_CHANNELS = 7
 # A TPU would round float32 operands to bfloat16, a GPU to TF32. That changes scores.
 _PRECISION = jax.lax.Precision.HIGHEST
 
-# torch-fidelity's file, pytorch-fid's, and that of the JAX ports.
+# The files of torch-fidelity, pytorch-fid and the JAX ports.
 _PUBLISHED = Published(
     network="inception",
     files=(

@@ -114,7 +114,7 @@ def load_weights(
         ignored: names of arrays that are not read.
 
     Raises:
-        CheckpointError: the file is unreadable or damaged, or its arrays are not those of the network.
+        CheckpointError: the file is unreadable or damaged, or it lacks arrays of the network or has others.
     """
     graphdef, state = nnx.split(network)
     variables, digest, arrays = dict(nnx.to_flat_state(state)), hashlib.sha256(), {}
@@ -139,7 +139,7 @@ def load_weights(
 def _layout_of(
     stored: Mapping[str, StoredArray], layouts: Sequence[Mapping[tuple, Recipe]]
 ) -> Mapping[tuple, Recipe]:
-    """Return the layout whose names are those of the file."""
+    """Return the layout that matches the names in the file."""
     expected = [{name for recipe in layout.values() for name in recipe.names} for layout in layouts]
     common = [len(names & set(stored)) for names in expected]
     best = common.index(max(common))
