@@ -205,6 +205,18 @@ def markdown() -> str:
     return "\n".join([*lines, _COMMANDS, *_sections()]) + "\n"
 
 
+def summary() -> str:
+    """Return the README's table: a row per model, training and guidance, with the two scores to compare."""
+    lines = [["model", "pixels", "steps", "guidance", "published FID", "FID of this code"]]
+    lines.append(["---"] * len(lines[0]))
+    for row in ROWS:
+        texts = dict(zip(_COLUMNS, _texts(row), strict=True))
+        if row.config:
+            names = ("model", "pixels", "steps", "guidance", "FID", "FID of this code")
+            lines.append([texts[name] for name in names])
+    return "\n".join(map(_cells, lines)) + "\n"
+
+
 def _texts(row: Row) -> Iterator[str]:
     guidance = {None: None, 1.0: "none"}.get(row.guidance, row.guidance)
     scores = (row.fid, row.sfid, row.inception_score, row.precision, row.recall)

@@ -56,7 +56,7 @@ def test_batch_size_changes_nothing(size, expected):
     assert_same(collected(size=size), expected)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, 2, 4])
 def test_number_of_devices_changes_nothing(devices, expected, monkeypatch):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(-1, 1, 1, 1), AXES)
     monkeypatch.setattr(collections, "local_mesh", lambda: mesh)
@@ -65,6 +65,11 @@ def test_number_of_devices_changes_nothing(devices, expected, monkeypatch):
 
 def test_order_of_images_changes_nothing(expected):
     assert_same(collected(np.random.default_rng(0).permutation(COUNT)), expected)
+
+
+def test_how_often_moments_are_updated_changes_nothing(expected, monkeypatch):
+    monkeypatch.setattr(collections, "_UPDATE_EVERY", 16)
+    assert_same(collected(size=10), expected)
 
 
 def test_two_processes_collect_what_one_does(expected):
@@ -100,7 +105,7 @@ def test_a_file_of_something_else_is_ignored(content, tmp_path):
     collector = Collector(fake_network(), OUTPUTS)
     collector.add(np.arange(5), IMAGES[:5])
     if content is None:
-        Store(path, {"images": "others"}).save({"inception": collector})
+        Store(path, {"images": "others"}).save({"inception": collector.collection})
     else:
         path.write_bytes(content)
     fresh = Collector(fake_network(), OUTPUTS)

@@ -2,10 +2,14 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ended_runs import GLOO, free_port
 from fake_features import random_images, use_fake_networks
 
 from dig_jax import ConfigError, Sampler, UserError
@@ -101,6 +105,25 @@ def test_a_killed_evaluation_resumes_and_gives_the_same_scores(scored, tmp_path,
     assert drawn == [0, 10, 20, 10, 20]
     assert_same_figures(scores, scored)
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "reference.npz"}
+
+
+def test_two_processes_of_four_devices_that_were_killed_resume_and_score_like_one(scored, tmp_path):
+    fields = json.dumps(FEW | {"sampling__batch_size": 4})  # parts of 8 images for two processes
+
+    def run(parts, count):
+        environ = os.environ | GLOO | {"PYTHONPATH": os.pathsep.join(sys.path)}  # with four devices
+        numbers = map(str, (parts, free_port(), count))
+        command = [sys.executable, "tests/process_scores.py", tmp_path, fields, *numbers]
+        processes = [subprocess.Popen([*command, str(number)], env=environ) for number in range(count)]
+        return [process.wait() for process in processes]
+
+    assert run(parts=3, count=2) == [9, 9]
+    with np.load(tmp_path / "features.npz") as stored:
+        assert sorted(stored["inception:indices"]) == list(range(16))
+    assert run(parts=0, count=2) == [0, 0]
+    assert [(tmp_path / f"devices {number}").read_text() for number in range(2)] == ["8", "8"]
+    assert_same_figures(json.loads((tmp_path / "scores.json").read_text()), scored)
+    assert not (tmp_path / "features.npz").exists()
 
 
 def test_the_summary_names_numbers_images_and_reference(tmp_path, caplog):

@@ -18,6 +18,13 @@ def test_the_page_of_published_scores_is_current():
     )
 
 
+def test_the_readme_shows_the_rows_that_commands_reproduce():
+    assert published.summary() in Path("README.md").read_text(), (
+        "replace the README's table by published.summary()"
+    )
+    assert published.summary().count("\n") == 2 + len(REPRODUCIBLE)
+
+
 @pytest.mark.parametrize("row", REPRODUCIBLE, ids=lambda row: f"{row.model}-{row.pixels}-{row.fid}")
 def test_the_settings_of_a_row_are_a_valid_config_of_its_model(row):
     name, _, arguments = row.config.partition(":")

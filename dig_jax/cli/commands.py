@@ -132,7 +132,7 @@ def _plan(settings: Config, _: Path, values: FlagValues) -> None:
 COMMANDS = {
     "train": Command(_train, ("profile_steps", *_PROCESSES)),
     "sample": Command(_sample, ("labels", "seeds", "output", *_PROCESSES)),
-    "evaluate": Command(_evaluate, ("images", "sweep", "output")),
+    "evaluate": Command(_evaluate, ("images", "sweep", "output", *_PROCESSES)),
     "encode": Command(_encode, _PROCESSES),
     "export": Command(_export, ("output",)),
     "plan": Command(_plan, ("topology", "json")),

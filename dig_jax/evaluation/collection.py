@@ -23,6 +23,9 @@ from dig_jax.parallel import BATCH_AXES, batch_sharding, gather_arrays, local_me
 # nothing from large batches, which take memory.
 _BATCH, _CPU_BATCH = 64, 8
 
+# Images after which moments are updated: an update costs as much for 1 vector as for 1,000 of length 2,048.
+_UPDATE_EVERY = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
@@ -152,22 +155,32 @@ class Collector:
         platform = self._mesh.devices.flat[0].platform
         self._size = (_CPU_BATCH if platform == "cpu" else _BATCH) * self._mesh.size
         self._collection = Collection.none(outputs, network.dimensions)
+        self._known = self._collection.indices
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
         self._running: list[tuple[np.ndarray, dict[str, jax.Array]]] = []
+        self._computed: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
 
     @property
     def collection(self) -> Collection:
         """The features of all images that were added."""
         self._run(at_least=1)
         self._take()
+        self._update(at_least=1)
         return self._collection
 
-    @collection.setter
-    def collection(self, value: Collection) -> None:
-        self._collection = value
+    def resume(self, known: Int[np.ndarray, " n"], collection: Collection | None) -> None:
+        """Continue with the features of an interrupted evaluation, before images are added.
+
+        Args:
+            known: indices of the images that any process has the features of.
+            collection: what this process has.
+        """
+        self._known = known
+        if collection is not None:
+            self._collection = collection
 
     def add(self, indices: Int[np.ndarray, " n"], images: UInt8[np.ndarray, "n h w c"]) -> None:
-        """Add images, except those that the collection has already. Gray images become RGB.
+        """Add images, except those that were known at `resume`. Gray images become RGB.
 
         Args:
             indices: index in the set of each image.
@@ -176,10 +189,11 @@ class Collector:
         Raises:
             ValueError: features that are not finite.
         """
-        new = ~np.isin(indices, self._collection.indices)
+        new = ~np.isin(indices, self._known)
         if new.any():
             self._waiting.append((indices[new], images[new]))
         self._run(at_least=self._size)
+        self._update(at_least=_UPDATE_EVERY)
 
     def _run(self, at_least: int) -> None:
         """Start computing batches while there are so many images."""
@@ -201,8 +215,17 @@ class Collector:
     def _take(self) -> None:
         for indices, features in self._running:
             arrays = {name: np.asarray(value)[: len(indices)] for name, value in features.items()}
-            self._collection = self._collection.with_features(indices, arrays)
+            self._computed.append((indices, arrays))
         self._running = []
+
+    def _update(self, at_least: int) -> None:
+        """Add the computed features to the collection if there are so many."""
+        if sum(len(indices) for indices, _ in self._computed) < at_least:
+            return
+        indices, features = zip(*self._computed, strict=True)
+        joined = {name: np.concatenate([part[name] for part in features]) for name in features[0]}
+        self._collection = self._collection.with_features(np.concatenate(indices), joined)
+        self._computed = []
 
 
 @functools.partial(jax.jit, static_argnames=("outputs", "mesh"))

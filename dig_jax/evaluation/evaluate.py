@@ -5,6 +5,7 @@ import logging
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from dig_jax.components import Components
@@ -15,8 +16,8 @@ from dig_jax.evaluation.generated import GeneratedImages, provenance
 from dig_jax.evaluation.image_sets import open_images
 from dig_jax.evaluation.registry import EVALUATORS, evaluators_for
 from dig_jax.files.atomic import write_json
-from dig_jax.files.mirror import mirror
 from dig_jax.files.paths import Path, make_folder
+from dig_jax.parallel import barrier, local_mesh, output_folder
 from dig_jax.progress import Progress
 from dig_jax.reporting.grids import save_pair_grid
 from dig_jax.reporting.html import write_report
@@ -44,15 +45,17 @@ def evaluate(settings: Config, workdir: Path, output: Path | None = None) -> Sco
     Raises:
         UserError: there is no checkpoint, its settings differ, or no evaluator applies to the data.
     """
-    output = output_folder(workdir, output)
-    sampler = load(workdir, settings=settings)
-    with mirror(output) as mirrored:
+    output = results_folder(workdir, output)
+    sampler = load(workdir, settings=settings, mesh=local_mesh())
+    with output_folder(output) as mirrored:
         scores = score(sampler, mirrored.folder, resume=True)
         if not scores:
             raise nothing_to_evaluate(settings)
-        draw_samples(sampler, mirrored.folder)
-        draw_neighbors(sampler, mirrored.folder)
-        write_report(mirrored.folder)
+        if jax.process_index() == 0:
+            draw_samples(sampler, mirrored.folder)
+            draw_neighbors(sampler, mirrored.folder)
+            write_report(mirrored.folder)
+        barrier("the report is written")
     return scores
 
 
@@ -76,9 +79,9 @@ def evaluate_images(settings: Config, path: Path, output: Path) -> Scores:
             "nothing to evaluate: got config.evaluation.scores=''; expected scores such as fid,kid"
         )
     make_folder(output)
-    with mirror(output) as mirrored:
+    with output_folder(output) as mirrored:
         task = Task(Components(settings), images, count, folder=mirrored.folder)
-        scores = _scores(task, evaluators, _PART)
+        scores = _scores(task, evaluators, _PART * jax.process_count())
         scores |= {"images": images.name, "images_hash": images.fingerprint, "time": _now()}
         write_json(mirrored.folder / "scores.json", scores)
     return scores
@@ -90,8 +93,7 @@ def score(sampler: Sampler, folder: pathlib.Path, *, resume: bool = False) -> Sc
     Args:
         sampler: what draws the images.
         folder: where scores.json is written.
-        resume: keep features in the folder, so that the same call continues after an interruption. Only for
-            one process.
+        resume: keep features in the folder, so that the same call continues after an interruption.
 
     Returns:
         The scores and what they depend on; empty if no evaluator applies.
@@ -102,23 +104,24 @@ def score(sampler: Sampler, folder: pathlib.Path, *, resume: bool = False) -> Sc
         return {}
     images = GeneratedImages(sampler, settings.evaluation.num_images)
     task = Task(sampler.components, images, images.count, images.labels, folder if resume else None)
-    scores = _scores(task, evaluators, settings.sampling.batch_size)
+    processes = 1 if sampler.spans_processes else jax.process_count()
+    scores = _scores(task, evaluators, settings.sampling.batch_size * processes)
     scores |= provenance(images) | {"time": _now()}
     write_json(folder / "scores.json", scores)
     return scores
 
 
 def _scores(task: Task, evaluators: Sequence[Evaluator], size: int) -> Scores:
-    """Pass the images to all evaluators, `size` at a time; return and log the scores."""
+    """Pass the images to all evaluators, `size` at a time on all processes; return and log the scores."""
     accumulators = [evaluator.start(task) for evaluator in evaluators]
     first = min(accumulator.first for accumulator in accumulators)
     if first:
         log.info("resuming: the features of %d of %d images already exist", first, task.count)
     progress = Progress("image", first=first, total=task.count, every_seconds=10.0)
-    for indices, images in task.images.parts(first, size, task.count):
+    for number, (indices, images) in enumerate(task.images.parts(first, size, task.count), 1):
         for accumulator in accumulators:
             accumulator.add(indices, images)
-        progress.show(int(indices[-1]) + 1)
+        progress.show(min(first + number * size, task.count))
     progress.close()
     scores: Scores = {}
     for evaluator, accumulator in zip(evaluators, accumulators, strict=True):
@@ -148,7 +151,7 @@ def draw_neighbors(sampler: Sampler, workdir: pathlib.Path) -> None:
             return
 
 
-def output_folder(workdir: Path, output: Path | None) -> Path:
+def results_folder(workdir: Path, output: Path | None) -> Path:
     """Return the folder of the results, by default the workdir, also for a checkpoint directory in it.
 
     Raises:

@@ -19,6 +19,7 @@ from dig_jax.evaluation.image_sets import Images
 from dig_jax.evaluation.references import Needs, Networks, Reference, check_reference, read_reference
 from dig_jax.evaluation.scores import Score, scores_named
 from dig_jax.evaluation.store import Store
+from dig_jax.parallel import on_process_0
 from dig_jax.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -94,18 +95,21 @@ class FeatureAccumulator(Accumulator):
 
     def scores(self) -> Scores:
         """Return all scores and their protocols."""
+        collections = {name: gathered(collector.collection) for name, collector in self._collectors.items()}
         if self._store is not None:
-            self._store.save(self._collectors)
-        features = {}
-        for name, collector in self._collectors.items():
-            features[name] = gathered(collector.collection).feature_set()
+            self._store.save(collections)
+        scores = on_process_0(lambda: self._scores_of(collections))
+        if self._store is not None:
+            self._store.delete()
+        return scores
+
+    def _scores_of(self, collections: Mapping[str, Collection]) -> Scores:
+        features = {name: collection.feature_set() for name, collection in collections.items()}
         figures: Scores = {}
         for name, score in self._scores.items():
             reference = self._reference.features[score.network] if score.needs_reference else None
             with naming_setting(f"config.evaluation.scores: {name}"):
                 figures |= score.figures(name, features[score.network], reference)
-        if self._store is not None:
-            self._store.delete()
         ranks = [figure for name, score in self._scores.items() for figure in score.ranks(name)]
         return figures | {
             "num_images": self._task.count,
@@ -142,7 +146,10 @@ _RECORDED = ("name", "images", "hash")
 def collect(
     images: Images, networks: Networks, needs: Needs, folder: pathlib.Path | None
 ) -> dict[str, Collection]:
-    """Return the features of all images of a set; show progress, and resume if `folder` is given."""
+    """Return the features of all images of a set; show progress, and resume if `folder` is given.
+
+    All processes call it; each computes a share and gets all features.
+    """
     collectors = {name: Collector(networks[name], needs[name]) for name in networks}
     first, store = 0, None
     if folder is not None:
@@ -151,14 +158,14 @@ def collect(
         first = store.load(collectors)
     log.info("computing features of %d images of the reference: %s", len(images), images.name)
     progress = Progress("image", first=first, total=len(images), every_seconds=10.0)
-    for indices, part in images.parts(first, _PART, len(images)):
+    for number, (indices, part) in enumerate(images.parts(first, _PART, len(images)), 1):
         for collector in collectors.values():
             collector.add(indices, part)
         if store is not None:
             store.save_if_due(collectors)
-        progress.show(int(indices[-1]) + 1)
+        progress.show(min(first + number * _PART, len(images)))
     progress.close()
-    collections = {name: collector.collection for name, collector in collectors.items()}
+    collections = {name: gathered(collector.collection) for name, collector in collectors.items()}
     if store is not None:
         store.delete()
     return collections

@@ -8,13 +8,13 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
 from dig_jax.config import Config
 from dig_jax.errors import UserError, naming_setting
 from dig_jax.evaluation.image_sets import Images, Part, Shape
+from dig_jax.parallel import gather_arrays, own_share
 from dig_jax.sampling.image_set import ImageSet
 from dig_jax.sampling.sampler import Sampler
 
@@ -22,8 +22,6 @@ from dig_jax.sampling.sampler import Sampler
 @dataclasses.dataclass(frozen=True, eq=False)
 class GeneratedImages(Images):
     """Images of seeds 0, 1, … that are drawn when they are read.
-
-    With several processes, all draw together, and each decodes and yields a share of every part.
 
     Attributes:
         sampler: what draws them.
@@ -73,9 +71,13 @@ class GeneratedImages(Images):
         Raises:
             UserError: an image is not finite.
         """
-        process, processes = jax.process_index(), jax.process_count()
         for start in range(first, stop, size):
-            seeds = np.arange(start, min(start + size, stop))
+            own = np.array(own_share(start, min(start + size, stop)), int)
+            # The devices of all processes may draw together; then each takes its share.
+            seeds = np.arange(start, min(start + size, stop)) if self.sampler.spans_processes else own
+            if not len(seeds):
+                yield own, np.zeros((0, *self.shape), np.uint8)
+                continue
             with naming_setting("config.sampling"):
                 x, counted = self.sampler.counted(self.labels[seeds], seeds=seeds, return_latents=True)
             self.evaluations.extend(counted.tolist())
@@ -86,17 +88,17 @@ class GeneratedImages(Images):
                     f" {self.sampler.step}; expected a model that has not diverged, or set"
                     " config.model.dtype=float32"
                 )
-            own = np.array_split(np.arange(len(seeds)), processes)[process]
-            if len(own):
-                yield seeds[own], self.sampler.decode(x[own])
+            x = x[own - seeds[0]]
+            yield own, self.sampler.decode(x) if len(x) else np.zeros((0, *self.shape), np.uint8)
 
 
 def provenance(images: GeneratedImages) -> dict[str, Any]:
-    """Return what the scores of generated images depend on, for scores.json."""
+    """Return what the scores of generated images depend on, for scores.json. All processes call it."""
     sampler = images.sampler
     settings: Config = sampler.components.config
     s, autoencoder = settings.sampling, sampler.components.autoencoder
     evaluations = sampler.evaluations  # None if it depends on the image
+    counted = gather_arrays({"evaluations": np.array(images.evaluations)}) if evaluations is None else []
     labels = {
         "balanced": "seed modulo the number of classes",
         "random": "uniform, drawn from seed 0",
@@ -108,7 +110,9 @@ def provenance(images: GeneratedImages) -> dict[str, Any]:
         "sampler_options": s.sampler_options,
         "sampling_steps": None if evaluations is None else s.steps,
         "network_evaluations_per_image": (
-            float(np.mean(images.evaluations)) if evaluations is None else evaluations
+            float(np.mean(np.concatenate([part["evaluations"] for part in counted])))
+            if evaluations is None
+            else evaluations
         ),
         "guidance": s.guidance,
         "guidance_options": s.guidance_options,
@@ -126,5 +130,5 @@ def provenance(images: GeneratedImages) -> dict[str, Any]:
 
 
 def _parameters_hash(images: GeneratedImages) -> str:
-    """Return the hash of the parameters' values; empty with several processes, which may hold only shards."""
-    return images.dependencies["values of the parameters"] if jax.process_count() == 1 else ""
+    """Return the hash of the parameters' values; empty if processes hold only shards."""
+    return "" if images.sampler.spans_processes else images.dependencies["values of the parameters"]

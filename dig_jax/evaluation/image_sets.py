@@ -24,6 +24,7 @@ from dig_jax.data.images import MODES, UnreadableImage, adm_crop, decode
 from dig_jax.data.source import Source
 from dig_jax.errors import UserError, one_line
 from dig_jax.files.paths import Path, to_path
+from dig_jax.parallel import own_share
 
 Shape = tuple[int, int, int]
 # Indices of images in a set, and the images.
@@ -58,7 +59,7 @@ class Images(abc.ABC):
     def parts(self, first: int, size: int, stop: int) -> Iterator[Part]:
         """Yield indices and images first … stop - 1, `size` at a time.
 
-        With several processes, generated images are divided among them.
+        Of each part, a process yields its `own_share`, which may be empty.
 
         Raises:
             UserError: an image is unreadable or has another shape.
@@ -102,14 +103,15 @@ class NpzImages(Images):
         image_size = int(np.prod(self.shape))
         with npz_member(self.path, "arr_0") as member:
             _npy_shape(member, self.name)
-            member.seek(first * image_size, os.SEEK_CUR)
+            position = 0
             for start in range(first, stop, size):
-                count = min(size, stop - start)
-                content = member.read(count * image_size)
-                if len(content) < count * image_size:
+                own = own_share(start, min(start + size, stop))
+                member.seek((own.start - position) * image_size, os.SEEK_CUR)
+                position = own.stop
+                content = member.read(len(own) * image_size)
+                if len(content) < len(own) * image_size:
                     raise UserError(f"damaged {self.name}: the images end early; write or download it again")
-                images = np.frombuffer(content, np.uint8).reshape(count, *self.shape)
-                yield np.arange(start, start + count), images
+                yield np.array(own, int), np.frombuffer(content, np.uint8).reshape(len(own), *self.shape)
 
 
 @contextlib.contextmanager
@@ -197,9 +199,9 @@ class FolderImages(Images):
         """Yield images first … stop - 1, `size` at a time, decoded by several threads."""
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
             for start in range(first, stop, size):
-                indices = range(start, min(start + size, stop))
-                decoded = threads.map(functools.partial(self._decode, shape=self.shape), indices)
-                yield np.array(indices), np.stack(list(decoded))
+                own = own_share(start, min(start + size, stop))
+                decoded = list(threads.map(functools.partial(self._decode, shape=self.shape), own))
+                yield np.array(own, int), np.array(decoded, np.uint8).reshape(len(own), *self.shape)
 
     def _decode(self, index: int, shape: Shape | None) -> UInt8[np.ndarray, "h w c"]:
         encoded = self._images.read(index)
@@ -256,8 +258,9 @@ class SourceImages(Images):
         """Yield images first … stop - 1, `size` at a time, read by several threads."""
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
             for start in range(first, stop, size):
-                indices = range(start, min(start + size, stop))
-                yield np.array(indices), np.stack(list(threads.map(self._image, indices)))
+                own = own_share(start, min(start + size, stop))
+                images = list(threads.map(self._image, own))
+                yield np.array(own, int), np.array(images, np.uint8).reshape(len(own), *self.shape)
 
     def _image(self, index: int) -> UInt8[np.ndarray, "h w c"]:
         return self.source[index]["image"]

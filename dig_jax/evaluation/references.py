@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from dig_jax.components import Components
@@ -33,6 +34,7 @@ from dig_jax.evaluation.scores import FeatureSet
 from dig_jax.files.atomic import replacing
 from dig_jax.files.json_file import parse_object
 from dig_jax.files.paths import Path, to_path
+from dig_jax.parallel import on_process_0
 
 SETTING = "config.evaluation.reference"
 Networks = Mapping[str, FeatureNetwork]
@@ -66,7 +68,7 @@ def read_reference(
     collect: Collect,
     cache: pathlib.Path | None = None,
 ) -> Reference:
-    """Return the reference that a config names.
+    """Return the reference that a config names. All processes call it.
 
     Args:
         text: `config.evaluation.reference`.
@@ -75,7 +77,10 @@ def read_reference(
         networks: the feature networks.
         needs: outputs that scores need, by network.
         collect: computes features.
-        cache: file in which computed features are kept.
+        cache: file in which process 0 keeps computed features.
+
+    Returns:
+        The reference; if the features come from the cache, they are empty except on process 0.
 
     Raises:
         UserError: a missing or damaged file, images of another shape, or features of another network.
@@ -123,18 +128,24 @@ def _computed(
 ) -> Reference:
     _check_shape(images.shape, shape, images.name)
     identity = _identity(images, networks, needs)
-    if cache is not None and cache.exists():
+    cached: list[Reference] = []
+
+    def find() -> bool:
+        if cache is None or not cache.exists():
+            return False
         try:
-            stored = load_reference(cache, shape, networks, needs)
+            cached.append(load_reference(cache, shape, networks, needs))
         except UserError:
-            stored = None  # of other settings, or damaged: computed again
-        if stored and stored.description["identity"] == identity:
-            return stored
+            return False  # of other settings, or damaged: computed again
+        return cached[0].description["identity"] == identity
+
+    if on_process_0(find):
+        return cached[0] if cached else Reference({}, {})
     collections = collect(images, networks, needs)
     features = {name: collection.feature_set() for name, collection in collections.items()}
     description = {"name": images.name, "images": len(images), "identity": identity}
     reference = Reference(features, description | {"hash": _hash(features)})
-    if cache is not None:
+    if cache is not None and jax.process_index() == 0:
         save_reference(cache, reference, shape, networks)
     return reference
 

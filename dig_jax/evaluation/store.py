@@ -8,11 +8,12 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Int
 
-from dig_jax.evaluation.collection import Collection, Collector
+from dig_jax.evaluation.collection import Collection, Collector, gathered
 from dig_jax.files.atomic import replacing
+from dig_jax.parallel import on_process_0
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,10 @@ _SAVE_EVERY = 300.0
 class Store:
     """A file of the features so far, with which an interrupted evaluation resumes.
 
+    Process 0 writes the features of all processes, so that any number of processes can resume.
+
     Args:
-        path: the file.
+        path: the file; only process 0 uses it.
         identity: what the features depend on; a file of another identity is ignored and replaced.
     """
 
@@ -33,14 +36,16 @@ class Store:
         self._saved = time.monotonic()
 
     def load(self, collectors: Mapping[str, Collector]) -> int:
-        """Give collectors what is stored, if it is of the same identity.
+        """Give collectors what is stored, if it is of the same identity. All processes call it.
 
         Returns:
             The index of the first image that is missing.
         """
-        for name, collection in self._read().items():
-            collectors[name].collection = collection
-        return min(_first_missing(collector.collection.indices) for collector in collectors.values())
+        stored = self._read() if jax.process_index() == 0 else {}
+        known = on_process_0(lambda: {name: one.indices.tolist() for name, one in stored.items()})
+        for name, indices in known.items():
+            collectors[name].resume(np.array(indices, int), stored.get(name))
+        return min(_first_missing(known.get(name, [])) for name in collectors)
 
     def _read(self) -> dict[str, Collection]:
         try:
@@ -60,16 +65,18 @@ class Store:
             return {}
 
     def save_if_due(self, collectors: Mapping[str, Collector]) -> None:
-        """Save if the last save was minutes ago."""
-        if time.monotonic() - self._saved > _SAVE_EVERY:
-            self.save(collectors)
+        """Save the features of all processes if the last save was minutes ago. All processes call it."""
+        if on_process_0(lambda: time.monotonic() - self._saved > _SAVE_EVERY):
+            self.save({name: gathered(collector.collection) for name, collector in collectors.items()})
 
-    def save(self, collectors: Mapping[str, Collector]) -> None:
-        """Save now, atomically."""
+    def save(self, collections: Mapping[str, Collection]) -> None:
+        """Save the features of all processes, atomically."""
+        if jax.process_index():
+            return
         arrays: dict[str, Any] = {
             f"{name}:{key}": value
-            for name, collector in collectors.items()
-            for key, value in collector.collection.arrays().items()
+            for name, collection in collections.items()
+            for key, value in collection.arrays().items()
         }
         with replacing(self._path) as file:
             np.savez(file, identity=np.array(self._identity), **arrays)
@@ -80,8 +87,8 @@ class Store:
         self._path.unlink(missing_ok=True)
 
 
-def _first_missing(indices: Int[np.ndarray, " n"]) -> int:
+def _first_missing(indices: list[int]) -> int:
     """Return the first index that is missing."""
-    present = np.sort(indices)
+    present = np.sort(np.array(indices, int))
     gaps = np.flatnonzero(present != np.arange(len(present)))
     return int(gaps[0]) if len(gaps) else len(present)

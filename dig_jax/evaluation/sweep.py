@@ -12,14 +12,14 @@ from typing import Any
 
 from dig_jax.config import Config, from_dict, to_dict
 from dig_jax.errors import ConfigError, InvalidFile, alternatives, naming_setting, suggest
-from dig_jax.evaluation.evaluate import nothing_to_evaluate, output_folder, score
+from dig_jax.evaluation.evaluate import nothing_to_evaluate, results_folder, score
 from dig_jax.evaluation.evaluator import Scores
 from dig_jax.evaluation.generated import GeneratedImages
 from dig_jax.evaluation.registry import rankings
 from dig_jax.files.atomic import replacing, write_json
 from dig_jax.files.json_file import read_json
-from dig_jax.files.mirror import mirror
 from dig_jax.files.paths import Path
+from dig_jax.parallel import local_mesh, on_process_0, output_folder
 from dig_jax.reporting.pictures import warning_of_failure
 from dig_jax.sampling.sampler import Sampler, load
 
@@ -62,10 +62,10 @@ def sweep(settings: Config, workdir: Path, texts: Sequence[str], output: Path | 
     by = settings.checkpoint.keep_best_by
     by = by if by in figures else next(iter(figures))
     samplers = _samplers(workdir, [_with(settings, point) for point in points])
-    output = output_folder(workdir, output)
+    output = results_folder(workdir, output)
     rows: list[Point] = []
-    with mirror(output) as mirrored:
-        known = _read(mirrored.folder / "sweep.json")
+    with output_folder(output) as mirrored:
+        known = on_process_0(lambda: _read(mirrored.folder / "sweep.json"))
         for number, (point, sampler) in enumerate(zip(points, samplers, strict=True), 1):
             identity = _identity(sampler)
             row = next((row for row in known if row.get("identity") == identity), None)
@@ -94,9 +94,10 @@ def _samplers(workdir: Path, configs: Sequence[Config]) -> list[Sampler]:
     models: dict[str, Sampler] = {}
     samplers = []
     for config in configs:
-        model = models.get(config.sampled_ema) or load(workdir, settings=config)
+        model = models.get(config.sampled_ema) or load(workdir, settings=config, mesh=local_mesh())
         models[config.sampled_ema] = model
-        samplers.append(Sampler(model.components.with_config(config), model.params, step=model.step))
+        components = model.components.with_config(config)
+        samplers.append(Sampler(components, model.params, step=model.step, mesh=local_mesh()))
         with naming_setting("--sweep"):
             _ = samplers[-1].evaluations  # validates the options of all points before the first is scored
     return samplers

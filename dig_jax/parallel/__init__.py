@@ -20,6 +20,8 @@ from dig_jax.parallel.distributed import (
     is_peer_failure,
     on_process_0,
     one_writer,
+    output_folder,
+    own_share,
     processes_without,
 )
 from dig_jax.parallel.mesh import (
@@ -53,6 +55,8 @@ __all__ = [
     "distribute",
     "on_process_0",
     "one_writer",
+    "output_folder",
+    "own_share",
     "gather_arrays",
     "gather_params",
     "is_peer_failure",

@@ -6,9 +6,11 @@ import io
 import json
 import logging
 import os
+import pathlib
 import re
 import socket
 import sys
+import tempfile
 import threading
 import uuid
 import zlib
@@ -23,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from dig_jax.errors import ConfigError, UserError, naming_directory
 from dig_jax.files.lock import writer_lock
+from dig_jax.files.mirror import Mirror, mirror
 from dig_jax.files.paths import Path
 
 # Checksums that every process contributes in `check_agreement`: the size must not depend on the settings.
@@ -171,7 +174,9 @@ def check_agreement(settings: Mapping[str, object]) -> None:
 
 
 def on_process_0(compute: Callable[[], T]) -> T:
-    """Call `compute` on process 0 and return its result, a JSON value, on all processes.
+    """Call `compute` on process 0, however long it takes, and return its result on all processes.
+
+    The result is a JSON value.
 
     Raises:
         UserError: `compute` raised it on process 0; all processes raise it.
@@ -185,6 +190,7 @@ def on_process_0(compute: Callable[[], T]) -> T:
         except UserError as error:
             failure, outcome["error"] = error, [str(error), isinstance(error, ConfigError)]
     text = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+    barrier("process 0 has computed")  # a collective would time out
     size = multihost_utils.broadcast_one_to_all(np.int32(text.size))
     outcome = json.loads(multihost_utils.broadcast_one_to_all(np.resize(text, int(size))).tobytes())
     if "error" in outcome:
@@ -222,6 +228,23 @@ def barrier(name: str) -> None:
     if jax.process_count() > 1:
         # Not `sync_global_devices`: collectives time out after minutes, and a process may work for hours.
         ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * _BARRIER_SECONDS)
+
+
+def own_share(start: int, stop: int) -> range:
+    """Return the part of start … stop - 1 that is this process's to work on; parts differ by at most 1."""
+    index, count = jax.process_index(), jax.process_count()
+    return range(start + (stop - start) * index // count, start + (stop - start) * (index + 1) // count)
+
+
+@contextlib.contextmanager
+def output_folder(workdir: Path) -> Iterator[Mirror]:
+    """Yield the workdir or its mirror on process 0, and a temporary folder on other processes."""
+    if jax.process_index() == 0:
+        with mirror(workdir) as mirrored:
+            yield mirrored
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Mirror(pathlib.Path(folder), pathlib.Path(folder))
 
 
 @contextlib.contextmanager

@@ -130,6 +130,11 @@ class Sampler:
         return factor * height, factor * width, decoder.config.out_channels
 
     @property
+    def spans_processes(self) -> bool:
+        """Whether it draws on devices of several processes, which must then draw the same images."""
+        return self._mesh is not None and self._mesh.is_multi_process
+
+    @property
     def evaluations(self) -> int | None:
         """Network evaluations per image (NFE) with the config's sampling options; None: `counted` tells.
 

@@ -3,9 +3,7 @@
 import contextlib
 import logging
 import pathlib
-import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,9 +22,8 @@ from dig_jax.errors import ConfigError, alternatives, naming_setting
 from dig_jax.evaluation.evaluate import draw_neighbors
 from dig_jax.evaluation.registry import check_keep_best, evaluators_for
 from dig_jax.files.atomic import replacing
-from dig_jax.files.mirror import Mirror, mirror
 from dig_jax.files.paths import Path, absolute, is_remote
-from dig_jax.parallel import check_agreement, make_mesh, on_process_0
+from dig_jax.parallel import check_agreement, make_mesh, on_process_0, output_folder
 from dig_jax.progress import duration
 from dig_jax.sampling.sampler import Sampler
 from dig_jax.training.compile import abstract_batch, compile_train_step
@@ -82,7 +79,7 @@ def train(
     with (
         claim_workdir(settings, workdir),
         jax.set_mesh(mesh),
-        _output_directory(workdir) as output,
+        output_folder(workdir) as output,
         Checkpoints(workdir, settings.checkpoint) as checkpoints,
     ):
         run = Run(components, mesh, workdir, output.folder, output.push)
@@ -123,17 +120,6 @@ def _finish(run: Run, state: State, writer: MetricWriter) -> dict[str, Any]:
     draw_neighbors(sampler, run.output)
     try_to_write_report(run.output)
     return scores
-
-
-@contextlib.contextmanager
-def _output_directory(workdir: Path) -> Iterator[Mirror]:
-    """Yield the workdir or its mirror on process 0, and a temporary folder on other processes."""
-    if jax.process_index() == 0:
-        with mirror(workdir) as mirrored:
-            yield mirrored
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Mirror(pathlib.Path(folder), pathlib.Path(folder))
 
 
 def _check_settings(components: Components) -> None:
