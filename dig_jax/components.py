@@ -16,6 +16,7 @@ from dig_jax import autoencoder
 from dig_jax.autoencoder import Autoencoder
 from dig_jax.config import Config, DiffusionConfig, ModelConfig, to_dict
 from dig_jax.data import ImageSpec, Source, open_source
+from dig_jax.data.features import StoredFeatures, open_features
 from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Path, Process, Times
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
@@ -41,7 +42,8 @@ class Components:
         image_spec: shape and classes of the model's images, from a checkpoint; by default from the training
             data.
         features: a frozen encoder (images [b, h, w, c] of the model's space) -> [b, t, d], the target of
-            `auxiliary.repa_weight`, with one token per token of the model.
+            `auxiliary.repa_weight`, with one token per token of the model, in place of
+            `auxiliary.repa_features`.
     """
 
     def __init__(self, config: Config, image_spec: ImageSpec | None = None, features: Features | None = None):
@@ -63,6 +65,23 @@ class Components:
 
     def _open(self, split: str) -> Source:
         return open_source("config.data", self.config.data.name, split, self.config.data.options)
+
+    @functools.cached_property
+    def stored_features(self) -> StoredFeatures | None:
+        """Features of the training images on disk, if `auxiliary.repa_weight` needs them.
+
+        Raises:
+            ConfigError: they are unreadable, or not of the training images.
+        """
+        settings = self.config.auxiliary
+        if settings.repa_features is None or not settings.repa_weight:
+            return None
+        with naming_setting("config.auxiliary.repa_features"):
+            if self.features is not None:
+                raise ValueError("unsupported together with an encoder; expected one of the two")
+            features = open_features(settings.repa_features)
+            features.check(self.train_source, self.config.data.flip)
+            return features
 
     @property
     def stored_spec(self) -> ImageSpec | None:

@@ -110,6 +110,11 @@ def _evaluate(settings: Config, workdir: Path, values: FlagValues) -> None:
 
 
 def _encode(settings: Config, _: Path, values: FlagValues) -> None:
+    if settings.encode.features is not None:
+        from dig_jax.evaluation.features.encode import encode_features
+
+        encode_features(settings)
+        return
     from dig_jax.encoding.encode import encode
 
     encode(settings)

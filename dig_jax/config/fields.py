@@ -107,7 +107,7 @@ class AutoencoderConfig(Group, path="config.autoencoder"):
 
 @dataclasses.dataclass(frozen=True)
 class EncodeConfig(Group, path="config.encode"):
-    """`--mode=encode`, which writes the latents of images to `data.options.path`."""
+    """`--mode=encode`, which writes latents to `data.options.path`, or features of images."""
 
     name: str | None = field(None, "Data source of the images, as in `data.name`; empty: none.", none="")
     options: dict[str, Any] = field({}, "Keyword arguments of this source.")
@@ -118,6 +118,14 @@ class EncodeConfig(Group, path="config.encode"):
         "Dtype of the stored moments: float32, or float16 for half the disk space.",
         choices=("float32", "float16"),
     )
+    features: str | None = field(
+        None,
+        "Write features of the training images to `auxiliary.repa_features` in place of latents:"
+        " dinov2_vitb14 or dinov2_vitl14; empty: no.",
+        none="",
+        choices=("dinov2_vitb14", "dinov2_vitl14"),
+    )
+    features_weights: str = field("", "File or Hub name of this network's weights.")
 
 
 @dataclasses.dataclass(frozen=True)

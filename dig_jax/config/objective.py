@@ -87,8 +87,14 @@ class AuxiliaryConfig(Group, path="config.auxiliary"):
     sra_teacher_block: int = field(0, "Block of the teacher, a later one.", bounds="nonnegative")
     repa_weight: float = field(
         0.0,
-        "Weight of representation alignment with an encoder's features (iREPA); 0.5 to 1. In Python only.",
+        "Weight of representation alignment with an encoder's features (iREPA); 0.5 to 1.",
         bounds="nonnegative",
+    )
+    repa_features: str | None = field(
+        None,
+        "Folder with features of the training images, which `--mode=encode` writes with `encode.features`;"
+        " empty: none.",
+        none="",
     )
     repa_block: int = field(0, "Block of representation alignment.", bounds="nonnegative")
     until: int | None = field(

@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
+from dig_jax.data.features import StoredFeatures
 from dig_jax.data.source import Example, Source
 
 Batch = dict[str, np.ndarray]
@@ -51,6 +52,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     flip: bool = False,
+    features: StoredFeatures | None = None,
     num_threads: int | None = None,
     prefetch: int = 8,
 ) -> grain.DatasetIterator[Batch]:
@@ -67,14 +69,16 @@ def batches(
         process_index: index of this shard, from 0.
         process_count: number of shards.
         flip: whether to mirror half of the images left to right, if `source.flip` allows it.
+        features: features of the source's images, which join the batches.
         num_threads: batches computed at the same time; 0: none ahead of time. By default one thread per
             core, from 4 to 32, since Pillow releases the GIL; one thread for a `RandomSource`, whose short
             NumPy calls only compete for the GIL.
         prefetch: batches computed ahead of time, or num_threads if that is more.
 
     Returns:
-        An iterator of {"image": float32 [b, h, w, c], "label": int32 [b]}, b = batch_size / process_count.
-        Pixels are in [-1, 1], latents are new samples. `close()` ends its threads.
+        An iterator of {"image": float32 [b, h, w, c], "label": int32 [b]}, b = batch_size / process_count,
+        and with features also "features": float16 [b, rows, columns, channels], of the mirror image if the
+        image is mirrored. Pixels are in [-1, 1], latents are new samples. `close()` ends its threads.
 
     Raises:
         ValueError: invalid arguments.
@@ -91,10 +95,11 @@ def batches(
         if isinstance(source, RandomSource):
             noise = _noise(seed, first, source.image_shape)
             arguments = zip(indices.tolist(), mirrored.tolist(), noise, strict=False)
-            return _stack([source.draw(*one) for one in arguments])
-        batch = _stack([source[index] for index in indices.tolist()])
-        batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
-        return batch
+            batch = _stack([source.draw(*one) for one in arguments])
+        else:
+            batch = _stack([source[index] for index in indices.tolist()])
+            batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
+        return batch if features is None else {**batch, "features": features.read(indices, mirrored)}
 
     firsts = grain.MapDataset.range(start + process_index * shard_size, sys.maxsize, batch_size)
     return iter(firsts.map(load).to_iter_dataset(_read_options(source, num_threads, prefetch)))

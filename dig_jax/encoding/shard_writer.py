@@ -59,7 +59,9 @@ class Chunk:
         return self.last - self.first
 
 
-class _Unreadable(NamedTuple):
+class Unreadable(NamedTuple):
+    """An image that cannot be decoded, and why."""
+
     name: str
     reason: str
 
@@ -153,11 +155,11 @@ class ShardWriter:
         source, batch = self._sources[chunk.split], []
         indices = grain.MapDataset.range(chunk.first, chunk.last)
         examples = iter(
-            indices.map(lambda i: _read(source, i)).to_iter_dataset(read_options(None, self._batch_size))
+            indices.map(lambda i: read_image(source, i)).to_iter_dataset(read_options(None, self._batch_size))
         )
         with contextlib.closing(examples):
             for example in examples:
-                if isinstance(example, _Unreadable):
+                if isinstance(example, Unreadable):
                     unreadable.append(example.name)
                     self._log_unreadable(example)
                     continue
@@ -168,7 +170,7 @@ class ShardWriter:
         if batch:
             yield batch
 
-    def _log_unreadable(self, image: _Unreadable) -> None:
+    def _log_unreadable(self, image: Unreadable) -> None:
         self._unreadable += 1
         if self._unreadable <= _LOGGED:
             last = "; the index names further ones" if self._unreadable == _LOGGED else ""
@@ -197,14 +199,15 @@ def _fetch(labels: Int32[np.ndarray, " n"], plain: Array, mirrored: Array) -> _M
     return _Moments(labels, *(np.asarray(moments)[: len(labels)] for moments in (plain, mirrored)))
 
 
-def _read(source: Source, index: int) -> Example | _Unreadable:
+def read_image(source: Source, index: int) -> Example | Unreadable:
+    """Return an image of a source, without replacing it if it is unreadable."""
     if not isinstance(source, EncodedSource):
         return source[index]
     image = source.images.read(index)
     try:
         return source.decode(image)
     except UnreadableImage as error:
-        return _Unreadable(image.name, str(error))
+        return Unreadable(image.name, str(error))
 
 
 @contextlib.contextmanager

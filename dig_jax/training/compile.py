@@ -23,10 +23,12 @@ log = logging.getLogger(__name__)
 def abstract_batch(components: Components, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shapes, dtypes and shardings of a batch of the config's size."""
     size, split = components.config.data.batch_size, batch_sharding(mesh)
-    shape = components.image_spec.image_shape
+    shapes = {"image": (components.image_spec.image_shape, jnp.float32), "label": ((), jnp.int32)}
+    if components.stored_features is not None:
+        shapes["features"] = (components.stored_features.shape, jnp.float16)
     return {
-        "image": jax.ShapeDtypeStruct((size, *shape), jnp.float32, sharding=split),
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=split)
+        for name, (shape, dtype) in shapes.items()
     }
 
 

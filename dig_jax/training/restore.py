@@ -37,7 +37,7 @@ def first_state(run: Run, abstract: State, checkpoints: Checkpoints) -> tuple[St
     stored = []
 
     def check(data: dict, settings: Config) -> None:
-        _check_same_data(run, data)
+        check_same_data(run, data)
         stored.append(settings)
 
     restored = checkpoints.restore(abstract, check)
@@ -78,7 +78,8 @@ def _announce_changes(old: Config, new: Config, updates: int) -> None:
         log.warning("the learning rate of the next step changes from %.3g to %.3g", before, after)
 
 
-def _check_same_data(run: Run, stored: dict) -> None:
+def check_same_data(run: Run, stored: dict) -> None:
+    """Raise a ConfigError unless the `data` item of a checkpoint is of the run's data."""
     current = run.data_item(stored["examples"])
     changed = [
         f"{name}: {reprlib.repr(value)} → {reprlib.repr(current.get(name))}"

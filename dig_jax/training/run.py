@@ -64,17 +64,20 @@ class Run:
             seed=self.settings.seed,
             start=examples,
             flip=data.flip,
+            features=self.components.stored_features,
             process_index=shard.index,
             process_count=shard.count,
         )
 
     def data_item(self, examples: int) -> dict[str, Any]:
         """Return a checkpoint's `data` item: the identity of the data and the number of examples consumed."""
+        features = self.components.stored_features
         return {
             "seed": self.settings.seed,
             "fingerprint": self.components.train_source.fingerprint,
             "examples": examples,
             **self.components.image_spec.to_dict(),
+            **({} if features is None else {"features": features.fingerprint}),
         }
 
     def sampled_params(self, state: State) -> Params:

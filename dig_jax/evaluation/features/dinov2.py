@@ -144,13 +144,26 @@ class Dinov2(nnx.Module):
 
     def __call__(self, images: Images) -> dict[str, Float[Array, "n d"]]:
         """Return the features of images; see `FeatureNetwork`."""
+        return {"cls": self.encode(self._input(images))}
+
+    def patch_features(self, images: Images) -> Float[Array, "n rows columns d"]:
+        """Return the tokens of the patches of images after the last norm, as in REPA (Yu et al. 2025)."""
+        grid = self.architecture.size // self.architecture.patch
+        tokens = self._tokens(self._input(images))[:, 1:]
+        return tokens.reshape(len(images), grid, grid, -1)
+
+    def _input(self, images: Images) -> Float[Array, "n size size 3"]:
         check_images(images)
         resize = resize_bicubic if self.resize == "edm2" else resize_pillow
         pixels = resize(images.astype(jnp.float32), self.architecture.size)
-        return {"cls": self.encode((pixels / 255 - _MEAN) / _DEVIATION)}
+        return (pixels / 255 - _MEAN) / _DEVIATION
 
     def encode(self, pixels: Float[Array, "n size size 3"]) -> Float[Array, "n width"]:
         """Return the class token of normalized images of the network's size."""
+        return self._tokens(pixels)[:, 0]
+
+    def _tokens(self, pixels: Float[Array, "n size size 3"]) -> _Tokens:
+        """Return the class token and the patches' tokens, after the last norm."""
         patches = jax.lax.conv_general_dilated(
             pixels,
             self.patches.kernel[...],
@@ -163,7 +176,7 @@ class Dinov2(nnx.Module):
         patches = patches.reshape(n, -1, width) + self.patches.bias[...]
         first = jnp.broadcast_to(self.cls_token[...], (n, 1, width))
         x = jnp.concatenate([first, patches], axis=1) + self.positions[...]
-        return self.norm.norm(self.blocks(x))[:, 0]
+        return self.norm.norm(self.blocks(x))
 
 
 def load_dinov2(name: str, source: str, preprocessing: str = "edm2") -> Dinov2:

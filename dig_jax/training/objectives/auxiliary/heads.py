@@ -75,11 +75,13 @@ class Heads(nnx.Module):
         self.log_variance = LogVariance(rngs=rngs) if settings.log_variance else None
         self.sra = AlignmentHead(width, dtype=dtype, rngs=rngs) if settings.sra_weight else None
         repa = settings.repa_weight
-        self.repa = Projector(width, features_shape(components)[1], dtype=dtype, rngs=rngs) if repa else None
+        self.repa = Projector(width, features_shape(components)[-1], dtype=dtype, rngs=rngs) if repa else None
 
 
-def features_shape(components: Components) -> tuple[int, int]:
-    """Return the number of tokens and of channels of the features of an image."""
+def features_shape(components: Components) -> tuple[int, ...]:
+    """Return (tokens, channels) of the encoder's features of an image, or (rows, columns, channels)."""
+    if components.stored_features is not None:
+        return components.stored_features.shape
     assert components.features is not None
     image = jax.ShapeDtypeStruct((1, *components.image_spec.image_shape), jnp.float32)
     return jax.eval_shape(components.features, image).shape[1:]

@@ -62,6 +62,15 @@ def smooth_l1(student: Float[Array, "b t d"], teacher: Float[Array, "b t d"]) ->
     return jnp.where(error < _BETA, error**2 / (2 * _BETA), error - _BETA / 2).mean((1, 2))
 
 
+def at_grid(features: Float[Array, "b rows columns d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
+    """Resize features to the model's grid by linear interpolation, with anti-aliasing; return its tokens."""
+    n, *found, d = features.shape
+    features = features.astype(jnp.float32)
+    if tuple(found) != grid:
+        features = jax.image.resize(features, (n, *grid, d), "linear")
+    return features.reshape(n, -1, d)
+
+
 def representation(projected: Float[Array, "b t d"], features: Float[Array, "b t d"]) -> Float[Array, " b"]:
     """Return 1 - cosine over the channels of each token, averaged over tokens [R].
 

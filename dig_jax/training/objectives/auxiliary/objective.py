@@ -159,11 +159,15 @@ def _sra(forward: Forward) -> Float[Array, " b"]:
 
 
 def _repa(forward: Forward) -> Float[Array, " b"]:
-    components, image = forward.components, forward.batch["image"]
-    assert components.features is not None and forward.heads.repa is not None
+    components, batch, grid = forward.components, forward.batch, _grid(forward.components)
+    assert forward.heads.repa is not None
     tokens = forward.outputs.hidden[components.config.auxiliary.repa_block]
-    projected = forward.heads.repa(tokens, _grid(components))
-    return losses.representation(projected, components.features(image))
+    if "features" in batch:
+        features = losses.at_grid(batch["features"], grid)
+    else:
+        assert components.features is not None
+        features = components.features(batch["image"])
+    return losses.representation(forward.heads.repa(tokens, grid), features)
 
 
 TERMS: Mapping[str, Callable[[Forward], Float[Array, " n"]]] = {
@@ -241,13 +245,20 @@ def _check(components: Components, weights: Mapping[str, float]) -> None:
 
 
 def _check_features(components: Components) -> None:
-    weight = components.config.auxiliary.repa_weight
+    weight, (rows, columns) = components.config.auxiliary.repa_weight, _grid(components)
+    if (stored := components.stored_features) is not None:
+        height, width, _ = stored.shape
+        if height * columns != width * rows:
+            raise ValueError(
+                f"invalid repa_features={stored.path}: got a grid of {height} × {width}; expected {rows} ×"
+                f" {columns}, as in the model, or another one of the same shape"
+            )
+        return
     if components.features is None:
         raise ValueError(
-            f"unsupported repa_weight={weight} without features; pass an encoder to"
-            " dig_jax.training.train.train(..., features=ENCODER)"
+            f"unsupported repa_weight={weight} without features; set config.auxiliary.repa_features, or pass"
+            " an encoder to dig_jax.training.train.train(..., features=ENCODER)"
         )
-    rows, columns = _grid(components)
     if (tokens := features_shape(components)[0]) != rows * columns:
         raise ValueError(
             f"invalid features for repa_weight={weight}: got {tokens} tokens per image; expected"
