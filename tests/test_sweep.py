@@ -85,8 +85,8 @@ def test_the_plot_has_a_panel_for_each_figure(options, tmp_path):
 def plain_model(monkeypatch):
     """Load an exact denoiser instead of a checkpoint."""
 
-    def load(path, *, settings):
-        return Sampler(PlainComponents(settings), {}, step=7)
+    def load(path, *, settings, mesh):
+        return Sampler(PlainComponents(settings), {}, step=7, mesh=mesh)
 
     monkeypatch.setattr(sweeps, "load", load)
 
