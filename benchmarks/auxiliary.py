@@ -8,18 +8,13 @@ each token: an encoder that costs nothing, and the least that alignment can give
 auxiliary.json.
 """
 
-import argparse
-import itertools
-import json
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import digits as objectives  # benchmarks/digits.py, which adds the repository to the path
 import numpy as np
 
-from dig_jax import runtime
 from dig_jax.components import Features
 from dig_jax.evaluation.digits import score_digits
 from dig_jax.files.paths import to_path
@@ -71,25 +66,15 @@ def measured(
 
 def main() -> None:
     """Run the benchmark on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = objectives.arguments(__doc__, RECORD, LOSSES)
     parser.add_argument("--steps", type=int, default=2400, help="training steps of each run")
-    parser.add_argument("--losses", default=",".join(LOSSES))
-    parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--folder", help="keeps the runs; finished ones are not trained again")
-    parser.add_argument("--write", action="store_true", help=f"store {RECORD.name}")
     options = parser.parse_args()
-    runtime.set_numerics()
-    runtime.prepare_cpu(objectives.digits.get_config().mesh.cpu_devices)
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for seed, loss in itertools.product(map(int, options.seeds.split(",")), options.losses.split(",")):
-            workdir = pathlib.Path(options.folder or temporary) / f"{loss}-{seed}"
-            for row in measured(loss, seed, options.steps, options.images, workdir):
-                print(json.dumps(row), flush=True)
-                rows.append(row)
-    if options.write:
-        RECORD.write_text(json.dumps(rows, indent=1) + "\n")
+    objectives.prepare()
+    objectives.measure_all(
+        options,
+        RECORD,
+        lambda name, seed, workdir: measured(name, seed, options.steps, options.images, workdir),
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,12 @@ OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
 }
 DISCRETE = (("ddpm", 250), ("ddim", 50), ("ddim", 20), ("dpmpp_2m", 20), ("dpmpp_2m", 10), ("heun", 10))
 CONTINUOUS = (("euler", 50), ("euler", 20), ("heun", 10), ("dpmpp_2m", 20), ("dpmpp_2m", 10))
+
+
+def prepare() -> None:
+    """Set up JAX for the digits; call it before JAX computes."""
+    runtime.set_numerics()
+    runtime.prepare_cpu(digits.get_config().mesh.cpu_devices)
 
 
 def settings_of(objective: str, seed: int, **fields: Any) -> config.Config:
@@ -98,31 +104,49 @@ def measured(
         }
 
 
-def main() -> None:
-    """Run the benchmark on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=5.0, help="training time of each run")
-    parser.add_argument("--steps", type=int, help="training steps, instead of the time")
-    parser.add_argument("--objectives", default=",".join(OBJECTIVES))
+def arguments(doc: str, record: pathlib.Path, names: Iterable[str]) -> argparse.ArgumentParser:
+    """Return the arguments of a benchmark that trains the digits once per name and seed."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--names", default=",".join(names), help="what to train")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--folder", help="keeps the runs; finished ones are not trained again")
-    parser.add_argument("--write", action="store_true", help=f"store {RECORD.name}")
-    options = parser.parse_args()
-    runtime.set_numerics()
-    runtime.prepare_cpu(digits.get_config().mesh.cpu_devices)
+    parser.add_argument("--write", action="store_true", help=f"store {record.name}")
+    return parser
+
+
+def measure_all(
+    options: argparse.Namespace,
+    record: pathlib.Path,
+    measured: Callable[[str, int, pathlib.Path], Iterable[dict[str, Any]]],
+) -> None:
+    """Print and store the rows of all names and seeds; `measured` takes a name, a seed and a workdir."""
     rows = []
-    objectives = options.objectives.split(",")
-    steps = {name: options.steps or training_steps(name, options.minutes) for name in objectives}
-    print(json.dumps({"training_steps": steps}), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        for seed, objective in itertools.product(map(int, options.seeds.split(",")), objectives):
-            workdir = pathlib.Path(options.folder or temporary) / f"{objective}-{seed}"
-            for row in measured(objective, seed, steps[objective], workdir, options.images):
+        for seed, name in itertools.product(map(int, options.seeds.split(",")), options.names.split(",")):
+            for row in measured(name, seed, pathlib.Path(options.folder or temporary) / f"{name}-{seed}"):
                 print(json.dumps(row), flush=True)
                 rows.append(row)
     if options.write:
-        RECORD.write_text(json.dumps(rows, indent=1) + "\n")
+        record.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def main() -> None:
+    """Run the benchmark on the command line."""
+    parser = arguments(__doc__, RECORD, OBJECTIVES)
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time of each run")
+    parser.add_argument("--steps", type=int, help="training steps, instead of the time")
+    options = parser.parse_args()
+    prepare()
+    steps = {
+        name: options.steps or training_steps(name, options.minutes) for name in options.names.split(",")
+    }
+    print(json.dumps({"training_steps": steps}), flush=True)
+    measure_all(
+        options,
+        RECORD,
+        lambda name, seed, workdir: measured(name, seed, steps[name], workdir, options.images),
+    )
 
 
 if __name__ == "__main__":

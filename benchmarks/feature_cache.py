@@ -10,20 +10,16 @@ time of a cached row buys otherwise. --write stores benchmarks/feature_cache.jso
 import argparse
 import json
 import pathlib
-import sys
 import tempfile
 import time
 from typing import Any
 
+import digits  # benchmarks/digits.py, which adds the repository to the path
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
-from configs import digits  # noqa: E402
-from dig_jax import config, runtime  # noqa: E402
-from dig_jax.files.paths import to_path  # noqa: E402
-from dig_jax.sampling.sampler import Sampler, load  # noqa: E402
-from dig_jax.training.train import train  # noqa: E402
+from dig_jax.files.paths import to_path
+from dig_jax.sampling.sampler import Sampler, load
+from dig_jax.training.train import train
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 CACHES = [(2, 0), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2)]
@@ -32,12 +28,8 @@ FEWER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 def trained(workdir: pathlib.Path, steps: int) -> Sampler:
     """Train the digits for a number of steps."""
-    c = digits.get_config()
-    c.training.steps = steps
-    c.evaluation.num_images = c.sampling.every_steps = 0
-    c.logging.tensorboard = False
-    c.logging.heldout_every_steps = 0
-    train(config.from_dict(c.to_dict()), to_path(workdir))
+    fields = {"training.steps": steps, "logging.heldout_every_steps": 0}
+    train(digits.settings_of("modern", 0, **fields), to_path(workdir))
     return load(workdir)
 
 
@@ -77,8 +69,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--write", action="store_true", help=f"store {RECORD.name}")
     options = parser.parse_args()
-    runtime.set_numerics()
-    runtime.prepare_cpu(digits.get_config().mesh.cpu_devices)
+    digits.prepare()
     record = []
     with tempfile.TemporaryDirectory() as workdir:
         sampler = trained(pathlib.Path(workdir), options.training_steps)
