@@ -1,0 +1,128 @@
+"""The selective scan against a float64 recurrence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scan_oracle
+from pallas_gla.selective_scan import selective_scan
+
+# Tokens: a whole chunk, several with a remainder, and less than one.
+SHAPES = {"one chunk": (2, 64, 8), "remainder": (1, 130, 8), "short": (2, 3, 8)}
+
+
+def cotangents(arrays):
+    rng = np.random.default_rng(1)
+    d_y, d_state = (rng.standard_normal(arrays[name].shape) for name in ("x", "initial_state"))
+    return d_y.astype(np.float32), d_state.astype(np.float32)
+
+
+def error(got, expected):
+    return np.max(np.abs(np.asarray(got, np.float64) - expected)) / max(np.max(np.abs(expected)), 1e-30)
+
+
+@functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
+def values_and_gradients(arrays, d, reverse, implementation=None):
+    def run(arrays):
+        options = {"reverse": reverse, "implementation": implementation, "return_final_state": True}
+        return selective_scan(**arrays, **options)
+
+    values, vjp = jax.vjp(run, arrays)
+    return values, vjp(d)[0]
+
+
+def check(arrays, reverse=False, implementation=None, tolerance=1e-5):
+    d = cotangents(arrays)
+    values, gradients = values_and_gradients(arrays, d, reverse, implementation)
+    for got, expected in zip(values, scan_oracle.run(**arrays, reverse=reverse), strict=True):
+        assert error(got, expected) < tolerance
+    expected = scan_oracle.gradients(**arrays, d_y=d[0], d_final_state=d[1], reverse=reverse)
+    errors = {name: error(gradients[name], expected[name]) for name in scan_oracle.NAMES}
+    assert max(errors.values()) < tolerance, errors
+
+
+@pytest.mark.parametrize(("shape", "reverse"), [("one chunk", True), ("remainder", False), ("short", True)])
+def test_values_and_gradients_match_the_recurrence(shape, reverse):
+    check(scan_oracle.inputs(*SHAPES[shape]), reverse)
+
+
+@pytest.mark.parametrize("step", [0.0, 1e-7, 30.0])
+def test_extreme_step_sizes_are_accurate(step):
+    check(scan_oracle.inputs(*SHAPES["remainder"], step=step))
+
+
+def test_the_oracle_has_the_gradients_of_its_values():
+    arrays = {name: x.astype(np.float64) for name, x in scan_oracle.inputs(1, 3, 2, 4).items()}
+    d_y, d_state = cotangents(arrays)
+    gradients = scan_oracle.gradients(**arrays, d_y=d_y, d_final_state=d_state)
+    rng = np.random.default_rng(2)
+    for name, x in arrays.items():
+        change = 1e-6 * rng.standard_normal(x.shape)
+
+        def loss(x, name=name):
+            y, state = scan_oracle.run(**arrays | {name: x})
+            return np.sum(y * d_y) + np.sum(state * d_state)
+
+        slope = loss(x + change) - loss(x - change)
+        assert slope == pytest.approx(2 * np.sum(gradients[name] * change), rel=1e-6), name
+
+
+def test_a_reversed_scan_equals_a_scan_of_flipped_tokens():
+    arrays = scan_oracle.inputs(*SHAPES["remainder"])
+    flipped = {name: np.flip(x, 1) if name in ("x", "dt", "B", "C", "z") else x for name, x in arrays.items()}
+    y, state = selective_scan(**flipped, return_final_state=True)
+    reversed_y, reversed_state = selective_scan(**arrays, reverse=True, return_final_state=True)
+    np.testing.assert_allclose(reversed_y, y[:, ::-1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(reversed_state, state, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_mode_agrees_with_reverse_mode():
+    arrays = scan_oracle.inputs(*SHAPES["short"])
+    d_y, d_state = cotangents(arrays)
+    run = functools.partial(selective_scan, implementation="xla", return_final_state=True)
+    dots = {name: np.ones_like(x) for name, x in arrays.items()}
+    (y_dot, state_dot) = jax.jvp(lambda arrays: run(**arrays), (arrays,), (dots,))[1]
+    gradients = scan_oracle.gradients(**arrays, d_y=d_y, d_final_state=d_state)
+    forward = np.sum(y_dot * d_y) + np.sum(state_dot * d_state)
+    assert forward == pytest.approx(sum(x.sum() for x in gradients.values()), rel=1e-4)
+
+
+def test_without_a_gate_and_a_state_the_scan_is_the_plain_recurrence():
+    arrays = scan_oracle.inputs(*SHAPES["short"])
+    z = np.full_like(arrays["z"], 50.0)  # SiLU(50) = 50
+    expected = scan_oracle.run(**arrays | {"z": z, "initial_state": 0 * arrays["initial_state"]})[0] / 50
+    plain = {name: x for name, x in arrays.items() if name not in ("z", "initial_state")}
+    assert error(selective_scan(**plain), expected) < 1e-5
+
+
+def test_16_bit_tokens_keep_a_float32_state():
+    arrays = scan_oracle.inputs(*SHAPES["remainder"])
+    for name in ("x", "z"):
+        arrays[name] = arrays[name].astype(jnp.bfloat16)
+    y, state = selective_scan(**arrays, return_final_state=True)
+    assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+    assert error(state, scan_oracle.run(**arrays)[1]) < 1e-5
+
+
+def test_a_training_step_never_holds_the_states_of_all_tokens():
+    tokens, channels, states = 1024, 32, 16
+    arrays = {name: jnp.asarray(x) for name, x in scan_oracle.inputs(1, tokens, channels, states).items()}
+    gradient = jax.jit(jax.grad(lambda arrays: jnp.sum(selective_scan(**arrays))))
+    analysis = gradient.lower(arrays).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 4 * tokens * channels * states
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros((2, 3))}, r"invalid x: got shape \(2, 3\); expected a nonempty array \[B, T, chan"),
+        ({"B": np.zeros((2, 3, 5), np.float32)}, r"invalid shape of B: got \(2, 3, 5\); expected .*2, 3, 16"),
+        ({"dt": np.zeros((2, 3, 8), np.int32)}, "invalid dtype of dt: got int32; expected float32"),
+        ({"implementation": "cuda"}, "invalid implementation: got 'cuda'; expected"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**scan_oracle.inputs(*SHAPES["short"]) | change)
