@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dig_jax import config  # noqa: E402
-from dig_jax.components import Components, Params, param_count  # noqa: E402
+from dig_jax.components import Components, Params, model_options, param_count  # noqa: E402
 from dig_jax.data import ImageSpec  # noqa: E402
 from dig_jax.hardware.model_flops import training_flops  # noqa: E402
 from dig_jax.training.state import init_params  # noqa: E402
@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "configs.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 CONFIGS = tuple(
     f"{family}_{size}:{resolution}"
-    for family in ("dig", "dit")
+    for family in ("dig", "udig", "dit")
     for size in ("s", "b", "l", "xl")
     for resolution in (256, 512, 1024)
 ) + ("cifar10", "celeba64", "celeba64:paper", "imagefolder", "imagefolder_latents")
@@ -52,9 +52,8 @@ class Cost:
     @property
     def tokens(self) -> int:
         """Number of tokens per image."""
-        model, (height, width, _) = self.components.config.model, self.components.image_spec.image_shape
-        patch = model.patch_size or int(model.name.partition("/")[2])
-        return height * width // patch**2
+        height, width, _ = self.components.image_spec.image_shape
+        return height * width // model_options(self.components.config.model)[1].patch_size ** 2
 
     @functools.cached_property
     def flops_per_image(self) -> int:

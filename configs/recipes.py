@@ -6,11 +6,10 @@ label dropout, horizontal flips. "modern" is "ours" with another objective and s
 with a larger batch (`scale_batch`).
 """
 
-import re
-
 from ml_collections import ConfigDict
 
 from dig_jax.errors import alternatives
+from dig_jax.models.registry import find_model
 
 RECIPES = ("modern", "ours", "paper")
 _WARMUP_STEPS = 1000
@@ -56,7 +55,7 @@ def modernize(c: ConfigDict) -> ConfigDict:
     c.diffusion.process = "flow"  # the linear path and its velocity, as in SiT (Ma et al. 2024)
     c.diffusion.times = "logit_normal"  # mean 0 and deviation 1, as in Stable Diffusion 3 (Esser et al. 2024)
     c.model.learn_sigma = False  # flow matching has no variance to learn
-    c.model.internal_head = _INTERNAL_HEADS[re.split("[-/]", c.model.name)[1]]
+    c.model.internal_head = _INTERNAL_HEADS[find_model(c.model.name)[1]]
     c.optimizer.clip_norm = 1.0  # as in REPA (Yu et al. 2025)
     c.training.ema_decays = (0.9999, 0.9996)  # as in JiT (Li & He 2025)
     c.sampling.sampler = "dpmpp_2m"  # Lu et al. 2022

@@ -190,18 +190,14 @@ class ModelSpec:
         y: Int[Array, " b"] | None,
         drop: Bool[Array, " b"] | None = None,
         taps: Collection[int] = (),
-        features: StackFeatures | Literal["keep"] | None = None,
+        features: StackFeatures | list[StackFeatures] | Literal["keep"] | None = None,
     ) -> Outputs:
         """Call the network for its internal outputs too; see `DiffusionTransformer.outputs`."""
         return self._network(params).outputs(x, t, y, drop=drop, taps=taps, features=features)
 
     def _network(self, params: Params) -> DiffusionTransformer:
-        params = network_params(params)
         # Each block gathers its parameters when it runs.
-        params = gather_params({name: part for name, part in params.items() if name != "blocks"}) | {
-            "blocks": params["blocks"]
-        }
-        return nnx.merge(_graphdef(self), params)
+        return nnx.merge(_graphdef(self), gather_params(network_params(params), but="blocks"))
 
     def create(self, rngs: nnx.Rngs) -> DiffusionTransformer:
         """Return the network as a module with random parameters."""

@@ -73,6 +73,14 @@ def test_a_train_step_scans_tokens_only_in_kernels(topology, objective):
     assert kernels >= 2 and loops == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", KERNEL)
+def test_a_train_step_of_a_u_scans_tokens_of_all_levels_only_in_kernels(topology):
+    small = {"model.name": "U-DiG-S", "model.depth": 5, "model.remat": "none"}
+    kernels, loops = kernels_and_loops(lower_train_step(run_on(topology, **small)), topology)
+    assert kernels >= 10 and loops == 0
+
+
 @pytest.mark.parametrize("topology", GPU_AS_WELL)
 def test_a_train_step_with_auxiliary_losses_scans_tokens_only_in_kernels(topology):
     kernels, loops = kernels_and_loops(lower_train_step(run_on(topology, **AUXILIARY)), topology)

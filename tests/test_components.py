@@ -37,6 +37,22 @@ def test_the_published_models_have_the_published_size(name):
     assert found.components.image_spec.image_shape == (32, 32, 4)
 
 
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("s", 31_546_760),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (("b", 129_422_152), ("l", 463_491_080), ("xl", 667_631_880))
+        ),
+    ],
+)
+def test_a_u_has_as_many_parameters_as_the_plain_model_within_5_percent(size, count):
+    found = cost(f"udig_{size}:256,ours")
+    assert (param_count(found.params), found.tokens) == (count, 1024)
+    assert abs(count / PUBLISHED[f"dig_{size}"] - 1) < 0.05
+
+
 @pytest.mark.parametrize("name", ["dig_s", "dit_s"])
 def test_the_resolution_changes_the_tokens_but_not_the_parameters(name):
     found = cost(f"{name}:1024,paper")

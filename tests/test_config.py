@@ -26,7 +26,7 @@ def changed(**fields) -> dict:
     return settings
 
 
-IMAGENET = [f"{family}_{size}" for family in ("dig", "dit") for size in ("s", "b", "l", "xl")]
+IMAGENET = [f"{family}_{size}" for family in ("dig", "dit", "udig") for size in ("s", "b", "l", "xl")]
 SHIPPED = (
     *(
         f"{name}:{argument}"

@@ -201,8 +201,8 @@ def test_without_scan_layers_a_step_has_no_loop_over_layers_and_the_same_result(
 def test_a_family_with_two_mixers_is_one_registry_row(monkeypatch):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class HybridOptions(ModelOptions):
-        def pattern(self):
-            return BlockPattern(hybrid_blocks(num_heads=self.num_heads))
+        def pattern(self, level):
+            return BlockPattern(hybrid_blocks(num_heads=self.heads_at(level)))
 
     row = registry.Family("Hybrid", HybridOptions, {"T": registry.Size(3, 32, 1)})
     monkeypatch.setitem(registry.FAMILIES, "Hybrid", row)

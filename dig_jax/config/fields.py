@@ -22,7 +22,9 @@ _FLOATS = ("float32", "bfloat16")
 class ModelConfig(Group, path="config.model"):
     """The denoiser."""
 
-    name: str = field("DiG-S/2", "FAMILY-SIZE/PATCH: DiG or DiT; S, B, L or XL.")
+    name: str = field(
+        "DiG-S/2", "FAMILY-SIZE/PATCH: DiG, DiT or U-DiG; S, B, L or XL. U-DiG has patches of 1: U-DiG-S."
+    )
     patch_size: int | None = field(
         None,
         "Side of a patch, in pixels or, with an autoencoder, in latent pixels; 0: from the name.",
@@ -30,14 +32,22 @@ class ModelConfig(Group, path="config.model"):
         bounds="positive",
     )
     depth: int | None = field(None, "Number of blocks; 0: from the name.", none=0, bounds="positive")
-    hidden_size: int | None = field(None, "Channels per token; 0: from the name.", none=0, bounds="positive")
+    hidden_size: int | None = field(
+        None,
+        "Channels per token, in U-DiG of the first level; 0: from the name.",
+        none=0,
+        bounds="positive",
+    )
     num_heads: int | None = field(
-        None, "Heads of the token mixer; 0: from the name.", none=0, bounds="positive"
+        None,
+        "Heads of the token mixer, in U-DiG of the first level; 0: from the name.",
+        none=0,
+        bounds="positive",
     )
     mlp_hidden_size: int | None = field(
         None,
         "Hidden channels of the MLP; 0: 4 × hidden_size in DiT; 8/3 × hidden_size, rounded up to a multiple"
-        " of 256, in DiG.",
+        " of 256, in DiG and U-DiG; in U-DiG for hidden_size channels.",
         none=0,
         bounds="positive",
     )
@@ -45,15 +55,17 @@ class ModelConfig(Group, path="config.model"):
     implementation: str | None = field(
         None,
         "Implementation of the GLA scan: auto (the best for the device), reference, xla, triton or mosaic"
-        " (DiG only).",
+        " (DiG and U-DiG).",
         none="auto",
         choices=("reference", "xla", "triton", "mosaic"),
     )
-    directions: int = field(4, "Number of scan directions: 4, 2 or 1 (DiG only).")
+    directions: int = field(4, "Number of scan directions: 4, 2 or 1 (DiG and U-DiG).")
     conv: str | None = field(
-        "after", "Position of the depthwise 3×3 convolution: after, inside or none (DiG only).", none="none"
+        "after",
+        "Position of the depthwise 3×3 convolution: after, inside or none (DiG and U-DiG).",
+        none="none",
     )
-    norm: str = field("layer", "Norm in blocks: layer (without scale and bias) or rms (DiG only).")
+    norm: str = field("layer", "Norm in blocks: layer (without scale and bias) or rms (DiG and U-DiG).")
     skip: str | None = field(None, "Long skips: none, linear or identity (DiG only).", none="none")
     skip_alignment: str = field(
         "raster", "Token order of long skips: raster, or upstream, as in the released code (DiG only)."

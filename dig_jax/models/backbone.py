@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -35,7 +35,24 @@ class Outputs(NamedTuple):
     output: Float[Array, "b height width out"]
     internal: Float[Array, "b height width out"] | None
     hidden: dict[int, Float[Array, "b t d"]]
-    features: StackFeatures
+    features: StackFeatures | list[StackFeatures]
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """Consecutive blocks that see tokens of one width on one grid.
+
+    Args:
+        start: index of the first block in the network.
+        depth: number of blocks.
+        width: channels per token.
+        stride: rows and columns of the first level per row and column of this one.
+    """
+
+    start: int
+    depth: int
+    width: int
+    stride: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,28 +98,104 @@ class ModelOptions:
                 f" one, at most {self.depth - 2} for depth={self.depth}"
             )
 
-    def pattern(self) -> BlockPattern:
-        """Return the blocks that these options describe."""
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels in the order in which they run."""
+        return (Level(0, self.depth, self.hidden_size),)
+
+    def level_of(self, block: int) -> Level:
+        """Return a block's level."""
+        return max((level for level in self.levels if level.start <= block), key=lambda level: level.start)
+
+    def pattern(self, level: Level) -> BlockPattern:
+        """Return the blocks of a level."""
         raise NotImplementedError
+
+    def heads_at(self, level: Level) -> int:
+        """Return the number of heads: all levels have heads of the same width."""
+        return self.num_heads * level.width // self.hidden_size
+
+    def mlp_width_at(self, level: Level) -> int:
+        """Return the hidden channels of the MLP; `mlp_hidden_size` is for the width `hidden_size`."""
+        if self.mlp_hidden_size is None:
+            return self.default_mlp_hidden_size(level.width)
+        return self.mlp_hidden_size * level.width // self.hidden_size
 
     @property
     def mlp_width(self) -> int:
-        """Hidden channels of the MLP."""
-        given = self.mlp_hidden_size
-        return self.default_mlp_hidden_size(self.hidden_size) if given is None else given
+        """Hidden channels of the MLP in the first level."""
+        return self.mlp_width_at(Level(0, self.depth, self.hidden_size))
 
     @staticmethod
     def default_mlp_hidden_size(hidden_size: int) -> int:
         """Return the hidden channels of the family's MLP for a width of the tokens."""
         return 4 * hidden_size
 
+    @property
+    def size_step(self) -> int:
+        """Height and width of an image are multiples of this."""
+        return self.patch_size * max(level.stride for level in self.levels)
+
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for an image size that the model does not support."""
+        stride = self.size_step // self.patch_size
+        expected = f"patch_size={self.patch_size}"
+        if stride > 1:
+            expected = f"{self.size_step}: {expected}, and levels with 1/{stride} of the rows and columns"
         for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % self.patch_size:
-                raise ValueError(
-                    f"invalid input {name} {size}; expected a multiple of patch_size={self.patch_size}"
-                )
+            if size < 1 or size % self.size_step:
+                raise ValueError(f"invalid input {name} {size}; expected a multiple of {expected}")
+
+
+class Stage(NamedTuple):
+    """The blocks of a level with the embeddings of their condition."""
+
+    time_embed: TimestepEmbedding
+    label_embed: LabelEmbedding | None
+    blocks: BlockStack
+
+
+def make_stage(options: ModelOptions, level: Level, num_classes: int, rngs: nnx.Rngs) -> Stage:
+    """Return the modules of a level with random parameters."""
+    time_embed = TimestepEmbedding(level.width, rngs=rngs)
+    label_embed = LabelEmbedding(num_classes, level.width, rngs=rngs) if num_classes else None
+    blocks = BlockStack(
+        options.pattern(level),
+        width=level.width,
+        depth=level.depth,
+        remat=options.remat,
+        scan_layers=options.scan_layers,
+        dtype=options.dtype,
+        rngs=rngs,
+    )
+    return Stage(time_embed, label_embed, blocks)
+
+
+class Condition(NamedTuple):
+    """What a model is asked for: timesteps [b], labels [b] or None, and which labels are dropped [b]."""
+
+    t: Float[Array, " b"] | Int[Array, " b"]
+    y: Int[Array, " b"] | None
+    drop: Bool[Array, " b"] | None
+
+    def embedded(self, time: TimestepEmbedding, label: LabelEmbedding | None) -> Float[Array, "b d"]:
+        """Return the sum of the embeddings of timestep and label."""
+        c = time(self.t)
+        if label is not None:
+            c = c + label(self.y, self.drop, len(self.t))
+        return constrain_batch(c)
+
+
+class LevelOutputs(NamedTuple):
+    """What the blocks of all levels compute.
+
+    Attributes:
+        stack: the output of the last level, and tapped tokens by the index of the block in the network.
+        conditions: the embedded condition by level.
+    """
+
+    stack: StackOutputs
+    conditions: dict[Level, Float[Array, "b d"]]
 
 
 class DiffusionTransformer(nnx.Module):
@@ -131,27 +224,28 @@ class DiffusionTransformer(nnx.Module):
         self.input_size, self.num_classes = input_size, num_classes
         self.patch_size, self.in_channels = options.patch_size, options.in_channels
         self.learn_sigma, self.hidden_size = options.learn_sigma, options.hidden_size
-        width, dtype = options.hidden_size, options.dtype
         in_size = options.patch_size**2 * options.in_channels
-        self.patch_embed = Linear(in_size, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
-        self.time_embed = TimestepEmbedding(width, rngs=rngs)
-        self.label_embed = LabelEmbedding(num_classes, width, rngs=rngs) if num_classes else None
-        self.blocks = BlockStack(
-            options.pattern(),
-            width=width,
-            depth=options.depth,
-            remat=options.remat,
-            scan_layers=options.scan_layers,
-            dtype=dtype,
-            rngs=rngs,
+        self.patch_embed = Linear(
+            in_size, options.hidden_size, kernel_init=xavier, dtype=options.dtype, rngs=rngs
         )
-        out_size = in_size * (2 if options.learn_sigma else 1)
+        self._add_levels(rngs)
+        head = options.internal_head
+        self.final = self._final_layer(options.levels[-1], rngs)
+        self.internal = None if head is None else self._final_layer(options.level_of(head), rngs)
 
-        def make_final() -> FinalLayer:
-            return FinalLayer(width, out_size, modulated=num_classes > 0, dtype=dtype, rngs=rngs)
+    def _add_levels(self, rngs: nnx.Rngs) -> None:
+        """Add the modules of the levels, here of the only one."""
+        (level,) = self.options.levels
+        self.time_embed, self.label_embed, self.blocks = make_stage(
+            self.options, level, self.num_classes, rngs
+        )
 
-        self.final = make_final()
-        self.internal = None if options.internal_head is None else make_final()
+    def _final_layer(self, level: Level, rngs: nnx.Rngs) -> FinalLayer:
+        """Return a layer that predicts from tokens of a level."""
+        channels = self.in_channels * (2 if self.learn_sigma else 1)
+        out_size = (self.patch_size * level.stride) ** 2 * channels
+        modulated, dtype = self.num_classes > 0, self.options.dtype
+        return FinalLayer(level.width, out_size, modulated=modulated, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -164,13 +258,13 @@ class DiffusionTransformer(nnx.Module):
         """Predict the noise and, with `learn_sigma`, the interpolation of the variance, in float32.
 
         Args:
-            x: noisy images of any size that `patch_size` divides.
+            x: noisy images of any size that the patches and the levels divide.
             t: timesteps in 0…1000.
             y: labels; the null class has the index num_classes, and `y=None` selects it for all images.
             drop: True replaces an image's label with the null class.
         """
-        stack, c, grid = self._run_blocks(x, t, y, drop, ())
-        return self._image(self.final, stack.output, c, grid)
+        (stack, conditions), grid = self._run_blocks(x, Condition(t, y, drop), ())
+        return self._image(self.final, stack.output, self.options.levels[-1], conditions, grid)
 
     def outputs(
         self,
@@ -180,7 +274,7 @@ class DiffusionTransformer(nnx.Module):
         *,
         drop: Bool[Array, " b"] | None = None,
         taps: Collection[int] = (),
-        features: StackFeatures | Literal["keep"] | None = None,
+        features: StackFeatures | list[StackFeatures] | Literal["keep"] | None = None,
     ) -> Outputs:
         """Also return the internal head's prediction, and the tokens after each block in `taps`.
 
@@ -192,39 +286,55 @@ class DiffusionTransformer(nnx.Module):
         """
         head = self.options.internal_head
         tapped = {*taps} if head is None else {*taps, head}
-        stack, c, grid = self._run_blocks(x, t, y, drop, tapped, features)
+        (stack, conditions), grid = self._run_blocks(x, Condition(t, y, drop), tapped, features)
         internal = None
         if head is not None and self.internal is not None:
-            internal = self._image(self.internal, stack.hidden[head], c, grid)
-        output = self._image(self.final, stack.output, c, grid)
+            level = self.options.level_of(head)
+            internal = self._image(self.internal, stack.hidden[head], level, conditions, grid)
+        output = self._image(self.final, stack.output, self.options.levels[-1], conditions, grid)
         return Outputs(output, internal, {block: stack.hidden[block] for block in taps}, stack.features)
 
     def _run_blocks(
-        self,
-        x: Array,
-        t: Array,
-        y: Array | None,
-        drop: Array | None,
-        taps: Collection[int],
-        features: StackFeatures | Literal["keep"] | None = None,
-    ) -> tuple[StackOutputs, Array, tuple[int, int]]:
-        """Return what the blocks compute, the condition and the grid."""
+        self, x: Array, condition: Condition, taps: Collection[int], features: Any = None
+    ) -> tuple[LevelOutputs, tuple[int, int]]:
+        """Return what the blocks compute, and the grid of the first level."""
         height, width = x.shape[1:3]
         self.options.check_size(height, width)
         grid = (height // self.patch_size, width // self.patch_size)
-        if grid[0] % context_size():
+        stride = self.options.size_step // self.patch_size
+        if grid[0] // stride % context_size():
             raise ValueError(
-                f"invalid input height {height}: got {grid[0]} rows of tokens; expected a multiple of the"
-                f" {context_size()} devices of mesh axis context"
+                f"invalid input height {height}: got {grid[0] // stride} rows of tokens; expected a multiple"
+                f" of the {context_size()} devices of mesh axis context"
             )
-        c = self.time_embed(t)
-        if self.label_embed is not None:
-            c = c + self.label_embed(y, drop, x.shape[0])
-        c = constrain_batch(c)
+        for tap in taps:
+            if not 0 <= tap < self.options.depth:
+                raise ValueError(f"block out of range: got {tap}; expected 0 … {self.options.depth - 1}")
         tokens = self.patch_embed(patchify(constrain_rows(x), self.patch_size))
         tokens = tokens + jnp.asarray(sincos_positions(grid, self.hidden_size), tokens.dtype)
-        return self.blocks.run(tokens, c, grid, taps, features), c, grid
+        return self._run_levels(tokens, condition, grid, taps, features), grid
 
-    def _image(self, final: FinalLayer, tokens: Array, c: Array, grid: tuple[int, int]) -> Array:
-        """Return the prediction of a final layer, in float32."""
-        return unpatchify(final(tokens, c).astype(jnp.float32), grid, self.patch_size)
+    def _run_levels(
+        self, x: Array, condition: Condition, grid: tuple[int, int], taps: Collection[int], features: Any
+    ) -> LevelOutputs:
+        """Run the blocks of all levels, here of the only one."""
+        (level,) = self.options.levels
+        c = condition.embedded(self.time_embed, self.label_embed)
+        return LevelOutputs(self.blocks.run(x, c, grid, taps, features), {level: c})
+
+    def _image(
+        self,
+        final: FinalLayer,
+        tokens: Array,
+        level: Level,
+        conditions: dict[Level, Array],
+        grid: tuple[int, int],
+    ) -> Array:
+        """Return the prediction of a final layer from tokens of a level, in float32."""
+        patches = final(tokens, conditions[level]).astype(jnp.float32)
+        return unpatchify(patches, coarser(grid, level.stride), self.patch_size * level.stride)
+
+
+def coarser(grid: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Return (rows, columns) with one token per `stride` × `stride` tokens."""
+    return grid[0] // stride, grid[1] // stride

@@ -213,13 +213,7 @@ class BlockStack(nnx.Module):
             taps: indices of blocks whose outputs are returned.
             features: "keep" returns the outputs of mixers and MLPs; those of a call with the same taps take
                 the place of their computation.
-
-        Raises:
-            ValueError: a tap is not the index of a block.
         """
-        for tap in taps:
-            if not 0 <= tap < self.depth:
-                raise ValueError(f"block out of range: got {tap}; expected 0 … {self.depth - 1}")
         stored: list[list[Array]] = []
         hidden: dict[int, Array] = {}
         made: StackFeatures = []

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from typing import Literal
 
-from dig_jax.models.backbone import ModelOptions
+from dig_jax.models.backbone import Level, ModelOptions
 from dig_jax.models.block_stack import BlockPattern, SkipKind
 from dig_jax.models.blocks import BlockSpec, ConvPlacement
 from dig_jax.models.layers import NormKind, SwiGLU
@@ -15,25 +15,56 @@ DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiGOptions(ModelOptions):
-    """Options of DiG; all but `implementation` are switches of the released code.
+class GLAOptions(ModelOptions):
+    """Options of models with DiG's block; all but `implementation` are switches of the released code.
 
     Args:
         directions: 4, 2 (row and row reversed) or 1 (row).
         conv: the 3×3 depthwise convolution "after" the block, "inside" it, or None.
         norm: "layer" (no affine parameters) or "rms" (with a weight), in the blocks.
-        skip: long skips: None, "linear", or "identity", which differs only in its initialization.
-        skip_alignment: "raster" joins each token's skip with the same token; "upstream" reproduces the
-            released code, where half of the skips arrive with rows and columns exchanged.
         implementation: backend of `pallas_gla`; None selects the best available one.
     """
 
     directions: Literal[4, 2, 1] = 4
     conv: ConvPlacement | None = "after"
     norm: NormKind = "layer"
+    implementation: str | None = None
+
+    @staticmethod
+    def default_mlp_hidden_size(hidden_size: int) -> int:
+        """Return 8/3 of the width, rounded up to a multiple of 256, as in the released code."""
+        return 256 * -(-int(8 / 3 * hidden_size) // 256)
+
+    def pattern(self, level: Level) -> BlockPattern:
+        """Return one block per scan direction; the period is also 4 with fewer directions."""
+        mlp = functools.partial(SwiGLU, hidden=self.mlp_width_at(level))
+        blocks = tuple(
+            BlockSpec(mixer=self._mixer(level, position), mlp=mlp, conv=self.conv, norm=self.norm)
+            for position in range(len(DIRECTIONS))
+        )
+        return BlockPattern(blocks)
+
+    def _mixer(self, level: Level, position: int) -> functools.partial[GatedLinearAttention]:
+        return functools.partial(
+            GatedLinearAttention,
+            num_heads=self.heads_at(level),
+            direction=DIRECTIONS[(level.start + position) % self.directions],
+            implementation=self.implementation,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiGOptions(GLAOptions):
+    """Options of DiG.
+
+    Args:
+        skip: long skips: None, "linear", or "identity", which differs only in its initialization.
+        skip_alignment: "raster" joins each token's skip with the same token; "upstream" reproduces the
+            released code, where half of the skips arrive with rows and columns exchanged.
+    """
+
     skip: SkipKind | None = None
     skip_alignment: Literal["raster", "upstream"] = "raster"
-    implementation: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,25 +86,7 @@ class DiGOptions(ModelOptions):
                 f'invalid input {height}×{width} with skip_alignment="upstream"; expected a square'
             )
 
-    @staticmethod
-    def default_mlp_hidden_size(hidden_size: int) -> int:
-        """Return 8/3 of the width, rounded up to a multiple of 256, as in the released code."""
-        return 256 * -(-int(8 / 3 * hidden_size) // 256)
-
-    def pattern(self) -> BlockPattern:
-        """Return one block per scan direction; the period is also 4 with fewer directions."""
-        blocks = tuple(
-            BlockSpec(
-                mixer=functools.partial(
-                    GatedLinearAttention,
-                    num_heads=self.num_heads,
-                    direction=DIRECTIONS[position % self.directions],
-                    implementation=self.implementation,
-                ),
-                mlp=functools.partial(SwiGLU, hidden=self.mlp_width),
-                conv=self.conv,
-                norm=self.norm,
-            )
-            for position in range(len(DIRECTIONS))
-        )
-        return BlockPattern(blocks, skip=self.skip, transposed_skips=self._transposed_skips)
+    def pattern(self, level: Level) -> BlockPattern:
+        """Return the blocks of a level, with long skips."""
+        pattern = super().pattern(level)
+        return dataclasses.replace(pattern, skip=self.skip, transposed_skips=self._transposed_skips)

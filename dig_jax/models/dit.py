@@ -2,7 +2,7 @@
 
 import functools
 
-from dig_jax.models.backbone import ModelOptions
+from dig_jax.models.backbone import Level, ModelOptions
 from dig_jax.models.block_stack import BlockPattern
 from dig_jax.models.blocks import BlockSpec
 from dig_jax.models.layers import GeluMLP
@@ -12,8 +12,8 @@ from dig_jax.models.mixers import SoftmaxAttention
 class DiTOptions(ModelOptions):
     """Options of DiT, which has only the common ones."""
 
-    def pattern(self) -> BlockPattern:
+    def pattern(self, level: Level) -> BlockPattern:
         """Return the one block, with softmax attention."""
-        mixer = functools.partial(SoftmaxAttention, num_heads=self.num_heads)
-        mlp = functools.partial(GeluMLP, hidden=self.mlp_width)
+        mixer = functools.partial(SoftmaxAttention, num_heads=self.heads_at(level))
+        mlp = functools.partial(GeluMLP, hidden=self.mlp_width_at(level))
         return BlockPattern((BlockSpec(mixer=mixer, mlp=mlp),))

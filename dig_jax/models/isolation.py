@@ -29,32 +29,52 @@ def isolate_tokens(params: dict[str, Any], blocks: Collection[int] = ()) -> dict
     """Return the parameters of a model with isolated tokens in these blocks with GLA; empty: in all of them.
 
     Args:
-        params: the parameters, with the layout of `models/block_stack.py`.
+        params: the parameters, with the layout of `models/block_stack.py` in each level.
         blocks: indices of blocks.
 
     Raises:
         ValueError: a named block has no GLA or does not exist.
     """
-    stack = params["blocks"]
+    levels = [params] if "blocks" in params else list(params["levels"].values())
+    depths = [_depth(level["blocks"]) for level in levels]
+    if wrong := [block for block in blocks if not 0 <= block < sum(depths)]:
+        raise ValueError(f"block out of range: got {wrong[0]}; expected 0 … {sum(depths) - 1}")
+    isolated, start = [], 0
+    for level, depth in zip(levels, depths, strict=True):
+        own = [block - start for block in blocks or range(sum(depths)) if start <= block < start + depth]
+        isolated.append(level | {"blocks": _isolated(level["blocks"], own, start, required=bool(blocks))})
+        start += depth
+    return isolated[0] if "blocks" in params else params | {"levels": dict(enumerate(isolated))}
+
+
+def _period_and_repeats(stack: dict[str, Any]) -> tuple[int, int]:
+    groups = stack.get("groups", {})
+    return max(len(groups), 1), groups[0]["modulation"]["linear"]["bias"].shape[0] if groups else 0
+
+
+def _depth(stack: dict[str, Any]) -> int:
+    period, repeats = _period_and_repeats(stack)
+    return period * repeats + len(stack.get("rest", {}))
+
+
+def _isolated(
+    stack: dict[str, Any], blocks: Collection[int], start: int, *, required: bool
+) -> dict[str, Any]:
+    """Isolate the tokens in these blocks of a stack whose first block is block `start` of the model."""
     groups, rest = dict(stack.get("groups", {})), dict(stack.get("rest", {}))
-    period = max(len(groups), 1)
-    repeats = groups[0]["modulation"]["linear"]["bias"].shape[0] if groups else 0
-    depth = period * repeats + len(rest)
-    if wrong := [block for block in blocks if not 0 <= block < depth]:
-        raise ValueError(f"block out of range: got {wrong[0]}; expected 0 … {depth - 1}")
-    for block in blocks or range(depth):
+    period, repeats = _period_and_repeats(stack)
+    for block in blocks:
         layer, position = divmod(block, period)
         stacked = layer < repeats
         part, key = (groups, position) if stacked else (rest, block - period * repeats)
         if "decay_up" in part[key]["mixer"]:
             part[key] = _with_decay_bias(part[key], layer if stacked else ...)
-        elif blocks:
+        elif required:
             raise ValueError(
-                f"unsupported blocks of guidance 'perturbed': block {block} has softmax attention; expected"
-                " blocks with GLA, or none to perturb all blocks"
+                f"unsupported blocks of guidance 'perturbed': block {start + block} has softmax attention;"
+                " expected blocks with GLA, or none to perturb all blocks"
             )
-    changed = {name: value for name, value in (("groups", groups), ("rest", rest)) if name in stack}
-    return params | {"blocks": stack | changed}
+    return stack | {name: value for name, value in (("groups", groups), ("rest", rest)) if name in stack}
 
 
 def _with_decay_bias(block: dict[str, Any], index: Any) -> dict[str, Any]:

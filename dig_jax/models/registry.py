@@ -13,6 +13,7 @@ from dig_jax.errors import suggest
 from dig_jax.models.backbone import DiffusionTransformer, ModelOptions
 from dig_jax.models.dig import DiGOptions
 from dig_jax.models.dit import DiTOptions
+from dig_jax.models.u_dig import UDiGOptions, UShapedTransformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,13 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True)
+class USize(Size):
+    """Default sizes of a named U-DiG."""
+
+    wide_end: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A model family.
 
@@ -32,15 +40,17 @@ class Family:
         options: dataclass of the options and their defaults; its method `pattern` returns the blocks.
         sizes: default sizes by their names, such as "XL".
         constructor: (name, options, input_size=, num_classes=, rngs=) → model.
+        patch_size: patch size of names without one; None: every name has one.
     """
 
     name: str
     options: type[ModelOptions]
     sizes: Mapping[str, Size]
     constructor: type[DiffusionTransformer] = DiffusionTransformer
+    patch_size: int | None = None
 
 
-# Sizes: table 1 of each paper; the heads of DiG are from the released code.
+# Sizes: table 1 of each paper; the heads of DiG are from the released code. No sizes of U-DiG were published.
 FAMILIES = {
     family.name: family
     for family in (
@@ -64,23 +74,43 @@ FAMILIES = {
                 "XL": Size(28, 1152, 16),
             },
         ),
+        Family(
+            "U-DiG",
+            UDiGOptions,
+            {
+                "S": USize(12, 128, 2, wide_end=True),
+                "B": USize(13, 256, 4),
+                "L": USize(24, 384, 6),
+                "XL": USize(28, 384, 6, wide_end=True),
+            },
+            UShapedTransformer,
+            patch_size=1,
+        ),
     )
 }
 
 
 def find_model(name: str) -> tuple[Family, str, int]:
-    """Return the family, size and patch size of a model name such as "DiG-S/2".
+    """Return the family, size and patch size of a model name such as "DiG-S/2" or "U-DiG-S".
 
     Raises:
         ValueError: unknown model.
     """
-    match = re.fullmatch(r"(\w+)-(\w+)/([1-9]\d{0,3})", name)
-    if match is None or match[1] not in FAMILIES or match[2] not in FAMILIES[match[1]].sizes:
-        known = [f"{family}-{size}/2" for family, row in FAMILIES.items() for size in row.sizes]
+    match = re.fullmatch(r"(.+)-(\w+?)(?:/([1-9]\d{0,3}))?", name)
+    family = FAMILIES.get(match[1]) if match else None
+    patch_size = family and match and (int(match[3]) if match[3] else family.patch_size)
+    if not (family and match and patch_size and match[2] in family.sizes):
+        known = [
+            f"{family}-{size}" if row.patch_size else f"{family}-{size}/2"
+            for family, row in FAMILIES.items()
+            for size in row.sizes
+        ]
+        likely = [each for each in known if each.startswith(name)] or known
         raise ValueError(
-            f"unknown model {name!r}{suggest(name, known)}; expected {', '.join(known)} or another patch size"
+            f"unknown model {name!r}{suggest(name, likely)}; expected {', '.join(known)}, or another patch"
+            " size"
         )
-    return FAMILIES[match[1]], match[2], int(match[3])
+    return family, match[2], patch_size
 
 
 def accepted_options(name: str) -> frozenset[str]:
@@ -100,13 +130,13 @@ def create_model(
     rngs: nnx.Rngs,
     **overrides,
 ) -> DiffusionTransformer:
-    """Create a model by its name in the paper: family, size, patch size, such as "DiG-S/2".
+    """Create a model by its name: family, size and patch size, such as "DiG-S/2"; "U-DiG-S" has patches of 1.
 
     Args:
         input_size: size or (height, width) of the input, in latent pixels if there is an autoencoder.
         num_classes: 0 for an unconditional model.
         rngs: source of the initial parameters.
-        overrides: fields of the family's options, `ModelOptions` or `DiGOptions`. None for depth,
+        overrides: fields of the family's options, such as `DiGOptions`. None for depth,
             hidden_size, num_heads or patch_size selects the named model's value.
 
     Raises:

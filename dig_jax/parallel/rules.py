@@ -63,12 +63,13 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
     )
 
 
-def gather_params(params: Any, dtype: DTypeLike | None = None) -> Any:
+def gather_params(params: Any, dtype: DTypeLike | None = None, *, but: str | None = None) -> Any:
     """Gather parameters along `fsdp`, as a layer needs them.
 
     Args:
         params: a tree whose paths end like the paths in the model.
         dtype: kernels are cast to it before the gather, which halves the communication for bfloat16.
+        but: parameters below this name are not gathered.
     """
     sizes = axis_sizes()
     if not sizes.keys() & set(_BOTH):
@@ -76,6 +77,8 @@ def gather_params(params: Any, dtype: DTypeLike | None = None) -> Any:
 
     def gather(path: tuple, leaf: jax.Array) -> jax.Array:
         name = _name(path)
+        if but in name.split("/"):
+            return leaf
         stored, used = (fitting(leaf.shape, axes, sizes) for axes in _rule(name, leaf.shape))
         if dtype is not None and name.endswith("kernel"):
             leaf = leaf.astype(dtype)

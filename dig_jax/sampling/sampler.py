@@ -257,12 +257,10 @@ class Sampler:
     def _model_size(self, size: int | tuple[int, int]) -> tuple[int, int]:
         """Return (height, width) in the model's space of images of a size in pixels."""
         factor = decoder.config.downsampling if (decoder := self.components.autoencoder) else 1
-        patch = factor * self.components.abstract_model.patch_size
+        step = factor * self.components.abstract_model.options.size_step
         height, width = (size, size) if isinstance(size, int) else size
-        if min(height, width) < 1 or height % patch or width % patch:
-            raise ValueError(
-                f"invalid size={size}; expected positive multiples of {patch} pixels, the patch size"
-            )
+        if min(height, width) < 1 or height % step or width % step:
+            raise ValueError(f"invalid size={size}; expected positive multiples of {step} pixels")
         return height // factor, width // factor
 
     def decode(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:

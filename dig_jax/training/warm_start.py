@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components, Params, model_options, network_params
@@ -32,7 +32,7 @@ class WarmStart:
     """Parameters of another run, in the shapes and shardings of this one.
 
     arrays: by dotted name; parameters that are missing start at random.
-    known_rows: which rows of the label table are known; the others start at random.
+    known_rows: which rows of the label tables are known; the others start at random.
     """
 
     arrays: dict[str, Array]
@@ -44,7 +44,7 @@ def complete(fresh: Params, arrays: Mapping[str, Array], known_rows: Sequence[bo
 
     def replaced(path: tuple, leaf: Array) -> Array:
         name = _name(path)
-        if name == _LABELS and name in arrays:
+        if name.endswith(_LABELS) and name in arrays:
             return jnp.where(jnp.array(known_rows)[:, None], arrays[name], leaf)
         return arrays.get(name, leaf)
 
@@ -70,8 +70,12 @@ def read_warm_start(path: str, components: Components, expected: Params) -> Warm
         # The heads of auxiliary losses start at random: the source's may have been trained on others.
         found, wanted = _by_name(params), _by_name(network_params(expected))
         known_rows = ()
-        if _LABELS in found and _LABELS in wanted:
-            found[_LABELS], known_rows = _label_table(found[_LABELS], source, components)
+        tables = [name for name in wanted if name.endswith(_LABELS) and name in found]
+        if tables:
+            rows = _table_rows(len(found[tables[0]]), source, components)
+            known_rows = [row is not None for row in rows]
+            # Unknown rows are replaced later.
+            found |= {name: np.asarray(found[name])[[row or 0 for row in rows]] for name in tables}
         _compare_shapes(found, wanted, components.config.init_partial)
     log.info("initialized the parameters from %s, step %d", path, step)
     fitting = [name for name in wanted if name in found and found[name].shape == wanted[name].shape]
@@ -132,7 +136,7 @@ def _compare_shapes(found: Mapping[str, Array], wanted: Mapping[str, Any], parti
             f"{len(described)} parameters do not match this model; the first is {described[0]}. To start from"
             " those that match, use --config.init_partial=True"
         )
-    blocks = [name for name in wanted if name.startswith("blocks.")]
+    blocks = [name for name in wanted if "blocks" in name.split(".")]
     if set(blocks) <= set(afresh):
         raise ValueError(
             "no parameter of the blocks matches this model, so that nothing would be left of the source; the"
@@ -148,17 +152,9 @@ def _compare_shapes(found: Mapping[str, Array], wanted: Mapping[str, Any], parti
         )
 
 
-def _label_table(
-    table: Float[Array, "old d"], source: Components, new: Components
-) -> tuple[Float[np.ndarray, "new d"], list[bool]]:
-    """Order the rows of a label table by the new run's classes; the null class is the last row.
-
-    Returns:
-        The table, and which of its rows are known.
-    """
-    rows = [*_known_classes(source, new, len(table) - 1), len(table) - 1]
-    # Unknown rows are replaced later.
-    return np.asarray(table)[[row or 0 for row in rows]], [row is not None for row in rows]
+def _table_rows(count: int, source: Components, new: Components) -> list[int | None]:
+    """Return the old row of each row of a label table of `count` rows; the null class is the last row."""
+    return [*_known_classes(source, new, count - 1), count - 1]
 
 
 def _known_classes(source: Components, new: Components, count: int) -> Sequence[int | None]:

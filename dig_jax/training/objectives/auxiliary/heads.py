@@ -71,10 +71,12 @@ class Heads(nnx.Module):
 
     def __init__(self, components: Components, *, rngs: nnx.Rngs):
         settings, (_, options) = components.config.auxiliary, model_options(components.config.model)
-        width, dtype = options.hidden_size, options.dtype
+        dtype = options.dtype
         self.log_variance = LogVariance(rngs=rngs) if settings.log_variance else None
-        self.sra = AlignmentHead(width, dtype=dtype, rngs=rngs) if settings.sra_weight else None
-        repa = settings.repa_weight
+        repa, sra = settings.repa_weight, settings.sra_weight
+        width = options.level_of(settings.sra_block).width
+        self.sra = AlignmentHead(width, dtype=dtype, rngs=rngs) if sra else None
+        width = options.level_of(settings.repa_block).width
         self.repa = Projector(width, features_shape(components)[-1], dtype=dtype, rngs=rngs) if repa else None
 
 

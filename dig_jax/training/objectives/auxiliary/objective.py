@@ -15,7 +15,7 @@ from dig_jax.components import Components, Params, model_options
 from dig_jax.config import Config
 from dig_jax.diffusion import FlowMatching
 from dig_jax.errors import naming_setting
-from dig_jax.models.backbone import Outputs
+from dig_jax.models.backbone import ModelOptions, Outputs
 from dig_jax.training.objectives.auxiliary import losses
 from dig_jax.training.objectives.auxiliary.heads import Heads, bind_heads, features_shape, noise_level
 from dig_jax.training.objectives.denoising import Batch, Draw, Metrics, draw, metrics_of
@@ -209,10 +209,11 @@ def _student_blocks(config: Config, name: str) -> tuple[int, ...]:
 
 
 def _grid(components: Components) -> tuple[int, int]:
-    """Return (rows, columns) of tokens of a training image."""
+    """Return (rows, columns) of tokens of a training image after REPA's block."""
     height, width, _ = components.image_spec.image_shape
-    patch = model_options(components.config.model)[1].patch_size
-    return height // patch, width // patch
+    options = model_options(components.config.model)[1]
+    side = options.patch_size * options.level_of(components.config.auxiliary.repa_block).stride
+    return height // side, width // side
 
 
 def _check(components: Components, weights: Mapping[str, float]) -> None:
@@ -224,6 +225,8 @@ def _check(components: Components, weights: Mapping[str, float]) -> None:
     for name, block in blocks.items():
         if block >= depth:
             raise ValueError(f"invalid {name}={block}; expected at most {depth - 1}, the last block")
+    if "sra" in weights:
+        _check_teacher(model_options(config.model)[1], settings.sra_block, settings.sra_teacher_block)
     size = config.data.batch_size // config.training.accumulation
     if "dispersive" in weights and size % settings.dispersive_group:
         raise ValueError(
@@ -242,6 +245,15 @@ def _check(components: Components, weights: Mapping[str, float]) -> None:
         )
     if "repa" in weights:
         _check_features(components)
+
+
+def _check_teacher(options: ModelOptions, student: int, teacher: int) -> None:
+    seen = [(level.width, level.stride) for level in map(options.level_of, (student, teacher))]
+    if seen[0] != seen[1]:
+        raise ValueError(
+            f"unsupported sra_teacher_block={teacher} with sra_block={student}: got blocks of different"
+            " levels; expected blocks with the same width and grid"
+        )
 
 
 def _check_features(components: Components) -> None:
