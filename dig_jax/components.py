@@ -25,6 +25,7 @@ from dig_jax.models.block_stack import StackFeatures
 from dig_jax.models.isolation import isolate_attention
 from dig_jax.models.registry import accepted_options, resolve_options
 from dig_jax.parallel import gather_params
+from dig_jax.rngs import make_rngs
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class Components:
 
     def init_params(self, key: Array) -> Params:
         """Return random parameters in float32."""
-        return nnx.to_pure_dict(nnx.split(self.model_spec.create(nnx.Rngs(key)))[1])
+        return nnx.to_pure_dict(nnx.split(self.model_spec.create(make_rngs(key)))[1])
 
     @functools.cached_property
     def model_spec(self) -> "ModelSpec":
@@ -301,7 +302,7 @@ def _check_flow_fields(settings: DiffusionConfig) -> None:
 # Cached outside the spec, because the spec must be picklable.
 @functools.lru_cache(maxsize=16)
 def _abstract_model(spec: ModelSpec) -> DiffusionTransformer:
-    model = nnx.eval_shape(lambda: spec.create(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: spec.create(make_rngs(0)))
     if spec.isolated:
         isolate_attention(model)
     return model

@@ -1,6 +1,7 @@
 """Read trained autoencoders strictly, from a folder, a file or the Hugging Face Hub."""
 
 import dataclasses
+import functools
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from dig_jax.files.json_file import read_json
 from dig_jax.files.paths import Path, to_path
 from dig_jax.files.safetensors import StoredArray
 from dig_jax.files.weights import WEIGHTS_FILE, find_weights, open_weights
+from dig_jax.rngs import make_rngs
 
 CONFIG_FILE = "config.json"
 # Config fields that describe other networks, and their values for this one.
@@ -53,11 +55,17 @@ def load(path_or_name: str | os.PathLike, *, dtype: DTypeLike = jnp.float32) -> 
     """
     config_path, weights_path = _find(path_or_name)
     config = _read_config(config_path)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Autoencoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    graphdef, state = _abstract(config, jnp.dtype(dtype))
     flat = nnx.to_flat_state(state)
     arrays = _read_weights(weights_path, {path: variable.shape for path, variable in flat})
     loaded = [(path, variable.replace(arrays[path])) for path, variable in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract(config: AutoencoderArchitecture, dtype: DTypeLike) -> tuple[Any, Any]:
+    """Return the network without values, which are read only."""
+    return nnx.split(nnx.eval_shape(lambda: Autoencoder(config, dtype=dtype, rngs=make_rngs(0))))
 
 
 def _find(path_or_name: str | os.PathLike) -> tuple[Path, Path]:

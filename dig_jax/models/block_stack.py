@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from dig_jax.models.blocks import Block, BlockSpec, Features
 from dig_jax.models.layers import Linear, xavier
 from dig_jax.parallel import axis_sizes, gather_params, save_all_but_gathered
+from dig_jax.rngs import make_rngs
 
 SkipKind = Literal["linear", "identity"]
 Remat = Literal["dots", "full"]
@@ -175,7 +176,7 @@ class BlockStack(nnx.Module):
             return Block(pattern.blocks[position], width, dtype=dtype, rngs=rngs)
 
         def stacked(make: Callable[[nnx.Rngs], nnx.Module], count: int) -> nnx.Module:
-            return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+            return nnx.vmap(lambda key: make(make_rngs(key)))(jax.random.split(rngs.params(), count))
 
         self.groups = nnx.List(
             [

@@ -16,6 +16,7 @@ from dig_jax.components import Components, Params, model_options
 from dig_jax.diffusion import Process
 from dig_jax.models.layers import Linear, xavier
 from dig_jax.parallel import gather_params
+from dig_jax.rngs import make_rngs
 
 _FREQUENCIES = 128
 _LEAST = 1e-4  # of α and σ, whose ratio has an infinite logarithm at the ends of a path
@@ -91,13 +92,13 @@ def features_shape(components: Components) -> tuple[int, ...]:
 
 def init_heads(components: Components, key: Key[Array, ""]) -> Params:
     """Return {"auxiliary": random parameters}, or {} if no loss has a head."""
-    heads = nnx.to_pure_dict(nnx.split(Heads(components, rngs=nnx.Rngs(key)))[1])
+    heads = nnx.to_pure_dict(nnx.split(Heads(components, rngs=make_rngs(key)))[1])
     return {"auxiliary": heads} if heads else {}
 
 
 def bind_heads(components: Components, params: Params) -> Heads:
     """Return the heads with their parameters."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Heads(components, rngs=nnx.Rngs(0))))
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Heads(components, rngs=make_rngs(0))))
     return nnx.merge(graphdef, gather_params(params.get("auxiliary", {})))
 
 
