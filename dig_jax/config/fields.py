@@ -59,6 +59,19 @@ class ModelConfig(Group, path="config.model"):
         none="auto",
         choices=("reference", "xla", "triton", "mosaic"),
     )
+    mixer: str = field(
+        "gla",
+        "Token mixers: gla, softmax, local, or a pattern that repeats, such as gla*3+softmax (DiG and U-DiG;"
+        " docs/models.md).",
+    )
+    bottleneck_mixer: str | None = field(
+        None, "Token mixers of the middle level; empty: as in the others (U-DiG only).", none=""
+    )
+    window: int = field(
+        9,
+        "Rows and columns, an odd number, of the tokens that local attention sees (DiG and U-DiG).",
+        bounds="positive",
+    )
     directions: int = field(4, "Number of scan directions: 4, 2 or 1 (DiG and U-DiG).")
     conv: str | None = field(
         "after",

@@ -157,6 +157,8 @@ def _num_frames(model: DiffusionTransformer) -> int:
 def _check_supported(model: DiffusionTransformer) -> None:
     if model.family not in _BLOCKS:
         raise ValueError(f"unsupported model family: got {model.family}; expected {' or '.join(_BLOCKS)}")
+    if (mixer := getattr(model.options, "mixer", "gla")) != "gla":
+        raise ValueError(f"unsupported mixer={mixer!r}; expected 'gla', the only mixer of upstream's DiG")
     if model.options.internal_head is not None:
         raise ValueError(
             f"unsupported internal_head={model.options.internal_head}; expected None, because"

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 from dig_jax.models.backbone import Level, ModelOptions
 from dig_jax.models.block_stack import BlockPattern, SkipKind
 from dig_jax.models.blocks import BlockSpec, ConvPlacement
 from dig_jax.models.layers import NormKind, SwiGLU
-from dig_jax.models.mixers import GatedLinearAttention
+from dig_jax.models.mixers import GatedLinearAttention, LocalAttention, SoftmaxAttention
+from dig_jax.models.mixers.pattern import parse_pattern
 
 # Block i scans in direction i mod 4. Tokens stay in raster order; the kernel takes the direction.
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
@@ -16,19 +18,58 @@ DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GLAOptions(ModelOptions):
-    """Options of models with DiG's block; all but `implementation` are switches of the released code.
+    """Options of models with DiG's block.
 
     Args:
+        mixer: "gla", "softmax", "local", or a pattern of them that repeats, such as "gla*3+softmax".
+        window: rows and columns of the windows of local attention, an odd number.
         directions: 4, 2 (row and row reversed) or 1 (row).
         conv: the 3×3 depthwise convolution "after" the block, "inside" it, or None.
         norm: "layer" (no affine parameters) or "rms" (with a weight), in the blocks.
         implementation: backend of `pallas_gla`; None selects the best available one.
     """
 
+    mixer: str = "gla"
+    window: int = 9
     directions: Literal[4, 2, 1] = 4
     conv: ConvPlacement | None = "after"
     norm: NormKind = "layer"
     implementation: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"invalid window={self.window}; expected an odd number")
+        for level in self.levels:
+            text, mixers = self.mixer_of(level), self.mixers(level)
+            if level.depth % len(mixers):
+                where = (
+                    f"depth={level.depth}" if len(self.levels) == 1 else f"a level of {level.depth} blocks"
+                )
+                raise ValueError(
+                    f"invalid mixer={text!r} for {where}; expected a pattern whose {len(mixers)} blocks"
+                    f" divide {level.depth}"
+                )
+
+    def mixer_of(self, level: Level) -> str:
+        """Return the pattern of a level's mixers as text."""
+        del level
+        return self.mixer
+
+    def mixers(self, level: Level) -> tuple[str, ...]:
+        """Return the mixers of one pattern of a level."""
+        return parse_pattern(self.mixer_of(level))
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError for an image size that the model does not support."""
+        super().check_size(height, width)
+        for level in self.levels:
+            grid = [side // (self.patch_size * level.stride) for side in (height, width)]
+            if "local" in self.mixers(level) and self.window > min(grid):
+                raise ValueError(
+                    f"invalid window={self.window} for an input of {height} × {width}: got"
+                    f" {grid[0]} × {grid[1]} tokens; expected a window of at most {min(grid)}"
+                )
 
     @staticmethod
     def default_mlp_hidden_size(hidden_size: int) -> int:
@@ -36,18 +77,34 @@ class GLAOptions(ModelOptions):
         return 256 * -(-int(8 / 3 * hidden_size) // 256)
 
     def pattern(self, level: Level) -> BlockPattern:
-        """Return one block per scan direction; the period is also 4 with fewer directions."""
+        """Return the blocks of a level until mixers and scan directions repeat.
+
+        The direction of a block follows its index in the network, whatever the blocks before it mix by. The
+        period of a GLA is 4 also with fewer directions.
+        """
+        mixers = self.mixers(level)
+        period = math.lcm(len(mixers), len(DIRECTIONS)) if "gla" in mixers else len(mixers)
         mlp = functools.partial(SwiGLU, hidden=self.mlp_width_at(level))
         blocks = tuple(
-            BlockSpec(mixer=self._mixer(level, position), mlp=mlp, conv=self.conv, norm=self.norm)
-            for position in range(len(DIRECTIONS))
+            BlockSpec(
+                mixer=self._mixer(mixers[position % len(mixers)], level, position),
+                mlp=mlp,
+                conv=self.conv,
+                norm=self.norm,
+            )
+            for position in range(period)
         )
         return BlockPattern(blocks)
 
-    def _mixer(self, level: Level, position: int) -> functools.partial[GatedLinearAttention]:
+    def _mixer(self, name: str, level: Level, position: int) -> functools.partial:
+        heads = self.heads_at(level)
+        if name == "softmax":
+            return functools.partial(SoftmaxAttention, num_heads=heads)
+        if name == "local":
+            return functools.partial(LocalAttention, num_heads=heads, window=self.window)
         return functools.partial(
             GatedLinearAttention,
-            num_heads=self.heads_at(level),
+            num_heads=heads,
             direction=DIRECTIONS[(level.start + position) % self.directions],
             implementation=self.implementation,
         )

@@ -12,16 +12,16 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from dig_jax.models.mixers import SoftmaxAttention
+from dig_jax.models.mixers import LocalAttention, SoftmaxAttention
 
 # Times the gate normalizer 1/16, it is the decay's logarithm that the kernels document as a reset.
 _LOGIT = -16e4
 
 
 def isolate_attention(model: nnx.Module) -> None:
-    """Isolate the tokens in every softmax attention of a model, in place."""
+    """Isolate the tokens in every softmax or local attention of a model, in place."""
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, SoftmaxAttention):
+        if isinstance(module, (SoftmaxAttention, LocalAttention)):
             module.isolated = True
 
 
@@ -71,7 +71,7 @@ def _isolated(
             part[key] = _with_decay_bias(part[key], layer if stacked else ...)
         elif required:
             raise ValueError(
-                f"unsupported blocks of guidance 'perturbed': block {start + block} has softmax attention;"
+                f"unsupported blocks of guidance 'perturbed': block {start + block} has no GLA;"
                 " expected blocks with GLA, or none to perturb all blocks"
             )
     return stack | {name: value for name, value in (("groups", groups), ("rest", rest)) if name in stack}

@@ -40,18 +40,20 @@ class UDiGOptions(GLAOptions):
     network, so that levels of two blocks have rows on the way down and columns on the way up.
 
     Args:
+        bottleneck_mixer: pattern of the mixers of the middle level; None: `mixer`, as in the others.
         wide_end: the last level has 2 × hidden_size channels, as in U-DiT, instead of hidden_size.
 
     Raises:
         ValueError: less than five blocks.
     """
 
+    bottleneck_mixer: str | None = None
     wide_end: bool = False
 
     def __post_init__(self):
-        super().__post_init__()
         if self.depth < len(_STRIDES):
             raise ValueError(f"invalid depth={self.depth}; expected at least {len(_STRIDES)}, one per level")
+        super().__post_init__()
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -66,6 +68,11 @@ class UDiGOptions(GLAOptions):
             levels.append(Level(start, depth, width, stride))
             start += depth
         return tuple(levels)
+
+    def mixer_of(self, level: Level) -> str:
+        """Return the pattern of a level's mixers as text."""
+        is_bottleneck = level.stride == max(_STRIDES)
+        return self.mixer if self.bottleneck_mixer is None or not is_bottleneck else self.bottleneck_mixer
 
 
 class Down(nnx.Module):
