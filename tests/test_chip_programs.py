@@ -66,6 +66,12 @@ def test_a_train_step_for_a_gpu_scans_tokens_only_in_kernels():
     assert kernels >= 2 and loops == 0
 
 
+def test_a_train_step_of_dit_for_tpus_attends_in_kernels():
+    run = run_on("v5e:2x2", **{"model.name": "DiT-S/2", "model.rope": True})
+    kernels, _ = kernels_and_loops(lower_train_step(run), "v5e:2x2")
+    assert kernels >= 3  # forward, and backward for queries and for keys and values
+
+
 @pytest.mark.parametrize("topology", GPU_AS_WELL)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_train_step_scans_tokens_only_in_kernels(topology, objective):

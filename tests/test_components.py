@@ -129,7 +129,6 @@ def test_fields_override_the_sizes_of_the_name():
         ("skip", "linear"),
         ("directions", 2),
         ("conv", "inside"),
-        ("norm", "rms"),
     ],
 )
 def test_options_that_a_family_lacks_are_rejected(option, value):

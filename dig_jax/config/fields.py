@@ -46,8 +46,8 @@ class ModelConfig(Group, path="config.model"):
     )
     mlp_hidden_size: int | None = field(
         None,
-        "Hidden channels of the MLP; 0: 4 × hidden_size in DiT; 8/3 × hidden_size, rounded up to a multiple"
-        " of 256, in DiG and U-DiG; in U-DiG for hidden_size channels.",
+        "Hidden channels of the MLP; 0: 4 × hidden_size in DiT, 8/3 × hidden_size with mlp=swiglu, and that"
+        " rounded up to a multiple of 256 in DiG and U-DiG; in U-DiG for hidden_size channels.",
         none=0,
         bounds="positive",
     )
@@ -78,7 +78,23 @@ class ModelConfig(Group, path="config.model"):
         "Position of the depthwise 3×3 convolution: after, inside or none (DiG and U-DiG).",
         none="none",
     )
-    norm: str = field("layer", "Norm in blocks: layer (without scale and bias) or rms (DiG and U-DiG).")
+    norm: str = field(
+        "layer",
+        "Norm in blocks, and of DiT in the final layer: layer (no scale or bias) or rms (with a scale).",
+    )
+    mlp: str = field(
+        "gelu", "MLP of DiT: gelu, or swiglu with biases (Yao et al. 2025, LightningDiT). DiG has swiglu."
+    )
+    qk_norm: bool = field(False, "RMSNorm of queries and keys (Dehghani et al. 2023; DiT only).")
+    rope: bool = field(
+        False, "Rotary positions of queries and keys, beside the fixed positions (Su et al. 2021; DiT only)."
+    )
+    class_tokens: int = field(
+        0,
+        "Number of tokens with the embedding of the label that attention sees beside the image (Li & He 2025,"
+        " JiT; DiT only).",
+        bounds="nonnegative",
+    )
     skip: str | None = field(None, "Long skips: none, linear or identity (DiG only).", none="none")
     skip_alignment: str = field(
         "raster", "Token order of long skips: raster, or upstream, as in the released code (DiG only)."

@@ -159,6 +159,12 @@ def _check_supported(model: DiffusionTransformer) -> None:
         raise ValueError(f"unsupported model family: got {model.family}; expected {' or '.join(_BLOCKS)}")
     if (mixer := getattr(model.options, "mixer", "gla")) != "gla":
         raise ValueError(f"unsupported mixer={mixer!r}; expected 'gla', the only mixer of upstream's DiG")
+    modern = ("qk_norm", "rope", "class_tokens")
+    given = [name for name in modern if getattr(model.options, name, False)]
+    if getattr(model.options, "mlp", "gelu") != "gelu":
+        given.append("mlp")
+    if given:
+        raise ValueError(f"unsupported {', '.join(given)} of {model.family}; expected the defaults")
     if model.options.internal_head is not None:
         raise ValueError(
             f"unsupported internal_head={model.options.internal_head}; expected None, because"

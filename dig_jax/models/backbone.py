@@ -18,7 +18,7 @@ from dig_jax.models.embeddings import (
     sincos_positions,
     unpatchify,
 )
-from dig_jax.models.layers import Linear, xavier
+from dig_jax.models.layers import Linear, NormKind, xavier
 from dig_jax.parallel import constrain_batch, constrain_rows, context_size
 
 
@@ -120,6 +120,11 @@ class ModelOptions:
         if self.mlp_hidden_size is None:
             return self.default_mlp_hidden_size(level.width)
         return self.mlp_hidden_size * level.width // self.hidden_size
+
+    @property
+    def final_norm(self) -> NormKind:
+        """Norm of the final layer."""
+        return "layer"
 
     @property
     def mlp_width(self) -> int:
@@ -244,8 +249,10 @@ class DiffusionTransformer(nnx.Module):
         """Return a layer that predicts from tokens of a level."""
         channels = self.in_channels * (2 if self.learn_sigma else 1)
         out_size = (self.patch_size * level.stride) ** 2 * channels
-        modulated, dtype = self.num_classes > 0, self.options.dtype
-        return FinalLayer(level.width, out_size, modulated=modulated, dtype=dtype, rngs=rngs)
+        modulated, norm = self.num_classes > 0, self.options.final_norm
+        return FinalLayer(
+            level.width, out_size, modulated=modulated, norm=norm, dtype=self.options.dtype, rngs=rngs
+        )
 
     def __call__(
         self,

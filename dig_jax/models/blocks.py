@@ -81,8 +81,17 @@ class Block(nnx.Module):
 class FinalLayer(nnx.Module):
     """Norm, optional modulation by c, and a linear map to pixels of each patch, initialized to zero."""
 
-    def __init__(self, width: int, out_size: int, *, modulated: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.norm = Norm(width)
+    def __init__(
+        self,
+        width: int,
+        out_size: int,
+        *,
+        modulated: bool,
+        norm: NormKind = "layer",
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = Norm(width, norm)
         self.modulation = Modulation(width, 2, dtype=dtype, rngs=rngs) if modulated else None
         zeros = nnx.initializers.zeros_init()
         self.linear = Linear(width, out_size, kernel_init=zeros, dtype=dtype, rngs=rngs)

@@ -1,19 +1,93 @@
-"""DiT, the softmax attention baseline under the same recipe (Peebles & Xie 2023)."""
+"""DiT, the softmax attention baseline under the same recipe (Peebles & Xie 2023), and its modern variants."""
 
+import dataclasses
 import functools
+from collections.abc import Collection
+from typing import Any, Literal
 
-from dig_jax.models.backbone import Level, ModelOptions
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from dig_jax.models.backbone import Condition, DiffusionTransformer, Level, LevelOutputs, ModelOptions
 from dig_jax.models.block_stack import BlockPattern
 from dig_jax.models.blocks import BlockSpec
-from dig_jax.models.layers import GeluMLP
+from dig_jax.models.embeddings import ClassTokens
+from dig_jax.models.layers import GeluMLP, NormKind, SwiGLU
 from dig_jax.models.mixers import SoftmaxAttention
+from dig_jax.parallel import context_size
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DiTOptions(ModelOptions):
-    """Options of DiT, which has only the common ones."""
+    """Options of DiT; the defaults are the paper's.
+
+    Args:
+        norm: "layer" (no affine parameters) or "rms" (with a weight), in the blocks and the final layer.
+        mlp: "gelu", or "swiglu" with biases and by default 8/3 of the width (LightningDiT, Yao et al. 2025).
+        qk_norm: RMSNorm of queries and keys.
+        rope: rotary positions in addition to the fixed ones.
+        class_tokens: number of tokens with the label's embedding that attention sees beside the image.
+    """
+
+    norm: NormKind = "layer"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    qk_norm: bool = False
+    rope: bool = False
+    class_tokens: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.class_tokens < 0:
+            raise ValueError(f"invalid class_tokens={self.class_tokens}; expected 0 or a positive number")
+
+    @property
+    def final_norm(self) -> NormKind:
+        """Norm of the final layer, that of the blocks."""
+        return self.norm
+
+    def mlp_width_at(self, level: Level) -> int:
+        """Return the hidden channels of the MLP."""
+        if self.mlp == "swiglu" and self.mlp_hidden_size is None:
+            return 8 * level.width // 3
+        return super().mlp_width_at(level)
 
     def pattern(self, level: Level) -> BlockPattern:
         """Return the one block, with softmax attention."""
-        mixer = functools.partial(SoftmaxAttention, num_heads=self.heads_at(level))
-        mlp = functools.partial(GeluMLP, hidden=self.mlp_width_at(level))
-        return BlockPattern((BlockSpec(mixer=mixer, mlp=mlp),))
+        mixer = functools.partial(
+            SoftmaxAttention, num_heads=self.heads_at(level), qk_norm=self.qk_norm, rope=self.rope
+        )
+        mlp = functools.partial(SwiGLU, use_bias=True) if self.mlp == "swiglu" else GeluMLP
+        mlp = functools.partial(mlp, hidden=self.mlp_width_at(level))
+        return BlockPattern((BlockSpec(mixer=mixer, mlp=mlp, norm=self.norm),))
+
+
+class DiT(DiffusionTransformer):
+    """A denoiser of images whose attention may also see tokens of the class."""
+
+    def _add_levels(self, rngs: nnx.Rngs) -> None:
+        super()._add_levels(rngs)
+        options = self.options
+        assert isinstance(options, DiTOptions)
+        if options.class_tokens and not self.num_classes:
+            raise ValueError(f"invalid class_tokens={options.class_tokens} without classes; expected 0")
+        count, width = options.class_tokens, options.hidden_size
+        self.class_tokens = ClassTokens(count, width, rngs=rngs) if count else None
+
+    def _run_levels(
+        self, x: Array, condition: Condition, grid: tuple[int, int], taps: Collection[int], features: Any
+    ) -> LevelOutputs:
+        """Run the blocks with the class tokens in front of the image's, which alone are returned."""
+        if self.class_tokens is None or self.label_embed is None:
+            return super()._run_levels(x, condition, grid, taps, features)
+        if context_size() > 1:
+            raise ValueError(
+                f"unsupported class_tokens with {context_size()} devices along mesh axis context; expected 1"
+            )
+        label = self.label_embed(condition.y, condition.drop, len(x))
+        first = self.class_tokens(label).astype(x.dtype)
+        tokens = jnp.concatenate([first, x], axis=1)
+        stack, conditions = super()._run_levels(tokens, condition, grid, taps, features)
+        output, hidden = jax.tree.map(lambda y: y[:, first.shape[1] :], (stack.output, stack.hidden))
+        return LevelOutputs(stack._replace(output=output, hidden=hidden), conditions)

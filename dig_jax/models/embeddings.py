@@ -82,3 +82,17 @@ class LabelEmbedding(nnx.Module):
         null = jnp.full(batch, self.num_classes, jnp.int32)
         y = null if y is None else y
         return self.table(y if drop is None else jnp.where(drop, null, y))
+
+
+class ClassTokens(nnx.Module):
+    """Tokens that hold the label's embedding: in-context conditioning (DiT, section 3.2; Li & He 2025, JiT).
+
+    Each token adds a learned position to the embedding.
+    """
+
+    def __init__(self, count: int, width: int, *, rngs: nnx.Rngs):
+        self.positions = nnx.Param(normal_002(rngs.params(), (count, width)))
+
+    def __call__(self, label: Float[Array, "b d"]) -> Float[Array, "b n d"]:
+        """Return the tokens of each image for its label's embedding."""
+        return label[:, None] + self.positions[...]

@@ -66,8 +66,8 @@ class Norm(nnx.Module):
     def __init__(self, width: int, kind: NormKind = "layer"):
         self.weight = nnx.Param(jnp.ones(width)) if kind == "rms" else None
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Normalize each token; the result has the dtype of x."""
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Normalize the last axis; the result has the dtype of x."""
         y = x.astype(jnp.float32)
         if self.weight is None:
             y = y - y.mean(-1, keepdims=True)
@@ -97,10 +97,10 @@ class Modulation(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """down(SiLU(gate)·up) without biases (Shazeer 2020); one fused projection, gate half first."""
+    """down(SiLU(gate)·up) (Shazeer 2020); one fused projection, gate half first."""
 
-    def __init__(self, width: int, *, hidden: int, dtype: DTypeLike, rngs: nnx.Rngs):
-        options = {"use_bias": False, "kernel_init": xavier, "dtype": dtype, "rngs": rngs}
+    def __init__(self, width: int, *, hidden: int, use_bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs):
+        options = {"use_bias": use_bias, "kernel_init": xavier, "dtype": dtype, "rngs": rngs}
         self.gate_up = FusedLinear(width, hidden, 2, **options)
         self.down = Linear(hidden, width, **options)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from dig_jax.errors import suggest
 from dig_jax.models.backbone import DiffusionTransformer, ModelOptions
 from dig_jax.models.dig import DiGOptions
-from dig_jax.models.dit import DiTOptions
+from dig_jax.models.dit import DiT, DiTOptions
 from dig_jax.models.u_dig import UDiGOptions, UShapedTransformer
 
 
@@ -73,6 +73,7 @@ FAMILIES = {
                 "L": Size(24, 1024, 16),
                 "XL": Size(28, 1152, 16),
             },
+            DiT,
         ),
         Family(
             "U-DiG",

@@ -7,6 +7,7 @@ from dig_jax.parallel.context import (
     constrain_tokens,
     context_size,
     convolve_with_halo,
+    kernel_platform,
     local_grid,
     shard_map_rows,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "gather_arrays",
     "gather_params",
     "is_peer_failure",
+    "kernel_platform",
     "initialize_distributed",
     "exit_process",
     "local_mesh",

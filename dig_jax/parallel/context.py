@@ -44,18 +44,23 @@ def local_grid(grid: tuple[int, int]) -> tuple[int, int]:
     return grid[0] // context_size(), grid[1]
 
 
-def shard_map_rows(function: Callable, *arrays: Float[Array, "..."]) -> Float[Array, "b t h v"]:
+def shard_map_rows(
+    function: Callable, *arrays: Float[Array, "..."], opaque: bool = False
+) -> Float[Array, "b t h v"]:
     """Call a function that mixes tokens on each device's rows.
 
     Args:
         function: (*arrays, axis_name) → [b, t, h, v]; `axis_name` is the mesh axis over which rows are
             sharded, or None.
         arrays: tokens by heads [b, t, h, …], which are sharded; arrays of other ranks are replicated.
+        opaque: the function may call a kernel that does not partition itself.
     """
-    if context_size() == 1:
-        return function(*arrays, axis_name=None)
+    axis_name = CONTEXT if context_size() > 1 else None
+    function = functools.partial(function, axis_name=axis_name)
+    if axis_name is None and not (opaque and axis_sizes()):
+        return function(*arrays)
     axes = [_HEADS if x.ndim == 4 else () for x in arrays]
-    return _on_shards(functools.partial(function, axis_name=CONTEXT), arrays, axes, _HEADS)
+    return _on_shards(function, arrays, axes, _HEADS, check=not opaque)
 
 
 def convolve_with_halo(
@@ -78,11 +83,31 @@ def convolve_with_halo(
     return _on_shards(shard_map_rows, [x, kernel], [_ROWS, ()], _ROWS)
 
 
+def kernel_platform() -> str | None:
+    """Return the platform that kernels are compiled for: "cpu", "gpu" or "tpu".
+
+    It is that of the current mesh. Without a mesh it is the default platform, or None if that has several
+    devices: the compiler may partition the program, which kernels do not allow.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform
+    return jax.default_backend() if jax.device_count() == 1 else None
+
+
 def _on_shards(
-    function: Callable, arrays: Sequence[Array], axes: Sequence[Sequence[Axes]], out_axes: Sequence[Axes]
+    function: Callable,
+    arrays: Sequence[Array],
+    axes: Sequence[Sequence[Axes]],
+    out_axes: Sequence[Axes],
+    *,
+    check: bool = True,
 ) -> Array:
-    """Call `function` under shard_map; the result is sharded like the first array's shape allows."""
+    """Call `function` under shard_map; the result is sharded like the first array's shape allows.
+
+    `check` lets JAX check what varies over the mesh, which kernels of JAX do not declare.
+    """
     sizes = axis_sizes()
     in_specs = tuple(fitting(x.shape, names, sizes) for x, names in zip(arrays, axes, strict=True))
     out_specs = fitting(arrays[0].shape, out_axes, sizes)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)(*arrays)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check)(*arrays)

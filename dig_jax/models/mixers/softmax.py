@@ -8,31 +8,65 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dig_jax.models.layers import FusedLinear, Linear, xavier
+from dig_jax.models.layers import FusedLinear, Linear, Norm, xavier
 from dig_jax.models.mixers.heads import split_heads
-from dig_jax.parallel import shard_map_rows
+from dig_jax.models.mixers.rotary import rotate
+from dig_jax.parallel import kernel_platform, shard_map_rows
+
+_LANES = 128  # a TPU kernel's blocks have a multiple of this many tokens
+_LARGEST_BLOCK = 512
 
 
 class SoftmaxAttention(nnx.Module):
     """Multi-head self-attention with biases (Vaswani et al. 2017).
 
+    Args:
+        qk_norm: RMSNorm with a weight over the channels of each head's queries and keys (Dehghani et al.
+            2023), which bounds the logits.
+        rope: rotary position embeddings of the queries and keys, `rotary.py`.
+
     Attributes:
         isolated: let every token attend to itself only, so that the output of a head is its v.
     """
 
-    def __init__(self, width: int, *, num_heads: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        qk_norm: bool = False,
+        rope: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         if width % num_heads:
             raise ValueError(f"invalid num_heads={num_heads}; expected a divisor of hidden_size={width}")
-        self.num_heads, self.isolated = num_heads, False
+        head = width // num_heads
+        if rope and head % 4:
+            raise ValueError(
+                f"invalid num_heads={num_heads} with rope: got {head} channels per head; expected a multiple"
+                " of 4"
+            )
+        self.num_heads, self.rope, self.isolated = num_heads, rope, False
         options = {"kernel_init": xavier, "dtype": dtype, "rngs": rngs}
         self.qkv_proj = FusedLinear(width, width, 3, **options)
+        self.q_norm, self.k_norm = (Norm(head, "rms") if qk_norm else None for _ in range(2))
         self.o_proj = Linear(width, width, **options)
 
     def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
-        """Let every token attend to all tokens; the grid has no effect."""
-        del grid
+        """Let every token attend to all tokens.
+
+        Args:
+            x: tokens; the last ones are those of the grid, in raster order.
+            grid: (rows, columns), the positions of `rope`.
+        """
         q, k, v = (split_heads(y, self.num_heads) for y in self.qkv_proj(x))
-        o = v if self.isolated else shard_map_rows(_attend, q, k, v)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope:
+            q, k = rotate(q, grid), rotate(k, grid)
+        opaque = kernel_platform() == "tpu"
+        o = v if self.isolated else shard_map_rows(_attend, q, k, v, opaque=opaque)
         return self.o_proj(o.reshape(x.shape))
 
 
@@ -45,7 +79,49 @@ def _attend(
     """Attend from this device's tokens to the tokens of all devices along a mesh axis."""
     if axis_name is not None:
         k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
+    if kernel_platform() == "tpu" and q.shape[1] % _LANES == k.shape[1] % _LANES == 0:
+        return splash_attention(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, implementation=_implementation(q))
+
+
+def splash_attention(
+    q: Float[Array, "b own h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h k"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b own h k"]:
+    """Run JAX's flash attention for TPUs; own and t are multiples of 128.
+
+    For DiT-XL at 4,096 tokens, forward and backward move 1/14 of the bytes of plain JAX on a v5e.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (_, own, heads, size), t = q.shape, k.shape[1]
+    own_block, block = (_block(tokens) for tokens in (own, t))
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask((own, t))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=own_block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=own_block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=own_block,
+            block_kv_dq=block,
+        ),
+        interpret=interpret,
+    )
+    q, k, v = (x.swapaxes(1, 2) for x in (q * size**-0.5, k, v))
+    o: Array = jax.vmap(kernel)(q, k, v)  # pyright: ignore[reportAssignmentType]
+    return o.swapaxes(1, 2)
+
+
+def _block(tokens: int) -> int:
+    """Return the largest supported block that divides a number of tokens."""
+    return max(size for size in range(_LANES, _LARGEST_BLOCK + 1, _LANES) if tokens % size == 0)
 
 
 def _implementation(q: Float[Array, "b own h k"]) -> Literal["cudnn"] | None:

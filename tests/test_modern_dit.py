@@ -1,0 +1,125 @@
+"""The options of modern DiTs: RMSNorm, SwiGLU, norms of queries and keys, rotary positions, class tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_models import apply, inputs, randomized, tiny
+
+from dig_jax.models.mixers.rotary import rotary_angles, rotate
+from dig_jax.models.mixers.softmax import splash_attention
+
+ALL = {"norm": "rms", "mlp": "swiglu", "qk_norm": True, "rope": True, "class_tokens": 3}
+WIDE = {"num_heads": 2, "learn_sigma": False}
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def modern():
+    """A model of two blocks with all options, and random parameters."""
+    return randomized(tiny("DiT-S/2", depth=2, **WIDE, **ALL))
+
+
+def test_rotary_products_depend_on_the_offset_of_tokens_only():
+    """Moving the query and the key by the same rows and columns changes nothing."""
+    q, k = normal(2, 1, 1, 1, 16)
+    everywhere = [rotate(jnp.broadcast_to(x, (1, 35, 1, 16)), (5, 7))[0, :, 0] for x in (q, k)]
+    products = (everywhere[0] @ everywhere[1].T).reshape(5, 7, 5, 7)
+    np.testing.assert_allclose(products[:-1, :-2, :-1, :-2], products[1:, 2:, 1:, 2:], atol=1e-4)
+    norm = jnp.linalg.norm(everywhere[0], axis=-1)
+    np.testing.assert_allclose(norm, jnp.linalg.norm(q), rtol=1e-5)
+
+
+def test_rotary_angles_are_those_of_lightning_dit():
+    """Its table repeats each angle for two adjacent channels, rows before columns."""
+    size, rows, columns = 16, 3, 4
+    frequencies = 1 / 10000 ** (np.arange(0, size // 2, 2) / (size // 2))
+    row, column = (np.arange(n)[:, None] * frequencies for n in (rows, columns))
+    table = np.concatenate(
+        np.broadcast_arrays(row[:, None].repeat(2, -1), column[None].repeat(2, -1)), axis=-1
+    ).reshape(-1, size)
+    np.testing.assert_allclose(rotary_angles((rows, columns), size), table[:, ::2], rtol=1e-12)
+
+
+def test_tokens_in_front_of_the_grid_are_not_rotated():
+    x = normal(1, 9, 2, 8)
+    np.testing.assert_allclose(rotate(x, (2, 3))[:, :4], x[:, :4], rtol=1e-6)
+    np.testing.assert_array_equal(rotate(x, (2, 3))[:, 3:], rotate(x[:, 3:], (2, 3)))
+
+
+def test_the_parameters_are_those_of_the_options(modern):
+    _, params = modern
+    names = {".".join(map(str, path[3:])) for path in dict(nnx.to_flat_state(params)) if path[0] == "blocks"}
+    assert params["final"]["norm"]["weight"][...].shape == (32,)
+    norms = {"norm1.weight", "norm2.weight", "mixer.q_norm.weight", "mixer.k_norm.weight"}
+    mlp = {f"mlp.{name}.{leaf}" for name in ("gate_up", "down") for leaf in ("kernel", "bias")}
+    assert names >= norms | mlp and not any(name.startswith("mlp.hidden") for name in names)
+    assert params["class_tokens"]["positions"][...].shape == (3, 32)
+    assert tiny("DiT-S/2", depth=1, mlp="swiglu").options.mlp_width == 8 * 32 // 3
+
+
+def test_every_option_changes_the_output(modern):
+    """The output of the image keeps its shape; class tokens reach it and show the label."""
+    graphdef, params = modern
+    x, t, y = inputs()
+    out = apply(graphdef, params, x, t, y)
+    assert out.shape == x.shape and float(jnp.abs(out).min()) > 0
+    rest = dict(nnx.to_flat_state(params))
+    for path in [("class_tokens", "positions"), *[p for p in rest if p[-2] in ("q_norm", "k_norm")]]:
+        changed = nnx.from_flat_state(
+            [(p, v.replace(v[...] + 1) if p == path else v) for p, v in rest.items()]
+        )
+        assert not np.allclose(apply(graphdef, changed, x, t, y), out, atol=1e-5), path
+    moved = apply(graphdef, params, jnp.roll(x, 2, axis=1), t, y)
+    assert not np.allclose(jnp.roll(moved, -2, axis=1), out, atol=1e-3)
+
+
+def test_norms_of_queries_and_keys_bound_the_logits(modern):
+    """The model does not depend on the scale of the projections of queries and keys."""
+    graphdef, params = modern
+    x, t, y = inputs()
+    scale = jnp.repeat(jnp.array([3.0, 5.0, 1.0]), 32)
+    flat = [
+        (path, v.replace(v[...] * scale) if "qkv_proj" in path else v)
+        for path, v in nnx.to_flat_state(params)
+    ]
+    scaled = apply(graphdef, nnx.from_flat_state(flat), x, t, y)
+    np.testing.assert_allclose(scaled, apply(graphdef, params, x, t, y), rtol=1e-3, atol=1e-4)
+
+
+def test_splash_attention_equals_plain_attention_with_its_gradients():
+    """As the interpreter runs the TPU's kernel, with fewer queries than keys."""
+    q, k, v = normal(1, 128, 2, 8), normal(1, 256, 2, 8, seed=1), normal(1, 256, 2, 8, seed=2)
+
+    def both(attend):
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(jnp.cos(out))
+
+    got = jax.jit(lambda: both(functools.partial(splash_attention, interpret=True)))()
+    expected = jax.jit(lambda: both(jax.nn.dot_product_attention))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_tokens": -1}, "invalid class_tokens=-1; expected 0 or a positive number"),
+        ({"class_tokens": 2, "num_classes": 0}, "invalid class_tokens=2 without classes; expected 0"),
+        ({"mlp": "relu"}, "invalid mlp='relu'; expected one of gelu, swiglu"),
+        ({"rope": True, "num_heads": 16}, "invalid num_heads=16 with rope: got 2 channels per head"),
+    ],
+)
+def test_invalid_options_say_what_is_expected(options, message):
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: tiny("DiT-S/2", depth=1, **options))
+
+
+def test_dig_refuses_the_options_of_dit():
+    with pytest.raises(ValueError, match="unknown option 'rope' of DiG"):
+        tiny("DiG-S/2", depth=1, rope=True)
