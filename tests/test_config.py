@@ -402,7 +402,7 @@ def test_all_settings_that_a_workdir_was_not_created_with_are_named():
                 "sampling__guidance": "perturbed",
                 "sampling__guidance_options": {"blocks": [0]},
             },
-            "config.sampling: unsupported blocks of guidance 'perturbed': block 0 has softmax attention",
+            "config.sampling: unsupported blocks of guidance 'perturbed': block 0 has no GLA",
         ),
         (
             {"sampling__guidance_channels": 4},

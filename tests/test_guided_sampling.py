@@ -150,7 +150,7 @@ def test_perturbed_guidance_isolates_softmax_attention_in_all_blocks():
     assert np.abs(weak - strong).max() > 1e-4
     draw = functools.partial(Sampler(plain, params, step=0), guidance="perturbed", guidance_scale=3.0, **DRAW)
     np.testing.assert_allclose(draw(), weak + 3 * (strong - weak), atol=1e-4)
-    with pytest.raises(ValueError, match="block 0 has softmax attention; expected blocks with GLA, or none"):
+    with pytest.raises(ValueError, match="block 0 has no GLA; expected blocks with GLA, or none"):
         draw(guidance_options={"blocks": [0]})
 
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dig_jax import convert, create_model
-from dig_jax.models.dig import DIRECTIONS
+from dig_jax.models.dig import DIRECTIONS, DiGOptions
 from dig_jax.models.isolation import isolate_attention
 from dig_jax.models.mixers import GatedLinearAttention, LocalAttention, SoftmaxAttention
+from dig_jax.models.mixers.gla import half_lives, parse_half_life
 from dig_jax.models.mixers.local import attend_locally
 from dig_jax.models.mixers.pattern import parse_pattern
 from dig_jax.models.registry import resolve_options
@@ -68,6 +69,17 @@ def test_only_the_bottleneck_of_a_u_may_have_another_mixer():
             {"name": "U-DiG-S", "mixer": "gla*2+local"},
             "for a level of 2 blocks; expected a pattern whose 3 blocks",
         ),
+        (
+            {"gate_normalizer": "0"},
+            "invalid gate_normalizer='0'; expected a positive number of tokens, one per head",
+        ),
+        ({"gate_normalizer": "gird"}, "invalid gate_normalizer='gird'; did you mean 'grid'"),
+        (
+            {"gate_normalizer": (16.0, 32.0)},
+            "gate_normalizer: got 2 numbers for 6 heads; expected one number, one per",
+        ),
+        ({"num_heads": 5}, r"num_heads=5; expected a divisor of the key width 192 \(0.5 × 384\)"),
+        ({"value_expansion": 1.3}, "num_heads=6; expected a divisor of the value width 499.2"),
         ({"window": 4}, "invalid window=4; expected an odd number"),
         ({"mixer": "local"}, "invalid window=9 for an input of 8 × 32: got 4 × 16 tokens; .* of at most 4"),
         (
@@ -151,5 +163,64 @@ def test_a_hybrid_is_scanned_and_isolates_the_tokens_of_all_kinds_of_attention()
 
 def test_upstreams_format_refuses_other_mixers():
     model = tiny_components(**SMALL, model__mixer="softmax").abstract_model
-    with pytest.raises(ValueError, match="unsupported mixer='softmax'; expected 'gla'"):
+    with pytest.raises(ValueError, match="unsupported mixer='softmax'; expected 'gla', as in"):
         convert.load_torch_state_dict(model, {})
+
+
+def test_half_lives_follow_the_grid_and_the_direction():
+    assert half_lives(24.0, (8, 12), "row", 3) == 24
+    assert half_lives("grid", (8, 12), "row_reversed", 3) == 12
+    assert half_lives("grid", (8, 12), "column", 3) == 8
+    spread = half_lives("spread", (8, 12), "row", 3)
+    np.testing.assert_allclose(spread, (6, 24, 96), rtol=1e-6)
+    # The released recipe at 256 pixels and patches of 2.
+    assert half_lives("grid", (16, 16), "column", 6) == parse_half_life("16") == DiGOptions.gate_normalizer
+
+
+def mixed(x, seed=0, **options):
+    """The output of a GLA with random parameters."""
+    options = {"num_heads": 2, "direction": "column", "implementation": "xla"} | options
+    mixer = GatedLinearAttention(32, **options, dtype=jnp.float32, rngs=nnx.Rngs(seed))
+    mixer.norm_weight[...] = jnp.linspace(0.5, 2, mixer.norm_weight.shape[0])
+    return jax.jit(lambda x: mixer(x, (4, 6)))(x)
+
+
+def test_equal_half_lives_of_all_heads_are_one_half_life():
+    x = jax.random.normal(jax.random.key(0), (2, 24, 32))
+    np.testing.assert_allclose(
+        mixed(x, gate_normalizer=(24.0, 24.0)), mixed(x, gate_normalizer=24.0), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(mixed(x, gate_normalizer="grid"), mixed(x, gate_normalizer=4.0), rtol=1e-6)
+    assert np.abs(mixed(x, gate_normalizer=(4.0, 24.0)) - mixed(x, gate_normalizer=4.0)).max() > 1e-4
+
+
+def test_the_mixer_of_one_head_with_expanded_keys_and_values_equals_the_recurrence():
+    x = jax.random.normal(jax.random.key(0), (1, 24, 32))
+    options = {"gate_normalizer": (5.0, 50.0), "key_expansion": 1.0, "value_expansion": 2.0}
+    fast, oracle = (mixed(x, implementation=name, **options) for name in ("xla", "reference"))
+    np.testing.assert_allclose(fast, oracle, rtol=1e-4, atol=1e-6)
+
+
+def test_expansions_set_the_size_of_the_state():
+    mixer = blocks_of("DiG-S/2", key_expansion=1.0, num_heads=3)[0]
+    made = nnx.eval_shape(lambda: mixer(384, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    assert (made.q_proj.kernel.shape, made.v_proj.kernel.shape) == ((384, 384), (384, 384))
+    assert made.norm_weight.shape == (128,) and made.decay_up.kernel.shape == (16, 384)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"tensor": 2}, {"context": 2}])
+def test_half_lives_of_heads_are_the_same_on_every_mesh(axes):
+    mixer = GatedLinearAttention(
+        32, num_heads=2, direction="row", gate_normalizer="spread", dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    graphdef, state = nnx.split(mixer)
+    x = jax.random.normal(jax.random.key(0), (2, 24, 32))
+
+    def mix(x):
+        return nnx.merge(graphdef, state)(x, (4, 6))
+
+    expected = jax.jit(mix)(x)
+    mesh = {f"mesh__{name}": count for name, count in ({"data": 1} | axes).items()}
+    with jax.set_mesh(make_mesh(tiny_settings(**mesh).mesh, 2)):
+        np.testing.assert_allclose(jax.jit(lambda x: mix(x))(x), expected, rtol=1e-4, atol=1e-6)

@@ -72,6 +72,18 @@ class ModelConfig(Group, path="config.model"):
         "Rows and columns, an odd number, of the tokens that local attention sees (DiG and U-DiG).",
         bounds="positive",
     )
+    gate_normalizer: str = field(
+        "16",
+        "Tokens after which a GLA state is halved at initialization: a number, one per head (16,32,…), grid"
+        " (the length of a line of the scan), or spread (per head, from half a line to the whole image; DiG"
+        " and U-DiG; docs/models.md).",
+    )
+    key_expansion: float = field(
+        0.5, "Width of GLA's queries and keys / hidden_size (DiG and U-DiG).", bounds="positive"
+    )
+    value_expansion: float = field(
+        1.0, "Width of GLA's values / hidden_size (DiG and U-DiG).", bounds="positive"
+    )
     directions: int = field(4, "Number of scan directions: 4, 2 or 1 (DiG and U-DiG).")
     conv: str | None = field(
         "after",

@@ -49,6 +49,7 @@ _DIT_BLOCK = _BLOCK | {
     "mlp.out": "mlp.fc2",
 }
 _BLOCKS = {"DiG": _BLOCK, "DiT": _DIT_BLOCK}  # by model family
+_UPSTREAM = {"mixer": "gla", "gate_normalizer": 16.0}  # options that shapes do not show
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
 # Upstream saves each RMSNorm under a second name.
 _ALIASES = {"norm1": "attn_norm", "norm2": "mlp_norm"}
@@ -157,8 +158,9 @@ def _num_frames(model: DiffusionTransformer) -> int:
 def _check_supported(model: DiffusionTransformer) -> None:
     if model.family not in _BLOCKS:
         raise ValueError(f"unsupported model family: got {model.family}; expected {' or '.join(_BLOCKS)}")
-    if (mixer := getattr(model.options, "mixer", "gla")) != "gla":
-        raise ValueError(f"unsupported mixer={mixer!r}; expected 'gla', the only mixer of upstream's DiG")
+    for name, expected in _UPSTREAM.items():
+        if (value := getattr(model.options, name, expected)) != expected:
+            raise ValueError(f"unsupported {name}={value!r}; expected {expected!r}, as in upstream's DiG")
     modern = ("qk_norm", "rope", "class_tokens")
     given = [name for name in modern if getattr(model.options, name, False)]
     if getattr(model.options, "mlp", "gelu") != "gelu":

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from dig_jax.models.backbone import Level, ModelOptions
 from dig_jax.models.block_stack import BlockPattern, SkipKind
 from dig_jax.models.blocks import BlockSpec, ConvPlacement
 from dig_jax.models.layers import NormKind, SwiGLU
-from dig_jax.models.mixers import GatedLinearAttention, LocalAttention, SoftmaxAttention
+from dig_jax.models.mixers import GatedLinearAttention, LocalAttention, SoftmaxAttention, parse_half_life
 from dig_jax.models.mixers.pattern import parse_pattern
 
 # Block i scans in direction i mod 4. Tokens stay in raster order; the kernel takes the direction.
@@ -23,6 +24,9 @@ class GLAOptions(ModelOptions):
     Args:
         mixer: "gla", "softmax", "local", or a pattern of them that repeats, such as "gla*3+softmax".
         window: rows and columns of the windows of local attention, an odd number.
+        gate_normalizer: tokens after which a state is halved at initialization: a number, one per head,
+            "grid" (the length of a line), or "spread" (per head, from half a line to the whole image).
+        key_expansion, value_expansion: widths of GLA's keys and values, as multiples of the width.
         directions: 4, 2 (row and row reversed) or 1 (row).
         conv: the 3×3 depthwise convolution "after" the block, "inside" it, or None.
         norm: "layer" (no affine parameters) or "rms" (with a weight), in the blocks.
@@ -31,6 +35,9 @@ class GLAOptions(ModelOptions):
 
     mixer: str = "gla"
     window: int = 9
+    gate_normalizer: float | str | Sequence[float] = 16.0
+    key_expansion: float = 0.5
+    value_expansion: float = 1.0
     directions: Literal[4, 2, 1] = 4
     conv: ConvPlacement | None = "after"
     norm: NormKind = "layer"
@@ -40,7 +47,14 @@ class GLAOptions(ModelOptions):
         super().__post_init__()
         if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"invalid window={self.window}; expected an odd number")
+        half_life = parse_half_life(self.gate_normalizer)
+        object.__setattr__(self, "gate_normalizer", half_life)
         for level in self.levels:
+            if isinstance(half_life, tuple) and len(half_life) != self.heads_at(level):
+                raise ValueError(
+                    f"invalid gate_normalizer: got {len(half_life)} numbers for {self.heads_at(level)} heads;"
+                    " expected one number, one per head, 'grid' or 'spread'"
+                )
             text, mixers = self.mixer_of(level), self.mixers(level)
             if level.depth % len(mixers):
                 where = (
@@ -106,6 +120,9 @@ class GLAOptions(ModelOptions):
             GatedLinearAttention,
             num_heads=heads,
             direction=DIRECTIONS[(level.start + position) % self.directions],
+            gate_normalizer=parse_half_life(self.gate_normalizer),
+            key_expansion=self.key_expansion,
+            value_expansion=self.value_expansion,
             implementation=self.implementation,
         )
 

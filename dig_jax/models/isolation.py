@@ -14,7 +14,8 @@ from flax import nnx
 
 from dig_jax.models.mixers import LocalAttention, SoftmaxAttention
 
-# Times the gate normalizer 1/16, it is the decay's logarithm that the kernels document as a reset.
+# Divided by the gate normalizer 16, it is the decay's logarithm that the kernels document as a reset. A state
+# that halves every 10,000 tokens still falls to exp(-16) from one token to the next.
 _LOGIT = -16e4
 
 
