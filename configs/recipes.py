@@ -13,9 +13,6 @@ from dig_jax.models.registry import find_model
 
 RECIPES = ("modern", "ours", "paper")
 _WARMUP_STEPS = 1000
-# Index of the block of the internal head: at a quarter of the depth. Internal Guidance (CVPR 2026) puts it
-# after 8 of 28 blocks.
-_INTERNAL_HEADS = {"S": 3, "B": 3, "L": 6, "XL": 7}
 
 
 def follow(c: ConfigDict, recipe: str) -> ConfigDict:
@@ -55,7 +52,9 @@ def modernize(c: ConfigDict) -> ConfigDict:
     c.diffusion.process = "flow"  # the linear path and its velocity, as in SiT (Ma et al. 2024)
     c.diffusion.times = "logit_normal"  # mean 0 and deviation 1, as in Stable Diffusion 3 (Esser et al. 2024)
     c.model.learn_sigma = False  # flow matching has no variance to learn
-    c.model.internal_head = _INTERNAL_HEADS[find_model(c.model.name)[1]]
+    family, size, _ = find_model(c.model.name)
+    # A quarter of the depth. Internal Guidance (CVPR 2026) puts the head after 8 of 28 blocks.
+    c.model.internal_head = family.sizes[size].depth // 4
     c.optimizer.clip_norm = 1.0  # as in REPA (Yu et al. 2025)
     c.training.ema_decays = (0.9999, 0.9996)  # as in JiT (Li & He 2025)
     c.sampling.sampler = "dpmpp_2m"  # Lu et al. 2022

@@ -23,7 +23,7 @@ def compare(name: str, depth: int, meshes: list[dict[str, int]]) -> list[dict]:
         model__name=name,
         model__depth=depth,
         model__hidden_size=64,
-        model__num_heads=2,
+        model__num_heads=1 if name.startswith("DiS") else 2,
         data__options={"image_size": 16, "channels": 1, "num_classes": 5, "length": 60},
     )
     params = random_params(components)

@@ -61,7 +61,17 @@ def test_the_resolution_changes_the_tokens_but_not_the_parameters(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar10", "celeba64:paper", "digits", "imagefolder", "imagefolder_latents", "smoke"]
+    "name",
+    [
+        "dis_s",
+        "dis_xl:1024,paper",
+        "cifar10",
+        "celeba64:paper",
+        "digits",
+        "imagefolder",
+        "imagefolder_latents",
+        "smoke",
+    ],
 )
 def test_the_other_shipped_configs_build(name):
     assert param_count(cost(name).params) > 0

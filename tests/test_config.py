@@ -27,6 +27,7 @@ def changed(**fields) -> dict:
 
 
 IMAGENET = [f"{family}_{size}" for family in ("dig", "dit", "udig") for size in ("s", "b", "l", "xl")]
+DIS = [f"dis_{size}" for size in ("s", "b", "m", "l", "h", "xl")]
 SHIPPED = (
     *(
         f"{name}:{argument}"
@@ -34,6 +35,8 @@ SHIPPED = (
         for argument in ("256", "512", "1024", "256,ours", "256,paper", "1024,paper")
     ),
     *IMAGENET,
+    *DIS,
+    *(f"{name}:1024,paper" for name in DIS),
     *("dig_s:256,fast", "dig_b:256,fast", "dig_l:256,fast", "dig_xl:256,fast", "dig_xl:512,fast"),
     *("cifar10", "cifar10:paper", "celeba64", "celeba64:paper"),
     *("base", "digits", "imagefolder", "imagefolder:pictures", "imagefolder_latents:pictures", "smoke"),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from pallas_gla.selective_scan import selective_scan
 
 from configs import dig_xl
 from dig_jax import config
@@ -15,6 +16,12 @@ def test_model_flops_count_products_in_loops():
         return jax.checkpoint(lambda x: jax.lax.scan(lambda x, _: (jnp.sin(x @ w), None), x, length=3)[0])(x)
 
     assert forward_flops(forward, jnp.ones((4, 8)), jnp.ones((8, 8))) == 3 * 2 * 4 * 8 * 8
+
+
+def test_model_flops_count_what_a_selective_scan_adds_to_states_and_reads():
+    tokens, maps = jnp.ones((2, 5, 8)), jnp.ones((2, 5, 16))
+    rates = -jnp.ones((8, 16))
+    assert forward_flops(selective_scan, tokens, tokens, rates, maps, maps, jnp.ones(8)) == 4 * 2 * 5 * 8 * 16
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

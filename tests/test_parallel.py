@@ -21,6 +21,7 @@ MESHES = {
     "tensor": {"data": 1, "tensor": 2},
     "context": {"data": 1, "context": 4},
     "mixed": {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
+    "without context": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 # All meshes sum gradients. A tensor axis also gathers weights and modulation vectors, and re-shards a fused
 # weight from rows to columns. With split rows, DiG exchanges states, columns and the convolution's neighbors,
@@ -29,6 +30,7 @@ TENSOR = {"all-gather", "all-to-all"}
 CONTEXT = {
     "DiG-S/2": {"all-gather", "reduce-scatter", "all-to-all", "collective-permute"},
     "DiT-S/2": {"all-gather", "reduce-scatter"},
+    "DiS-S/2": set(),
 }
 
 
@@ -39,6 +41,7 @@ def collectives(name: str, mesh: str) -> set[str]:
         "tensor": TENSOR,
         "context": CONTEXT[name],
         "mixed": TENSOR | CONTEXT[name],
+        "without context": TENSOR,
     }
     return {"all-reduce"} | by_mesh[mesh]
 
@@ -82,6 +85,11 @@ def test_gradients_of_scans_on_a_mesh_of_all_axes_equal_one_devices():
 def test_gradients_of_scans_on_all_meshes_equal_one_devices():
     for mesh, result in compare("DiG-S/2", 8, tuple(MESHES)).items():
         check("DiG-S/2", mesh, result)
+
+
+@pytest.mark.slow
+def test_gradients_of_dis_on_a_mesh_equal_one_devices():
+    check("DiS-S/2", "without context", compare("DiS-S/2", 2, ("without context",))["without context"])
 
 
 def layout(name: str = "DiG-S/2", **mesh: int) -> dict[str, P]:

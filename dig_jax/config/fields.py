@@ -23,7 +23,9 @@ class ModelConfig(Group, path="config.model"):
     """The denoiser."""
 
     name: str = field(
-        "DiG-S/2", "FAMILY-SIZE/PATCH: DiG, DiT or U-DiG; S, B, L or XL. U-DiG has patches of 1: U-DiG-S."
+        "DiG-S/2",
+        "FAMILY-SIZE/PATCH: DiG, DiT or U-DiG; S, B, L or XL. U-DiG has patches of 1: U-DiG-S. DiS: S, B, M,"
+        " L, H or WIDTHxDEPTH.",
     )
     patch_size: int | None = field(
         None,

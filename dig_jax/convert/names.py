@@ -1,4 +1,4 @@
-"""Map parameter names and layouts of the released PyTorch code of DiG and DiT to ours and back.
+"""Map parameter names and layouts of the released PyTorch code of DiG, DiT and DiS to ours and back.
 
 Linear weights are transposed. Upstream's DiG rotates the tokens from block to block; we keep raster order and
 rotate its 3×3 kernels instead: by 180° in blocks i mod 4 = 1, transposed in 2, both in 3.
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dig_jax.convert import dis
 from dig_jax.files.safetensors import StoredArray
 from dig_jax.models.backbone import DiffusionTransformer
 from dig_jax.models.dig import DIRECTIONS
@@ -48,7 +49,7 @@ _DIT_BLOCK = _BLOCK | {
     "mlp.hidden": "mlp.fc1",
     "mlp.out": "mlp.fc2",
 }
-_BLOCKS = {"DiG": _BLOCK, "DiT": _DIT_BLOCK}  # by model family
+_BLOCKS = {"DiG": _BLOCK, "DiT": _DIT_BLOCK, "DiS": dis.BLOCK}  # by model family
 _UPSTREAM = {"mixer": "gla", "gate_normalizer": 16.0}  # options that shapes do not show
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
 # Upstream saves each RMSNorm under a second name.
@@ -70,11 +71,12 @@ class _Piece:
 def load_torch_state_dict(
     model: DiffusionTransformer, state_dict: Mapping[str, np.ndarray]
 ) -> DiffusionTransformer:
-    """Load parameters of the released DiG or DiT code into `model`, in place and strictly.
+    """Load parameters of the released DiG, DiT or DiS code into `model`, in place and strictly.
 
     Args:
         model: from `create_model`, with the options that the parameters were trained with.
-        state_dict: {name: array} with PyTorch's names and layouts. `pos_embed` is checked, not loaded.
+        state_dict: {name: array} with PyTorch's names and layouts. `pos_embed` is checked, not loaded, but
+            for DiS, which learns it.
             Upstream saves each RMSNorm weight under two names; both must have equal values.
 
     Returns:
@@ -119,7 +121,8 @@ def read_params(model: DiffusionTransformer, stored: Mapping[str, StoredArray]) 
     pieces = {path: list(_pieces(model, path, shape)) for path, shape in shapes.items()}
     expected = {piece.name: piece.shape for group in pieces.values() for piece in group}
     _compare(stored, expected)
-    _check_positions(model, stored)
+    if "pos_embed" not in expected:
+        _check_positions(model, stored)
     params = {}
     for path, group in pieces.items():
         leaf = params[path] = np.empty(shapes[path], np.float32)
@@ -140,7 +143,8 @@ def torch_arrays(model: DiffusionTransformer, params: Mapping[tuple, np.ndarray]
         raise ValueError(
             f"unsupported input size for upstream's models: got {rows}×{columns}; expected a square"
         )
-    arrays = {"pos_embed": _positions(model)[None]}
+    learned = ("positions",) in params
+    arrays = {} if learned else {"pos_embed": _positions(model)[None]}
     for path, leaf in params.items():
         for index, piece in enumerate(_pieces(model, path, leaf.shape)):
             array = piece.to_upstream(leaf[index] if _stacked(path) else leaf)
@@ -231,11 +235,20 @@ def _alias(name: str) -> str | None:
 
 
 def _stacked(path: tuple) -> bool:
-    return path[:2] in (("blocks", "groups"), ("blocks", "skips"))
+    return path[0] == "blocks" and path[1] in ("groups", "skips", "inward", "outward")
 
 
 def _pieces(model: DiffusionTransformer, path: tuple, shape: tuple[int, ...]) -> Iterator[_Piece]:
     """Yield the PyTorch arrays that make up one of our leaves, in stacking order."""
+    inner_shape = shape[1:] if _stacked(path) else shape
+    if model.family == "DiS":
+        if path[0] != "blocks":
+            yield _piece(model, _torch_name(dis.TOP, path), path, shape, 0)
+            return
+        blocks, inner = dis.blocks(path, model.blocks.depth)
+        for block in blocks:
+            yield _piece(model, f"{block}.{_torch_name(dis.BLOCK, inner)}", inner, inner_shape, 0)
+        return
     depth, period = model.blocks.depth, model.blocks.period
     if path[:2] == ("blocks", "groups"):
         blocks, inner = range(path[2], depth // period * period, period), path[3:]
@@ -249,7 +262,7 @@ def _pieces(model: DiffusionTransformer, path: tuple, shape: tuple[int, ...]) ->
     names = _BLOCKS[model.family]
     for block in blocks:
         name = f"blocks.{block}.{_torch_name(names, inner)}"
-        yield _piece(model, name, inner, shape[1:] if _stacked(path) else shape, block)
+        yield _piece(model, name, inner, inner_shape, block)
 
 
 def _torch_name(names: Mapping[str, str], path: tuple) -> str:
@@ -274,6 +287,12 @@ def _piece(model: DiffusionTransformer, name: str, path: tuple, shape: tuple[int
             lambda array: _rotated(array[:, 0].transpose(1, 2, 0), direction),
             lambda array: _rotated(array, direction).transpose(2, 0, 1)[:, None],
         )
+    if path[-2:] == ("conv", "kernel"):  # of a sequence
+        return _Piece(
+            name, (shape[1], 1, shape[0]), lambda array: array[:, 0].T, lambda array: array.T[:, None]
+        )
+    if path == ("positions",):
+        return _Piece(name, (1, *shape), lambda array: array[0], lambda array: array[None])
     if path[-1] == "kernel":
         return _Piece(name, shape[::-1], np.transpose, np.transpose)
     return _Piece(name, shape, np.asarray, np.asarray)

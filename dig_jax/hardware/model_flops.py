@@ -21,7 +21,7 @@ def training_flops(forward: Callable, *arguments) -> int:
 
 
 def forward_flops(forward: Callable, *arguments) -> int:
-    """Return the FLOPs of matrix products, convolutions and GLA scans, without elementwise operations."""
+    """Return the FLOPs of matrix products, convolutions and scans, without elementwise operations."""
     return _jaxpr_flops(jax.make_jaxpr(forward)(*arguments).jaxpr)
 
 
@@ -44,6 +44,10 @@ def _equation_flops(equation: core.JaxprEqn) -> int:
         # Each token of a head updates the state with k vᵀ and reads q S.
         batch, tokens, heads, keys = shapes[params["names"].index("k")]
         return 4 * batch * tokens * heads * keys * shapes[params["names"].index("v")][-1]
+    if params.get("name") == "selective_scan_call":
+        # Each token of a channel adds to every state and reads it.
+        (batch, tokens, channels), (states, _) = shapes[0], shapes[2]
+        return 4 * batch * tokens * channels * states
     inner = sum(_jaxpr_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value))
     return inner * params["length"] if name == "scan" else inner
 

@@ -271,7 +271,7 @@ class BlockStack(nnx.Module):
                     outputs.append(x)
             return x, (outputs, made)
 
-        body = self._rematerialized(body)
+        body = rematerialized(body, self.remat)
         if segment.repeats is None:
             x, (outputs, made) = body(x, (params, joins, given))
         else:
@@ -307,16 +307,18 @@ class BlockStack(nnx.Module):
             joins.append((skip, _layers_of(params, first + number, segment.repeats, step=segment.size)))
         return joins
 
-    def _rematerialized(self, function: Callable) -> Callable:
-        if self.remat is None and not axis_sizes().keys() & {"fsdp", "tensor"}:
-            return function
-        policy = _REMAT_POLICIES[self.remat] if self.remat else save_all_but_gathered
-        # Inside a scan the compiler cannot undo the recomputation, so barriers against CSE are not needed.
-        return jax.checkpoint(function, policy=policy, prevent_cse=False)
-
     def _ready(self, graphdef: nnx.GraphDef, params: Any) -> nnx.Module:
         """Return a module with its parameters gathered for computation."""
         return nnx.merge(graphdef, gather_params(nnx.to_pure_dict(params), self.dtype))
+
+
+def rematerialized(function: Callable, remat: Remat | None) -> Callable:
+    """Return the body of a scan over blocks, with what its backward pass recomputes (see `BlockStack`)."""
+    if remat is None and not axis_sizes().keys() & {"fsdp", "tensor"}:
+        return function
+    policy = _REMAT_POLICIES[remat] if remat else save_all_but_gathered
+    # Inside a scan the compiler cannot undo the recomputation, so barriers against CSE are not needed.
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
 def _layers_of(params: Any, first: int, count: int | None, step: int = 1) -> Any:

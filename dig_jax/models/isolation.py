@@ -36,6 +36,10 @@ def isolate_tokens(params: dict[str, Any], blocks: Collection[int] = ()) -> dict
     Raises:
         ValueError: a named block has no GLA or does not exist.
     """
+    if "inward" in params.get("blocks", {}):
+        raise ValueError(
+            "unsupported guidance 'perturbed' of DiS; expected a model with GLA or softmax attention"
+        )
     levels = [params] if "blocks" in params else list(params["levels"].values())
     depths = [_depth(level["blocks"]) for level in levels]
     if wrong := [block for block in blocks if not 0 <= block < sum(depths)]:

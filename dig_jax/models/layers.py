@@ -63,7 +63,8 @@ class FusedLinear(Linear):
 class Norm(nnx.Module):
     """LayerNorm without affine parameters ("layer") or RMSNorm with a weight ("rms"), in float32."""
 
-    def __init__(self, width: int, kind: NormKind = "layer"):
+    def __init__(self, width: int, kind: NormKind = "layer", epsilon: float = EPSILON):
+        self.epsilon = epsilon
         self.weight = nnx.Param(jnp.ones(width)) if kind == "rms" else None
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
@@ -71,7 +72,7 @@ class Norm(nnx.Module):
         y = x.astype(jnp.float32)
         if self.weight is None:
             y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPSILON)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         return (y if self.weight is None else y * self.weight[...]).astype(x.dtype)
 
 

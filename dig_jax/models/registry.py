@@ -12,6 +12,7 @@ from flax import nnx
 from dig_jax.errors import suggest
 from dig_jax.models.backbone import DiffusionTransformer, ModelOptions
 from dig_jax.models.dig import DiGOptions
+from dig_jax.models.dis import DiS, DiSOptions
 from dig_jax.models.dit import DiT, DiTOptions
 from dig_jax.models.u_dig import UDiGOptions, UShapedTransformer
 
@@ -51,6 +52,8 @@ class Family:
 
 
 # Sizes: table 1 of each paper; the heads of DiG are from the released code. No sizes of U-DiG were published.
+# Those of DiS are from its released code. It has no size with the parameters of DiG's models, which
+# WIDTHxDEPTH adds.
 FAMILIES = {
     family.name: family
     for family in (
@@ -86,6 +89,22 @@ FAMILIES = {
             },
             UShapedTransformer,
             patch_size=1,
+        ),
+        Family(
+            "DiS",
+            DiSOptions,
+            {
+                "S": Size(24, 368, 1),
+                "B": Size(24, 768, 1),
+                "M": Size(48, 768, 1),
+                "L": Size(48, 1024, 1),
+                "H": Size(48, 1536, 1),
+                "384x24": Size(24, 384, 1),
+                "768x26": Size(26, 768, 1),
+                "1024x56": Size(56, 1024, 1),
+                "1152x64": Size(64, 1152, 1),
+            },
+            DiS,
         ),
     )
 }

@@ -9,6 +9,7 @@ from dig_jax.parallel.context import (
     convolve_with_halo,
     kernel_platform,
     local_grid,
+    shard_map_channels,
     shard_map_rows,
 )
 from dig_jax.parallel.distributed import (
@@ -66,6 +67,7 @@ __all__ = [
     "exit_process",
     "local_mesh",
     "make_mesh",
+    "shard_map_channels",
     "shard_map_rows",
     "local_grid",
     "process_shard",

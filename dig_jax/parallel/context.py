@@ -5,7 +5,7 @@ nor our own collectives. These run under `shard_map`, on each device's images, r
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,12 @@ from dig_jax.parallel.mesh import BATCH_AXES
 CONTEXT = "context"
 _ROWS: Sequence[Axes] = (BATCH_AXES, CONTEXT, None, None)
 _HEADS: Sequence[Axes] = (BATCH_AXES, CONTEXT, "tensor", None)
+_CHANNELS: Mapping[str, Sequence[Axes]] = {
+    "tokens": (BATCH_AXES, None, "tensor"),
+    "maps": (BATCH_AXES, None, None),
+    "matrix": ("tensor", None),
+    "vector": ("tensor",),
+}
 
 
 def context_size() -> int:
@@ -61,6 +67,23 @@ def shard_map_rows(
         return function(*arrays)
     axes = [_HEADS if x.ndim == 4 else () for x in arrays]
     return _on_shards(function, arrays, axes, _HEADS, check=not opaque)
+
+
+def shard_map_channels(
+    function: Callable, arrays: Sequence[Float[Array, "..."]], kinds: Sequence[str]
+) -> Float[Array, "b t d"]:
+    """Call a function that mixes tokens, but neither images nor channels, on each device's shard of them.
+
+    Args:
+        function: (*arrays) → [b, t, d].
+        kinds: what each array is: "tokens" [b, t, d], "maps" [b, t, n], "matrix" [d, n] or "vector" [d].
+    """
+    sizes = axis_sizes()
+    if not sizes:
+        return function(*arrays)
+    specs = [fitting(x.shape, _CHANNELS[kind], sizes) for x, kind in zip(arrays, kinds, strict=True)]
+    out_specs = specs[kinds.index("tokens")]
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out_specs, check_vma=False)(*arrays)
 
 
 def convolve_with_halo(

@@ -26,10 +26,10 @@ _BOTH = ("tensor", "fsdp")
 # (end of the path, mesh axes of the last dimensions in storage, and in use); the first match wins.
 _RULES = (
     (r"mixer/(q|k|v|gate)_proj/kernel", ("fsdp", "tensor"), (None, "tensor")),
-    (r"(decay_up|mlp/hidden|modulation/linear)/kernel", ("fsdp", "tensor"), (None, "tensor")),
-    (r"(decay_up|mlp/hidden)/bias", ("tensor",), ("tensor",)),
-    (r"(mixer/o_proj|mlp/down|mlp/out)/kernel", ("tensor", "fsdp"), ("tensor", None)),
-    (r"(qkv_proj|gate_up)/kernel", (_BOTH, None), ("tensor", None)),
+    (r"(decay_up|dt_proj|mlp/hidden|modulation/linear)/kernel", ("fsdp", "tensor"), (None, "tensor")),
+    (r"(decay_up|dt_proj|mlp/hidden)/bias", ("tensor",), ("tensor",)),
+    (r"(mixer/o_proj|mixer/out_proj|x_proj|mlp/down|mlp/out)/kernel", ("tensor", "fsdp"), ("tensor", None)),
+    (r"(qkv_proj|in_proj|gate_up)/kernel", (_BOTH, None), ("tensor", None)),
     (r"conv/kernel", (), ()),
 )
 

@@ -167,7 +167,7 @@ class GenerationSpec:
             guidance=guidance,
             weak=weak if needs_weak else None,
             internal_scale=scale,
-            cache=_cache(fields, sampler),
+            cache=_cache(fields, sampler, components),
             trajectory=trajectory,
         )
 
@@ -177,7 +177,7 @@ def needs_weak_model(fields: Mapping[str, Any]) -> bool:
     return fields["guidance_scale"] != 1 and make_rule(fields["guidance"]).weak == "model"
 
 
-def _cache(fields: Mapping[str, Any], sampler: BaseSampler) -> CacheSpec | None:
+def _cache(fields: Mapping[str, Any], sampler: BaseSampler, components: Components) -> CacheSpec | None:
     if fields["cache_interval"] == 1:
         return None
     if not isinstance(sampler, LoopSampler) or sampler.evaluations_per_step > 1:
@@ -185,6 +185,8 @@ def _cache(fields: Mapping[str, Any], sampler: BaseSampler) -> CacheSpec | None:
             f"unsupported cache_interval={fields['cache_interval']} with sampler={fields['sampler']!r};"
             " expected 1, or a sampler with one evaluation per step"
         )
+    if components.abstract_model.family == "DiS":
+        raise ValueError(f"unsupported cache_interval={fields['cache_interval']} of DiS; expected 1")
     return CacheSpec(fields["cache_interval"], fields["cache_order"])
 
 

@@ -14,11 +14,15 @@ Chunk = tuple[Any, ...]
 
 
 def forward(
-    operands: Operands, options: Options
+    operands: Operands, options: Options, *, checkpoint: bool = False
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b n d"], Float[Array, "b m n d"]]:
-    """Return the output, the final state, and the state that enters each chunk in the scan's direction."""
-    # Forward mode and higher derivatives go through this function; so chunks are checkpointed.
-    run = jax.checkpoint(functools.partial(_run_chunk, operands.a, operands.d, reverse=options.reverse))
+    """Return the output, the final state, and the state that enters each chunk in the scan's direction.
+
+    Args:
+        checkpoint: whether JAX differentiates this function, and shall compute a chunk's states again.
+    """
+    run = functools.partial(_run_chunk, operands.a, operands.d, reverse=options.reverse)
+    run = jax.checkpoint(run) if checkpoint else run
 
     def step(state: Array, chunk: Chunk) -> tuple[Array, tuple[Array, Array]]:
         final_state, y = run(state, chunk)
