@@ -75,7 +75,7 @@ def test_the_default_config_has_the_published_number_of_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == 83_653_863
 
 
-@pytest.mark.parametrize("stripes", [2, 6])
+@pytest.mark.parametrize("stripes", [pytest.param(2, marks=pytest.mark.slow), 6])
 def test_stripes_give_the_same_image(stripes):
     x = latents()
     whole = small().decode(x, stripes=1)
@@ -98,6 +98,7 @@ def test_large_images_are_decoded_in_stripes_by_default(size, stripes):
     assert default_stripes(*size) == stripes
 
 
+@pytest.mark.slow
 def test_2048_pixels_are_decoded_in_less_than_6_gigabytes():
     """The compiler counts parameters, latents, image and temporaries in float32."""
     graphdef, params = nnx.split(

@@ -39,7 +39,7 @@ AUXILIARY = {
     "auxiliary.sra_weight": 1.0,
     "auxiliary.sra_teacher_block": 2,
 }
-SAMPLERS = ("ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_maruyama")
+SAMPLERS = ("ddpm", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_maruyama")
 
 
 def run_on(topology, **fields):
@@ -73,7 +73,13 @@ def test_a_train_step_of_dit_for_tpus_attends_in_kernels():
 
 
 @pytest.mark.parametrize("topology", GPU_AS_WELL)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        name if name in ("ddpm", "velocity") else pytest.param(name, marks=pytest.mark.slow)
+        for name in OBJECTIVES
+    ],
+)
 def test_a_train_step_scans_tokens_only_in_kernels(topology, objective):
     kernels, loops = kernels_and_loops(lower_train_step(run_on(topology, **OBJECTIVES[objective])), topology)
     assert kernels >= 2 and loops == 0
@@ -95,7 +101,7 @@ def test_a_train_step_with_auxiliary_losses_scans_tokens_only_in_kernels(topolog
 
 @pytest.mark.parametrize("topology", GPU_AS_WELL)
 @pytest.mark.parametrize(
-    "sampler", ["ddpm", "edm_heun", *(pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS)]
+    "sampler", ["edm_heun", *(pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS)]
 )
 def test_sampling_loops_over_steps_and_scans_tokens_only_in_kernels(topology, sampler):
     process = "flow" if sampler in ("euler_maruyama", "edm_heun") else "ddpm"

@@ -43,7 +43,13 @@ def plain_draw():
     return sampler()(guidance_scale=1.0, **DRAW)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        rule if rule in ("classifier_free", "autoguidance") else pytest.param(rule, marks=pytest.mark.slow)
+        for rule in RULES
+    ],
+)
 def test_a_scale_of_one_is_no_guidance_bit_for_bit_and_runs_one_pass(rule, monkeypatch, weak_model):
     expected, seen, denoise = plain_draw(), [], ModelSpec.denoise
 

@@ -92,6 +92,7 @@ def test_gpus_are_given_per_host_and_hosts():
 # Compilation.
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_program_for_tpus_is_the_same_without_code_generation():
     early, late = compile_without_codegen(lower_loop), compile_fully(lower_loop())

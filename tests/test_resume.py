@@ -85,7 +85,7 @@ def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
     patch.setattr(loop, "to_global", interrupted)
 
 
-@pytest.mark.parametrize("at", [2, 5])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_an_interrupted_run_resumes_bit_identically(trained, tmp_path, at):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, at)
@@ -146,6 +146,7 @@ def test_a_resumed_run_may_change_its_batch_size_and_goes_on_where_the_data_ende
     assert data["examples"] == 6 * 8 + 2 * 16
 
 
+@pytest.mark.slow
 def test_rematerialization_and_accumulation_may_change_and_compute_the_same_function(copied, tmp_path):
     other = shutil.copytree(copied, tmp_path / "other")
     train.train(settings(training__steps=8), copied)
@@ -283,7 +284,7 @@ def test_a_workdir_that_is_not_writable_raises_one_line(tmp_path):
             train.train(settings(), workdir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_terminated_or_interrupted_run_saves_and_resumes_bit_identically(
     trained, tmp_path, number, monkeypatch
 ):

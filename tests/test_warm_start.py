@@ -71,7 +71,15 @@ MEANINGS = {
 }
 
 
-@pytest.mark.parametrize("case", MEANINGS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        if case in ("heads of DiT", "prediction", "schedule")
+        else pytest.param(case, marks=pytest.mark.slow)
+        for case in MEANINGS
+    ],
+)
 def test_equal_shapes_with_another_meaning_are_refused_or_taken_on_request(tmp_path, log, case):
     fields, changes, message = MEANINGS[case]
     path, params = written(tmp_path, components(**fields))
@@ -89,13 +97,18 @@ def test_equal_shapes_with_another_meaning_are_refused_or_taken_on_request(tmp_p
     ("fields", "changes"),
     [
         ({}, {"model__dtype": "bfloat16"}),
-        ({}, {"model__remat": "full"}),
-        ({}, {"diffusion__loss": "rescaled_mse"}),
-        ({"diffusion__process": "flow"}, {"diffusion__process": "flow", "diffusion__weight": "min_snr"}),
-        ({}, {"model__skip_alignment": "upstream"}),
         ({}, {"model__name": "DiG-B/2"}),
-        ({}, {"model__mlp_hidden_size": 256}),
-        (SKIPS, {"model__skip": "identity"}),
+        ({"diffusion__process": "flow"}, {"diffusion__process": "flow", "diffusion__weight": "min_snr"}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ({}, {"model__remat": "full"}),
+                ({}, {"diffusion__loss": "rescaled_mse"}),
+                ({}, {"model__skip_alignment": "upstream"}),
+                ({}, {"model__mlp_hidden_size": 256}),
+                (SKIPS, {"model__skip": "identity"}),
+            ]
+        ),
     ],
 )
 def test_settings_that_keep_the_function_may_change(tmp_path, fields, changes):

@@ -97,8 +97,18 @@ def exported(function, platform, *arrays):
     return jax.export.export(jax.jit(function), platforms=(platform,), disabled_checks=checks)(*arrays)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
-@pytest.mark.parametrize("shape", ["b, 20, 1, 16", "b, 20, h, 16"])
+@pytest.mark.parametrize(
+    ("platform", "shape"),
+    [
+        ("cpu", "b, 20, h, 16"),
+        ("cuda", "b, 20, 1, 16"),
+        ("tpu", "b, 20, h, 16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("cuda", "b, 20, h, 16"), ("rocm", "b, 20, 1, 16"), ("tpu", "b, 20, 1, 16")]
+        ),
+    ],
+)
 def test_a_symbolic_batch_or_number_of_heads_runs_plain_jax_on_every_platform(platform, shape):
     x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
 

@@ -107,8 +107,8 @@ def test_gradients_inside_a_partly_manual_shard_map_equal_those_of_one_device(ty
         (AUTO, P(), None),
         (AUTO, P("data"), "data"),
         (EXPLICIT, P("data", None, None, "tensor"), None),
-        (EXPLICIT, P("tensor", "data"), None),
-        (EXPLICIT, P(None, "data", None, "tensor"), None),
+        pytest.param(EXPLICIT, P("tensor", "data"), None, marks=pytest.mark.slow),
+        pytest.param(EXPLICIT, P(None, "data", None, "tensor"), None, marks=pytest.mark.slow),
     ],
     ids=str,
 )
