@@ -194,8 +194,8 @@ _COMMANDS = """
 The last command of each row draws 50,000 images and scores them. [scores.md](scores.md) says where to get the
 weights of Inception; the references `VIRTUAL_imagenet….npz` are published with
 [ADM's evaluator](https://github.com/openai/guided-diffusion/tree/main/evaluations).
-[configs.md](configs.md#from-imagenet-to-a-model) prepares ImageNet for training. The samplers here do not
-support the released weights of SiT.
+[configs.md](configs.md#from-imagenet-to-a-model) prepares ImageNet for training.
+[checkpoints.md](checkpoints.md#other-peoples-checkpoints) converts the released weights of SiT.
 """
 
 

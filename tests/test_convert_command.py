@@ -19,10 +19,10 @@ from configs import base
 from dig_jax import config
 from dig_jax.checkpoints.reader import read_model
 from dig_jax.convert import command as convert
+from dig_jax.convert.flow import time_input
 from dig_jax.convert.names import torch_arrays
 from dig_jax.convert.recognize import (
     describe,
-    is_flow_matching,
     looks_like_official_dit,
     recognize,
 )
@@ -180,19 +180,11 @@ def test_impossible_shapes_are_errors(dit_xl, shape):
         recognize(dit_xl)
 
 
-def test_sit_is_recognized_by_its_name(dit_xl):
-    assert is_flow_matching(dit_xl, "SiT-XL-2-256x256.pt")
-    assert is_flow_matching(dit_xl, "SiT-XL/2")
-    assert is_flow_matching(dataclasses.replace(dit_xl, hints={"model": "SiT-XL/2"}), "0400000.pt")
-    assert not is_flow_matching(dit_xl, "0400000.pt")
-
-
-@pytest.mark.parametrize("model", ["SiT-S/2", "DiT-S/2"])
-def test_converting_sit_warns_about_flow_matching(released, tmp_path, capsys, model):
-    run(released("dit", model=model), tmp_path / "x.safetensors", "--num_heads=1")
-    log = capsys.readouterr().err
-    assert "DiT-S/2, 88,992 parameters of tree 'ema': 8 × 8 px, 4 channels, 10 classes" in log
-    assert ("trained with flow matching" in log) == (model == "SiT-S/2")
+def test_flow_matching_is_recognized_by_names_and_by_what_only_repa_has(dit_xl):
+    assert time_input(dit_xl, "SiT-XL-2-256x256.pt") == time_input(dit_xl, "SiT-XL/2") == "data"
+    assert time_input(dataclasses.replace(dit_xl, hints={"model": "SiT-XL/2"}), "0400000.pt") == "data"
+    assert time_input(dataclasses.replace(dit_xl, has_projectors=True), "SiT-XL/2") == "noise"
+    assert time_input(dit_xl, "0400000.pt") is None
 
 
 def damaged(tmp_path, change):

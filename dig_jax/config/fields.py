@@ -103,6 +103,11 @@ class ModelConfig(Group, path="config.model"):
     rope: bool = field(
         False, "Rotary positions of queries and keys, beside the fixed positions (Su et al. 2021; DiT only)."
     )
+    time_input: str = field(
+        "steps",
+        "What the time embedding of DiT gets: steps (0 to 1000), noise (0 to 1, as in REPA) or data (1 to 0,"
+        " as in SiT and LightningDiT).",
+    )
     class_tokens: int = field(
         0,
         "Number of tokens with the embedding of the label that attention sees beside the image (Li & He 2025,"

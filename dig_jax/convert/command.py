@@ -27,12 +27,11 @@ from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.checkpoints.parameter_file import FORMAT, write_parameter_file, writing_to
 from dig_jax.checkpoints.reader import has_checkpoints, holds, read_model
 from dig_jax.components import Components, Params
-from dig_jax.convert import diffusers
+from dig_jax.convert import diffusers, flow
 from dig_jax.convert.names import read_params, torch_arrays
 from dig_jax.convert.recognize import (
     EMA,
     images_of,
-    is_flow_matching,
     looks_like_official_dit,
     recognize,
     with_null_class,
@@ -95,10 +94,12 @@ def _from_upstream(source: Path, target: Path, tree: str | None, **options: Any)
     with open_upstream(source, tree) as upstream:
         name = options.get("model") or source.name
         try:
-            settings = recognize(upstream, **options)
+            given = flow.time_input(upstream, name)
+            settings = flow.as_flow(recognize(upstream, **options), given)
             components = Components(settings, images_of(settings))
             complete = with_null_class(upstream, components.image_spec.num_classes)
-            params = read_params(components.abstract_model, complete.stored)
+            signed = flow.with_our_sign(complete, given)
+            params = read_params(components.abstract_model, signed.stored)
         except ConfigError:
             raise
         except InvalidFile:  # open_upstream adds the file's name
@@ -107,11 +108,8 @@ def _from_upstream(source: Path, target: Path, tree: str | None, **options: Any)
             raise CheckpointError(f"{source}: {error}") from error
         _log_model(components, upstream.tree, params)
         _log_notes(upstream, complete, components, options.get("num_classes") is not None)
-        if is_flow_matching(upstream, name):
-            log.warning(
-                "SiT was trained with flow matching, which no sampler here supports yet: the parameters can"
-                " initialize a run, but --mode=sample would return noise"
-            )
+        if given is not None:
+            log.info("flow matching: the network gets the time as time_input=%s", given)
         elif looks_like_official_dit(upstream, settings):
             log.warning(
                 "these parameters have the names and shapes of the published DiT-XL/2, whose license"

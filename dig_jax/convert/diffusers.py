@@ -13,6 +13,7 @@ import numpy as np
 from dig_jax.errors import InvalidFile
 from dig_jax.files.safetensors import StoredArray
 from dig_jax.models.backbone import DiffusionTransformer
+from dig_jax.models.dit import DiTOptions
 
 # diffusers → upstream. A name covers the weight and the bias.
 _TOP = {
@@ -71,14 +72,20 @@ def config_of(model: DiffusionTransformer) -> dict[str, Any]:
     """Return diffusers' config.json of a model.
 
     Raises:
-        ValueError: the model is not a DiT with classes.
+        ValueError: the model is not a DiT with classes and the options of the paper.
     """
     if model.family not in _CLASSES or not model.num_classes:
         raise ValueError(
             "unsupported model for diffusers' DiTTransformer2DModel; expected a DiT with classes (upstream's"
             " names in FILE.safetensors or FILE.pt support every model)"
         )
-    heads = model.options.num_heads
+    options = model.options
+    assert isinstance(options, DiTOptions)
+    modern = {"norm": "layer", "mlp": "gelu", "qk_norm": False, "rope": False}
+    for name, expected in modern.items():
+        if (value := getattr(options, name)) != expected:
+            raise ValueError(f"unsupported {name}={value!r} for diffusers; expected {expected!r}")
+    heads = options.num_heads
     return {
         "_class_name": _CLASSES[model.family],
         "num_attention_heads": heads,

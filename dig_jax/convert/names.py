@@ -26,6 +26,7 @@ _TOP = {
     "label_embed.table": "y_embedder.embedding_table",
     "final.modulation.linear": "final_layer.adaLN_modulation.1",
     "final.linear": "final_layer.linear",
+    "final.norm": "final_layer.norm_final",
 }
 _BLOCK = {
     "mixer.q_proj": "attn.q_proj",
@@ -46,12 +47,20 @@ _BLOCK = {
 _DIT_BLOCK = _BLOCK | {
     "mixer.qkv_proj": "attn.qkv",
     "mixer.o_proj": "attn.proj",
+    "mixer.q_norm": "attn.q_norm",
+    "mixer.k_norm": "attn.k_norm",
     "mlp.hidden": "mlp.fc1",
     "mlp.out": "mlp.fc2",
+    # LightningDiT's
+    "mlp.gate_up": "mlp.w12",
+    "mlp.down": "mlp.w3",
 }
 _BLOCKS = {"DiG": _BLOCK, "DiT": _DIT_BLOCK, "DiS": dis.BLOCK}  # by model family
-_UPSTREAM = {"mixer": "gla", "gate_normalizer": 16.0}  # options that shapes do not show
+_UPSTREAM = {"mixer": "gla", "gate_normalizer": 16.0, "class_tokens": 0}  # options that shapes do not show
+_ROTATED = (("mixer", "qkv_proj"), ("mixer", "q_norm"), ("mixer", "k_norm"))
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
+# Tables that depend only on the sizes of the model.
+_TABLES = {"pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"}
 # Upstream saves each RMSNorm under a second name.
 _ALIASES = {"norm1": "attn_norm", "norm2": "mlp_norm"}
 # float32 represents all exactly but float64, which is rounded.
@@ -138,6 +147,8 @@ def torch_arrays(model: DiffusionTransformer, params: Mapping[tuple, np.ndarray]
         ValueError: the upstream code does not support the model.
     """
     _check_supported(model)
+    if (time_input := getattr(model.options, "time_input", "steps")) != "steps":
+        raise ValueError(f"unsupported time_input={time_input!r}; expected 'steps'")
     rows, columns = model.input_size
     if rows != columns:
         raise ValueError(
@@ -164,13 +175,7 @@ def _check_supported(model: DiffusionTransformer) -> None:
         raise ValueError(f"unsupported model family: got {model.family}; expected {' or '.join(_BLOCKS)}")
     for name, expected in _UPSTREAM.items():
         if (value := getattr(model.options, name, expected)) != expected:
-            raise ValueError(f"unsupported {name}={value!r}; expected {expected!r}, as in upstream's DiG")
-    modern = ("qk_norm", "rope", "class_tokens")
-    given = [name for name in modern if getattr(model.options, name, False)]
-    if getattr(model.options, "mlp", "gelu") != "gelu":
-        given.append("mlp")
-    if given:
-        raise ValueError(f"unsupported {', '.join(given)} of {model.family}; expected the defaults")
+            raise ValueError(f"unsupported {name}={value!r}; expected {expected!r}, as in upstream's code")
     if model.options.internal_head is not None:
         raise ValueError(
             f"unsupported internal_head={model.options.internal_head}; expected None, because"
@@ -191,7 +196,7 @@ def _compare(stored: Mapping[str, StoredArray], expected: Mapping[str, tuple[int
     aliases = {alias for name in expected if (alias := _alias(name))}
     problems = {
         "missing": sorted(expected.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - expected.keys() - aliases - {"pos_embed"}),
+        "unexpected": sorted(stored.keys() - expected.keys() - aliases - _TABLES),
         "wrong shape": [
             f"{name} {stored[name].shape}, expected {shape}"
             for name, shape in expected.items()
@@ -293,9 +298,29 @@ def _piece(model: DiffusionTransformer, name: str, path: tuple, shape: tuple[int
         )
     if path == ("positions",):
         return _Piece(name, (1, *shape), lambda array: array[0], lambda array: array[None])
+    if getattr(model.options, "rope", False) and path[:2] in _ROTATED:
+        order = _rotary_order(model.options.num_heads, shape[-1], 3 if path[1] == "qkv_proj" else 1)
+        back = np.argsort(order)
+        return _Piece(name, shape[::-1], lambda array: array[order].T, lambda array: array.T[back])
     if path[-1] == "kernel":
         return _Piece(name, shape[::-1], np.transpose, np.transpose)
     return _Piece(name, shape, np.asarray, np.asarray)
+
+
+def _rotary_order(heads: int, size: int, matrices: int) -> np.ndarray:
+    """Return upstream's channel for each of ours: it rotates (2i, 2i + 1), we rotate (i, i + half).
+
+    Args:
+        heads: number of heads.
+        size: number of channels: those of one head, or of three matrices, of which v is not rotated.
+        matrices: 3 for all heads of q, k and v, 1 for the norm of one head.
+    """
+    if matrices == 1:
+        return np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
+    head = size // 3 // heads
+    pairs = _rotary_order(heads, head, 1)
+    rotated = (np.arange(2 * heads)[:, None] * head + pairs).ravel()
+    return np.concatenate([rotated, np.arange(len(rotated), size)])
 
 
 def _rotated(kernel: np.ndarray, direction: int) -> np.ndarray:

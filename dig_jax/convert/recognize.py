@@ -50,6 +50,12 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
         "skip_alignment": "upstream" if has_skips else "raster",
         "mlp_hidden_size": _mlp_hidden_size(source),
     }
+    if _is_lightning(source):
+        model["mlp"] = "swiglu"
+    if "attn.q_norm.weight" in blocks:
+        model["qk_norm"] = True
+    if "feat_rope.freqs_cos" in source.stored:
+        model["rope"] = True
     data = {
         "image_size": given.pop("input_size", None) or _input_size(source, patch),
         "channels": channels,
@@ -77,12 +83,6 @@ def with_null_class(source: UpstreamParams, num_classes: int) -> UpstreamParams:
 
     extended = StoredArray((num_classes + 1, *table.shape[1:]), table.dtype, read)
     return dataclasses.replace(source, stored={**source.stored, _LABELS: extended})
-
-
-def is_flow_matching(source: UpstreamParams, name: str) -> bool:
-    """Return whether the file's name, the model's name or the saved arguments identify a SiT."""
-    model = source.hints.get("model")
-    return name.lower().startswith("sit") or (isinstance(model, str) and model.startswith("SiT"))
 
 
 def looks_like_official_dit(source: UpstreamParams, settings: Config) -> bool:
@@ -123,7 +123,7 @@ def _name_and_sizes(source: UpstreamParams, name: str | None, heads: int | None)
     """Return the model's name and, unless it was given, the sizes that the parameters show."""
     family = _family(source)
     if name is not None:
-        ours = name.replace("SiT", "DiT")  # SiT and DiT are the same network
+        ours = re.sub("^(SiT|LightningDiT)", "DiT", name)  # networks of the family DiT
         if ours.split("-")[0] != family:
             raise ConfigError(
                 f"--model={name} does not match the parameters: got parameter names of {family}"
@@ -145,11 +145,18 @@ def _name_and_sizes(source: UpstreamParams, name: str | None, heads: int | None)
 def _mlp_hidden_size(source: UpstreamParams) -> int | None:
     """Infer the width of the MLP; None if it is the family's default."""
     family, width = _family(source), _shape(source, "x_embedder.proj.weight", 4)[0]
+    default = FAMILIES[family].options.default_mlp_hidden_size(width)
     down = "blocks.0.mlp.fc2.weight" if family == "DiT" else "blocks.0.mlp.down_proj.weight"
+    if _is_lightning(source):
+        down, default = "blocks.0.mlp.w3.weight", 8 * width // 3
     if down not in source.stored:  # told by the reader
         return None
     hidden = _shape(source, down, 2)[1]
-    return None if hidden == FAMILIES[family].options.default_mlp_hidden_size(width) else hidden
+    return None if hidden == default else hidden
+
+
+def _is_lightning(source: UpstreamParams) -> bool:
+    return "blocks.0.mlp.w12.weight" in source.stored
 
 
 def _family(source: UpstreamParams) -> str:

@@ -32,11 +32,13 @@ class UpstreamParams:
     stored: the arrays by name.
     tree: what stands before the names in the file, such as "ema" or "state_dict.model"; "" for nothing.
     hints: arguments of the training run or diffusers' config, if there are any.
+    has_projectors: whether the model was trained with REPA.
     """
 
     stored: Mapping[str, StoredArray]
     tree: str
     hints: dict[Any, Any]
+    has_projectors: bool = False
 
     @property
     def is_average(self) -> bool:
@@ -64,8 +66,9 @@ def open_upstream(path: Path, tree: str | None = None) -> Iterator[UpstreamParam
         with open_weights(path) as weights:
             chosen = _choose(weights.names, tree, path)
             _log_rest(weights.names, chosen)
-            stored = _without_training_networks(as_upstream(weights.below(chosen)))
-            yield UpstreamParams(stored, chosen, _hints(weights, path))
+            found = as_upstream(weights.below(chosen))
+            stored = _without_training_networks(found)
+            yield UpstreamParams(stored, chosen, _hints(weights, path), len(stored) < len(found))
     except InvalidFile as error:
         raise CheckpointError(f"{path}: {error}") from error
 

@@ -29,6 +29,8 @@ class DiTOptions(ModelOptions):
         qk_norm: RMSNorm of queries and keys.
         rope: rotary positions in addition to the fixed ones.
         class_tokens: number of tokens with the label's embedding that attention sees beside the image.
+        time_input: what the time embedding gets: "steps" (t in 0…1000), "noise" (t/1000, as in REPA) or
+            "data" (1 - t/1000, as in SiT and LightningDiT).
     """
 
     norm: NormKind = "layer"
@@ -36,6 +38,7 @@ class DiTOptions(ModelOptions):
     qk_norm: bool = False
     rope: bool = False
     class_tokens: int = 0
+    time_input: Literal["steps", "noise", "data"] = "steps"
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,6 +82,7 @@ class DiT(DiffusionTransformer):
         self, x: Array, condition: Condition, grid: tuple[int, int], taps: Collection[int], features: Any
     ) -> LevelOutputs:
         """Run the blocks with the class tokens in front of the image's, which alone are returned."""
+        condition = condition._replace(t=_embedded_time(self.options, condition.t))
         if self.class_tokens is None or self.label_embed is None:
             return super()._run_levels(x, condition, grid, taps, features)
         if context_size() > 1:
@@ -91,3 +95,12 @@ class DiT(DiffusionTransformer):
         stack, conditions = super()._run_levels(tokens, condition, grid, taps, features)
         output, hidden = jax.tree.map(lambda y: y[:, first.shape[1] :], (stack.output, stack.hidden))
         return LevelOutputs(stack._replace(output=output, hidden=hidden), conditions)
+
+
+def _embedded_time(options: ModelOptions, t: Array) -> Array:
+    """Return what the time embedding gets for timesteps in 0…1000."""
+    assert isinstance(options, DiTOptions)
+    if options.time_input == "steps":
+        return t
+    noise = t.astype(jnp.float32) / 1000
+    return noise if options.time_input == "noise" else 1 - noise
