@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from test_models import apply, inputs, randomized, tiny
 
+from dig_jax import create_model
 from dig_jax.models.mixers.rotary import rotary_angles, rotate
 from dig_jax.models.mixers.softmax import splash_attention
 
@@ -62,6 +63,20 @@ def test_the_parameters_are_those_of_the_options(modern):
     assert names >= norms | mlp and not any(name.startswith("mlp.hidden") for name in names)
     assert params["class_tokens"]["positions"][...].shape == (3, 32)
     assert tiny("DiT-S/2", depth=1, mlp="swiglu").options.mlp_width == 8 * 32 // 3
+
+
+@pytest.mark.parametrize(("size", "depth", "w"), [("B", 12, 768), ("XL", 28, 1152)])
+def test_lightning_dit_has_the_released_codes_parameters(size, depth, w):
+    """On VA-VAE's latents, counted from the modules of the released code."""
+    options = {"norm": "rms", "mlp": "swiglu", "rope": True, "in_channels": 32, "learn_sigma": False}
+    make = functools.partial(create_model, f"DiT-{size}/1", input_size=16, num_classes=1000, **options)
+    state = nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    hidden = 8 * w // 3
+    attention, mlp = 4 * w * w + 4 * w, 3 * w * hidden + 2 * hidden + w
+    block = attention + mlp + 2 * w + 6 * (w * w + w)
+    embeddings = 32 * w + w + 256 * w + w + w * w + w + 1001 * w
+    final = w + 2 * (w * w + w) + 32 * w + 32
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == depth * block + embeddings + final
 
 
 def test_every_option_changes_the_output(modern):
