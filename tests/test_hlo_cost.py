@@ -63,6 +63,25 @@ def test_a_cublas_call_counts_at_its_precision(precision, kind):
     assert count(CUBLAS.format(precision=precision)).flops == {kind: 2 * 8 * 16 * 4}
 
 
+# As XLA writes the forward pass of JAX's attention for TPUs, without the attributes.
+SPLASH = """HloModule attention, is_scheduled=true
+
+ENTRY %main (m: s8[1,1,1], q: bf16[2,3,256,64], k: bf16[2,3,512,64]) -> bf16[2,3,256,64] {
+  %m = s8[1,1,1]{2,1,0} parameter(0)
+  %q = bf16[2,3,256,64]{3,2,1,0} parameter(1)
+  %k = bf16[2,3,512,64]{3,2,1,0} parameter(2)
+  ROOT %splash_mha_PASS_residuals.1 = bf16[2,3,256,64]{3,2,1,0} custom-call(%m, %m, %q, %k, %k), \
+custom_call_target="tpu_custom_call"
+}
+"""
+
+
+@pytest.mark.parametrize(("name", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_attention_on_tpus_counts_its_matrix_products(name, products):
+    flops = products * 2 * (2 * 3 * 256 * 64) * 512
+    assert count(SPLASH.replace("PASS", name)).flops == {"bfloat16": flops}
+
+
 # An update in place by a GPU, which runs beside other operations and returns operands, result and context.
 ASYNC_UPDATE = """HloModule update, is_scheduled=true
 

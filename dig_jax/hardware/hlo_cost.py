@@ -120,7 +120,21 @@ def _flops(module: HloModule, scope: _Scope, x: HloInstruction) -> collections.C
         flops[_operand_type(scope, x)] += _product(scope, x, integers(quoted.replace('"', "")))
     elif estimate := _kernel_estimate(x):
         flops["bfloat16"] += int(estimate["flops"])
+    elif splash := re.match(r"%splash_mha_(fwd|dq|dkv)_", x.name):
+        flops.update(_splash_attention(scope, x, _SPLASH_PRODUCTS[splash[1]]))
     return flops
+
+
+# Matrix products of a pass of JAX's attention for TPUs, which has no estimate.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def _splash_attention(scope: _Scope, x: HloInstruction, products: int) -> dict[str, int]:
+    """Count products of queries [..., t, k] and keys [..., s, k]; the operands before them are masks."""
+    shapes = [array for name in x.operands for array in arrays(scope[name].shape)]
+    queries, keys = [array for array in shapes if array.dtype in ("bf16", "f16", "f32")][:2]
+    kind = "float32" if queries.dtype == "f32" else "bfloat16"
+    return {kind: products * 2 * math.prod(queries.dims) * keys.dims[-2]}
 
 
 def _operand_type(scope: _Scope, x: HloInstruction) -> str:
