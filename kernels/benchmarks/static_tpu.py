@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--json", help="a JSON list of cases to measure; prints JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as dump:
-        _prepare_libtpu(dump)
+        prepare_libtpu(dump)
         if arguments.json:
             measured = [measure(Case(**case), dump) for case in json.loads(arguments.json)]
             print(json.dumps(measured))
@@ -123,7 +123,8 @@ def all_cases() -> list[Case]:
     return cases
 
 
-def _prepare_libtpu(dump: str) -> None:
+def prepare_libtpu(dump: str) -> None:
+    """Set the environment of libtpu, which reads it at its start, to dump schedules into a folder."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
@@ -292,11 +293,11 @@ def step_bundles(text: str, trips: tuple[int, int]) -> tuple[list[int], int]:
     """
     weights = {1: 1, 2: trips[0], 3: trips[0] * trips[1]}
     lines = [line for line in text.splitlines() if re.match(r"\s*0x|\s+0 ", line)]
-    depth = [_depth(line) for line in lines]
+    depths = [depth(line) for line in lines]
     skips = []
     for index, line in enumerate(lines):
         branch = re.search(r"sbr\.rel \(.*?\) target = \$region(\d+)", line)
-        if branch and depth[index] == 1:
+        if branch and depths[index] == 1:
             ends = [i for i in _landings(lines, branch.group(1)) if i > index]
             if ends:
                 skips.append((index, ends[0]))
@@ -307,12 +308,12 @@ def step_bundles(text: str, trips: tuple[int, int]) -> tuple[list[int], int]:
     fast, safe = [], 0
     for index in range(len(lines)):
         inside = [s for s in inner if s[0] + 3 < index < s[1]]
-        if depth[index] == 0:
+        if depths[index] == 0:
             continue
         if not inside:
             fast.append(index)
-        elif any(d > 1 for d in depth[inside[0][0] : inside[0][1]]):
-            safe += weights[min(depth[index], 3)]
+        elif any(d > 1 for d in depths[inside[0][0] : inside[0][1]]):
+            safe += weights[min(depths[index], 3)]
     return fast, safe
 
 
@@ -320,7 +321,8 @@ def _landings(lines: list[str], region: str) -> list[int]:
     return [i for i, line in enumerate(lines) if re.search(rf"Start/End empty region {region}\b", line)]
 
 
-def _depth(line: str) -> int:
+def depth(line: str) -> int:
+    """Return the number of loops around a bundle."""
     mark = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*(>*)", line)
     return len(mark.group(1)) if mark else 0
 

@@ -1,12 +1,18 @@
 """The selective scan against a float64 recurrence."""
 
 import functools
+import json
+import pathlib
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scan_oracle
+import static_selective_scan
 from pallas_gla.selective_scan import selective_scan
 
 # Tokens: a whole chunk, several with a remainder, and less than one.
@@ -23,23 +29,27 @@ def error(got, expected):
     return np.max(np.abs(np.asarray(got, np.float64) - expected)) / max(np.max(np.abs(expected)), 1e-30)
 
 
-@functools.partial(jax.jit, static_argnames=("reverse", "implementation"))
-def values_and_gradients(arrays, d, reverse, implementation=None):
+@functools.partial(jax.jit, static_argnames=("reverse", "implementation", "interpret"))
+def values_and_gradients(arrays, d, reverse, **options):
     def run(arrays):
-        options = {"reverse": reverse, "implementation": implementation, "return_final_state": True}
-        return selective_scan(**arrays, **options)
+        return selective_scan(**arrays, reverse=reverse, return_final_state=True, **options)
 
     values, vjp = jax.vjp(run, arrays)
     return values, vjp(d)[0]
 
 
-def check(arrays, reverse=False, implementation=None, tolerance=1e-5):
+def check(arrays, reverse=False, run=values_and_gradients, gated=True, tolerance=1e-5):
     d = cotangents(arrays)
-    values, gradients = values_and_gradients(arrays, d, reverse, implementation)
+    given = arrays if gated else {name: x for name, x in arrays.items() if name != "z"}
+    values, gradients = run(given, d, reverse)
+    if not gated:
+        # SiLU(50) = 50, so a gate of 50 multiplies the output by 50.
+        arrays = arrays | {"z": np.full_like(arrays["z"], 50.0)}
+        values, d = (50 * values[0], values[1]), (d[0] / 50, d[1])
     for got, expected in zip(values, scan_oracle.run(**arrays, reverse=reverse), strict=True):
         assert error(got, expected) < tolerance
     expected = scan_oracle.gradients(**arrays, d_y=d[0], d_final_state=d[1], reverse=reverse)
-    errors = {name: error(gradients[name], expected[name]) for name in scan_oracle.NAMES}
+    errors = {name: error(gradients[name], expected[name]) for name in given}
     assert max(errors.values()) < tolerance, errors
 
 
@@ -126,3 +136,44 @@ def test_a_training_step_never_holds_the_states_of_all_tokens():
 def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         selective_scan(**scan_oracle.inputs(*SHAPES["short"]) | change)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "shape", "reverse", "gated"),
+    [
+        ("mosaic", (2, 67, 136), False, True),
+        ("mosaic", (1, 130, 8), True, False),
+    ],
+)
+def test_kernels_match_the_recurrence(implementation, shape, reverse, gated):
+    arrays = scan_oracle.inputs(*shape)
+    run = functools.partial(values_and_gradients, implementation=implementation, interpret=True)
+    check(arrays, reverse, run=run, gated=gated)
+
+
+def test_a_program_for_a_chip_has_its_kernel_and_others_have_plain_jax():
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in scan_oracle.inputs(1, 8, 8).items()}
+    gradient = jax.jit(jax.grad(lambda arrays: selective_scan(**arrays).sum())).trace(shapes)
+    kernels = {"cpu": [], "tpu": ["tpu_custom_call"] * 2}
+    for platform, expected in kernels.items():
+        text = gradient.lower(lowering_platforms=(platform,)).as_text()
+        assert re.findall(r"custom_call @(\w+)", text) == expected, platform
+
+
+def test_a_kernel_that_is_named_for_another_platform_raises():
+    with pytest.raises(
+        NotImplementedError, match="implementation='mosaic': got cpu; expected tpu, or interpret"
+    ):
+        selective_scan(**scan_oracle.inputs(*SHAPES["short"]), implementation="mosaic")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_kernels_compile_without_spills_and_move_little_more_than_the_least_bytes(chip):
+    """In a new process, because libtpu reads its environment at the start."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
+    command = [sys.executable, str(pathlib.Path(static_selective_scan.__file__)), "--json", "--chips", chip]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    for kind, figures in json.loads(found.stdout.splitlines()[-1]).items():
+        assert figures["spills"] == 0, kind
+        assert figures["bytes_to_minimum"] < 1.3, kind

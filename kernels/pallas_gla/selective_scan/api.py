@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_gla.selective_scan import chunked_xla
+from pallas_gla.selective_scan import chunked_xla, primitive
 from pallas_gla.selective_scan.scan import Operands, Options
-from pallas_gla.validation import FLOATS, check_array
+from pallas_gla.validation import FLOATS, check_array, one_of
 
-_IMPLEMENTATIONS = ("xla",)
+_IMPLEMENTATIONS = (None, "xla", *primitive.KERNELS)
 
 
 @no_type_check
@@ -28,6 +28,7 @@ def selective_scan(
     return_final_state: bool = False,
     reverse: bool = False,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "b t d"] | tuple[Float[Array, "b t d"], Float[Array, "b d n"]]:
     """The recurrence of Mamba with an output gate (Gu & Dao 2023, equation 2 and algorithm 2).
 
@@ -50,8 +51,10 @@ def selective_scan(
         return_final_state: whether to return the state after the last token visited too.
         reverse: whether to visit the tokens from last to first. This equals flipping ``x``, ``dt``, ``B``,
             ``C`` and ``z`` along T and flipping the output back, but moves nothing.
-        implementation: ``"xla"`` (plain JAX, in chunks, differentiable in forward mode too). Default: plain
-            JAX, differentiable in reverse mode.
+        implementation: ``"mosaic"`` (a kernel for TPUs), ``"triton"`` (a kernel for NVIDIA GPUs) or ``"xla"``
+            (plain JAX, in chunks). Default: the kernel of the chip that the program is compiled for, or plain
+            JAX. Only ``"xla"`` has derivatives in forward mode.
+        interpret: whether to run a kernel in interpret mode, on every platform.
 
     Returns:
         The output, in the shape and dtype of ``x``. If ``return_final_state`` is true, a pair of the output
@@ -59,18 +62,18 @@ def selective_scan(
 
     Raises:
         ValueError: if an argument has an invalid shape, dtype or value.
+        NotImplementedError: if the requested kernel does not support the call or the platform.
     """
     _check(x, dt, A, B, C, D, z, initial_state)
-    if implementation not in (None, *_IMPLEMENTATIONS):
-        raise ValueError(
-            f"invalid implementation: got {implementation!r}; expected None or {_IMPLEMENTATIONS[0]!r}"
-        )
+    if implementation not in _IMPLEMENTATIONS:
+        expected = one_of(tuple(map(repr, _IMPLEMENTATIONS)))
+        raise ValueError(f"invalid implementation: got {implementation!r}; expected {expected}")
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], *A.shape), jnp.float32)
     x, dt, B, C, z = (None if array is None else jnp.asarray(array) for array in (x, dt, B, C, z))
     a, d, state = (jnp.asarray(array, jnp.float32) for array in (A, D, initial_state))
     operands = Operands(x, dt, a.T, B, C, d, z, state.swapaxes(1, 2))
-    options = Options(reverse)
+    options = Options(reverse, None if implementation == "xla" else implementation, interpret)
     if implementation == "xla":
         y, final_state, _ = chunked_xla.forward(operands, options, checkpoint=True)
     else:
@@ -87,17 +90,17 @@ def selective_scan_call(options: Options, operands: Operands) -> tuple[Array, Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(options: Options, operands: Operands) -> tuple[Array, Array]:
-    return chunked_xla.forward(operands, options)[:2]
+    return primitive.forward(operands, options, save=False)[:2]
 
 
 def _scan_forward(options: Options, operands: Operands) -> tuple[tuple[Array, Array], Any]:
-    y, final_state, states = chunked_xla.forward(operands, options)
+    y, final_state, states = primitive.forward(operands, options, save=True)
     return (y, final_state), (operands, states)
 
 
 def _scan_backward(options: Options, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Operands]:
     operands, states = saved
-    return (chunked_xla.backward(operands, states, *cotangents, options),)
+    return (primitive.backward(operands, states, *cotangents, options),)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

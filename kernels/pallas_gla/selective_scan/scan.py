@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Array, Float
 
 _MOST_TOKENS = 64  # in a chunk: a chunk of states, 16 per channel, fits into a TPU's VMEM
-_ROWS = 8  # of a TPU's register
+ROWS = 8  # of a TPU's register, and tokens that the kernels load together
 
 
 class Operands(NamedTuple):
@@ -24,13 +24,24 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Static options: the direction, and whether Pallas kernels are interpreted."""
+    """Static options.
+
+    Args:
+        reverse: whether the last token comes first.
+        implementation: a kernel's name, or None for the best one for the platform.
+        interpret: whether to run a Pallas kernel in interpret mode.
+    """
 
     reverse: bool = False
+    implementation: str | None = None
     interpret: bool = False
 
 
 def chunk_size(tokens: int) -> int:
-    """Return the number of tokens between saved states: a multiple of 8, with little padding at the end."""
-    chunks = -(-tokens // _MOST_TOKENS)
-    return _ROWS * -(-tokens // (chunks * _ROWS))
+    """Return the number of tokens between saved states: 64, or a multiple of 8 for fewer tokens."""
+    return min(_MOST_TOKENS, ROWS * -(-tokens // ROWS))
+
+
+def num_chunks(tokens: int) -> int:
+    """Return the number of saved states."""
+    return -(-tokens // chunk_size(tokens))
