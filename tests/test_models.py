@@ -315,7 +315,7 @@ def test_depthwise_conv_is_the_grouped_convolution():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "DiG-M/2"}, "unknown model 'DiG-M/2'; did you mean 'DiG-"),
+        ({"name": "DiG-M/2"}, "unknown model 'DiG-M/2'; did you mean 'Di[GS]-"),
         ({"name": "DiG-S"}, "unknown model 'DiG-S'; did you mean 'DiG-S/2'"),
         ({"input_size": 9}, "input height 9; expected a multiple of patch_size=2"),
         ({"input_size": (8, 7)}, "input width 7; expected a multiple of patch_size=2"),

@@ -126,7 +126,7 @@ def test_splash_attention_equals_plain_attention_with_its_gradients():
     [
         ({"class_tokens": -1}, "invalid class_tokens=-1; expected 0 or a positive number"),
         ({"class_tokens": 2, "num_classes": 0}, "invalid class_tokens=2 without classes; expected 0"),
-        ({"mlp": "relu"}, "invalid mlp='relu'; expected one of gelu, swiglu"),
+        ({"mlp": "relu"}, "invalid mlp='relu'; expected one of swiglu, gelu"),
         ({"rope": True, "num_heads": 16}, "invalid num_heads=16 with rope: got 2 channels per head"),
     ],
 )

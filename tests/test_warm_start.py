@@ -32,9 +32,9 @@ def written(folder, source):
     return folder / "source.safetensors", params
 
 
-def started(path, new, partial=False):
+def started(path, new, partial=False, skip=""):
     """Return the parameters that a run starts from."""
-    new = new.with_config(dataclasses.replace(new.config, init_partial=partial))
+    new = new.with_config(dataclasses.replace(new.config, init_partial=partial, init_skip=skip))
     start = read_warm_start(str(path), new, abstract_state(new, mesh_of(1))["params"])
     return complete(init_params(new), start.arrays, start.known_rows)
 
@@ -196,12 +196,37 @@ def test_a_model_with_and_one_without_classes_share_parameters_on_request(tmp_pa
 
 def test_another_family_is_refused_without_its_options(tmp_path):
     path, _ = written(tmp_path, components())
-    for partial, message in (
-        (False, "model family: DiG → DiT. Restore"),
-        (True, "no parameter of the blocks"),
+    with pytest.raises(ConfigError, match="model family: DiG → DiT. Restore"):
+        started(path, components(model__name="DiT-S/2"))
+
+
+def test_dig_inherits_dit_block_by_block_but_for_the_skipped_mixers(tmp_path, log):
+    depth = {"model__depth": 6}  # four groups of one block and two more, in DiT one group of six
+    path, params = written(tmp_path, components(model__name="DiT-S/2", **depth))
+    new = components(model__mlp="gelu", **depth)
+    found, random = started(path, new, partial=True, skip="*.mixer.*, *.conv.*"), init_params(new)
+
+    def block(tree, number):
+        groups, rest = tree["blocks"]["groups"], tree["blocks"]["rest"]
+        return jax.tree.map(lambda x: x[0], groups[number]) if number < 4 else rest[number - 4]
+
+    for number in range(6):
+        inherited = jax.tree.map(lambda x, number=number: x[number], params["blocks"]["groups"][0])
+        for name in ("mlp", "modulation"):
+            assert_equal(block(found, number)[name], inherited[name])
+        for name in ("mixer", "conv"):
+            assert_equal(block(found, number)[name], block(random, number)[name])
+    for name in params.keys() - {"blocks"}:
+        assert_equal(found[name], params[name])
+    assert "config.init_skip: " in log.text and "blocks.rest.1.mixer.o_proj.kernel" in log.text
+
+
+def test_a_pattern_that_matches_nothing_is_one_line(tmp_path):
+    path, _ = written(tmp_path, components())
+    with pytest.raises(
+        ConfigError, match=r"config.init_skip: '\*.attn.\*' matches no parameter of this model"
     ):
-        with pytest.raises(ConfigError, match=message):
-            started(path, components(model__name="DiT-S/2"), partial)
+        started(path, components(), skip="*.attn.*")
 
 
 def test_a_source_of_which_no_block_fits_is_refused(tmp_path):

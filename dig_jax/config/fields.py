@@ -48,8 +48,8 @@ class ModelConfig(Group, path="config.model"):
     )
     mlp_hidden_size: int | None = field(
         None,
-        "Hidden channels of the MLP; 0: 4 × hidden_size in DiT, 8/3 × hidden_size with mlp=swiglu, and that"
-        " rounded up to a multiple of 256 in DiG and U-DiG; in U-DiG for hidden_size channels.",
+        "Hidden channels of the MLP; 0: 4 × hidden_size with mlp=gelu, 8/3 × hidden_size with mlp=swiglu, and"
+        " that rounded up to a multiple of 256 in DiG and U-DiG; in U-DiG for hidden_size channels.",
         none=0,
         bounds="positive",
     )
@@ -96,8 +96,11 @@ class ModelConfig(Group, path="config.model"):
         "layer",
         "Norm in blocks, and of DiT in the final layer: layer (no scale or bias) or rms (with a scale).",
     )
-    mlp: str = field(
-        "gelu", "MLP of DiT: gelu, or swiglu with biases (Yao et al. 2025, LightningDiT). DiG has swiglu."
+    mlp: str | None = field(
+        None,
+        "MLP: gelu or swiglu, which in DiT has biases (Yao et al. 2025, LightningDiT); empty: gelu in DiT,"
+        " swiglu in DiG and U-DiG.",
+        none="",
     )
     qk_norm: bool = field(False, "RMSNorm of queries and keys (Dehghani et al. 2023; DiT only).")
     rope: bool = field(
@@ -358,6 +361,11 @@ class Config(Group, path="config"):
         False,
         "With init_from: accept a model with different settings. Parameters whose shapes differ start at"
         " random.",
+    )
+    init_skip: str = field(
+        "",
+        "With init_from: patterns of parameters that start at random all the same, such as *.mixer.*,*.conv.*"
+        " (docs/checkpoints.md).",
     )
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)

@@ -173,7 +173,8 @@ def _num_frames(model: DiffusionTransformer) -> int:
 def _check_supported(model: DiffusionTransformer) -> None:
     if model.family not in _BLOCKS:
         raise ValueError(f"unsupported model family: got {model.family}; expected {' or '.join(_BLOCKS)}")
-    for name, expected in _UPSTREAM.items():
+    required = _UPSTREAM | ({"mlp": "swiglu"} if model.family == "DiG" else {})
+    for name, expected in required.items():
         if (value := getattr(model.options, name, expected)) != expected:
             raise ValueError(f"unsupported {name}={value!r}; expected {expected!r}, as in upstream's code")
     if model.options.internal_head is not None:

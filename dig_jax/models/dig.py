@@ -9,7 +9,7 @@ from typing import Literal
 from dig_jax.models.backbone import Level, ModelOptions
 from dig_jax.models.block_stack import BlockPattern, SkipKind
 from dig_jax.models.blocks import BlockSpec, ConvPlacement
-from dig_jax.models.layers import NormKind, SwiGLU
+from dig_jax.models.layers import GeluMLP, NormKind, SwiGLU
 from dig_jax.models.mixers import GatedLinearAttention, LocalAttention, SoftmaxAttention, parse_half_life
 from dig_jax.models.mixers.pattern import parse_pattern
 
@@ -30,6 +30,7 @@ class GLAOptions(ModelOptions):
         directions: 4, 2 (row and row reversed) or 1 (row).
         conv: the 3×3 depthwise convolution "after" the block, "inside" it, or None.
         norm: "layer" (no affine parameters) or "rms" (with a weight), in the blocks.
+        mlp: "swiglu" without biases, or "gelu" as in DiT, whose parameters it can inherit; None: "swiglu".
         implementation: backend of `pallas_gla`; None selects the best available one.
     """
 
@@ -41,9 +42,11 @@ class GLAOptions(ModelOptions):
     directions: Literal[4, 2, 1] = 4
     conv: ConvPlacement | None = "after"
     norm: NormKind = "layer"
+    mlp: Literal["swiglu", "gelu"] | None = None
     implementation: str | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "mlp", self.mlp or "swiglu")
         super().__post_init__()
         if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"invalid window={self.window}; expected an odd number")
@@ -90,6 +93,12 @@ class GLAOptions(ModelOptions):
         """Return 8/3 of the width, rounded up to a multiple of 256, as in the released code."""
         return 256 * -(-int(8 / 3 * hidden_size) // 256)
 
+    def mlp_width_at(self, level: Level) -> int:
+        """Return the hidden channels of the MLP."""
+        if self.mlp == "gelu" and self.mlp_hidden_size is None:
+            return 4 * level.width
+        return super().mlp_width_at(level)
+
     def pattern(self, level: Level) -> BlockPattern:
         """Return the blocks of a level until mixers and scan directions repeat.
 
@@ -98,7 +107,8 @@ class GLAOptions(ModelOptions):
         """
         mixers = self.mixers(level)
         period = math.lcm(len(mixers), len(DIRECTIONS)) if "gla" in mixers else len(mixers)
-        mlp = functools.partial(SwiGLU, hidden=self.mlp_width_at(level))
+        mlp = SwiGLU if self.mlp == "swiglu" else GeluMLP
+        mlp = functools.partial(mlp, hidden=self.mlp_width_at(level))
         blocks = tuple(
             BlockSpec(
                 mixer=self._mixer(mixers[position % len(mixers)], level, position),

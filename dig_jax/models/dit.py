@@ -25,7 +25,8 @@ class DiTOptions(ModelOptions):
 
     Args:
         norm: "layer" (no affine parameters) or "rms" (with a weight), in the blocks and the final layer.
-        mlp: "gelu", or "swiglu" with biases and by default 8/3 of the width (LightningDiT, Yao et al. 2025).
+        mlp: "gelu", or "swiglu" with biases and by default 8/3 of the width (LightningDiT, Yao et al. 2025);
+            None: "gelu".
         qk_norm: RMSNorm of queries and keys.
         rope: rotary positions in addition to the fixed ones.
         class_tokens: number of tokens with the label's embedding that attention sees beside the image.
@@ -34,13 +35,14 @@ class DiTOptions(ModelOptions):
     """
 
     norm: NormKind = "layer"
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp: Literal["gelu", "swiglu"] | None = None
     qk_norm: bool = False
     rope: bool = False
     class_tokens: int = 0
     time_input: Literal["steps", "noise", "data"] = "steps"
 
     def __post_init__(self):
+        object.__setattr__(self, "mlp", self.mlp or "gelu")
         super().__post_init__()
         if self.class_tokens < 0:
             raise ValueError(f"invalid class_tokens={self.class_tokens}; expected 0 or a positive number")

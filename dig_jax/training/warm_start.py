@@ -1,6 +1,7 @@
 """Start from the parameters of another run: their meaning is compared, not only their shapes."""
 
 import dataclasses
+import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from dig_jax.config import to_dict
 from dig_jax.data.class_names import are_names, match_classes
 from dig_jax.errors import naming_setting
 from dig_jax.files.paths import to_path
+from dig_jax.training.block_names import restacked
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,8 @@ def read_warm_start(path: str, components: Components, expected: Params) -> Warm
     with naming_setting(f"config.init_from={path}"):
         _compare_settings(source, components)
         # The heads of auxiliary losses start at random: the source's may have been trained on others.
-        found, wanted = _by_name(params), _by_name(network_params(expected))
+        wanted = _by_name(network_params(expected))
+        found = restacked(_by_name(params), wanted)
         known_rows = ()
         tables = [name for name in wanted if name.endswith(_LABELS) and name in found]
         if tables:
@@ -76,7 +79,8 @@ def read_warm_start(path: str, components: Components, expected: Params) -> Warm
             known_rows = [row is not None for row in rows]
             # Unknown rows are replaced later.
             found |= {name: np.asarray(found[name])[[row or 0 for row in rows]] for name in tables}
-        _compare_shapes(found, wanted, components.config.init_partial)
+        found, kept = _without_skipped(found, wanted, _patterns(components.config.init_skip))
+        _compare_shapes(found, kept, components.config.init_partial)
     log.info("initialized the parameters from %s, step %d", path, step)
     fitting = [name for name in wanted if name in found and found[name].shape == wanted[name].shape]
     arrays = {name: _sharded(np.asarray(found[name]), wanted[name].sharding) for name in fitting}
@@ -121,6 +125,36 @@ def _meaning(components: Components) -> dict[str, Any]:
         **{f"model.{name}": value for name, value in fields.items()},
         **{f"diffusion.{name}": diffusion[name] for name in ("process", *meaningful)},
     }
+
+
+def _patterns(text: str) -> list[str]:
+    return [pattern.strip() for pattern in text.split(",") if pattern.strip()]
+
+
+def _without_skipped(
+    found: dict[str, Any], wanted: Mapping[str, Any], patterns: Sequence[str]
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Return both without the parameters that start at random by `config.init_skip`."""
+
+    def is_skipped(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    for pattern in patterns:
+        if not fnmatch.filter(wanted, pattern):
+            raise ValueError(
+                f"config.init_skip: {pattern!r} matches no parameter of this model; expected a pattern of"
+                f" names such as {next(iter(wanted))}"
+            )
+    skipped = [name for name in wanted if is_skipped(name)]
+    if skipped:
+        log.info(
+            "config.init_skip: %d of %d parameters start at random: %s",
+            len(skipped),
+            len(wanted),
+            ", ".join(skipped),
+        )
+    found, kept = ({name: x for name, x in xs.items() if not is_skipped(name)} for xs in (found, wanted))
+    return found, kept
 
 
 def _compare_shapes(found: Mapping[str, Array], wanted: Mapping[str, Any], partial: bool) -> None:
