@@ -96,6 +96,15 @@ def test_each_image_comes_with_its_own_features_from_any_start(tmp_path):
     np.testing.assert_array_equal(taken[0][2]["features"], taken[1][0]["features"])
 
 
+def test_features_are_not_read_after_their_loss_has_ended(tmp_path):
+    stored = open_features(str(write(tmp_path / "features", np.ones((20, 1, 1, 1)))))
+    with closing(
+        batches(Numbered(20), batch_size=8, seed=3, features=stored, features_end=16, num_threads=0)
+    ) as stream:
+        used = [next(stream)["features"].ravel().tolist() for _ in range(3)]
+    assert used == [[1.0] * 8, [1.0] * 8, [0.0] * 8]
+
+
 def test_features_of_another_grid_are_resized_in_place():
     """A linear ramp stays one, except at the border, where a coarser grid ends."""
     ramp = jnp.broadcast_to(jnp.arange(8.0)[:, None, None], (8, 4, 1))[None].astype(jnp.float16)

@@ -53,6 +53,7 @@ def batches(
     process_count: int = 1,
     flip: bool = False,
     features: StoredFeatures | None = None,
+    features_end: int | None = None,
     num_threads: int | None = None,
     prefetch: int = 8,
 ) -> grain.DatasetIterator[Batch]:
@@ -70,6 +71,7 @@ def batches(
         process_count: number of shards.
         flip: whether to mirror half of the images left to right, if `source.flip` allows it.
         features: features of the source's images, which join the batches.
+        features_end: number of examples of the run after which features are zeros, which are not read.
         num_threads: batches computed at the same time; 0: none ahead of time. By default one thread per
             core, from 4 to 32, since Pillow releases the GIL; one thread for a `RandomSource`, whose short
             NumPy calls only compete for the GIL.
@@ -99,7 +101,11 @@ def batches(
         else:
             batch = _stack([source[index] for index in indices.tolist()])
             batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
-        return batch if features is None else {**batch, "features": features.read(indices, mirrored)}
+        if features is None:
+            return batch
+        if features_end is not None and first >= features_end:
+            return {**batch, "features": np.zeros((shard_size, *features.shape), np.float16)}
+        return {**batch, "features": features.read(indices, mirrored)}
 
     firsts = grain.MapDataset.range(start + process_index * shard_size, sys.maxsize, batch_size)
     return iter(firsts.map(load).to_iter_dataset(_read_options(source, num_threads, prefetch)))

@@ -58,6 +58,7 @@ class Run:
     def batches(self, examples: int) -> grain.DatasetIterator:
         """Return this process's shards of all batches after the first `examples` training examples."""
         data, shard = self.settings.data, process_shard(self.mesh)
+        until = self.settings.auxiliary.until
         return batches(
             self.components.train_source,
             batch_size=data.batch_size,
@@ -65,6 +66,7 @@ class Run:
             start=examples,
             flip=data.flip,
             features=self.components.stored_features,
+            features_end=None if until is None else until * data.batch_size,
             process_index=shard.index,
             process_count=shard.count,
         )
