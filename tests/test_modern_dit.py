@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_models import apply, inputs, randomized, tiny
+from test_models import apply, inputs, tiny
 
 from dig_jax import create_model
+from dig_jax.models import registry
 from dig_jax.models.mixers.rotary import rotary_angles, rotate
 from dig_jax.models.mixers.softmax import splash_attention
 
@@ -24,7 +25,9 @@ def normal(*shape, seed=0):
 @pytest.fixture(scope="module")
 def modern():
     """A model of two blocks with all options, and random parameters."""
-    return randomized(tiny("DiT-S/2", depth=2, **WIDE, **ALL))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: tiny("DiT-S/2", depth=2, **WIDE, **ALL)))
+    random = np.random.default_rng(1)
+    return graphdef, jax.tree.map(lambda x: jnp.float32(0.3 * random.standard_normal(x.shape)), state)
 
 
 def test_rotary_products_depend_on_the_offset_of_tokens_only():
@@ -62,7 +65,7 @@ def test_the_parameters_are_those_of_the_options(modern):
     mlp = {f"mlp.{name}.{leaf}" for name in ("gate_up", "down") for leaf in ("kernel", "bias")}
     assert names >= norms | mlp and not any(name.startswith("mlp.hidden") for name in names)
     assert params["class_tokens"]["positions"][...].shape == (3, 32)
-    assert tiny("DiT-S/2", depth=1, mlp="swiglu").options.mlp_width == 8 * 32 // 3
+    assert registry.resolve_options("DiT-S/2", mlp="swiglu")[1].mlp_width == 8 * 384 // 3
 
 
 @pytest.mark.parametrize(("size", "depth", "w"), [("B", 12, 768), ("XL", 28, 1152)])
