@@ -12,7 +12,7 @@ from test_models import apply, inputs, tiny
 from dig_jax import create_model
 from dig_jax.models import registry
 from dig_jax.models.mixers.rotary import rotary_angles, rotate
-from dig_jax.models.mixers.softmax import splash_attention
+from dig_jax.models.mixers.softmax import SoftmaxAttention, splash_attention
 
 ALL = {"norm": "rms", "mlp": "swiglu", "qk_norm": True, "rope": True, "class_tokens": 3}
 WIDE = {"num_heads": 2, "learn_sigma": False}
@@ -138,6 +138,13 @@ def test_invalid_options_say_what_is_expected(options, message):
         nnx.eval_shape(lambda: tiny("DiT-S/2", depth=1, **options))
 
 
-def test_dig_refuses_the_options_of_dit():
-    with pytest.raises(ValueError, match="unknown option 'rope' of DiG"):
-        tiny("DiG-S/2", depth=1, rope=True)
+def test_dig_has_norms_and_rotary_positions_in_its_blocks_with_softmax_attention():
+    options = {"mixer": "gla+softmax", "qk_norm": True, "rope": True, "num_heads": 2}
+    model = nnx.eval_shape(lambda: tiny("DiG-S/2", depth=2, implementation="reference", **options))
+    attention = [module for _, module in nnx.iter_modules(model) if isinstance(module, SoftmaxAttention)]
+    assert attention and all(a.rope and a.q_norm is not None for a in attention)
+    for option in ("rope", "qk_norm"):
+        with pytest.raises(ValueError, match=f"invalid {option}=True for mixer='gla'; expected blocks with"):
+            registry.resolve_options("DiG-S/2", **{option: True})
+    with pytest.raises(ValueError, match="unknown option 'class_tokens' of DiG"):
+        registry.resolve_options("DiG-S/2", class_tokens=2)

@@ -31,6 +31,7 @@ class GLAOptions(ModelOptions):
         conv: the 3×3 depthwise convolution "after" the block, "inside" it, or None.
         norm: "layer" (no affine parameters) or "rms" (with a weight), in the blocks.
         mlp: "swiglu" without biases, or "gelu" as in DiT, whose parameters it can inherit; None: "swiglu".
+        qk_norm, rope: RMSNorm and rotary positions of queries and keys in the blocks with softmax attention.
         implementation: backend of `pallas_gla`; None selects the best available one.
     """
 
@@ -43,6 +44,8 @@ class GLAOptions(ModelOptions):
     conv: ConvPlacement | None = "after"
     norm: NormKind = "layer"
     mlp: Literal["swiglu", "gelu"] | None = None
+    qk_norm: bool = False
+    rope: bool = False
     implementation: str | None = None
 
     def __post_init__(self):
@@ -52,6 +55,11 @@ class GLAOptions(ModelOptions):
             raise ValueError(f"invalid window={self.window}; expected an odd number")
         half_life = parse_half_life(self.gate_normalizer)
         object.__setattr__(self, "gate_normalizer", half_life)
+        for name in ("qk_norm", "rope"):
+            if getattr(self, name) and not any("softmax" in self.mixers(level) for level in self.levels):
+                raise ValueError(
+                    f"invalid {name}=True for mixer={self.mixer!r}; expected blocks with softmax attention"
+                )
         for level in self.levels:
             if isinstance(half_life, tuple) and len(half_life) != self.heads_at(level):
                 raise ValueError(
@@ -123,7 +131,7 @@ class GLAOptions(ModelOptions):
     def _mixer(self, name: str, level: Level, position: int) -> functools.partial:
         heads = self.heads_at(level)
         if name == "softmax":
-            return functools.partial(SoftmaxAttention, num_heads=heads)
+            return functools.partial(SoftmaxAttention, num_heads=heads, qk_norm=self.qk_norm, rope=self.rope)
         if name == "local":
             return functools.partial(LocalAttention, num_heads=heads, window=self.window)
         return functools.partial(
