@@ -127,7 +127,7 @@ def compile_for(gpu: str, function: Callable[..., Any], *arguments: Any) -> Comp
         )
         kernels = {}
         for ptx in (path.read_text() for path in sorted(dump.glob("*.ptx"))):
-            if found := re.search(r"\.entry (gla_\w+)", ptx):
+            if found := re.search(r"\.entry ((?:gla|selective_scan)_\w+)", ptx):
                 name = found.group(1)
                 shared = re.search(rf" {name} grid.*shared_memory: (\d+)", thunks).group(1)
                 threads = re.search(r"\.reqntid (\d+)", ptx).group(1)

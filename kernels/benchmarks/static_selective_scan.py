@@ -3,9 +3,8 @@
     python kernels/benchmarks/static_selective_scan.py [--chips v5e v6e sm_90a] [--json]
 
 It compiles the forward kernel, as in training, and the backward kernel in bfloat16 at the width of
-DiS-1152x64, and prints for each: bytes of HBM (on GPUs, of the kernel's operands and results) per token and
-channel and their ratio to the minimum, spilled registers, and on TPUs the bundles (issue cycles) of the loops
-over eight tokens per token and 128 channels.
+DiS-1152x64, and prints for each: bytes of HBM per token and channel and their ratio to the minimum, spilled
+registers (on GPUs bytes), and on TPUs the bundles (issue cycles) of the loops over eight tokens of a block.
 """
 
 import argparse
@@ -22,29 +21,40 @@ from hbm_bytes import hbm_bytes
 BATCH, TOKENS, CHANNELS, STATES = 8, 4096, 2304, 16
 KINDS = ("forward", "backward")
 # Bytes per token and channel in bfloat16: x, dt, z and y; with gradients of the first three in the backward
-# pass, where y's gradient takes the place of y. B, C and states are the same for all implementations.
+# pass, where y's gradient takes the place of y. B, C and the saved states are not counted.
 MINIMUM = {"forward": 2 * 4, "backward": 2 * 7}
 
 
 def arrays(make: Any) -> list[Any]:
-    """Return x, dt, z and y's gradient, then B and C, then A and D, from `make(shape, dtype)`."""
+    """Return x, dt, z and y's gradient, B and C, A and D, then saved states, from `make(shape, dtype)`."""
+    from pallas_gla.selective_scan.scan import num_chunks
+
     wide, narrow = (BATCH, TOKENS, CHANNELS), (BATCH, TOKENS, STATES)
     shapes = [(wide, "bfloat16")] * 4 + [(narrow, "bfloat16")] * 2
-    return [make(*shape) for shape in (*shapes, ((CHANNELS, STATES), "float32"), ((CHANNELS,), "float32"))]
+    states = (BATCH, num_chunks(TOKENS), STATES, CHANNELS)
+    shapes += [(shape, "float32") for shape in ((CHANNELS, STATES), (CHANNELS,), states)]
+    return [make(*shape) for shape in shapes]
 
 
-def function(kind: str, x: Any, dt: Any, z: Any, d_y: Any, b: Any, c: Any, a: Any, d: Any) -> Any:
+def function(
+    kind: str, x: Any, dt: Any, z: Any, d_y: Any, b: Any, c: Any, a: Any, d: Any, states: Any
+) -> Any:
     """Return what a training step computes: the output and saved states, or the gradients."""
     import jax.numpy as jnp
     from pallas_gla.selective_scan import primitive
-    from pallas_gla.selective_scan.scan import Operands, Options, num_chunks
+    from pallas_gla.selective_scan.scan import Operands, Options
 
     state = jnp.zeros((BATCH, STATES, CHANNELS), jnp.float32)
     operands = Operands(x, dt, a.T, b, c, d, z, state)
     if kind == "forward":
         return primitive.forward(operands, Options(), save=True)
-    states = jnp.zeros((BATCH, num_chunks(TOKENS), STATES, CHANNELS), jnp.float32)
     return primitive.backward(operands, states, d_y, state, Options())
+
+
+def traffic(hlo: str, kind: str) -> dict[str, float]:
+    """Return the bytes that a program moves per token and channel, and their ratio to the minimum."""
+    moved = hbm_bytes(hlo) / (BATCH * TOKENS * CHANNELS)
+    return {"bytes": round(moved, 2), "bytes_to_minimum": round(moved / MINIMUM[kind], 3)}
 
 
 def measure_tpu(chip: str, kind: str, dump: str) -> dict[str, float]:
@@ -78,13 +88,8 @@ def measure_tpu(chip: str, kind: str, dump: str) -> dict[str, float]:
     depths = [static_tpu.depth(line) for line in bundles.splitlines() if re.match(r"\s*0x|\s+0 ", line)]
     inner = [index for index, depth in enumerate(depths) if depth > 1]
     units = static_tpu.busy_units(utilization, list(range(len(depths))))
-    traffic = hbm_bytes(compiled.as_text()) / (BATCH * TOKENS * CHANNELS)
-    return {
-        "bytes": round(traffic, 2),
-        "bytes_to_minimum": round(traffic / MINIMUM[kind], 3),
-        "loop_bundles": len(inner),
-        "spills": sum(count for name, count in units.items() if ":" in name),
-    }
+    spills = sum(count for name, count in units.items() if ":" in name)
+    return traffic(compiled.as_text(), kind) | {"loop_bundles": len(inner), "spills": spills}
 
 
 def measure_gpu(chip: str, kind: str) -> dict[str, float]:
@@ -94,8 +99,8 @@ def measure_gpu(chip: str, kind: str) -> dict[str, float]:
     import static_gpu
 
     program = gpu_compiler.compile_for(chip, functools.partial(function, kind), *arrays(jax.ShapeDtypeStruct))
-    figures = static_gpu.assemble(program.kernels[f"selective_scan_{kind}"], chip)
-    return {name: figures[name] for name in ("registers", "spills")}
+    figures = static_gpu.assemble(program.kernels[f"selective_scan_{kind}"].ptx, chip)
+    return traffic(program.hlo, kind) | {name: figures[name] for name in ("registers", "spills")}
 
 
 def main() -> None:
