@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from encoded_images import pictures, settings
 from flax import nnx
 
+from dig_jax.cli.commands import COMMANDS
 from dig_jax.components import Components
 from dig_jax.errors import ConfigError, UserError
 from dig_jax.evaluation.features import encode
@@ -58,6 +60,14 @@ def test_patch_features_are_in_raster_order(network):
     images[1, 14:, :14] = images[0, 14:, :14]
     same = np.isclose(*alone.patch_features(jnp.asarray(images)), atol=1e-5).all(-1)
     np.testing.assert_array_equal(same, [[True, True], [True, False]])
+
+
+def test_the_command_writes_features_if_the_config_names_a_network(made, complete, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(encode, "encode_features", called.append)
+    config = settings(made, complete[0], **fields(tmp_path / "features"))
+    COMMANDS["encode"].run(config, tmp_path, flags.FlagValues())
+    assert called == [config]
 
 
 @pytest.mark.parametrize(
