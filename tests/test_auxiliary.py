@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from dig_jax.training.objectives.denoising import draw
 from dig_jax.training.state import abstract_state, init_params, init_state
 from dig_jax.training.step import mean_gradient, train_step
 from dig_jax.training.telemetry.step_meter import StepMeter
+from dig_jax.training.train import train
 from dig_jax.training.train_setup import TrainSetup
 from dig_jax.training.warm_start import complete, read_warm_start
 
@@ -318,6 +320,58 @@ def test_rows_of_metrics_hold_the_mean_of_the_steps_that_compute_a_loss():
     assert row["sra_loss"] == 2 and "repa_loss" not in row
 
 
+def test_distillation_is_the_distance_to_the_other_models_output():
+    components = toy(auxiliary__distill_weight=0.5, auxiliary__distill_from="elsewhere")
+    setup, params = TrainSetup.of(components), random_params(components)
+    params, images = jax.tree.map(jnp.asarray, (params, batch()))
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+
+    def metrics(distilled):
+        objective = functools.partial(
+            setup.auxiliary, teacher=params, distilled=(components.model_spec, distilled)
+        )
+        parts = dataclasses.replace(setup, objective=objective)
+        return mean_gradient(parts, params, images, jax.random.key(0))
+
+    grads, same = metrics(params)
+    plain, _ = mean_gradient(setup, params, images, jax.random.key(0))
+    assert same["distill_loss"] == 0
+    assert_close(grads, plain)
+    _, differs = metrics(other)
+    drawn = draw(components, jax.random.key(0), jnp.arange(SIZE))
+    x_t = components.diffusion.corrupt(images["image"], drawn.noise, drawn.times)
+    inputs = (x_t, components.diffusion.timestep_input(drawn.times), images["label"], drawn.drop)
+    outputs = [components.model_spec.denoise(each, *inputs) for each in (params, other)]
+    np.testing.assert_allclose(
+        differs["distill_loss"], np.mean(np.square(outputs[0] - outputs[1])), rtol=1e-5
+    )
+
+
+def test_the_variance_is_distilled_if_both_models_learn_one():
+    student, teacher = normal(3, 2, 2, 4), normal(3, 2, 2, 4)[::-1]
+    both, prediction = (
+        losses.distillation(student, other, channels=2) for other in (teacher, teacher[..., :2])
+    )
+    error = np.square(student - teacher)
+    np.testing.assert_allclose(prediction, error[..., :2].mean((1, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(both - prediction, error[..., 2:].mean((1, 2, 3)), rtol=1e-5)
+
+
+def test_a_run_distills_a_trained_model_of_another_family(tmp_path):
+    write_checkpoint(tmp_path / "teacher", tiny_settings(**FLOW, model__name="DiT-S/2"), step=3)
+    student = {
+        "training__steps": 2,
+        "logging__every_steps": 1,
+        "auxiliary__distill_weight": 1.0,
+        "auxiliary__distill_from": str(tmp_path / "teacher"),
+    }
+    train(tiny_settings(**FLOW, **student), tmp_path / "student")
+    rows = (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["distill_loss"] > 0 for row in rows] == [True, True]
+    with pytest.raises(ConfigError, match="config.auxiliary: distill_from=.* has diffusion.process='flow'"):
+        train(tiny_settings(**student), tmp_path / "ddpm")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -332,6 +386,7 @@ def test_rows_of_metrics_hold_the_mean_of_the_steps_that_compute_a_loss():
             "unsupported contrastive_weight=0.05; expected 0, or config.diffusion.process=flow",
         ),
         ({"auxiliary__contrastive_weight": 1.0}, "invalid config.auxiliary.contrastive_weight=1.0"),
+        ({"auxiliary__distill_weight": 1.0}, "unsupported distill_weight=1.0 without distill_from"),
     ],
 )
 def test_settings_that_do_not_fit_raise_errors_that_name_them(changes, message):

@@ -97,9 +97,18 @@ class AuxiliaryConfig(Group, path="config.auxiliary"):
         none="",
     )
     repa_block: int = field(0, "Block of representation alignment.", bounds="nonnegative")
+    distill_weight: float = field(
+        0.0,
+        "Weight of the distance to a trained model's prediction and variance (Wang et al. 2025, LiT).",
+        bounds="nonnegative",
+    )
+    distill_from: str | None = field(
+        None, "Workdir, checkpoint or parameter file of the model to distill; empty: none.", none=""
+    )
     until: int | None = field(
         None,
-        "Number of steps after which the dispersive, contrastive, SRA and iREPA losses end; 0: never.",
+        "Number of steps after which the dispersive, contrastive, SRA, iREPA and distillation losses end; 0:"
+        " never.",
         none=0,
         bounds="positive",
     )

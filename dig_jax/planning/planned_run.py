@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dig_jax.components import Components
+from dig_jax.components import Components, network_params
 from dig_jax.config import Config
 from dig_jax.errors import ConfigError
 from dig_jax.hardware.model_flops import training_flops
@@ -92,8 +92,12 @@ class PlannedRun:
 
 def lower_train_step(run: PlannedRun) -> jax.stages.Lowered:
     """Lower the run's train step."""
+    # The model to distill is not read: it is taken to be as large as the run's.
+    distilled = None
+    if run.settings.auxiliary.distill_weight:
+        distilled = (run.components.model_spec, network_params(run.state["params"]))
     with jax.set_mesh(run.mesh):
-        return train_compile.lower_train_step(run.components, run.mesh, run.state)
+        return train_compile.lower_train_step(run.components, run.mesh, run.state, distilled)
 
 
 def lower_sampler(run: PlannedRun) -> jax.stages.Lowered:

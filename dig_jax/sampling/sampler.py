@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, Int32, UInt8
 
 from dig_jax.autoencoder import Autoencoder, to_uint8
+from dig_jax.checkpoints.frozen_model import read_frozen_model
 from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components, ModelSpec, Params
 from dig_jax.config import Config, check_same
@@ -251,7 +252,7 @@ class Sampler:
         if path is None or not needs_weak_model(fields):
             return None, None
         if path not in self._weak_models:
-            self._weak_models[path] = read_weak_model(path, self.components, self._mesh)
+            self._weak_models[path] = read_frozen_model("weak_model", path, self.components, self._mesh)
         return self._weak_models[path]
 
     def _model_size(self, size: int | tuple[int, int]) -> tuple[int, int]:
@@ -331,30 +332,6 @@ def load(
     sampler = Sampler(stored.with_config(settings), params, step=step, mesh=mesh)
     _ = sampler.evaluations  # validate config.sampling before anything is drawn
     return sampler
-
-
-def read_weak_model(path: str, components: Components, mesh: Mesh | None) -> tuple[ModelSpec, Params]:
-    """Return the model for autoguidance at a path, on the devices of the mesh.
-
-    Raises:
-        CheckpointError: it does not exist or is unreadable.
-        ValueError: it was trained on other images or to predict something else.
-    """
-    weak, _, params = read_model(to_path(path))
-    sizes = [(c.image_spec.image_shape, c.image_spec.num_classes) for c in (weak, components)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"weak_model={path} has images {sizes[0][0]} of {sizes[0][1]} classes; expected {sizes[1][0]} of"
-            f" {sizes[1][1]}"
-        )
-    for name in ("process", "schedule", "num_steps", "path", "prediction"):
-        got, expected = (getattr(c.config.diffusion, name) for c in (weak, components))
-        if got != expected:
-            raise ValueError(f"weak_model={path} has diffusion.{name}={got!r}; expected {expected!r}")
-    spec = dataclasses.replace(
-        weak.model_spec, config=dataclasses.replace(weak.config.model, implementation=None)
-    )
-    return spec, params if mesh is None else jax.device_put(params, state_sharding(params, mesh))
 
 
 def _indices(labels: Labels, class_names: Sequence[str]) -> Numbers:

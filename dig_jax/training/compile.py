@@ -13,6 +13,7 @@ from dig_jax.errors import naming_implementation
 from dig_jax.parallel import batch_sharding, replicated, state_sharding
 from dig_jax.progress import duration
 from dig_jax.runtime import cache_hits
+from dig_jax.training.objectives.auxiliary import Frozen
 from dig_jax.training.state import State
 from dig_jax.training.step import train_step
 from dig_jax.training.train_setup import TrainSetup
@@ -32,31 +33,37 @@ def abstract_batch(components: Components, mesh: Mesh) -> dict[str, jax.ShapeDty
     }
 
 
-def lower_train_step(components: Components, mesh: Mesh, state: State) -> jax.stages.Lowered:
-    """Lower the step (state, batch) -> (state, metrics), which donates the state's memory.
+def lower_train_step(
+    components: Components, mesh: Mesh, state: State, distilled: Frozen | None = None
+) -> jax.stages.Lowered:
+    """Lower the step (state, batch, distilled) -> (state, metrics), which donates the state's memory.
 
     Args:
         components: the config's components.
         mesh: devices to run on.
         state: arrays, or an `abstract_state`.
+        distilled: the model of `auxiliary.distill_from`, whose parameters the step gets.
 
     Raises:
         ConfigError: `model.implementation` does not run on these devices.
     """
+    spec, params = distilled or (None, None)
     step = jax.jit(
-        functools.partial(train_step, TrainSetup.of(components)),
+        functools.partial(train_step, TrainSetup.of(components, spec)),
         donate_argnums=0,
         out_shardings=(state_sharding(state, mesh), replicated(mesh)),
     )
     with naming_implementation():
-        return step.lower(state, abstract_batch(components, mesh))
+        return step.lower(state, abstract_batch(components, mesh), params)
 
 
-def compile_train_step(components: Components, mesh: Mesh, state: State) -> jax.stages.Compiled:
+def compile_train_step(
+    components: Components, mesh: Mesh, state: State, distilled: Frozen | None = None
+) -> jax.stages.Compiled:
     """Compile the train step ahead of the first step, and log how long that took."""
     began = time.monotonic()
     with cache_hits() as hits:
-        compiled = lower_train_step(components, mesh, state).compile()
+        compiled = lower_train_step(components, mesh, state, distilled).compile()
     how = "loaded the train step from the compilation cache" if hits else "compiled the train step"
     log.info("%s in %s", how, duration(time.monotonic() - began))
     return compiled

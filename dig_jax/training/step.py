@@ -21,8 +21,12 @@ from dig_jax.training.state import Purpose, State, purpose_key
 from dig_jax.training.train_setup import TrainSetup
 
 
-def train_step(setup: TrainSetup, state: State, batch: Batch) -> tuple[State, Metrics]:
+def train_step(
+    setup: TrainSetup, state: State, batch: Batch, distilled: Params | None = None
+) -> tuple[State, Metrics]:
     """Take one optimizer step on a batch {"image": [B, h, w, c], "label": [B]}.
+
+    `distilled` are the parameters of the model `setup.distilled`.
 
     A step whose loss, gradient or new parameters are not finite is skipped: it changes only `step` and
     `skipped_steps`.
@@ -31,7 +35,7 @@ def train_step(setup: TrainSetup, state: State, batch: Batch) -> tuple[State, Me
         The new state, and the objective's metrics with "grad_norm", "learning_rate" and "skipped" (0 or 1).
     """
     key = jax.random.fold_in(purpose_key(setup.components, Purpose.TRAIN), state["step"])
-    grads, metrics = _gradient(setup, state, batch, key)
+    grads, metrics = _gradient(setup, state, batch, key, distilled)
     grad_norm = optax.tree.norm(grads)
 
     updates_before = state["step"] - state["skipped_steps"]
@@ -72,7 +76,9 @@ def _update_is_finite(setup: TrainSetup, grads: Params, state: State) -> Bool[Ar
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def _gradient(setup: TrainSetup, state: State, batch: Batch, key: Key[Array, ""]) -> tuple[Params, Metrics]:
+def _gradient(
+    setup: TrainSetup, state: State, batch: Batch, key: Key[Array, ""], distilled: Params | None
+) -> tuple[Params, Metrics]:
     """Return gradient and metrics with the auxiliary losses of this step.
 
     The losses that have ended are left out of the program's branch, not multiplied by zero, so that what is
@@ -82,7 +88,8 @@ def _gradient(setup: TrainSetup, state: State, batch: Batch, key: Key[Array, ""]
     def gradient(auxiliary: AuxiliaryObjective | None) -> tuple[Params, Metrics]:
         if auxiliary is None:
             return mean_gradient(setup, state["params"], batch, key)
-        objective = functools.partial(auxiliary, teacher=state["ema"][setup.teacher])
+        frozen = None if setup.distilled is None or distilled is None else (setup.distilled, distilled)
+        objective = functools.partial(auxiliary, teacher=state["ema"][setup.teacher], distilled=frozen)
         return mean_gradient(dataclasses.replace(setup, objective=objective), state["params"], batch, key)
 
     until = setup.components.config.auxiliary.until

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dig_jax import config
 from dig_jax.checkpoints.description import config_and_versions
+from dig_jax.checkpoints.frozen_model import read_frozen_model
 from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.components import Components, Features, Params, param_count
 from dig_jax.config import Config
@@ -29,6 +30,7 @@ from dig_jax.sampling.sampler import Sampler
 from dig_jax.training.compile import abstract_batch, compile_train_step
 from dig_jax.training.hooks import draw_grid, make_hooks, try_to_write_report
 from dig_jax.training.loop import loop
+from dig_jax.training.objectives.auxiliary import Frozen
 from dig_jax.training.restore import first_state
 from dig_jax.training.run import Run
 from dig_jax.training.state import State, abstract_state
@@ -105,11 +107,26 @@ def _train(
     checkpoints: Checkpoints,
     writer: MetricWriter,
 ) -> State:
-    train_step = compile_train_step(run.components, run.mesh, state)
-    bounds = best_times(run.components, run.mesh, train_step)
+    distilled = _read_distilled(run)
+    compiled = compile_train_step(run.components, run.mesh, state, distilled)
+    bounds = best_times(run.components, run.mesh, compiled)
+    params = None if distilled is None else distilled[1]
     meter = StepMeter(run.settings.data.batch_size)
     hooks = make_hooks(run, int(state["step"]), profile, checkpoints, writer, meter, bounds)
-    return loop(run, train_step, state, examples, hooks, meter)
+    return loop(run, lambda state, batch: compiled(state, batch, params), state, examples, hooks, meter)
+
+
+def _read_distilled(run: Run) -> Frozen | None:
+    """Return the model to distill.
+
+    Raises:
+        ConfigError: it is unreadable, or was trained on other images or to predict something else.
+    """
+    settings = run.settings.auxiliary
+    if not settings.distill_weight or settings.distill_from is None:
+        return None
+    with naming_setting("config.auxiliary"):
+        return read_frozen_model("distill_from", settings.distill_from, run.components, run.mesh)
 
 
 def _finish(run: Run, state: State, writer: MetricWriter) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import optax
 from jaxtyping import Array, Float, Key
 
-from dig_jax.components import Components, Params
+from dig_jax.components import Components, ModelSpec, Params
 from dig_jax.training.ema import Average, make_averages
 from dig_jax.training.objectives import denoising
 from dig_jax.training.objectives.auxiliary import AuxiliaryObjective, make_auxiliary
@@ -32,6 +32,7 @@ class TrainSetup:
         auxiliary: replaces the objective, up to step `auxiliary.until`; None does not.
         lasting: replaces the objective after this step.
         teacher: name of the average that auxiliary losses use as their teacher.
+        distilled: the trained model to distill, whose parameters the step gets; None: none.
     """
 
     components: Components
@@ -42,9 +43,10 @@ class TrainSetup:
     auxiliary: AuxiliaryObjective | None = None
     lasting: AuxiliaryObjective | None = None
     teacher: str = ""
+    distilled: ModelSpec | None = None
 
     @classmethod
-    def of(cls, components: Components) -> "TrainSetup":
+    def of(cls, components: Components, distilled: ModelSpec | None = None) -> "TrainSetup":
         """Return the setup that a config describes."""
         settings = components.config
         return cls(
@@ -55,4 +57,5 @@ class TrainSetup:
             denoising.loss,
             *make_auxiliary(components),
             settings.training.average_names[0],
+            distilled,
         )

@@ -1,7 +1,8 @@
 """The auxiliary losses as functions of arrays; each returns one value per image or per group of images.
 
 [D] is Wang & He 2025 (Diffuse and Disperse), [C] is Stoica et al. 2025 (contrastive flow matching), [S] is
-SRA (self-representation alignment), [R] is REPA (Yu et al. 2025) and [I] its variant iREPA.
+SRA (self-representation alignment), [R] is REPA (Yu et al. 2025) and [I] its variant iREPA, [L] is LiT (Wang
+et al. 2025).
 """
 
 import jax
@@ -60,6 +61,24 @@ def smooth_l1(student: Float[Array, "b t d"], teacher: Float[Array, "b t d"]) ->
     teacher = jax.lax.stop_gradient(teacher.astype(jnp.float32))
     error = jnp.abs(student.astype(jnp.float32) - teacher)
     return jnp.where(error < _BETA, error**2 / (2 * _BETA), error - _BETA / 2).mean((1, 2))
+
+
+def distillation(
+    student: Float[Array, "b h w c_student"], teacher: Float[Array, "b h w c_teacher"], *, channels: int
+) -> Float[Array, " b"]:
+    """Return the mean square distance of the predictions, plus that of the variances if both have one [L].
+
+    No gradient flows to the teacher.
+
+    Args:
+        student: the model's output.
+        teacher: another model's output.
+        channels: channels of the image; the first ones are the prediction, the others the variance.
+    """
+    count = min(student.shape[-1], teacher.shape[-1])
+    error = student[..., :count] - jax.lax.stop_gradient(teacher[..., :count])
+    parts = (error[..., :channels], error[..., channels:])
+    return sum((jnp.mean(part**2, axis=(1, 2, 3)) for part in parts if part.size), jnp.zeros(len(student)))
 
 
 def at_grid(features: Float[Array, "b rows columns d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:

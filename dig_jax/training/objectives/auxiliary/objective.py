@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dig_jax.components import Components, Params, model_options
+from dig_jax.components import Components, ModelSpec, Params, model_options
 from dig_jax.config import Config
 from dig_jax.diffusion import FlowMatching
 from dig_jax.errors import naming_setting
@@ -19,6 +19,9 @@ from dig_jax.models.backbone import ModelOptions, Outputs
 from dig_jax.training.objectives.auxiliary import losses
 from dig_jax.training.objectives.auxiliary.heads import Heads, bind_heads, features_shape, noise_level
 from dig_jax.training.objectives.denoising import Batch, Draw, Metrics, draw, metrics_of
+
+Frozen = tuple[ModelSpec, Params]
+"""A model that is only evaluated, and its parameters."""
 
 _TEACHER_DISTANCE = 0.2  # greatest difference between the times of student and teacher (SRA)
 
@@ -29,6 +32,7 @@ class Forward(NamedTuple):
     Attributes:
         scale: weight of each image's loss by the learned variance, without a gradient.
         teacher: the average of the parameters that is SRA's teacher.
+        distilled: the trained model to distill, or None.
         key: the step's key.
     """
 
@@ -40,6 +44,7 @@ class Forward(NamedTuple):
     outputs: Outputs
     scale: Float[Array, " b"]
     teacher: Params
+    distilled: Frozen | None
     key: Key[Array, ""]
 
     def denoising(self, output: Float[Array, "b h w out"]) -> Float[Array, " b"]:
@@ -72,6 +77,7 @@ class AuxiliaryObjective:
         batch_size: int,
         *,
         teacher: Params,
+        distilled: Frozen | None = None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return the share of a micro-batch in the loss of the batch, and its metrics.
 
@@ -82,6 +88,7 @@ class AuxiliaryObjective:
             key: the step's key, which draws what it draws for `denoising.loss`.
             batch_size: number of images of the batch.
             teacher: the average of the parameters that is SRA's teacher.
+            distilled: the trained model to distill.
 
         Returns:
             The sum of all terms, and the metrics of `denoising.loss` with an unweighted "NAME_loss" per term.
@@ -98,7 +105,7 @@ class AuxiliaryObjective:
         if heads.log_variance is not None:
             log_variance = heads.log_variance(noise_level(process, drawn.times))
         scale = jnp.exp(-jax.lax.stop_gradient(log_variance))
-        forward = Forward(components, heads, batch, drawn, x_t, outputs, scale, teacher, key)
+        forward = Forward(components, heads, batch, drawn, x_t, outputs, scale, teacher, distilled, key)
         values = forward.denoising(outputs.output)
         total = jnp.sum(values * jnp.exp(-log_variance) + log_variance) / batch_size
         metrics = metrics_of(components, drawn, values, batch_size)
@@ -170,12 +177,23 @@ def _repa(forward: Forward) -> Float[Array, " b"]:
     return losses.representation(forward.heads.repa(tokens, grid), features)
 
 
+def _distill(forward: Forward) -> Float[Array, " b"]:
+    """Compare with another model on the same noisy images and labels."""
+    batch, drawn = forward.batch, forward.drawn
+    assert forward.distilled is not None
+    spec, params = forward.distilled
+    timesteps = forward.components.diffusion.timestep_input(drawn.times)
+    output = spec.denoise(params, forward.x_t, timesteps, batch["label"], drawn.drop)
+    return losses.distillation(forward.outputs.output, output, channels=forward.x_t.shape[-1])
+
+
 TERMS: Mapping[str, Callable[[Forward], Float[Array, " n"]]] = {
     "internal": _internal,
     "dispersive": _dispersive,
     "contrastive": _contrastive,
     "sra": _sra,
     "repa": _repa,
+    "distill": _distill,
 }
 """The terms by name; each returns values whose mean over a micro-batch is the term."""
 
@@ -245,6 +263,11 @@ def _check(components: Components, weights: Mapping[str, float]) -> None:
         )
     if "repa" in weights:
         _check_features(components)
+    if "distill" in weights and settings.distill_from is None:
+        raise ValueError(
+            f"unsupported distill_weight={settings.distill_weight} without distill_from; expected the"
+            " workdir, checkpoint or parameter file of a trained model"
+        )
 
 
 def _check_teacher(options: ModelOptions, student: int, teacher: int) -> None:
