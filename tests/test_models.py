@@ -295,6 +295,23 @@ def test_positions_encode_the_column_first_and_then_the_row():
     np.testing.assert_allclose(table[0, 1, :2], np.sin([1.0, 0.01]), rtol=1e-6)
 
 
+def test_interpolated_positions_spread_a_grid_over_another_one():
+    np.testing.assert_array_equal(sincos_positions((3, 5), 8, (3, 5)), sincos_positions((3, 5), 8))
+    fine = sincos_positions((6, 5), 8, (3, 5)).reshape(6, 5, 8)
+    rows = (np.arange(6) + 0.5) / 2 - 0.5
+    np.testing.assert_allclose(fine[:, 2, 4], np.sin(rows), rtol=1e-6)
+    np.testing.assert_array_equal(fine[0, :, :4], sincos_positions((3, 5), 8).reshape(3, 5, 8)[0, :, :4])
+
+
+def test_positions_matter_only_for_images_of_another_size():
+    models = [tiny(depth=1, positions=positions) for positions in ("absolute", "interpolated")]
+    nnx.update(models[1], nnx.state(models[0]))
+    for size, equal in ((8, True), (16, False)):
+        x, t = jnp.ones((1, size, size, 4)), jnp.array([3])
+        tokens = [model.outputs(x, t, taps=(0,)).hidden[0] for model in models]
+        assert np.array_equal(*tokens) == equal
+
+
 def test_depthwise_conv_is_the_grouped_convolution():
     conv = DepthwiseConv(8, dtype=jnp.float32)
     conv.kernel[...] = jax.random.normal(jax.random.key(0), (3, 3, 8))

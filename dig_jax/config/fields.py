@@ -103,6 +103,11 @@ class ModelConfig(Group, path="config.model"):
         " swiglu in DiG and U-DiG.",
         none="",
     )
+    positions: str = field(
+        "absolute",
+        "Coordinates of tokens in images of another size than the training images: absolute, which go on"
+        " beyond their size, or interpolated, which are spread over it (not in DiS).",
+    )
     qk_norm: bool = field(False, "RMSNorm of softmax attention's queries and keys (Dehghani et al. 2023).")
     rope: bool = field(
         False, "Rotary positions of softmax attention, beside the fixed positions (Su et al. 2021)."

@@ -69,6 +69,8 @@ class ModelOptions:
         scan_layers: loop over the blocks in the compiled program instead of repeating them.
         mlp_hidden_size: hidden channels of the MLP; None: the family's default for the width.
         internal_head: index of the block after which a second final layer predicts; None: no such layer.
+        positions: coordinates of tokens in images of another size than `input_size`: "absolute", which go on
+            beyond it, or "interpolated", which are spread over it.
 
     Raises:
         ValueError: an invalid value.
@@ -85,6 +87,7 @@ class ModelOptions:
     scan_layers: bool = True
     mlp_hidden_size: int | None = None
     internal_head: int | None = None
+    positions: Literal["absolute", "interpolated"] = "absolute"
 
     def __post_init__(self):
         for name in ("mlp_width", "depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
@@ -318,7 +321,10 @@ class DiffusionTransformer(nnx.Module):
             if not 0 <= tap < self.options.depth:
                 raise ValueError(f"block out of range: got {tap}; expected 0 … {self.options.depth - 1}")
         tokens = self.patch_embed(patchify(constrain_rows(x), self.patch_size))
-        tokens = tokens + jnp.asarray(sincos_positions(grid, self.hidden_size), tokens.dtype)
+        span = None
+        if self.options.positions == "interpolated":
+            span = (self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size)
+        tokens = tokens + jnp.asarray(sincos_positions(grid, self.hidden_size, span), tokens.dtype)
         return self._run_levels(tokens, condition, grid, taps, features), grid
 
     def _run_levels(

@@ -37,7 +37,11 @@ class DiSOptions(ModelOptions):
         super().__post_init__()
         if self.depth % 2:
             raise ValueError(f"invalid depth={self.depth} of DiS; expected an even number")
-        for name, absent, part in (("num_heads", 1, "heads"), ("mlp_hidden_size", None, "MLP")):
+        for name, absent, part in (
+            ("num_heads", 1, "heads"),
+            ("mlp_hidden_size", None, "MLP"),
+            ("positions", "absolute", "fixed positions"),
+        ):
             if (value := getattr(self, name)) != absent:
                 raise ValueError(f"unsupported {name}={value} of DiS; expected {absent}: it has no {part}")
 

@@ -32,14 +32,22 @@ def unpatchify(
     return x.reshape(b, rows * patch_size, columns * patch_size, c)
 
 
-def sincos_positions(grid: tuple[int, int], width: int) -> Float[np.ndarray, "t d"]:
+def sincos_positions(
+    grid: tuple[int, int], width: int, span: tuple[int, int] | None = None
+) -> Float[np.ndarray, "t d"]:
     """Return fixed 2-D positions: the first half of the width encodes the column, the second the row.
 
     Each half is [sin, cos] of the coordinate times 10000^(-i / (width/4)), as in MAE (He et al. 2022).
+
+    Args:
+        grid: (rows, columns).
+        width: channels of a token.
+        span: (rows, columns) over which the coordinates of the grid are spread; by default the grid's own.
     """
-    rows, columns = grid
+    # A token covers an interval, whose center is its coordinate.
+    spread = [(np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(grid, span or grid, strict=True)]
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
-    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    row, column = np.meshgrid(*spread, indexing="ij")
     angles = [coordinate.reshape(-1, 1) * frequencies for coordinate in (column, row)]
     halves = [np.concatenate([np.sin(a), np.cos(a)], axis=1) for a in angles]
     return np.concatenate(halves, axis=1).astype(np.float32)
