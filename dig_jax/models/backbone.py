@@ -225,13 +225,7 @@ class DiffusionTransformer(nnx.Module):
         num_classes: int,
         rngs: nnx.Rngs,
     ):
-        options.check_size(*input_size)
-        if num_classes < 0:
-            raise ValueError(f"invalid num_classes={num_classes}; expected 0 (unconditional) or more")
-        self.family, self.options = family, options
-        self.input_size, self.num_classes = input_size, num_classes
-        self.patch_size, self.in_channels = options.patch_size, options.in_channels
-        self.learn_sigma, self.hidden_size = options.learn_sigma, options.hidden_size
+        self._set_sizes(family, options, input_size, num_classes)
         in_size = options.patch_size**2 * options.in_channels
         self.patch_embed = Linear(
             in_size, options.hidden_size, kernel_init=xavier, dtype=options.dtype, rngs=rngs
@@ -240,6 +234,18 @@ class DiffusionTransformer(nnx.Module):
         head = options.internal_head
         self.final = self._final_layer(options.levels[-1], rngs)
         self.internal = None if head is None else self._final_layer(options.level_of(head), rngs)
+
+    def _set_sizes(
+        self, family: str, options: ModelOptions, input_size: tuple[int, int], num_classes: int
+    ) -> None:
+        """Check the arguments of the constructor and keep them as attributes."""
+        options.check_size(*input_size)
+        if num_classes < 0:
+            raise ValueError(f"invalid num_classes={num_classes}; expected 0 (unconditional) or more")
+        self.family, self.options = family, options
+        self.input_size, self.num_classes = input_size, num_classes
+        self.patch_size, self.in_channels = options.patch_size, options.in_channels
+        self.learn_sigma, self.hidden_size = options.learn_sigma, options.hidden_size
 
     def _add_levels(self, rngs: nnx.Rngs) -> None:
         """Add the modules of the levels, here of the only one."""

@@ -67,13 +67,7 @@ class DiS(DiffusionTransformer):
         num_classes: int,
         rngs: nnx.Rngs,
     ):
-        options.check_size(*input_size)
-        if num_classes < 0:
-            raise ValueError(f"invalid num_classes={num_classes}; expected 0 (unconditional) or more")
-        self.family, self.options = family, options
-        self.input_size, self.num_classes = input_size, num_classes
-        self.patch_size, self.in_channels = options.patch_size, options.in_channels
-        self.learn_sigma, self.hidden_size = options.learn_sigma, options.hidden_size
+        self._set_sizes(family, options, input_size, num_classes)
         width, dtype = options.hidden_size, options.dtype
         in_size = options.patch_size**2 * options.in_channels
         self.patch_embed = Linear(in_size, width, kernel_init=pytorch_default, dtype=dtype, rngs=rngs)
