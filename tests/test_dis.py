@@ -107,6 +107,7 @@ def test_taps_are_the_tokens_of_the_patches_after_a_block(outputs):
     assert not np.allclose(hidden[2], hidden[4], atol=0.1)
 
 
+@pytest.mark.slow  # compiles for half a minute
 def test_gradients_with_rematerialization_are_slopes_of_the_reference(outputs, golden, given):
     model = load(reference.state_dict(), remat="full")
     cotangent = np.random.default_rng(3).standard_normal(golden["out"].shape)

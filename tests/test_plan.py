@@ -172,3 +172,17 @@ def test_a_program_for_tpus_keeps_heads_together(tpu_plan):
 def test_a_batch_that_the_devices_do_not_divide_is_an_error():
     with pytest.raises(ConfigError, match="config.data.batch_size=8"):
         plan.plan(tiny_settings(mesh__data=3), plan.THIS)
+
+
+def test_a_product_without_tiles_is_compiled_without_triton(monkeypatch):
+    compile_, seen = jax.stages.Lowered.compile, []
+
+    def refusing(self, options=None):
+        seen.append(options)
+        if options is None:
+            raise jax.errors.JaxRuntimeError("Couldn't find output tile sizes that satisfy hlo: %dot")
+        return compile_(self)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refusing)
+    assert compile_fully(jax.jit(jax.lax.sin).lower(1.0)).text
+    assert seen == [None, {"xla_gpu_enable_triton_gemm": False}]

@@ -16,6 +16,8 @@ from dig_jax.errors import UserError
 _TEXT, _MEMORY, _LAST = (
     f".after_optimizations{end}.txt" for end in ("", "-buffer-assignment", "_after_buffer_assignment")
 )
+# XLA finds no tiles for a Triton product on a GPU whose rows are then split into 258 tokens, as those of DiS.
+_NO_TILES = "Couldn't find output tile sizes that satisfy"
 # Kinds of allocations in a dumped buffer assignment.
 _ALLOCATIONS = {
     "parameter": "arguments",
@@ -45,7 +47,12 @@ def compile_fully(lowered: jax.stages.Lowered) -> CompiledProgram:
     Raises:
         UserError: the compiler does not report the program or its memory.
     """
-    compiled = lowered.compile()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if _NO_TILES not in str(error):
+            raise
+        compiled = lowered.compile({"xla_gpu_enable_triton_gemm": False})
     text, m = compiled.as_text(), compiled.memory_analysis()
     if text is None or m is None:
         raise UserError("unsupported platform: its compiler does not report programs and their memory")

@@ -154,6 +154,29 @@ def test_kernels_match_the_recurrence(implementation, shape, reverse, gated):
     check(arrays, reverse, run=run, gated=gated)
 
 
+SETTINGS = {
+    "default": {},
+    "64-bit": {"jax_enable_x64": True},
+    "strict": {"jax_numpy_rank_promotion": "raise", "jax_numpy_dtype_promotion": "strict"},
+}
+
+
+@pytest.fixture
+def settings(request):
+    before = {name: getattr(jax.config, name) for name in SETTINGS[request.param]}
+    for name, value in SETTINGS[request.param].items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(name, marks=pytest.mark.slow if SETTINGS[name] else ()) for name in SETTINGS],
+    indirect=True,
+)
 def test_a_program_for_a_chip_has_its_kernel_and_others_have_plain_jax():
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in scan_oracle.inputs(1, 8, 8).items()}
     gradient = jax.jit(jax.grad(lambda arrays: selective_scan(**arrays).sum())).trace(shapes)

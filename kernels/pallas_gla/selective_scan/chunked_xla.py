@@ -73,11 +73,11 @@ def _run_chunk(
 
     def step(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         x, dt, b, c = token
-        state = jnp.exp(dt[:, None] * a) * state + (dt * x)[:, None] * b[..., None]
+        state = jnp.exp(dt[:, None] * a[None]) * state + (dt * x)[:, None] * b[..., None]
         return state, jnp.sum(c[..., None] * state, axis=1)
 
     state, y = jax.lax.scan(step, state, (x, dt, b, c), reverse=reverse)
-    y = y + d * x
+    y = y + d[None, None] * x
     return state, y if z is None else y * jax.nn.silu(z)
 
 

@@ -210,7 +210,7 @@ class _Launch:
         index = self.index
 
         def map_block(step: Any) -> Any:
-            return jax.lax.div(index(step) * self.chunk, _LANES)
+            return jax.lax.div(index(step) * self.chunk, jnp.int32(_LANES))
 
         return {
             "tokens": pl.BlockSpec((None, self.chunk, width), lambda b, j, i: (b, index(i), j)),
@@ -232,7 +232,7 @@ class _Chunk:
         self.step = pl.program_id(2)
         start = launch.index(self.step) * launch.chunk
         self.tokens = launch.shape[1] - start
-        self.lane = jax.lax.rem(start, _LANES)
+        self.lane = jax.lax.rem(start, jnp.int32(_LANES))
         self.channels = launch.shape[2] - pl.program_id(1) * launch.width
 
     def inside(self, x: Array) -> Array:
@@ -262,13 +262,13 @@ class _Chunk:
 
     def loop(self, reverse: bool, body: Callable[[Any, Any], Any], carry: Any) -> Any:
         """Run `body(base, carry)` for each group of eight tokens, in the order of a scan."""
-        groups = jax.lax.div(jnp.minimum(self.tokens, self.launch.chunk) + ROWS - 1, ROWS)
+        groups = jax.lax.div(jnp.minimum(self.tokens, self.launch.chunk) + (ROWS - 1), jnp.int32(ROWS))
 
         def step(i: Any, carry: Any) -> Any:
             group = groups - 1 - i if reverse else i
             return body(pl.multiple_of(group * ROWS, ROWS), carry)
 
-        return jax.lax.fori_loop(0, groups, step, carry)
+        return jax.lax.fori_loop(jnp.int32(0), groups, step, carry)
 
 
 def _order(reverse: bool) -> Sequence[int]:

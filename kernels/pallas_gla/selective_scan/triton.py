@@ -176,12 +176,12 @@ class _Program:
         self.launch, self.refs = launch, refs
         _, self.tokens, channels, self.size = launch.shape
         self.number = call.program_id(0)
-        self.batch = jax.lax.div(self.number, launch.blocks)
-        self.block = jax.lax.rem(self.number, launch.blocks)
-        self.lane = jnp.arange(launch.width)
+        self.batch = jax.lax.div(self.number, jnp.int32(launch.blocks))
+        self.block = jax.lax.rem(self.number, jnp.int32(launch.blocks))
+        self.lane = jnp.arange(launch.width, dtype=jnp.int32)
         self.channel = self.block * launch.width + self.lane
         self.inside = self.channel < channels
-        self.state_index = jnp.arange(self.size)
+        self.state_index = jnp.arange(self.size, dtype=jnp.int32)
 
     def order(self, count: int, *, reverse: bool) -> Callable[[Any], Any]:
         """Return the function that maps the steps of a loop to indices."""
@@ -272,11 +272,16 @@ def _forward_kernel(program: _Program) -> None:
     def run_chunk(i: Any, state: Array) -> Array:
         chunk = chunk_index(i)
         program.store_matrix("states", (program.batch * chunks + chunk) * program.size, state)
-        return jax.lax.fori_loop(0, launch.groups, lambda i, state: run_group(chunk, i, state), state)
+        return _loop(launch.groups, lambda i, state: run_group(chunk, i, state), state)
 
     first = program.batch * program.size
-    state = jax.lax.fori_loop(0, chunks, run_chunk, program.load_matrix("initial_state", first))
+    state = _loop(chunks, run_chunk, program.load_matrix("initial_state", first))
     program.store_matrix("final_state", first, state)
+
+
+def _loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Run `body(i, carry)`; i is 32 bits wide under any settings of JAX."""
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), body, carry)
 
 
 def _sigmoid(x: Array) -> Array:
@@ -293,9 +298,7 @@ def _backward_kernel(program: _Program) -> None:
     def run_chunk(i: Any, carry: tuple) -> tuple:
         chunk = chunk_index(i)
         _save_groups(program, rates, chunk)
-        return jax.lax.fori_loop(
-            0, launch.groups, lambda i, carry: run_group(chunk, group_index(i), carry), carry
-        )
+        return _loop(launch.groups, lambda i, carry: run_group(chunk, group_index(i), carry), carry)
 
     def run_group(chunk: Any, group: Any, carry: tuple) -> tuple:
         d_state, d_a, d_d = carry
@@ -329,7 +332,7 @@ def _backward_kernel(program: _Program) -> None:
     first = program.batch * program.size
     zeros = jnp.zeros((program.size, launch.width), jnp.float32)
     carry = (program.load_matrix("d_final_state", first), zeros, jnp.zeros(launch.width, jnp.float32))
-    d_state, d_a, d_d = jax.lax.fori_loop(0, chunks, run_chunk, carry)
+    d_state, d_a, d_d = _loop(chunks, run_chunk, carry)
     program.store_matrix("d_state", first, d_state)
     program.store_matrix("d_a", first, d_a)
     program.store_row("d_d", program.batch, d_d)
@@ -348,7 +351,7 @@ def _save_groups(program: _Program, rates: Array, chunk: Any) -> None:
         return state
 
     state = program.load_matrix("states", (program.batch * chunks + chunk) * program.size)
-    jax.lax.fori_loop(0, launch.groups, run_group, state)
+    _loop(launch.groups, run_group, state)
 
 
 def _load_group(program: _Program, group: Any) -> Array:
