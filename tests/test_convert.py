@@ -136,6 +136,6 @@ def test_a_depth_that_upstream_would_rotate_is_an_error():
 
 def test_a_family_without_released_code_is_an_error():
     model = nnx.eval_shape(lambda: fresh("dit"))
-    model.family = "DiS"
-    with pytest.raises(ValueError, match="unsupported model family: got DiS; expected DiG or DiT"):
+    model.family = "U-DiG"
+    with pytest.raises(ValueError, match="unsupported model family: got U-DiG; expected DiG or DiT or DiS"):
         load_torch_state_dict(model, {})

@@ -63,6 +63,7 @@ def last_step(workdir: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_terminated_and_then_killed_ends_bit_identical(uninterrupted):
     workdir = uninterrupted.with_name("stopped_twice")
     run = start(workdir, "--config.checkpoint.every_steps=1000")

@@ -76,6 +76,7 @@ def test_gradients_on_meshes_equal_one_devices_and_need_only_the_expected_collec
         check("DiT-S/2", mesh, result)
 
 
+@pytest.mark.slow
 def test_gradients_of_scans_on_a_mesh_of_all_axes_equal_one_devices():
     """Three blocks scan rows, rows reversed and columns."""
     check("DiG-S/2", "mixed", compare("DiG-S/2", 3, ("mixed",))["mixed"])

@@ -36,25 +36,25 @@ def abstract_batch(components: Components, mesh: Mesh) -> dict[str, jax.ShapeDty
 def lower_train_step(
     components: Components, mesh: Mesh, state: State, distilled: Frozen | None = None
 ) -> jax.stages.Lowered:
-    """Lower the step (state, batch, distilled) -> (state, metrics), which donates the state's memory.
+    """Lower the step (state, batch) -> (state, metrics), which donates the state's memory.
 
     Args:
         components: the config's components.
         mesh: devices to run on.
         state: arrays, or an `abstract_state`.
-        distilled: the model of `auxiliary.distill_from`, whose parameters the step gets.
+        distilled: the model of `auxiliary.distill_from`, whose parameters are a third argument of the step.
 
     Raises:
         ConfigError: `model.implementation` does not run on these devices.
     """
-    spec, params = distilled or (None, None)
+    spec, *params = distilled or [None]
     step = jax.jit(
         functools.partial(train_step, TrainSetup.of(components, spec)),
         donate_argnums=0,
         out_shardings=(state_sharding(state, mesh), replicated(mesh)),
     )
     with naming_implementation():
-        return step.lower(state, abstract_batch(components, mesh), params)
+        return step.lower(state, abstract_batch(components, mesh), *params)
 
 
 def compile_train_step(

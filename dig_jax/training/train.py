@@ -110,10 +110,10 @@ def _train(
     distilled = _read_distilled(run)
     compiled = compile_train_step(run.components, run.mesh, state, distilled)
     bounds = best_times(run.components, run.mesh, compiled)
-    params = None if distilled is None else distilled[1]
     meter = StepMeter(run.settings.data.batch_size)
     hooks = make_hooks(run, int(state["step"]), profile, checkpoints, writer, meter, bounds)
-    return loop(run, lambda state, batch: compiled(state, batch, params), state, examples, hooks, meter)
+    params = distilled[1:] if distilled else ()
+    return loop(run, lambda state, batch: compiled(state, batch, *params), state, examples, hooks, meter)
 
 
 def _read_distilled(run: Run) -> Frozen | None:
