@@ -60,7 +60,7 @@ class Chunk:
 
 
 class Unreadable(NamedTuple):
-    """An image that cannot be decoded, and why."""
+    """An image that cannot be decoded, with the reason."""
 
     name: str
     reason: str

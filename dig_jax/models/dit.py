@@ -49,7 +49,7 @@ class DiTOptions(ModelOptions):
 
     @property
     def final_norm(self) -> NormKind:
-        """Norm of the final layer, that of the blocks."""
+        """Norm of the final layer, the same as in the blocks."""
         return self.norm
 
     def mlp_width_at(self, level: Level) -> int:

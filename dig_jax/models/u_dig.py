@@ -33,7 +33,7 @@ _STRIDES = (1, 2, 4, 2, 1)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UDiGOptions(GLAOptions):
-    """Options of U-DiG; `hidden_size` and `num_heads` are those of the first level.
+    """Options of U-DiG; `hidden_size` and `num_heads` apply to the first level.
 
     The five levels have hidden_size times 1, 2, 4, 2 and 1 channels. The four outer ones have depth // 6
     blocks each, the middle one has the others. The scan direction of a block depends on its index in the

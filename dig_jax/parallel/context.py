@@ -109,8 +109,8 @@ def convolve_with_halo(
 def kernel_platform() -> str | None:
     """Return the platform that kernels are compiled for: "cpu", "gpu" or "tpu".
 
-    It is that of the current mesh. Without a mesh it is the default platform, or None if that has several
-    devices: the compiler may partition the program, which kernels do not allow.
+    With a mesh, it is the platform of its devices. Without one it is the default platform, or None if that
+    has several devices: the compiler may partition the program, which kernels do not allow.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:

@@ -19,3 +19,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tools whose recorded figures the tests check.
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 pytest.register_assert_rewrite("gla_test_base", "range_tests", "triton_cases")
+
+
+@pytest.fixture
+def settings(request):
+    """Options of JAX for a test, by their name in SETTINGS of its module."""
+    import jax  # after the variables above are set
+
+    values = request.module.SETTINGS[request.param]
+    before = {name: getattr(jax.config, name) for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

@@ -44,16 +44,6 @@ def on_v5e():
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
-@pytest.fixture
-def settings(request):
-    before = {name: getattr(jax.config, name) for name in SETTINGS[request.param]}
-    for name, value in SETTINGS[request.param].items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 SCANS = [
     ("float32", False, "column_reversed"),
     ("bfloat16", True, "column"),

@@ -161,16 +161,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture
-def settings(request):
-    before = {name: getattr(jax.config, name) for name in SETTINGS[request.param]}
-    for name, value in SETTINGS[request.param].items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize(
     "settings",

@@ -25,7 +25,7 @@ def rotary_angles(grid: tuple[int, int], size: int) -> Float[np.ndarray, "t half
 def rotate(x: Float[Array, "b t h k"], grid: tuple[int, int]) -> Float[Array, "b t h k"]:
     """Rotate the pairs (i, i + k/2) of channels by the angles of the grid.
 
-    Tokens in front of those of the grid are not rotated. The result has the dtype of x.
+    Tokens that precede the grid are not rotated. The result has the dtype of x.
     """
     angles = rotary_angles(grid, x.shape[-1])
     angles = np.pad(angles, [(x.shape[1] - len(angles), 0), (0, 0)])[:, None].astype(np.float32)

@@ -57,7 +57,7 @@ class SoftmaxAttention(nnx.Module):
         """Let every token attend to all tokens.
 
         Args:
-            x: tokens; the last ones are those of the grid, in raster order.
+            x: tokens. The tokens of the grid come last, in raster order.
             grid: (rows, columns), the positions of `rope`.
         """
         q, k, v = (split_heads(y, self.num_heads) for y in self.qkv_proj(x))

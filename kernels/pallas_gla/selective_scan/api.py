@@ -81,7 +81,7 @@ def selective_scan(
     return (y, final_state.swapaxes(1, 2)) if return_final_state else y
 
 
-# A call with this name stands in the program, so that tools can count its operations.
+# The name appears in the compiled program, so that tools can count its operations.
 @functools.partial(jax.jit, static_argnums=0)
 def selective_scan_call(options: Options, operands: Operands) -> tuple[Array, Array]:
     """Return the output and the final state."""

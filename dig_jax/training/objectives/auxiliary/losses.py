@@ -66,7 +66,7 @@ def smooth_l1(student: Float[Array, "b t d"], teacher: Float[Array, "b t d"]) ->
 def distillation(
     student: Float[Array, "b h w c_student"], teacher: Float[Array, "b h w c_teacher"], *, channels: int
 ) -> Float[Array, " b"]:
-    """Return the mean square distance of the predictions, plus that of the variances if both have one [L].
+    """Return the mean squared error of the prediction, and of the variance if both models learn one [L].
 
     No gradient flows to the teacher.
 
