@@ -12,6 +12,7 @@ from flax import nnx
 import dig_jax
 from dig_jax import ConfigError, Sampler
 from dig_jax.components import ModelSpec
+from dig_jax.diffusion import FlowMatching
 from dig_jax.diffusion.guidance import RULES
 from dig_jax.models.isolation import isolate_tokens
 from dig_jax.models.mixers import GatedLinearAttention
@@ -188,12 +189,48 @@ def test_options_of_the_sampler_come_from_the_config_or_the_call():
         ({"guidance": "autoguidance"}, "missing weak_model: guidance 'autoguidance' expects a weaker"),
         ({"guidance_interval": (0.5,)}, "invalid interval: got .*expected two increasing numbers"),
         ({"internal_guidance_scale": 1.4}, "unsupported internal_guidance_scale=1.4; expected 1, or a model"),
+        ({"time_shift": 0}, "unsupported time_shift=0 with process=ddpm; expected 1, or flow matching"),
         ({"guidence": "apg"}, "unknown option: got 'guidence'; .*did you mean 'guidance'"),
     ],
 )
 def test_invalid_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         plain_sampler()(**options)
+
+
+def shifted_process(shape=None, time_shift=0.0, **fields):
+    of = functools.partial(
+        GenerationSpec.of, tiny_components(**FLOW, **fields), shape=shape, sampler="euler", guidance_scale=1.0
+    )
+    return of(), of(time_shift=time_shift)
+
+
+def test_times_shift_by_the_square_root_of_the_ratio_of_tokens_and_only_when_sampling():
+    spec, given = shifted_process((8, 24, 1), diffusion__time_shift=3.0)  # the training images are 4 × 4
+    assert isinstance(spec.process, FlowMatching)
+    scale = 12**0.5
+    t = spec.process.knots(5).times
+    np.testing.assert_allclose(given.process.knots(5).times, scale * t / (1 + (scale - 1) * t), atol=1e-15)
+    assert given.process == dataclasses.replace(
+        spec.process, times=dataclasses.replace(spec.process.times, shift=3 * scale)
+    )
+    assert given.model == spec.model
+    configured, _ = shifted_process((8, 24, 1), diffusion__time_shift=3.0, sampling__time_shift=0.0)
+    assert configured == given
+    _, by_hand = shifted_process((8, 24, 1), time_shift=2.0, diffusion__time_shift=3.0)
+    assert isinstance(by_hand.process, FlowMatching)
+    assert by_hand.process.times.shift == 6
+
+
+def test_times_do_not_shift_at_the_size_of_the_training_images():
+    spec, given = shifted_process()
+    assert spec == given
+
+
+@pytest.mark.parametrize("name", ["euler_maruyama", "edm_heun", "dopri5"])
+def test_samplers_with_times_of_their_own_refuse_a_shift(name):
+    with pytest.raises(ValueError, match=f"unsupported time_shift=2 with sampler='{name}'; expected 1"):
+        GenerationSpec.of(tiny_components(**FLOW), sampler=name, time_shift=2.0)
 
 
 def test_invalid_options_of_the_config_name_the_config():

@@ -19,6 +19,13 @@ class SamplingConfig(Group, path="config.sampling"):
         {}, "Options of the sampler, such as eta of ddim (docs/diffusion.md)."
     )
     steps: int = field(50, "Number of sampling steps.", bounds="positive")
+    time_shift: float | None = field(
+        1.0,
+        "Further shift of the times of sampling in flow toward noise, as a factor of t/(1 - t); 1: none; 0:"
+        " √(tokens / tokens of the training images) for images of another size (Esser et al. 2024, SD3).",
+        none=0.0,
+        bounds="positive",
+    )
     guidance: str = field(
         "classifier_free",
         "Guidance rule: classifier_free, cfg_zero, apg, autoguidance or perturbed (docs/diffusion.md).",

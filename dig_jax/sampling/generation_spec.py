@@ -1,6 +1,7 @@
 """The static values that drawing images depends on, from a config's `sampling` and a call's options."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 
 from dig_jax.components import Components, ModelSpec
 from dig_jax.config import SamplingConfig
-from dig_jax.diffusion import BaseSampler, Guidance, Process, make_rule, make_sampler
+from dig_jax.diffusion import BaseSampler, FlowMatching, Guidance, Process, make_rule, make_sampler
 from dig_jax.diffusion.guidance import GUIDED, PLAIN, ZERO, Perturbed
 from dig_jax.diffusion.samplers import LoopSampler
 from dig_jax.diffusion.samplers.dopri5 import MOMENTUM
@@ -24,6 +25,7 @@ OPTIONS = (
     "sampler",
     "sampler_options",
     "steps",
+    "time_shift",
     "clip",
     "guidance",
     "guidance_options",
@@ -67,7 +69,7 @@ class GenerationSpec:
 
     Attributes:
         model: the network.
-        process: the diffusion process that the network was trained on.
+        process: the diffusion process that the network was trained on, with the times of sampling.
         sampler: the sampler with its options.
         shape: (height, width, channels) of an image in the model's space.
         guidance: the guidance, or None for none.
@@ -147,6 +149,7 @@ class GenerationSpec:
                 " of steps"
             )
         sampler.check(components.diffusion)
+        shape = shape or components.image_spec.image_shape
         guidance = _guidance(fields, components)
         if guidance is not None and guidance.rule.remembers and not isinstance(sampler, LoopSampler):
             raise ValueError(MOMENTUM)
@@ -161,9 +164,9 @@ class GenerationSpec:
             )
         return cls(
             model=components.model_spec,
-            process=components.diffusion,
+            process=_shifted(fields, sampler, components, shape),
             sampler=sampler,
-            shape=shape or components.image_spec.image_shape,
+            shape=shape,
             guidance=guidance,
             weak=weak if needs_weak else None,
             internal_scale=scale,
@@ -175,6 +178,32 @@ class GenerationSpec:
 def needs_weak_model(fields: Mapping[str, Any]) -> bool:
     """Return whether these fields of `sampling` describe guidance by a weaker model."""
     return fields["guidance_scale"] != 1 and make_rule(fields["guidance"]).weak == "model"
+
+
+def _shifted(
+    fields: Mapping[str, Any], sampler: BaseSampler, components: Components, shape: tuple[int, int, int]
+) -> Process:
+    """Return the process with the times of sampling moved toward noise.
+
+    An image with n times as many tokens shows √n times less noise at the same t/(1 - t): Esser et al. 2024,
+    equation 23.
+    """
+    process, shift = components.diffusion, fields["time_shift"]
+    if shift == 1:
+        return process
+    if not isinstance(process, FlowMatching) or sampler.own_times:
+        where = f"sampler={fields['sampler']!r}" if isinstance(process, FlowMatching) else "process=ddpm"
+        raise ValueError(
+            f"unsupported time_shift={shift or 0:g} with {where}; expected 1, or flow matching with a sampler"
+            " that has no times of its own"
+        )
+    if not shift:  # None in the config, 0 in a call
+        trained = components.image_spec.image_shape
+        shift = math.sqrt(shape[0] * shape[1] / (trained[0] * trained[1]))
+    if not shift > 0:
+        raise ValueError(f"invalid time_shift={shift}; expected zero or a positive number")
+    times = dataclasses.replace(process.times, shift=shift * process.times.shift)
+    return dataclasses.replace(process, times=times)
 
 
 def _cache(fields: Mapping[str, Any], sampler: BaseSampler, components: Components) -> CacheSpec | None:

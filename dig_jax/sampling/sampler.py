@@ -81,9 +81,9 @@ class Sampler:
                 is null + scale·(class - null) (Ho & Salimans 2022).
             size: (height, width) in pixels, or one number for both; by default the training images' size.
             return_latents: return float32 images in the model's space instead of decoded pixels.
-            options: other fields of `config.sampling`: sampler_options, clip, guidance, guidance_options,
-                guidance_channels, guidance_interval, guidance_rescale, internal_guidance_scale,
-                cache_interval, cache_order, weak_model.
+            options: other fields of `config.sampling`: sampler_options, time_shift, clip, guidance,
+                guidance_options, guidance_channels, guidance_interval, guidance_rescale,
+                internal_guidance_scale, cache_interval, cache_order, weak_model.
 
         Raises:
             ValueError: invalid labels, seeds, size or options.

@@ -58,11 +58,13 @@ class BaseSampler(abc.ABC):
     raise ValueError with the option by name.
 
     Attributes:
+        own_times: its options space the times of sampling, not the process and its shift.
         steps: number of steps, or another specification that the sampler supports.
         clip: limit every predicted x_0 to [-1, 1], for pixels.
     """
 
     evaluations_per_step: ClassVar[int] = 1
+    own_times: ClassVar[bool] = False
 
     steps: int | str | None = None
     clip: bool = False

@@ -15,7 +15,7 @@ error of order t²/s².
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,8 @@ class Dopri5(BaseSampler):
         max_steps: greatest number of steps, repeated ones included, in each range of time. An image that
             needs more becomes NaN.
     """
+
+    own_times: ClassVar[bool] = True
 
     rtol: float = 1e-5
     atol: float = 1e-5

@@ -53,6 +53,8 @@ class EulerMaruyama(LinearSampler):
         last_size: time of the last evaluation; the others are evenly spaced from noise to it.
     """
 
+    own_times: ClassVar[bool] = True
+
     form: str = "sigma"
     norm: float = 1.0
     last_step: str = "mean"
@@ -126,6 +128,7 @@ class EDMHeun(LinearSampler):
     """
 
     evaluations_per_step: ClassVar[int] = 2
+    own_times: ClassVar[bool] = True
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
