@@ -123,7 +123,8 @@ def test_scores_do_not_depend_on_the_order_of_images(name, golden):
     shuffled = feature_set(golden[0].rows["pool"][::-1].copy())
     figures, others = SCORES[name](*golden), SCORES[name](shuffled, golden[1])
     value = next(iter(figures))
-    np.testing.assert_allclose(others[value], figures[value], rtol=1e-9)
+    # Some BLAS libraries round float32 products of the last rows of a block differently.
+    np.testing.assert_allclose(others[value], figures[value], rtol=1e-7 if name == "mind" else 1e-9)
 
 
 @pytest.mark.parametrize(

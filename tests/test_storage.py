@@ -166,7 +166,7 @@ def newest_step(workdir: str) -> int:
 @pytest.mark.parametrize(
     ("scheme", "processes", "kills"),
     [
-        ("gs", 1, 2),
+        pytest.param("gs", 1, 2, marks=pytest.mark.slow),
         pytest.param("s3", 1, 2, marks=pytest.mark.slow),
         pytest.param("gs", 2, 2, marks=pytest.mark.slow),
         pytest.param("s3", 2, 2, marks=pytest.mark.slow),
