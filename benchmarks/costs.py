@@ -27,10 +27,11 @@ from dig_jax.training.state import init_params  # noqa: E402
 
 PAGE = ROOT / "docs" / "configs.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+_SIZES = {"dig": "s b l xl", "udig": "s b l xl", "dit": "s b l xl", "dis": "s b m l h xl"}
 CONFIGS = tuple(
     f"{family}_{size}:{resolution}"
-    for family in ("dig", "udig", "dit")
-    for size in ("s", "b", "l", "xl")
+    for family, sizes in _SIZES.items()
+    for size in sizes.split()
     for resolution in (256, 512, 1024)
 ) + ("cifar10", "celeba64", "celeba64:paper", "imagefolder", "imagefolder_latents")
 # Image size, channels and classes of sources whose configs do not state them; 10 classes for image folders.

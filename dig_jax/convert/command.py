@@ -1,6 +1,6 @@
 """Convert parameters of the released PyTorch code and of diffusers to ours and back.
 
-python -m dig_jax.convert 0400000.pt dig.safetensors          upstream's DiG, DiT or SiT, or diffusers' DiT
+python -m dig_jax.convert 0400000.pt dig.safetensors          DiG, DiT, SiT, DiS, or diffusers' DiT
 python -m dig_jax.convert 0400000.pt runs/dig --tree=model    the same as a workdir with a checkpoint
 python -m dig_jax.convert runs/dig dig.pt                     a workdir or a file of --mode=export
 python -m dig_jax.convert runs/dig dig.safetensors            under upstream's names
@@ -190,17 +190,22 @@ def _is_ours(source: Path) -> bool:
 
 def _log_model(components: Components, tree: str, params: Mapping[tuple, np.ndarray]) -> None:
     model, images = components.config.model, components.image_spec
+    options = (
+        ""
+        if components.abstract_model.family == "DiS"
+        else (
+            f"; conv={model.conv or 'none'}, norm={model.norm}, skip={model.skip or 'none'},"
+            f" directions={model.directions}"
+        )
+    )
     log.info(
-        "%s, %s parameters%s: %s × %s px, %s channels, %s classes; conv=%s, norm=%s, skip=%s, directions=%s",
+        "%s, %s parameters%s: %s × %s px, %s channels, %s classes%s",
         model.name,
         f"{sum(leaf.size for leaf in params.values()):,}",
         f" of tree {tree!r}" if tree else "",
         *images.image_shape,
         images.num_classes,
-        model.conv or "none",
-        model.norm,
-        model.skip or "none",
-        model.directions,
+        options,
     )
 
 

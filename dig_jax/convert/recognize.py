@@ -18,8 +18,14 @@ from dig_jax.models.registry import FAMILIES
 
 # Width → size name and number of heads; DiT's parameters do not show the heads.
 _SIZES = {size.hidden_size: (name, size.num_heads) for name, size in FAMILIES["DiT"].sizes.items()}
-_FAMILIES = {"attn.gk_proj.0.weight": "DiG", "attn.qkv.weight": "DiT"}
-_LABELS = "y_embedder.embedding_table.weight"
+_FAMILIES = {
+    "blocks.0.attn.gk_proj.0.weight": "DiG",
+    "blocks.0.attn.qkv.weight": "DiT",
+    "in_blocks.0.mixer.A_log": "DiS",
+}
+# The patch embedding and the table of labels, of DiG and DiT or of DiS.
+_PATCHES = ("x_embedder.proj.weight", "patch_embed.proj.weight")
+_LABELS = ("y_embedder.embedding_table.weight", "label_emb.embedding_table.weight")
 EMA = "0.9999"  # upstream's decay
 _AUTOENCODER = "stabilityai/sd-vae-ft-ema"  # the recipe's, of four channels
 
@@ -37,25 +43,11 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
     """
     given = {name: value for name, value in options.items() if value is not None}
     model = _name_and_sizes(source, given.pop("model", None), given.pop("num_heads", None))
-    _, channels, patch, _ = _shape(source, "x_embedder.proj.weight", 4)
+    _, channels, patch, _ = _shape(source, _patches(source), 4)
     outputs, _ = _shape(source, "final_layer.linear.weight", 2)
-    blocks = {re.sub(r"^blocks\.\d+\.", "", name) for name in source.stored}
-    has_skips = "skip_linear.weight" in blocks
-    model |= {
-        "learn_sigma": outputs != patch**2 * channels,
-        "conv": "after" if "dw_conv.weight" in blocks else None,
-        "norm": "rms" if "norm1.weight" in blocks else "layer",
-        "skip": "linear" if has_skips else None,
-        # The released code trained the parameters with this alignment of the skips.
-        "skip_alignment": "upstream" if has_skips else "raster",
-        "mlp_hidden_size": _mlp_hidden_size(source),
-    }
-    if _is_lightning(source):
-        model["mlp"] = "swiglu"
-    if "attn.q_norm.weight" in blocks:
-        model["qk_norm"] = True
-    if "feat_rope.freqs_cos" in source.stored:
-        model["rope"] = True
+    model["learn_sigma"] = outputs != patch**2 * channels
+    if _family(source) != "DiS":
+        model |= _block_options(source)
     data = {
         "image_size": given.pop("input_size", None) or _input_size(source, patch),
         "channels": channels,
@@ -68,6 +60,27 @@ def recognize(source: UpstreamParams, **options: Any) -> Config:
     return settings
 
 
+def _block_options(source: UpstreamParams) -> dict[str, Any]:
+    """Return the options that the parameters of DiG's or DiT's blocks show."""
+    blocks = {re.sub(r"^blocks\.\d+\.", "", name) for name in source.stored}
+    has_skips = "skip_linear.weight" in blocks
+    options: dict[str, Any] = {
+        "conv": "after" if "dw_conv.weight" in blocks else None,
+        "norm": "rms" if "norm1.weight" in blocks else "layer",
+        "skip": "linear" if has_skips else None,
+        # The released code trained the parameters with this alignment of the skips.
+        "skip_alignment": "upstream" if has_skips else "raster",
+        "mlp_hidden_size": _mlp_hidden_size(source),
+    }
+    if _is_lightning(source):
+        options["mlp"] = "swiglu"
+    if "attn.q_norm.weight" in blocks:
+        options["qk_norm"] = True
+    if "feat_rope.freqs_cos" in source.stored:
+        options["rope"] = True
+    return options
+
+
 def with_null_class(source: UpstreamParams, num_classes: int) -> UpstreamParams:
     """Return the parameters with a row for the null class, the mean of all classes, if the table has none.
 
@@ -75,14 +88,15 @@ def with_null_class(source: UpstreamParams, num_classes: int) -> UpstreamParams:
     """
     if not num_classes or _label_rows(source) != num_classes:
         return source
-    table = source.stored[_LABELS]
+    labels = _labels(source)
+    table = source.stored[labels]
 
     def read() -> np.ndarray:
         rows = table.read()
         return np.concatenate([rows, rows.mean(axis=0, keepdims=True)])
 
     extended = StoredArray((num_classes + 1, *table.shape[1:]), table.dtype, read)
-    return dataclasses.replace(source, stored={**source.stored, _LABELS: extended})
+    return dataclasses.replace(source, stored={**source.stored, labels: extended})
 
 
 def looks_like_official_dit(source: UpstreamParams, settings: Config) -> bool:
@@ -129,17 +143,28 @@ def _name_and_sizes(source: UpstreamParams, name: str | None, heads: int | None)
                 f"--model={name} does not match the parameters: got parameter names of {family}"
             )
         return {"name": ours, "num_heads": heads}
-    width, _, patch, _ = _shape(source, "x_embedder.proj.weight", 4)
+    width, _, patch, _ = _shape(source, _patches(source), 4)
+    if family == "DiS":
+        return _dis_sizes(source, width, patch) | {"num_heads": heads}
     size, usual_heads = _SIZES.get(width, ("S", None))
     heads = heads or _heads(source, width) or usual_heads
     if heads is None:
         raise ConfigError("missing --num_heads: the number of heads cannot be inferred from DiT's parameters")
     return {
         "name": f"{family}-{size}/{patch}",
-        "depth": _depth(source),
+        "depth": _depth(source, "blocks"),
         "hidden_size": width,
         "num_heads": heads,
     }
+
+
+def _dis_sizes(source: UpstreamParams, width: int, patch: int) -> dict[str, Any]:
+    """Return the name of the DiS with these sizes, or those of DiS-S with other sizes."""
+    depth = 2 * _depth(source, "in_blocks")
+    for name, size in FAMILIES["DiS"].sizes.items():
+        if (size.hidden_size, size.depth) == (width, depth):
+            return {"name": f"DiS-{name}/{patch}"}
+    return {"name": f"DiS-S/{patch}", "depth": depth, "hidden_size": width}
 
 
 def _mlp_hidden_size(source: UpstreamParams) -> int | None:
@@ -161,22 +186,30 @@ def _is_lightning(source: UpstreamParams) -> bool:
 
 def _family(source: UpstreamParams) -> str:
     for name, family in _FAMILIES.items():
-        if f"blocks.0.{name}" in source.stored:
+        if name in source.stored:
             return family
     first = ", ".join(name[:60] for name in list(source.stored)[:3])
     raise CheckpointError(
-        f"unknown parameter names: got {first or 'no arrays'}; expected names of the released DiG, DiT or SiT"
-        " or of diffusers' DiT (--tree selects one of several trees in a file)"
+        f"unknown parameter names: got {first or 'no arrays'}; expected names of the released DiG, DiT, SiT"
+        " or DiS, or of diffusers' DiT (--tree selects one of several trees in a file)"
     )
 
 
-def _depth(source: UpstreamParams) -> int:
-    found = (re.match(r"blocks\.(\d+)\.", name) for name in source.stored)
-    blocks = {match[1] for match in found if match}
-    missing = [str(block) for block in range(len(blocks)) if str(block) not in blocks]
+def _depth(source: UpstreamParams, blocks: str) -> int:
+    found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in source.stored)
+    numbers = {match[1] for match in found if match}
+    missing = [str(number) for number in range(len(numbers)) if str(number) not in numbers]
     if missing:
         raise CheckpointError(f"missing block {missing[0]}; expected consecutive blocks from 0")
-    return len(blocks)
+    return len(numbers)
+
+
+def _patches(source: UpstreamParams) -> str:
+    return next((name for name in _PATCHES if name in source.stored), _PATCHES[0])
+
+
+def _labels(source: UpstreamParams) -> str:
+    return next((name for name in _LABELS if name in source.stored), _LABELS[0])
 
 
 def _shape(source: UpstreamParams, name: str, dimensions: int) -> tuple[int, ...]:
@@ -200,7 +233,8 @@ def _heads(source: UpstreamParams, width: int) -> int | None:
 
 
 def _label_rows(source: UpstreamParams) -> int:
-    return _shape(source, _LABELS, 2)[0] if _LABELS in source.stored else 0
+    labels = _labels(source)
+    return _shape(source, labels, 2)[0] if labels in source.stored else 0
 
 
 def _num_classes(source: UpstreamParams) -> int:
@@ -216,9 +250,12 @@ def _input_size(source: UpstreamParams, patch: int) -> int | tuple[int, int]:
     """Infer the size of the input from the position table or diffusers' config."""
     if "pos_embed" in source.stored:
         _, tokens, width = _shape(source, "pos_embed", 3)
+        learned = _family(source) == "DiS"
+        if learned:  # also for the tokens of the time and of the label
+            tokens -= 2 if _label_rows(source) else 1
         if math.isqrt(tokens) ** 2 == tokens:
             return math.isqrt(tokens) * patch
-        columns = _columns(source.stored["pos_embed"].read()[0, :, : width // 2])
+        columns = 0 if learned else _columns(source.stored["pos_embed"].read()[0, :, : width // 2])
         if columns and tokens % columns == 0:
             return tokens // columns * patch, columns * patch
     if type(size := source.hints.get("sample_size")) is int:

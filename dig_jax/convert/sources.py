@@ -16,8 +16,8 @@ from dig_jax.files.weights import Weights, find_weights, open_weights, read_json
 
 log = logging.getLogger(__name__)
 
-# Every model has one of these, under upstream's or under diffusers' names. What stands before it is a tree.
-_FIRST_NAMES = ("x_embedder.proj.weight", "pos_embed.proj.weight")
+# Every model has one of these, under upstream's, diffusers' or DiS's names. What stands before it is a tree.
+_FIRST_NAMES = ("x_embedder.proj.weight", "pos_embed.proj.weight", "patch_embed.proj.weight")
 # The tree to take by default, if several hold a model.
 _PREFERRED = ("ema", "model", "state_dict")
 _OPTIMIZERS = ("opt", "optimizer", "optimizer_states")
