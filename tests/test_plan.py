@@ -13,11 +13,12 @@ from tpu_programs import lower_loop, lower_too_large
 from configs import dig_s
 from dig_jax import config
 from dig_jax.errors import ConfigError, UserError
-from dig_jax.hardware.chips import chip_of_kind
+from dig_jax.hardware.chips import CHIPS, chip_of_kind
 from dig_jax.hardware.hlo_cost import count
 from dig_jax.planning import plan, planned_run, topology
 from dig_jax.planning.compiling import compile_fully, compile_without_codegen
 from dig_jax.planning.fitting import SIZES, largest_fitting
+from dig_jax.planning.prices import PRICES, Price, cost, find_price
 from dig_jax.planning.summary import summary
 from dig_jax.testing import tiny_settings
 
@@ -67,7 +68,9 @@ needs_cuda = pytest.mark.skipif(
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("name", "devices"), [("v4:2x2x1", 4), ("v6e:2x4", 8), ("tpu7x:2x2x1", 8)])
+@pytest.mark.parametrize(
+    ("name", "devices"), [("v4:2x2x1", 4), ("v6e:2x4", 8), ("tpu7x:2x2x1", 8), ("v6e:1x1", 1)]
+)
 def test_tpu_topologies_have_their_chips(name, devices):
     found = topology.find_topology(name)
     assert (found.chips, len(found.devices)) == (math.prod(map(int, name.split(":")[1].split("x"))), devices)
@@ -159,6 +162,24 @@ def test_a_plan_for_tpus_counts_kernels_and_collectives(tpu_plan):
     assert train["days"] * 86400 == pytest.approx(400_000 * train["step_seconds"])
     text = summary(figures)
     assert "4 chips (data 4)" in text and "(bound)" in text and ": fits" in text
+    hours = 100_000 * train["step_seconds"] / 3600
+    assert train["cost"] == {"steps": 100_000, "hours": hours, "dollars": pytest.approx(4 * 1.2 * hours)}
+    assert "at $1.20 per chip and hour (Google Cloud" in text
+
+
+def test_a_price_replaces_the_list_price_and_an_unknown_one_is_said():
+    assert find_price("v5e", 0.5) == Price(0.5, "--price", "", "")
+    assert find_price("h200", None) == PRICES["h200"]
+    assert find_price("v4", None) is find_price(None, None) is None
+    assert all(price.source.startswith("https://") and price.date for price in PRICES.values())
+    assert PRICES.keys() <= CHIPS.keys()
+    assert cost(0.036, 8, find_price("v4", 2.0)) == pytest.approx(
+        {"steps": 100_000, "hours": 1.0, "dollars": 16.0}
+    )
+    assert cost(0.036, 8, None)["dollars"] is None
+    for price in (-1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=f"invalid --price={price:g}"):
+            find_price("v5e", price)
 
 
 @needs_libtpu

@@ -131,7 +131,7 @@ def _export(settings: Config, workdir: Path, values: FlagValues) -> None:
 def _plan(settings: Config, _: Path, values: FlagValues) -> None:
     from dig_jax.planning import plan
 
-    plan.show(settings, values.topology or plan.THIS, values.json)
+    plan.show(settings, values.topology or plan.THIS, values.json, values.price)
 
 
 COMMANDS = {
@@ -140,5 +140,5 @@ COMMANDS = {
     "evaluate": Command(_evaluate, ("images", "sweep", "output", *_PROCESSES)),
     "encode": Command(_encode, _PROCESSES),
     "export": Command(_export, ("output",)),
-    "plan": Command(_plan, ("topology", "json")),
+    "plan": Command(_plan, ("topology", "json", "price")),
 }

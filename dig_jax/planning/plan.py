@@ -21,6 +21,7 @@ from dig_jax.hardware.hlo_cost import Counts, count
 from dig_jax.hardware.roofline import roofline
 from dig_jax.planning.fitting import largest_fitting
 from dig_jax.planning.planned_run import PlannedRun, bytes_per_device, lower_sampler, lower_train_step
+from dig_jax.planning.prices import Price, cost, find_price
 from dig_jax.planning.summary import summary
 from dig_jax.planning.topology import THIS, Topology, find_topology
 from dig_jax.progress import duration
@@ -31,32 +32,36 @@ __all__ = ["THIS", "plan", "show"]
 log = logging.getLogger(__name__)
 
 
-def show(settings: Config, topology: str, as_json: bool) -> None:
-    """Write a plan to standard output as text or JSON.
+def show(settings: Config, topology: str, as_json: bool, price: float | None = None) -> None:
+    """Write a plan to standard output as text or JSON; arguments as of `plan`.
 
     Raises:
         UserError: as `plan` does.
     """
-    figures = plan(settings, topology)
+    figures = plan(settings, topology, price=price)
     sys.stdout.write((json.dumps(figures, indent=2) if as_json else summary(figures)) + "\n")
 
 
-def plan(settings: Config, topology: str, *, train_only: bool = False) -> dict[str, Any]:
+def plan(
+    settings: Config, topology: str, *, train_only: bool = False, price: float | None = None
+) -> dict[str, Any]:
     """Return the memory and time of the config's train step and sampler on the chips of a topology.
 
     Args:
         settings: the config. Its data need not exist if config.data.options has the image size.
         topology: "this" for the machine's own devices, or a name such as "v5e:16x16" or "h100:8x4".
         train_only: skip the sampler and the search for the largest batch, which take minutes.
+        price: US dollars per chip and hour, in place of the list price.
 
     Returns:
         Nested dicts of numbers in bytes, seconds and FLOPs. Unknown figures are None or omitted.
 
     Raises:
-        ConfigError: an unknown topology or an invalid config.
+        ConfigError: an unknown topology, or an invalid config or price.
         UserError: the compiler for these chips is not installed.
     """
     target = find_topology(topology)
+    hourly = find_price(target.chip and target.chip.name, price)
     run = PlannedRun.of(without_data(settings), target)
     parameters = param_count(run.state["params"])
     log.info(
@@ -66,11 +71,11 @@ def plan(settings: Config, topology: str, *, train_only: bool = False) -> dict[s
         target.chips,
         target.chip.name if target.chip else target.devices[0].device_kind,
     )
-    steps = {run.images_per_device: _train_step(run)}
+    steps = {run.images_per_device: _train_step(run, hourly)}
 
     def needed(images: int) -> float:
         if images not in steps:
-            steps[images] = _train_step(run.with_images_per_device(images))
+            steps[images] = _train_step(run.with_images_per_device(images), hourly)
         return steps[images]["memory_needed"]
 
     limit = _memory_limit(target)
@@ -81,6 +86,7 @@ def plan(settings: Config, topology: str, *, train_only: bool = False) -> dict[s
         "chips": target.chips,
         "mesh": dict(run.mesh.shape),
         "chip": None if target.chip is None else dataclasses.asdict(target.chip),
+        "price": hourly and dataclasses.asdict(hourly),
         "memory_limit": limit,
         "model_flops_per_image": run.model_flops_per_image,
         "steps": settings.training.steps,
@@ -121,8 +127,8 @@ def _memory_limit(topology: Topology) -> float | None:
     return None if chip is None else chip.memory * chip.usable_fraction / chip.devices
 
 
-def _train_step(run: PlannedRun) -> dict[str, Any]:
-    """Return the figures of the compiled train step."""
+def _train_step(run: PlannedRun, price: Price | None) -> dict[str, Any]:
+    """Return the figures of the compiled train step, and its cost."""
     size, chip, chips = run.settings.data.batch_size, run.topology.chip, run.topology.chips
     figures = _figures(run, lower_train_step, "train step", size)
     if "memory" in figures:
@@ -141,6 +147,7 @@ def _train_step(run: PlannedRun) -> dict[str, Any]:
             "mfu": run.model_flops_per_image * size / (seconds * chip.flops["bfloat16"] * chips),
             "days": days,
             "chip_hours": 24 * days * chips,
+            "cost": cost(seconds, chips, price),
         }
     return figures | {"images_per_device": run.images_per_device}
 

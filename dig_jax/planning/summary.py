@@ -70,6 +70,17 @@ def _step(title: str, figures: dict[str, Any], limit: float | None, plan: dict[s
             f" {figures['chip_hours']:,.4g} chip-hours"
         )
     yield rate
+    if "cost" in figures:
+        yield _cost(figures["cost"], plan["price"])
+
+
+def _cost(cost: dict[str, Any], price: dict[str, Any] | None) -> str:
+    """Say what the steps cost at least, at a price per chip and hour."""
+    text = f"  {cost['steps']:,} steps take at least {cost['hours']:,.3g} hours"
+    if price is None:
+        return f"{text}; no list price is known: --price=DOLLARS per chip and hour gives the cost"
+    about = ", ".join(filter(None, (price["provider"], price["date"])))
+    return f"{text} and cost ${cost['dollars']:,.4g} at ${price['dollars']:.2f} per chip and hour ({about})"
 
 
 def _line(name: str, amount: str) -> str:

@@ -74,7 +74,7 @@ def find_topology(name: str) -> Topology:
     _require_compiler(chip)
     _hide_local_chips()
     try:
-        devices = _gpus(chip, sizes) if chip.network else _tpus(chip, name)
+        devices = _gpus(chip, sizes) if chip.network else _tpus(chip, name, sizes)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise ConfigError(f"invalid --topology={name}: {one_line(error)}") from error
     topology = Topology(name, devices, chip)
@@ -83,9 +83,11 @@ def find_topology(name: str) -> Topology:
     return topology
 
 
-def _tpus(chip: Chip, name: str) -> Sequence[Any]:
+def _tpus(chip: Chip, name: str, sizes: list[int]) -> Sequence[Any]:
+    # The compiler expects hosts of four chips unless it is told of a host with one.
+    host = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(sizes) == 1 else {}
     return topologies.get_topology_desc(
-        platform="tpu", topology_name=name, chip_config_name=chip.config
+        platform="tpu", topology_name=name, chip_config_name=chip.config, **host
     ).devices
 
 
