@@ -9,8 +9,8 @@ python main.py --config=configs/dig_xl.py --mode=encode --config.encode.options.
 python main.py --config=configs/dig_xl.py --mode=plan --topology=v5e:16x16    memory and time on such chips
 
 --config=configs/dig_xl.py:512 passes an argument to the config. --config=WORKDIR/config.json uses the config
-of a run. --config.FIELD=VALUE sets a field, such as --config.training.steps=4000; docs/config_reference.md
-lists all fields.
+of a run. --config.FIELD=VALUE sets a field, such as --config.training.steps=4000; the file
+docs/reference/config_reference.md lists all fields.
 """
 
 import functools

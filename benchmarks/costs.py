@@ -1,4 +1,4 @@
-"""Computed cost of training each config: writes the table in docs/configs.md.
+"""Computed cost of training each config: writes the table in docs/reference/configs.md.
 
     python benchmarks/costs.py
 

@@ -4,7 +4,7 @@
     python benchmarks/features.py --network=inception --batch=128 --topology=v5e:2x2
 
 The weights are random. With --topology, the program is compiled for one chip of it. FLOPs and bytes over the
-chip's peak rates give an upper bound of the speed (docs/plan.md).
+chip's peak rates give an upper bound of the speed (docs/guide/plan.md).
 """
 
 import argparse

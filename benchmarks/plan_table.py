@@ -1,4 +1,4 @@
-"""Plan the train steps of the shipped configs for every kind of chip; write the table in docs/plan.md.
+"""Plan the train steps of the shipped configs for every kind of chip; write the table in docs/guide/plan.md.
 
     python benchmarks/plan_table.py [--only WORDS]
 

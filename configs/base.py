@@ -1,4 +1,7 @@
-"""The defaults of all fields. docs/config_reference.md describes them; other configs list only changes."""
+"""The defaults of all fields. Other configs list only changes.
+
+docs/reference/config_reference.md describes the fields.
+"""
 
 from ml_collections import ConfigDict
 

@@ -1,7 +1,7 @@
 """CelebA in pixels, as in the released code: faces cropped to 64 × 64, without classes: celeba64.py[:paper]
 
-Needs `pip install -e '.[tfds]'` and the dataset as array_record (docs/data.md). celeba64.py:paper is the
-released recipe exactly (recipes.py), with 889,000 steps; its authors published no scores.
+Needs `pip install -e '.[tfds]'` and the dataset as array_record (docs/guide/data.md). celeba64.py:paper is
+the released recipe exactly (recipes.py), with 889,000 steps; its authors published no scores.
 
 Cost on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py): 1.4e19 FLOPs, 48
 hours; with the released recipe 3.0e19 FLOPs, 107 hours.

@@ -1,6 +1,6 @@
 """CIFAR-10 in pixels, as in the released code: 32 × 32, ten classes, one token per 2 × 2 pixels.
 
-Needs `pip install -e '.[tfds]'` and the dataset as array_record (docs/data.md). cifar10.py:paper is the
+Needs `pip install -e '.[tfds]'` and the dataset as array_record (docs/guide/data.md). cifar10.py:paper is the
 released recipe exactly (recipes.py); its authors published no scores.
 
 Cost on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py): 2.3e18 FLOPs, 8

@@ -1,7 +1,7 @@
 """DiG-XL/2 on ImageNet latents: dig_xl.py[:256|512|1024[,ours|paper]] or dig_xl.py:256|512,fast
 
 The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
-"fast" is for 256 chips of TPU v5e (docs/pods.md).
+"fast" is for 256 chips of TPU v5e (docs/guide/pods.md).
 
 Cost of 400,000 steps on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py):
 

@@ -1,7 +1,7 @@
 """Your own images in pixels, one folder per class: --config=configs/imagefolder.py:/path/to/images
 
 The argument is the folder that holds the class folders. Images are 64 × 64, with one token per 4 × 4 pixels
-(docs/data.md).
+(docs/guide/data.md).
 
 Cost on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py): 8.5e17 FLOPs, 3
 hours.

@@ -4,7 +4,7 @@
     python main.py --config=configs/imagefolder_latents.py:/path/to/images
 
 The argument is the folder that holds one folder per class. The first command writes latents/NAME_256, the
-second trains on them. Images are 256 × 256 pixels, with one token per 2 × 2 latents (docs/latents.md).
+second trains on them. Images are 256 × 256 pixels, with one token per 2 × 2 latents (docs/guide/latents.md).
 
 Cost on one TPU v5e chip at 40 % of its bfloat16 peak, computed (benchmarks/costs.py): 3.4e18 FLOPs, 12
 hours.

@@ -5,7 +5,7 @@
 
 The first command reads one folder per class and writes latents/imagenet_256, which all models and both
 recipes use. Add `--config.encode.options.heldout_path=/data/imagenet/val`, a folder of the same layout, to
-measure a held-out loss. docs/configs.md describes how to read ImageNet from TFDS instead.
+measure a held-out loss. docs/reference/configs.md describes how to read ImageNet from TFDS instead.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from dig_jax.errors import alternatives
 
 RESOLUTIONS = ("256", "512", "1024")
 # The recipe "fast": multiple of the batch of 256, and config.mesh.fsdp, on 256 chips of TPU v5e
-# (--topology=v5e:16x16). docs/pods.md has the planned speed.
+# (--topology=v5e:16x16). docs/guide/pods.md has the planned speed.
 _FAST = {
     ("DiG-S/2", "256"): (16, 1),
     ("DiG-B/2", "256"): (16, 1),

@@ -1,6 +1,6 @@
 """Published scores of class-conditional models on ImageNet, and the settings that should reproduce them.
 
-python -m configs.published > docs/published.md
+python -m configs.published > docs/benchmarks/published.md
 """
 
 import dataclasses
@@ -181,7 +181,8 @@ measured. All runs have batches of 256. "–" is unknown.
 The rows of DiG are as later papers reprint them, and their sFID is from a summary: DiG's own tables were not
 at hand. DiG-XL/2 with guidance has two published scores. The guidance scale of the better one is unknown.
 
-This page is generated from `configs/published.py` by `python -m configs.published > docs/published.md`.
+This page is generated from `configs/published.py` by
+`python -m configs.published > docs/benchmarks/published.md`.
 """
 _COLUMNS = (
     ("model", "pixels", "steps", "sampler", "guidance")
@@ -191,16 +192,16 @@ _COLUMNS = (
 _COMMANDS = """
 ## Commands
 
-The last command of each row draws 50,000 images and scores them. [scores.md](scores.md) says where to get the
-weights of Inception; the references `VIRTUAL_imagenet….npz` are published with
+The last command of each row draws 50,000 images and scores them. [scores.md](../guide/scores.md) says where
+to get the weights of Inception; the references `VIRTUAL_imagenet….npz` are published with
 [ADM's evaluator](https://github.com/openai/guided-diffusion/tree/main/evaluations).
-[configs.md](configs.md#from-imagenet-to-a-model) prepares ImageNet for training.
-[checkpoints.md](checkpoints.md#other-peoples-checkpoints) converts the released weights of SiT.
+[configs.md](../reference/configs.md#from-imagenet-to-a-model) prepares ImageNet for training.
+[conversion.md](../guide/conversion.md) converts the released weights of SiT.
 """
 
 
 def markdown() -> str:
-    """Return the content of docs/published.md."""
+    """Return the content of docs/benchmarks/published.md."""
     lines = [_HEAD, _cells(_COLUMNS), _cells(["---"] * len(_COLUMNS)), *(_cells(_texts(row)) for row in ROWS)]
     return "\n".join([*lines, _COMMANDS, *_sections()]) + "\n"
 

@@ -22,7 +22,7 @@ def follow(c: ConfigDict, recipe: str) -> ConfigDict:
       model.dtype bfloat16      half the memory traffic of activations, and faster products than in TF32;
                                 parameters, norms, losses, states, moments and averages are float32 in all
       model.remat full          the same function; less memory, and faster where memory traffic is the limit
-                                (docs/plan.md)
+                                (docs/guide/plan.md)
       guidance on all channels  guiding only three of four channels is an oversight in DiT that DiG inherited.
                                 On latents a scale of 1.375 on all channels matches 1.5 on three: FID 2.23 and
                                 2.27 for DiT-XL/2, according to its author in pull request 12 of DiT's

@@ -74,8 +74,8 @@ def test_fields_of_the_first_version_keep_their_names_types_values_and_order():
 
 
 def test_the_reference_in_the_docs_is_current():
-    assert Path("docs/config_reference.md").read_text() == reference.markdown(), (
-        "run: python -m dig_jax.config.reference > docs/config_reference.md"
+    assert Path("docs/reference/config_reference.md").read_text() == reference.markdown(), (
+        "run: python -m dig_jax.config.reference > docs/reference/config_reference.md"
     )
 
 

@@ -13,8 +13,8 @@ REPRODUCIBLE = [row for row in published.ROWS if row.config]
 
 
 def test_the_page_of_published_scores_is_current():
-    assert Path("docs/published.md").read_text() == published.markdown(), (
-        "run: python -m configs.published > docs/published.md"
+    assert Path("docs/benchmarks/published.md").read_text() == published.markdown(), (
+        "run: python -m configs.published > docs/benchmarks/published.md"
     )
 
 

@@ -28,7 +28,8 @@ from dig_jax.streams import ending_with_reader, prepare_streams
 
 _OUT_OF_MEMORY = (
     "out of device memory; reduce config.data.batch_size or config.sampling.batch_size, or set"
-    " config.model.remat=full, config.training.accumulation or config.mesh.fsdp; docs/plan.md shows what fits"
+    " config.model.remat=full, config.training.accumulation or config.mesh.fsdp;"
+    " docs/guide/plan.md shows what fits"
 )
 
 

@@ -7,7 +7,7 @@ from dig_jax.config.field import Group, field
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Group, path="config.evaluation"):
-    """Scores of generated images (docs/scores.md)."""
+    """Scores of generated images (docs/guide/scores.md)."""
 
     num_images: int = field(
         500,
@@ -18,7 +18,7 @@ class EvaluationConfig(Group, path="config.evaluation"):
     scores: str = field(
         "",
         "Scores by features of a network, separated by commas, such as fid,sfid,is,precision_recall,kid"
-        " (docs/scores.md). The digits have scores of their own.",
+        " (docs/guide/scores.md). The digits have scores of their own.",
     )
     reference: str = field(
         "train",

@@ -35,7 +35,7 @@ def field(
 
     Args:
         default: value of the published recipe, where it has one.
-        description: for the reference in docs/config_reference.md: meaning, unit, external values, source.
+        description: for docs/reference/config_reference.md: meaning, unit, external values, source.
         none: external form of None, on the command line, in a ConfigDict and in config.json: 0, "" or
             "none".
         choices: all allowed values.

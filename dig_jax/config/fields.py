@@ -1,8 +1,8 @@
 """The fields of the configuration: type, default, description, unit and source.
 
 Defaults are DiG's published recipe (Zhu et al. 2025, section 4.1, and the released training script) where
-there is one. configs/base.py and docs/config_reference.md are generated from these dataclasses. `none` is the
-external form of None: the value on the command line, in a ConfigDict and in config.json.
+there is one. configs/base.py and docs/reference/config_reference.md are generated from these dataclasses.
+`none` is the external form of None: the value on the command line, in a ConfigDict and in config.json.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class ModelConfig(Group, path="config.model"):
     mixer: str = field(
         "gla",
         "Token mixers: gla, softmax, local, or a pattern that repeats, such as gla*3+softmax (DiG and U-DiG;"
-        " docs/models.md).",
+        " docs/concepts/models.md).",
     )
     bottleneck_mixer: str | None = field(
         None, "Token mixers of the middle level; empty: as in the others (U-DiG only).", none=""
@@ -79,7 +79,7 @@ class ModelConfig(Group, path="config.model"):
         "16",
         "Tokens after which a GLA state is halved at initialization: a number, one per head (16,32,…), grid"
         " (the length of a line of the scan), or spread (per head, from half a line to the whole image; DiG"
-        " and U-DiG; docs/models.md).",
+        " and U-DiG; docs/concepts/models.md).",
     )
     key_expansion: float = field(
         0.5, "Width of GLA's queries and keys / hidden_size (DiG and U-DiG).", bounds="positive"
@@ -138,7 +138,7 @@ class ModelConfig(Group, path="config.model"):
     internal_head: int | None = field(
         None,
         "Index of the block after which a second final layer predicts, for internal guidance"
-        " (docs/diffusion.md); 0: none.",
+        " (docs/concepts/diffusion.md); 0: none.",
         none=0,
         bounds="positive",
     )
@@ -155,7 +155,8 @@ class DataConfig(Group, path="config.data"):
 
     name: str = field(
         "digits",
-        "Data source: digits, fake, image_folder, tfds, hub (docs/data.md) or latents (docs/latents.md).",
+        "Data source: digits, fake, image_folder, tfds, hub (docs/guide/data.md) or latents"
+        " (docs/guide/latents.md).",
     )
     batch_size: int = field(256, "Images per step, over all devices and processes.", bounds="positive")
     flip: bool = field(True, "Mirror half of the images, if mirrored images keep their class.")
@@ -285,7 +286,7 @@ class Config(Group, path="config"):
     init_skip: str = field(
         "",
         "With init_from: patterns of parameters that start at random all the same, such as *.mixer.*,*.conv.*"
-        " (docs/checkpoints.md).",
+        " (docs/guide/checkpoints.md).",
     )
     model: ModelConfig = group(ModelConfig)
     data: DataConfig = group(DataConfig)

@@ -11,7 +11,7 @@ class DiffusionConfig(Group, path="config.diffusion"):
 
     process: str = field(
         "ddpm",
-        "ddpm (Ho et al. 2020) or flow (flow matching, Lipman et al. 2023; docs/diffusion.md).",
+        "ddpm (Ho et al. 2020) or flow (flow matching, Lipman et al. 2023; docs/concepts/diffusion.md).",
         choices=("ddpm", "flow"),
     )
     schedule: str = field(
@@ -55,7 +55,7 @@ class DiffusionConfig(Group, path="config.diffusion"):
 
 @dataclasses.dataclass(frozen=True)
 class AuxiliaryConfig(Group, path="config.auxiliary"):
-    """Losses that add to the denoising loss (docs/diffusion.md); 0 turns one off. Blocks count from 0."""
+    """Losses that add to the denoising loss (docs/concepts/diffusion.md); 0: none. Blocks count from 0."""
 
     internal_weight: float = field(
         0.5, "Weight of the internal head's loss, with model.internal_head.", bounds="positive"

@@ -1,6 +1,6 @@
-"""Generate docs/config_reference.md, the reference of all fields.
+"""Generate docs/reference/config_reference.md, the reference of all fields.
 
-python -m dig_jax.config.reference > docs/config_reference.md
+python -m dig_jax.config.reference > docs/reference/config_reference.md
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Defaults are DiG's published recipe (Zhu et al. 2025, section 4.1, and the relea
 there is one.
 
 This page is generated from the dataclasses in `dig_jax/config/` by
-`python -m dig_jax.config.reference > docs/config_reference.md`.
+`python -m dig_jax.config.reference > docs/reference/config_reference.md`.
 """
 
 

@@ -14,9 +14,9 @@ class SamplingConfig(Group, path="config.sampling"):
         10_000, "Steps between sample grids in training; 0: only at the end.", none=0, bounds="positive"
     )
     images_per_class: int = field(10, "Images per class in a sample grid.", bounds="positive")
-    sampler: str = field("ddim", "Name of the sampler, such as ddim or heun (docs/diffusion.md).")
+    sampler: str = field("ddim", "Name of the sampler, such as ddim or heun (docs/concepts/diffusion.md).")
     sampler_options: dict[str, Any] = field(
-        {}, "Options of the sampler, such as eta of ddim (docs/diffusion.md)."
+        {}, "Options of the sampler, such as eta of ddim (docs/concepts/diffusion.md)."
     )
     steps: int = field(50, "Number of sampling steps.", bounds="positive")
     time_shift: float | None = field(
@@ -28,10 +28,11 @@ class SamplingConfig(Group, path="config.sampling"):
     )
     guidance: str = field(
         "classifier_free",
-        "Guidance rule: classifier_free, cfg_zero, apg, autoguidance or perturbed (docs/diffusion.md).",
+        "Guidance rule: classifier_free, cfg_zero, apg, autoguidance or perturbed"
+        " (docs/concepts/diffusion.md).",
     )
     guidance_options: dict[str, Any] = field(
-        {}, "Options of the guidance rule, such as eta of apg (docs/diffusion.md)."
+        {}, "Options of the guidance rule, such as eta of apg (docs/concepts/diffusion.md)."
     )
     guidance_scale: float = field(
         1.5,

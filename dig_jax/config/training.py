@@ -41,7 +41,7 @@ class TrainingConfig(Group, path="config.training"):
         (),
         "Relative lengths of power-function averages (Karras et al. 2024), such as 0.05 and 0.1; their names"
         " are such as length-0.05. Their checkpoints also give averages of other lengths"
-        " (docs/checkpoints.md).",
+        " (docs/guide/checkpoints.md).",
     )
 
     def __post_init__(self):

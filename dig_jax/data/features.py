@@ -102,7 +102,7 @@ def open_features(path: str) -> StoredFeatures:
     folder = local_folder(path)
     plain, mirrored = (_open(folder / name) for name in (_PLAIN, _MIRRORED))
     if plain is None:
-        raise UserError(f"no features in {folder}: {_PLAIN} is missing (docs/diffusion.md)")
+        raise UserError(f"no features in {folder}: {_PLAIN} is missing (docs/concepts/diffusion.md)")
     if mirrored is not None and mirrored.shape != plain.shape:
         raise UserError(
             f"invalid {folder / _MIRRORED}: got shape {mirrored.shape}; expected that of {_PLAIN},"

@@ -168,8 +168,8 @@ def _prepared_builder(library: Any, dataset: str, subset: str, cache_dir: str) -
         )
     if "://" in dataset:
         raise UserError(
-            f"unsupported dataset {dataset!r} of the hub source; mount the bucket (docs/data.md) or use a"
-            " Hugging Face repository id (owner/name)"
+            f"unsupported dataset {dataset!r} of the hub source; mount the bucket (docs/guide/data.md) or use"
+            " a Hugging Face repository id (owner/name)"
         )
     folder = Path(dataset).expanduser()
     if not folder.is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset):

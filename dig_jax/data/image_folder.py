@@ -154,7 +154,7 @@ def folder(source: Source) -> Path | None:
 def _directory(path: str) -> Path:
     if is_remote(to_path(path)):
         raise UserError(
-            f"unsupported path {path!r} of images in object storage; mount the bucket (docs/data.md)"
+            f"unsupported path {path!r} of images in object storage; mount the bucket (docs/guide/data.md)"
         )
     directory = Path(path).expanduser().absolute()
     if not directory.is_dir():

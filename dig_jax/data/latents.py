@@ -301,7 +301,7 @@ def _read(directory: Path) -> dict[str, Any]:
             raise UserError(
                 f"the latents in {directory} are incomplete; run --mode=encode again to finish them"
             )
-        raise UserError(f"no latents in {directory}; run --mode=encode first (docs/latents.md)")
+        raise UserError(f"no latents in {directory}; run --mode=encode first (docs/guide/latents.md)")
     try:
         index = read_json(path, max_bytes=_MAX_INDEX)
     except OSError as error:

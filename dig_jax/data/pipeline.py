@@ -3,7 +3,7 @@
 The n-th example of a run, counted over all processes, is a function of (seed, n): its epoch is
 n // len(source), each epoch has a different permutation, and n selects the random bits for its flip and, for
 latents, for its sample from the posterior. So `start=n` resumes a run exactly, with any batch size and any
-number of processes. docs/data.md explains why these are not grain's `shuffle` and `random_map`.
+number of processes. docs/guide/data.md explains why these are not grain's `shuffle` and `random_map`.
 """
 
 import functools

@@ -5,7 +5,8 @@ contain it). Memory traffic excludes arrays that the compiler placed on the chip
 as memory traffic only.
 
 `Compiled.cost_analysis` differs: it counts a loop's body once and on-chip arrays as memory traffic, does not
-separate FLOPs by operand type, and is empty for GPUs that are not present. docs/plan.md compares figures.
+separate FLOPs by operand type, and is empty for GPUs that are not present. docs/guide/plan.md compares
+figures.
 """
 
 import collections

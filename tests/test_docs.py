@@ -1,0 +1,84 @@
+"""The documentation: its links, its site, its reference of public names."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pallas_gla
+import pallas_gla.fla
+import pallas_gla.selective_scan
+import pytest
+
+import dig_jax
+import dig_jax.autoencoder
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "kernels/*.md", "kernels/benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
+FENCED = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s#]*)(?:#([^)\s]+))?\)")
+MODULES = (
+    dig_jax,
+    dig_jax.autoencoder,
+    dig_jax.convert,
+    dig_jax.diffusion,
+    dig_jax.evaluation,
+    pallas_gla,
+    pallas_gla.selective_scan,
+)
+NAMES = [
+    f"{module.__name__}.{name}"
+    for module in MODULES
+    for name in module.__all__
+    if f"{module.__name__}.{name}" not in sys.modules
+]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    found: list[str] = []
+    for title in re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE):
+        title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).replace("`", "").strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", title).replace(" ", "-")
+        found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return set(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
+    broken = []
+    for path, anchor in LINK.findall(FENCED.sub("", (ROOT / page).read_text())):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            broken.append(f"{path}#{anchor}" if anchor else path)
+    assert not broken
+
+
+def test_the_check_of_links_finds_headings_as_github_names_them(tmp_path):
+    (tmp_path / "page.md").write_text("# A `b` & c's [d](e)\n```\n# no heading\n```\n## F\n## F\n")
+    assert anchors(tmp_path / "page.md") == {"a-b--cs-d", "f", "f-1"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reference_describes_every_public_name(name):
+    pages = [ROOT / "docs" / "reference" / page for page in ("api.md", "pallas_gla_api.md")]
+    assert f"::: {name}\n" in "".join(page.read_text() for page in pages)
+
+
+def test_the_site_builds_without_warnings_and_loads_nothing_from_other_servers(tmp_path):
+    pytest.importorskip("mkdocstrings", reason="needs pip install -e '.[docs]'")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {"NO_MKDOCS_2_WARNING": "1", "PATH": str(Path(sys.executable).parent)}
+    result = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
+    assert len(pages) > 20
+    loaded = re.compile(
+        r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?https?:|<link[^>]*stylesheet[^>]*https?:"
+    )
+    assert [path.name for path, text in pages.items() if loaded.search(text)] == []
+    assert [path.name for path, text in pages.items() if "arithmatex" in text] == []  # no raw formulas
