@@ -38,7 +38,7 @@ SHIPPED = (
     *DIS,
     *(f"{name}:1024,paper" for name in DIS),
     *("dig_s:256,fast", "dig_b:256,fast", "dig_l:256,fast", "dig_xl:256,fast", "dig_xl:512,fast"),
-    *("lightningdit", "lightningdit:B/1,512,ours"),
+    *("lightningdit", "lightningdit:B/1,512,ours", "jit", "jit:L/32,512"),
     *("cifar10", "cifar10:paper", "celeba64", "celeba64:paper"),
     *("base", "digits", "imagefolder", "imagefolder:pictures", "imagefolder_latents:pictures", "smoke"),
 )

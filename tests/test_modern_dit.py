@@ -1,5 +1,6 @@
 """The options of modern DiTs: RMSNorm, SwiGLU, norms of queries and keys, rotary positions, class tokens."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_models import apply, inputs, tiny
+from test_models import apply, inputs, randomized, tiny
 
+from configs import jit
 from dig_jax import create_model
+from dig_jax.components import model_options
+from dig_jax.config import from_dict
 from dig_jax.models import registry
+from dig_jax.models.dit import DiT
 from dig_jax.models.mixers.rotary import rotary_angles, rotate
 from dig_jax.models.mixers.softmax import SoftmaxAttention, splash_attention
 
@@ -82,6 +87,43 @@ def test_lightning_dit_has_the_released_codes_parameters(size, depth, w):
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == depth * block + embeddings + final
 
 
+@pytest.mark.parametrize(("size", "millions"), [("B", 131), ("L", 459), ("H", 953)])
+def test_jit_has_the_published_number_of_parameters(size, millions):
+    settings = from_dict(jit.get_config(f"{size}/16").to_dict())
+    _, options = model_options(settings.model)
+    options = dataclasses.replace(options, in_channels=3)
+    make = functools.partial(DiT, "DiT", options, input_size=(256, 256), num_classes=1000)
+    state = nnx.state(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(state)) / 1e6) == millions
+
+
+def test_blocks_before_the_first_with_class_tokens_do_not_see_them():
+    """Taps before and after have the image's tokens only, and a scan is cut where the tokens enter."""
+    model = tiny("DiT-S/2", depth=3, class_tokens=2, class_tokens_from=2, **WIDE)
+    graphdef, params = randomized(model)
+    x, t, y = inputs()
+
+    @jax.jit
+    def hidden(params):
+        return nnx.merge(graphdef, params).outputs(x, t, y, taps=(0, 1, 2)).hidden
+
+    before = hidden(params)
+    positions = params["class_tokens"]["positions"]
+    params["class_tokens"]["positions"] = positions.replace(-9 * positions[...])
+    after = hidden(params)
+    assert all(tokens.shape == (2, 16, 32) for tokens in after.values())
+    for block in (0, 1):
+        np.testing.assert_array_equal(before[block], after[block])
+    assert not np.allclose(before[2], after[2], atol=1e-3)
+
+
+def test_patches_go_through_the_bottleneck():
+    model = tiny("DiT-S/2", depth=1, patch_bottleneck=3, **WIDE)
+    patches = normal(1, 16, 16)
+    tokens = model.patch_embed(patches) - model.patch_embed(0 * patches)
+    assert np.linalg.matrix_rank(np.asarray(tokens[0]), tol=1e-3) == 3
+
+
 def test_every_option_changes_the_output(modern):
     """The output of the image keeps its shape; class tokens reach it and show the label."""
     graphdef, params = modern
@@ -129,6 +171,8 @@ def test_splash_attention_equals_plain_attention_with_its_gradients():
     [
         ({"class_tokens": -1}, "invalid class_tokens=-1; expected 0 or a positive number"),
         ({"class_tokens": 2, "num_classes": 0}, "invalid class_tokens=2 without classes; expected 0"),
+        ({"class_tokens_from": 1}, "invalid class_tokens_from=1; expected the index of a block, at most 0"),
+        ({"patch_bottleneck": 0}, "invalid patch_bottleneck=0; expected None or a positive number"),
         ({"mlp": "relu"}, "invalid mlp='relu'; expected one of swiglu, gelu"),
         ({"rope": True, "num_heads": 16}, "invalid num_heads=16 with rope: got 2 channels per head"),
     ],

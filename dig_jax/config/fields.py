@@ -123,6 +123,15 @@ class ModelConfig(Group, path="config.model"):
         " JiT; DiT only).",
         bounds="nonnegative",
     )
+    class_tokens_from: int = field(
+        0, "Index of the first block that sees the class tokens (DiT only).", bounds="nonnegative"
+    )
+    patch_bottleneck: int | None = field(
+        None,
+        "Channels between the two linear maps of a patch (Li & He 2025, JiT; DiT only); 0: one map.",
+        none=0,
+        bounds="positive",
+    )
     skip: str | None = field(None, "Long skips: none, linear or identity (DiG only).", none="none")
     skip_alignment: str = field(
         "raster", "Token order of long skips: raster, or upstream, as in the released code (DiG only)."

@@ -56,7 +56,8 @@ _DIT_BLOCK = _BLOCK | {
     "mlp.down": "mlp.w3",
 }
 _BLOCKS = {"DiG": _BLOCK, "DiT": _DIT_BLOCK, "DiS": dis.BLOCK}  # by model family
-_UPSTREAM = {"mixer": "gla", "gate_normalizer": 16.0, "class_tokens": 0}  # options that shapes do not show
+# Options that shapes do not show, or that upstream's code does not have.
+_UPSTREAM = {"mixer": "gla", "gate_normalizer": 16.0, "class_tokens": 0, "patch_bottleneck": None}
 _ROTATED = (("mixer", "qkv_proj"), ("mixer", "q_norm"), ("mixer", "k_norm"))
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
 # Tables that depend only on the sizes of the model.

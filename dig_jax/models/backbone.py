@@ -226,10 +226,7 @@ class DiffusionTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self._set_sizes(family, options, input_size, num_classes)
-        in_size = options.patch_size**2 * options.in_channels
-        self.patch_embed = Linear(
-            in_size, options.hidden_size, kernel_init=xavier, dtype=options.dtype, rngs=rngs
-        )
+        self.patch_embed = self._patch_embedding(rngs)
         self._add_levels(rngs)
         head = options.internal_head
         self.final = self._final_layer(options.levels[-1], rngs)
@@ -246,6 +243,17 @@ class DiffusionTransformer(nnx.Module):
         self.input_size, self.num_classes = input_size, num_classes
         self.patch_size, self.in_channels = options.patch_size, options.in_channels
         self.learn_sigma, self.hidden_size = options.learn_sigma, options.hidden_size
+
+    @property
+    def patch_channels(self) -> int:
+        """Number of values in a patch of the image."""
+        return self.patch_size**2 * self.in_channels
+
+    def _patch_embedding(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Return the module that makes a token of a patch."""
+        return Linear(
+            self.patch_channels, self.hidden_size, kernel_init=xavier, dtype=self.options.dtype, rngs=rngs
+        )
 
     def _add_levels(self, rngs: nnx.Rngs) -> None:
         """Add the modules of the levels, here of the only one."""

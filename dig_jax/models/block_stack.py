@@ -7,7 +7,8 @@ blocks depth/2 + 1 … depth - 1, stacked in this order.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -205,6 +206,7 @@ class BlockStack(nnx.Module):
         grid: tuple[int, int],
         taps: Collection[int],
         features: StackFeatures | Literal["keep"] | None = None,
+        then: Mapping[int, Callable[[Array], Array]] = MappingProxyType({}),
     ) -> StackOutputs:
         """Run all blocks.
 
@@ -214,6 +216,8 @@ class BlockStack(nnx.Module):
             taps: indices of blocks whose outputs are returned.
             features: "keep" returns the outputs of mixers and MLPs; those of a call with the same taps take
                 the place of their computation.
+            then: by the index of a block, a function of its output that gives the input of the next block;
+                not with long skips.
         """
         stored: list[list[Array]] = []
         hidden: dict[int, Array] = {}
@@ -232,10 +236,11 @@ class BlockStack(nnx.Module):
                 hidden |= _tapped(segment, outputs, taps)
                 continue
             joins = self._joins(segment, stored.pop(), grid) if segment.skip == "join" else None
-            for piece in segment.after(taps):
+            for piece in segment.after({*taps, *then}):
                 x, _ = run_piece(piece, x, joins and segment.part(piece, joins))
                 if (last := piece.start + piece.num_blocks - 1) in taps:
                     hidden[last] = x
+                x = then[last](x) if last in then else x
         return StackOutputs(x, hidden, made)
 
     def _run(

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from dig_jax.models.backbone import Condition, DiffusionTransformer, Level, LevelOutputs, ModelOptions
 from dig_jax.models.block_stack import BlockPattern
 from dig_jax.models.blocks import BlockSpec
-from dig_jax.models.embeddings import ClassTokens
+from dig_jax.models.embeddings import BottleneckEmbedding, ClassTokens
 from dig_jax.models.layers import GeluMLP, NormKind, SwiGLU
 from dig_jax.models.mixers import SoftmaxAttention
 from dig_jax.parallel import context_size
@@ -30,6 +30,8 @@ class DiTOptions(ModelOptions):
         qk_norm: RMSNorm of queries and keys.
         rope: rotary positions in addition to the fixed ones.
         class_tokens: number of tokens with the label's embedding that attention sees beside the image.
+        class_tokens_from: index of the first block that sees them.
+        patch_bottleneck: channels between the two linear maps of a patch (Li & He 2025, JiT); None: one map.
         time_input: what the time embedding gets: "steps" (t in 0…1000), "noise" (t/1000, as in REPA) or
             "data" (1 - t/1000, as in SiT and LightningDiT).
     """
@@ -39,6 +41,8 @@ class DiTOptions(ModelOptions):
     qk_norm: bool = False
     rope: bool = False
     class_tokens: int = 0
+    class_tokens_from: int = 0
+    patch_bottleneck: int | None = None
     time_input: Literal["steps", "noise", "data"] = "steps"
 
     def __post_init__(self):
@@ -46,6 +50,15 @@ class DiTOptions(ModelOptions):
         super().__post_init__()
         if self.class_tokens < 0:
             raise ValueError(f"invalid class_tokens={self.class_tokens}; expected 0 or a positive number")
+        if not 0 <= self.class_tokens_from < self.depth:
+            raise ValueError(
+                f"invalid class_tokens_from={self.class_tokens_from}; expected the index of a block, at most"
+                f" {self.depth - 1} for depth={self.depth}"
+            )
+        if self.patch_bottleneck is not None and self.patch_bottleneck < 1:
+            raise ValueError(
+                f"invalid patch_bottleneck={self.patch_bottleneck}; expected None or a positive number"
+            )
 
     @property
     def final_norm(self) -> NormKind:
@@ -71,6 +84,15 @@ class DiTOptions(ModelOptions):
 class DiT(DiffusionTransformer):
     """A denoiser of images whose attention may also see tokens of the class."""
 
+    def _patch_embedding(self, rngs: nnx.Rngs) -> nnx.Module:
+        assert isinstance(self.options, DiTOptions)
+        size = self.options.patch_bottleneck
+        if size is None:
+            return super()._patch_embedding(rngs)
+        return BottleneckEmbedding(
+            self.patch_channels, size, self.hidden_size, dtype=self.options.dtype, rngs=rngs
+        )
+
     def _add_levels(self, rngs: nnx.Rngs) -> None:
         super()._add_levels(rngs)
         options = self.options
@@ -83,7 +105,7 @@ class DiT(DiffusionTransformer):
     def _run_levels(
         self, x: Array, condition: Condition, grid: tuple[int, int], taps: Collection[int], features: Any
     ) -> LevelOutputs:
-        """Run the blocks with the class tokens in front of the image's, which alone are returned."""
+        """Run the blocks, some with the class tokens in front of the image's, which alone are returned."""
         condition = condition._replace(t=_embedded_time(self.options, condition.t))
         if self.class_tokens is None or self.label_embed is None:
             return super()._run_levels(x, condition, grid, taps, features)
@@ -93,10 +115,20 @@ class DiT(DiffusionTransformer):
             )
         label = self.label_embed(condition.y, condition.drop, len(x))
         first = self.class_tokens(label).astype(x.dtype)
-        tokens = jnp.concatenate([first, x], axis=1)
-        stack, conditions = super()._run_levels(tokens, condition, grid, taps, features)
-        output, hidden = jax.tree.map(lambda y: y[:, first.shape[1] :], (stack.output, stack.hidden))
-        return LevelOutputs(stack._replace(output=output, hidden=hidden), conditions)
+
+        def insert(tokens: Array) -> Array:
+            return jnp.concatenate([first, tokens], axis=1)
+
+        (level,), c = self.options.levels, condition.embedded(self.time_embed, self.label_embed)
+        assert isinstance(self.options, DiTOptions)
+        start = self.options.class_tokens_from
+        stack = (
+            self.blocks.run(x, c, grid, taps, features, then={start - 1: insert})
+            if start
+            else self.blocks.run(insert(x), c, grid, taps, features)
+        )
+        output, hidden = jax.tree.map(lambda y: y[:, -x.shape[1] :], (stack.output, stack.hidden))
+        return LevelOutputs(stack._replace(output=output, hidden=hidden), {level: c})
 
 
 def _embedded_time(options: ModelOptions, t: Array) -> Array:

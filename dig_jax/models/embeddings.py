@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dig_jax.models.layers import Linear
+from dig_jax.models.layers import Linear, xavier
 
 normal_002 = nnx.initializers.normal(0.02)
 
@@ -90,6 +91,19 @@ class LabelEmbedding(nnx.Module):
         null = jnp.full(batch, self.num_classes, jnp.int32)
         y = null if y is None else y
         return self.table(y if drop is None else jnp.where(drop, null, y))
+
+
+class BottleneckEmbedding(nnx.Module):
+    """Two linear maps from a patch to its token through a few channels (Li & He 2025, JiT)."""
+
+    def __init__(self, patch: int, channels: int, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        options = {"kernel_init": xavier, "dtype": dtype, "rngs": rngs}
+        self.reduce = Linear(patch, channels, use_bias=False, **options)
+        self.expand = Linear(channels, width, **options)
+
+    def __call__(self, x: Float[Array, "b t patch"]) -> Float[Array, "b t d"]:
+        """Embed each patch."""
+        return self.expand(self.reduce(x))
 
 
 class ClassTokens(nnx.Module):

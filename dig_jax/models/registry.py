@@ -51,9 +51,9 @@ class Family:
     patch_size: int | None = None
 
 
-# Sizes: table 1 of each paper; the heads of DiG are from the released code. No sizes of U-DiG were published.
-# Those of DiS are from its released code. It has no size with the parameters of DiG's models, which
-# WIDTHxDEPTH adds.
+# Sizes: table 1 of each paper; the heads of DiG are from the released code, DiT-H is from JiT (Li & He 2025).
+# No sizes of U-DiG were published. Those of DiS are from its released code. It has no size with the
+# parameters of DiG's models, which WIDTHxDEPTH adds.
 FAMILIES = {
     family.name: family
     for family in (
@@ -75,6 +75,7 @@ FAMILIES = {
                 "B": Size(12, 768, 12),
                 "L": Size(24, 1024, 16),
                 "XL": Size(28, 1152, 16),
+                "H": Size(32, 1280, 16),
             },
             DiT,
         ),
