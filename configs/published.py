@@ -202,7 +202,7 @@ _HEAD = """\
 # Published scores
 
 Scores of 50,000 images of ImageNet's classes by ADM's evaluator, as published, and the FID that this code
-measured. All runs have batches of 256. "–" is unknown.
+measured. All runs have batches of 256. "–" is unknown. Each command below needs an accelerator.
 
 The rows of DiG are as later papers reprint them, and their sFID is from a summary: DiG's own tables were not
 at hand. DiG-XL/2 with guidance has two published scores. The guidance scale of the better one is unknown.

@@ -20,6 +20,7 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
 )
 FENCED = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s#]*)(?:#([^)\s]+))?\)")
 MODULES = (
     dig_jax,
@@ -51,7 +52,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
     broken = []
-    for path, anchor in LINK.findall(FENCED.sub("", (ROOT / page).read_text())):
+    for path, anchor in LINK.findall(CODE.sub("", FENCED.sub("", (ROOT / page).read_text()))):
         target = (ROOT / page).parent / path if path else ROOT / page
         if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
             broken.append(f"{path}#{anchor}" if anchor else path)
@@ -69,9 +70,16 @@ def test_the_reference_describes_every_public_name(name):
     assert f"::: {name}\n" in "".join(page.read_text() for page in pages)
 
 
+@pytest.mark.parametrize("page", ["concepts/how_dig_works", "guide/kernel", "guide/from_fla"])
+def test_the_examples_of_a_page_run(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / f"docs/{page}.md").read_text(), re.M | re.S)
+    assert blocks
+    exec("\n".join(blocks), {})
+
+
 def test_the_site_builds_without_warnings_and_loads_nothing_from_other_servers(tmp_path):
     pytest.importorskip("mkdocstrings", reason="needs pip install -e '.[docs]'")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = {"NO_MKDOCS_2_WARNING": "1", "PATH": str(Path(sys.executable).parent)}
     result = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -46,7 +46,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_float(
         "price",
         None,
-        "With --mode=plan: US dollars per chip and hour; by default a list price (docs/plan.md).",
+        "With --mode=plan: US dollars per chip and hour; by default a list price (docs/guide/plan.md).",
         flag_values=values,
     )
     flags.DEFINE_bool("json", False, "With --mode=plan: print JSON instead of text.", flag_values=values)

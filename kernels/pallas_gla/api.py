@@ -181,8 +181,8 @@ def gated_gla_2d(
         norm_weight: weight of the RMSNorm, [V], shared by all heads, in the dtype of ``q`` or float32.
         gate_normalizer: divisor of the log decay, > 0.
         eps: added to the mean square in the RMSNorm, > 0.
-        scale, initial_state, return_final_state, segment_ids, axis_name, chunk_size, implementation,
-            interpret: as in :func:`gla_2d`.
+        scale, initial_state, return_final_state, segment_ids, axis_name: as in :func:`gla_2d`.
+        chunk_size, implementation, interpret: as in :func:`gla`.
 
     Returns:
         The output, [B, T, H, V] in the dtype of ``v``. If ``return_final_state`` is true, a pair of the
