@@ -139,6 +139,11 @@ def _check_channels(name: str, channels: int, expected: int) -> None:
 
 
 def to_uint8(images: Float[AnyArray, "*shape"], rule: str = "round") -> UInt8[Array, "*shape"]:
-    """Convert decoded images to pixels: clip x/2 + 1/2 to 0…1, multiply by 255, and round or truncate."""
+    """Convert decoded images to pixels: clip x/2 + 1/2 to 0…1, multiply by 255, and round or truncate.
+
+    Args:
+        images: values in about -1…1.
+        rule: "round", or "truncate" as ADM does.
+    """
     pixels = jnp.clip(images / 2 + 0.5, 0, 1) * 255
     return (jnp.round(pixels) if rule == "round" else jnp.floor(pixels)).astype(jnp.uint8)

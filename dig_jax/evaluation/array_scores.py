@@ -15,7 +15,7 @@ def inception_score(
     splits: int | None = None,
     protocol: str = "adm",
 ) -> float:
-    """Return the Inception Score, the mean over splits of the images.
+    """Return the Inception Score (Salimans et al. 2016), the mean over splits of the images.
 
     Args:
         logits: logits without bias, as both protocols use them.
@@ -39,7 +39,15 @@ def inception_score(
 def precision_recall(
     reference: Float[np.ndarray, "n d"], generated: Float[np.ndarray, "m d"], *, k: int = 3
 ) -> tuple[float, float]:
-    """Return improved precision and recall; see `PrecisionRecall`.
+    """Return improved precision and recall (Kynkäänniemi et al. 2019); see `PrecisionRecall`.
+
+    Args:
+        reference: features of real images.
+        generated: features of generated images.
+        k: number of the neighbor whose distance is the radius around a vector.
+
+    Returns:
+        Fractions from 0 to 1.
 
     Raises:
         ValueError: a set has at most k vectors.
@@ -49,7 +57,10 @@ def precision_recall(
 
 
 def mind(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
-    """Return the sliced distance of two sets of features; see `SlicedDistance`.
+    """Return the sliced Wasserstein distance (Bonneel et al. 2015) of two sets; see `SlicedDistance`.
+
+    Args:
+        a, b: features, in the same units; the distance is in these units, squared.
 
     Raises:
         ValueError: a set is empty.

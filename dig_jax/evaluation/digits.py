@@ -152,6 +152,9 @@ def nearest_training_images(
 ) -> tuple[Int[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
     """Find the training image nearest to each image, in any class.
 
+    Args:
+        images: digits as 8-bit pixels.
+
     Returns:
         Indices in the training split, and Euclidean distances over the 64 pixels in [-1, 1]: exactly 0 for a
         copy, because the squares are summed as integers.

@@ -113,7 +113,9 @@ def distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def frechet_distance(a: Moments | Float[np.ndarray, "n d"], b: Moments | Float[np.ndarray, "m e"]) -> float:
-    """Return the `distance` between the Gaussians fitted to two sets of features, with unbiased covariances.
+    """Return the FID (Heusel et al. 2017): the `distance` between Gaussians fitted to two sets of features.
+
+    Covariances are unbiased. The distance is in squared units of the features.
 
     The estimate has a positive bias. For n and m standard normal vectors of length d it is about
     d (1/n + 1/m) + d (d + 1) (1/n + 1/m)/4: compare only distances between sets of equal sizes.

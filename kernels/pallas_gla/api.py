@@ -113,8 +113,8 @@ def gla_2d(
 ) -> Float[Array, "b t h v"] | tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """Gated linear attention over an image, in one of four scan directions.
 
-    Equals :func:`gla` with the tokens visited in the order of ``direction``. All arrays stay in raster order
-    (row by row), whatever the direction.
+    The directions are DiG's (Zhu et al. 2025, section 3.3). Equals :func:`gla` with the tokens visited in the
+    order of ``direction``. All arrays stay in raster order (row by row), whatever the direction.
 
     Args:
         q, k, v, g: as in :func:`gla`, with T = rows * columns.

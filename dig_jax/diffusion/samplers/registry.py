@@ -23,12 +23,19 @@ SAMPLERS: dict[str, type[BaseSampler]] = {
     "edm_heun": EDMHeun,
     "dopri5": Dopri5,
 }
+"""The samplers by name; their classes give the sources."""
 
 
 def make_sampler(
     name: str, *, steps: int | str | None = None, clip: bool = False, **options: Any
 ) -> BaseSampler:
-    """Return the sampler of that name with these options; `steps=None` keeps the sampler's default.
+    """Return the sampler of that name.
+
+    Args:
+        name: a key of `SAMPLERS`.
+        steps: number of sampling steps; None keeps the sampler's default.
+        clip: whether to clip the predicted image to [-1, 1] at every step.
+        options: further fields of the sampler, such as eta of "ddim".
 
     Raises:
         ValueError: the name is unknown, the sampler has no such option, or an option is invalid.

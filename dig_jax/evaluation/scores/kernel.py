@@ -45,7 +45,11 @@ class KernelDistance(Score):
 
 
 def kernel_distance(x: Float[np.ndarray, "m d"], y: Float[np.ndarray, "n d"]) -> float:
-    """Return the unbiased estimate; it may be negative."""
+    """Return the unbiased estimate of the squared distance (Gretton et al. 2012, eq. 3); it may be negative.
+
+    Args:
+        x, y: at least two vectors of features each.
+    """
     m, n = len(x), len(y)
 
     def within(a: np.ndarray) -> float:
