@@ -129,7 +129,8 @@ def test_an_invalid_command_line_prints_one_line_and_exits_with_2(command, argum
 
 def test_an_export_needs_a_file_to_write(command):
     status, stderr = command(SMOKE, "--mode=export", main=commands.run)
-    assert (status, stderr) == (2, "error: missing --output; expected --output=FILE.safetensors\n")
+    expected = "expected --output=FILE.safetensors or FILE.stablehlo"
+    assert (status, stderr) == (2, f"error: missing --output; {expected}\n")
 
 
 def test_a_config_file_that_raises_gives_one_line(command, broken_config):
@@ -363,7 +364,7 @@ def test_help_shows_examples_and_flags():
     [
         (["--mode=sample"], 1, "no checkpoint in "),
         (["--labels=3"], 2, "--labels does not apply to --mode=train; expected --mode=sample"),
-        (["--mode=export"], 2, "missing --output; expected --output=FILE.safetensors"),
+        (["--mode=export"], 2, "missing --output; expected --output=FILE.safetensors or FILE.stablehlo"),
     ],
 )
 def test_a_process_that_fails_prints_one_line_and_leaves_no_workdir(tmp_path, arguments, status, message):

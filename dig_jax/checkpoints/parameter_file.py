@@ -39,7 +39,7 @@ def write_parameter_file(path: Path, components: Components, step: int, params: 
     Raises:
         CheckpointError: the file could not be written.
     """
-    arrays = {name: np.asarray(x) for name, x in _by_name(params).items()}
+    arrays = {name: np.asarray(x) for name, x in by_name(params).items()}
     description = config_and_versions(components.config)
     metadata = {
         "format": FORMAT,
@@ -84,7 +84,7 @@ def read_parameter_file(path: Path, ema: str | None = None) -> tuple[Components,
             raise CheckpointError(f"unknown average {ema!r} in {path}; expected {stored_ema}")
         expected = jax.eval_shape(components.init_params, jax.random.key(0))
         _check_arrays(file.arrays, expected, path)
-        names, device = _by_name(expected), jax.local_devices()[0]
+        names, device = by_name(expected), jax.local_devices()[0]
         arrays = [jax.device_put(_read_finite(file.arrays, name, path), device) for name in names]
     return components, step, jax.tree.unflatten(jax.tree.structure(expected), arrays)
 
@@ -109,7 +109,7 @@ def _read_metadata(metadata: Mapping[str, str], path: Path) -> tuple[Components,
 
 
 def _check_arrays(arrays: Mapping[str, StoredArray], expected: Params, path: Path) -> None:
-    wanted = {name: f"float32 {list(x.shape)}" for name, x in _by_name(expected).items()}
+    wanted = {name: f"float32 {list(x.shape)}" for name, x in by_name(expected).items()}
     found = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
     wrong = [name for name in sorted(wanted | found) if wanted.get(name) != found.get(name)]
     if wrong:
@@ -126,7 +126,7 @@ def _read_finite(arrays: Mapping[str, StoredArray], name: str, path: Path) -> np
     return array
 
 
-def _by_name(tree: Any) -> dict[str, Any]:
+def by_name(tree: Any) -> dict[str, Any]:
     """Return the leaves by dotted path, in the tree's order."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,40 +1,83 @@
-"""The export command: write a run's parameters to one safetensors file."""
+"""The export command: a run's parameters, or its sampler as a program, in one file."""
 
 import logging
+from collections.abc import Callable
 
 import jax
+import numpy as np
 
-from dig_jax.checkpoints.parameter_file import write_parameter_file
+from dig_jax.checkpoints.parameter_file import write_parameter_file, writing_to
 from dig_jax.checkpoints.reader import holds, read_checkpoint
 from dig_jax.config import Config, check_same
-from dig_jax.errors import ConfigError
+from dig_jax.errors import ConfigError, alternatives
+from dig_jax.files.atomic import replacing
 from dig_jax.files.paths import Path
+from dig_jax.sampling.sampler import load
 
 log = logging.getLogger(__name__)
 
 
 def export(settings: Config, workdir: Path, output: Path) -> None:
-    """Write the parameters that `sampling.ema` names from a workdir's newest intact checkpoint.
+    """Write a workdir's newest intact checkpoint in the format that the suffix of `output` names.
+
+    The parameters are those of `sampling.ema`. A program samples with the options of `sampling`.
 
     Args:
         settings: the config to store; fields that may not change must equal the workdir's.
-        workdir: the run's directory.
-        output: FILE.safetensors, which must not exist, or hold exactly this: then nothing is written.
+        workdir: the run's directory; for a program also a file of parameters.
+        output: FILE.safetensors for the parameters or FILE.stablehlo for the sampler. It must not exist, or
+            hold exactly this: then nothing is written.
 
     Raises:
         ConfigError: an invalid or existing `output`, or settings that differ from the workdir's.
         CheckpointError: no readable checkpoint, or `output` could not be written.
     """
-    if output.suffix != ".safetensors":
-        raise ConfigError(f"invalid --output={output}; expected a name that ends with .safetensors")
+    if output.suffix not in WRITERS:
+        raise ConfigError(
+            f"invalid --output={output}; expected a name that ends with {alternatives(tuple(WRITERS))}"
+        )
+    WRITERS[output.suffix](settings, workdir, output)
+
+
+def _export_parameters(settings: Config, workdir: Path, output: Path) -> None:
     stored, step, params = read_checkpoint(workdir, settings.sampled_ema)
     check_same(stored.config, settings, workdir)
     components = stored.with_config(settings)
     if output.exists():
-        if not holds(output, components, step, params):
-            raise ConfigError(f"--output={output} exists and holds something else; choose another name")
+        _check_same_content(output, holds(output, components, step, params))
         log.info("%s already holds step %d (%s)", output, step, settings.sampled_ema)
         return
     write_parameter_file(output, components, step, params)
     count = len(jax.tree.leaves(params))
     log.info("exported step %d (%s, %d arrays) to %s", step, settings.sampled_ema, count, output)
+
+
+def _export_stablehlo(settings: Config, workdir: Path, output: Path) -> None:
+    from dig_jax.export.stablehlo import PLATFORMS, entries, holds_entries
+
+    sampler = load(workdir, settings=settings)
+    content = entries(sampler)
+    if output.exists():
+        _check_same_content(output, holds_entries(output, content))
+        log.info("%s already holds the sampler of step %d (%s)", output, sampler.step, settings.sampled_ema)
+        return
+    with writing_to(output), replacing(output) as file:
+        np.savez(file, allow_pickle=False, **content)
+    log.info(
+        "exported the sampler of step %d (%s) for %s to %s",
+        sampler.step,
+        settings.sampled_ema,
+        ", ".join(PLATFORMS),
+        output,
+    )
+
+
+def _check_same_content(output: Path, same: bool) -> None:
+    if not same:
+        raise ConfigError(f"--output={output} exists and holds something else; choose another name")
+
+
+WRITERS: dict[str, Callable[[Config, Path, Path], None]] = {
+    ".safetensors": _export_parameters,
+    ".stablehlo": _export_stablehlo,
+}

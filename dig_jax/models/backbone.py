@@ -190,7 +190,7 @@ class Condition(NamedTuple):
         """Return the sum of the embeddings of timestep and label."""
         c = time(self.t)
         if label is not None:
-            c = c + label(self.y, self.drop, len(self.t))
+            c = c + label(self.y, self.drop, self.t)
         return constrain_batch(c)
 
 

@@ -163,7 +163,7 @@ class DiS(DiffusionTransformer):
         time = self.time_embed(t)
         embeddings, c = [time], time
         if self.label_embed is not None:
-            label = self.label_embed(y, drop, x.shape[0])
+            label = self.label_embed(y, drop, t)
             embeddings, c = [label, time], time + label
         patches = self.patch_embed(patchify(x, self.patch_size))
         tokens = jnp.concatenate([*(e[:, None].astype(patches.dtype) for e in embeddings), patches], axis=1)

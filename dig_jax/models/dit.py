@@ -113,7 +113,7 @@ class DiT(DiffusionTransformer):
             raise ValueError(
                 f"unsupported class_tokens with {context_size()} devices along mesh axis context; expected 1"
             )
-        label = self.label_embed(condition.y, condition.drop, len(x))
+        label = self.label_embed(condition.y, condition.drop, condition.t)
         first = self.class_tokens(label).astype(x.dtype)
 
         def insert(tokens: Array) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from dig_jax.models.layers import Linear, xavier
 
@@ -85,10 +85,10 @@ class LabelEmbedding(nnx.Module):
         self.table = nnx.Embed(num_classes + 1, width, embedding_init=normal_002, rngs=rngs)
 
     def __call__(
-        self, y: Int[Array, " b"] | None, drop: Bool[Array, " b"] | None, batch: int
+        self, y: Int[Array, " b"] | None, drop: Bool[Array, " b"] | None, t: Num[Array, " b"]
     ) -> Float[Array, "b d"]:
-        """Embed labels; `y=None` and `drop=True` select the null class."""
-        null = jnp.full(batch, self.num_classes, jnp.int32)
+        """Embed labels of as many images as `t` has; `y=None` and `drop=True` select the null class."""
+        null = jnp.full_like(t, self.num_classes, jnp.int32)
         y = null if y is None else y
         return self.table(y if drop is None else jnp.where(drop, null, y))
 

@@ -104,12 +104,12 @@ class Up(nnx.Module):
 
 def unshuffle(x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t/4 4*d"]:
     """Put the channels of 2×2 tokens side by side, on a grid of (rows, columns) in raster order."""
-    return patchify(x.reshape(len(x), *grid, -1), 2)
+    return patchify(x.reshape(x.shape[0], *grid, -1), 2)
 
 
 def shuffle(x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b 4*t d/4"]:
     """Invert `unshuffle`, from the coarser grid."""
-    return unpatchify(x, grid, 2).reshape(len(x), 4 * x.shape[1], -1)
+    return unpatchify(x, grid, 2).reshape(x.shape[0], 4 * x.shape[1], -1)
 
 
 class ULevel(nnx.Module):

@@ -44,13 +44,30 @@ def generate(
         spec: everything static.
         weak_params: parameters of `spec.weak`.
     """
+
+    def numbered(number: Int[Array, ""]) -> Float[Array, "b h w c"]:
+        return noise(seeds, number, spec.shape)
+
+    return generate_from(numbered, params, labels=labels, scale=scale, spec=spec, weak_params=weak_params)
+
+
+def generate_from(
+    noise: Callable[[Int[Array, ""]], Float[Array, "b h w c"]],
+    params: Params,
+    *,
+    labels: Int[Array, " b"],
+    scale: Float[Array, ""],
+    spec: GenerationSpec,
+    weak_params: Params | None = None,
+) -> tuple[Float[Array, "*images"], Int[Array, " b"]]:
+    """Return what `generate` does, from standard normal noise by number: 0 is the start, i + 1 for step i."""
     denoiser = _denoiser(params, labels, scale, spec, weak_params)
-    start = noise(seeds, jnp.int32(0), spec.shape)
+    start = noise(jnp.int32(0))
 
     def step_noise(step: Int[Array, ""]) -> Float[Array, "b h w c"]:
-        return noise(seeds, step + 1, spec.shape)
+        return noise(step + 1)
 
-    evaluations = jnp.full(seeds.shape, spec.evaluations or 0, jnp.int32)
+    evaluations = jnp.full(labels.shape, spec.evaluations or 0, jnp.int32)
     if isinstance(spec.sampler, Dopri5):
         images, counted = spec.sampler.solve(spec.process, denoiser, start)
         kinds = spec.kinds(np.array([span.middle for span in counted]))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,20 @@ Labels = Numbers | str | Sequence[str]
 # Latent pixels that each device decodes at once: 4 images of 256×256 pixels or one of 512×512. They take
 # about 1 GB, in addition to what training keeps on the device.
 _DECODED_LATENT_PIXELS = 64 * 64
+
+
+class Request(NamedTuple):
+    """What drawing depends on besides the model's parameters, labels and seeds.
+
+    Attributes:
+        spec: the static values.
+        weak_params: parameters of the weaker model, if guidance needs one.
+        scale: scale of guidance.
+    """
+
+    spec: GenerationSpec
+    weak_params: Params | None
+    scale: float
 
 
 class Sampler:
@@ -191,6 +205,24 @@ class Sampler:
         labels, seeds = np.broadcast_arrays(labels, seeds)
         return labels.astype(np.int32), seeds.astype(np.int32)
 
+    def request(
+        self, size: int | tuple[int, int] | None = None, *, trajectory: bool = False, **options: Any
+    ) -> Request:
+        """Return what a call with this size and these options passes to `generate`.
+
+        Raises:
+            ValueError: invalid size or options.
+            UserError: the weaker model is unreadable.
+        """
+        height, width, channels = self.components.image_spec.image_shape
+        if size is not None:
+            height, width = self._model_size(size)
+        fields = with_options(self.components.config.sampling, options)
+        weak, weak_params = self._weak(fields)
+        shape = (height, width, channels)
+        spec = GenerationSpec.of(self.components, shape=shape, weak=weak, trajectory=trajectory, **options)
+        return Request(spec, weak_params, fields["guidance_scale"])
+
     def _draw(
         self,
         labels: Labels,
@@ -204,24 +236,14 @@ class Sampler:
 
         `options` are those of `GenerationSpec.of`.
         """
-        spec = self.components.image_spec
-        fields = with_options(self.components.config.sampling, options)
         labels, seeds = self.resolve(labels, seeds)
-        height, width = spec.image_shape[:2] if size is None else self._model_size(size)
-        weak, weak_params = self._weak(fields)
-        generation = GenerationSpec.of(
-            self.components,
-            shape=(height, width, spec.image_shape[2]),
-            weak=weak,
-            trajectory=trajectory,
-            **options,
-        )
+        request = self.request(size, trajectory=trajectory, **options)
         draw = functools.partial(
             generate,
             self.params,
-            scale=jnp.float32(fields["guidance_scale"]),
-            spec=generation,
-            weak_params=weak_params,
+            scale=jnp.float32(request.scale),
+            spec=request.spec,
+            weak_params=request.weak_params,
         )
         batch_size = self._batch_size(len(seeds))
         batches = []
@@ -238,8 +260,8 @@ class Sampler:
             batches.append(jax.tree.map(np.asarray, drawn))
         images, evaluations = zip(*batches, strict=True)
         x = np.concatenate(images, axis=-4)[..., : len(seeds), :, :, :]
-        if isinstance(generation.sampler, Dopri5) and not np.isfinite(x).all():
-            steps = generation.sampler.max_steps
+        if isinstance(request.spec.sampler, Dopri5) and not np.isfinite(x).all():
+            steps = request.spec.sampler.max_steps
             raise ValueError(
                 f"dopri5 did not reach its tolerance in max_steps={steps}; expected a larger rtol, atol or"
                 " max_steps"
@@ -354,7 +376,8 @@ def _integers(name: str, numbers: Numbers, limit: int) -> Int[np.ndarray, " n"]:
     return numbers
 
 
-def to_pixels(x: Float[np.ndarray, "*shape"], rule: str = "round") -> UInt8[np.ndarray, "*shape"]:
-    """Map -1 … 1 to 0 … 255, rounded or truncated, and clipped."""
-    pixels = np.clip((x + 1) * 127.5, 0, 255)
-    return (np.round(pixels) if rule == "round" else np.floor(pixels)).astype(np.uint8)
+def to_pixels(x: Any, rule: str = "round") -> Any:
+    """Map -1 … 1 to 0 … 255, rounded or truncated, and clipped: an array of NumPy or JAX to uint8."""
+    xp = x.__array_namespace__()
+    pixels = xp.clip((x + 1) * 127.5, 0, 255)
+    return (xp.round(pixels) if rule == "round" else xp.floor(pixels)).astype(xp.uint8)

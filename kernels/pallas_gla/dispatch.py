@@ -99,7 +99,8 @@ def _automatic(operands: Operands, scan: Scan, platform: str, partitioned: bool)
 
 def _unsupported(kernel: ModuleType, operands: Operands, scan: Scan) -> str | None:
     """Return why a kernel does not support a scan, or None if it does."""
-    if not all(isinstance(size, int) for size in operands.q.shape):
+    symbolic = not all(isinstance(size, int) for size in operands.q.shape)
+    if symbolic and kernel.__name__ != CPU:
         return f"unsupported shape of q: got the symbols {operands.q.shape}; expected numbers"
     return kernel.unsupported(operands, scan)
 

@@ -15,7 +15,7 @@ def log_decay(logits: Float[Array, "..."], gating: Gating) -> Float[Array, "..."
 def gated_output(
     o: Float[Array, "*shape v"],
     out_gate: Float[Array, "*shape v"],
-    norm_weight: Float[Array, "*#shape v"],
+    norm_weight: Float[Array, "... v"],
     gating: Gating,
 ) -> Float[Array, "*shape v"]:
     """Return RMSNorm(o) * norm_weight * SiLU(out_gate), normalized over the last axis."""

@@ -148,7 +148,7 @@ class Dopri5(BaseSampler):
             return whole(jnp.broadcast_to(y, x.shape), jnp.full(x.shape[:1], t, x.dtype))[0]
 
         @of_one.def_vmap
-        def _(_size: int, _batched: object, t: Array, y: Images, arrays: Any) -> tuple[Images, bool]:
+        def _(_size: Any, _batched: object, t: Array, y: Images, arrays: Any) -> tuple[Images, bool]:
             whole: Any = equinox.combine(arrays, static)
             return whole(y, jnp.broadcast_to(t, x.shape[:1]).astype(x.dtype)), True
 

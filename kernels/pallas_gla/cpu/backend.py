@@ -35,9 +35,27 @@ def forward(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
     """Run a scan (see `pallas_gla.dispatch`)."""
     layout = Layout(operands, scan)
+    if save or layout.chunks == 1:
+        return _in_blocks(operands, scan, layout, save=save)
+
+    def by_token():
+        return reference.forward(operands, scan)
+
+    def in_blocks():
+        return _in_blocks(operands, scan, layout, save=False)[:2]
+
+    most = CACHE // (4 * layout.heads * operands.k.shape[3] * operands.v.shape[3])
+    if isinstance(layout.batch, int) and isinstance(most, int):
+        out, final_state = by_token() if layout.batch <= most else in_blocks()
+    else:  # an exported program with a symbolic batch chooses when it is compiled for a number
+        few = jnp.asarray(layout.batch) <= jnp.asarray(most)
+        out, final_state = jax.lax.cond(few, by_token, in_blocks)
+    return out, final_state, None
+
+
+def _in_blocks(operands: Operands, scan: Scan, layout: Layout, *, save: bool):
+    """Run a scan in blocks of tokens; results as in `forward`."""
     state = layout.first_state(operands)
-    if layout.chunks > 1 and layout.zeros(operands).nbytes <= CACHE and not save:
-        return *reference.forward(operands, scan), None
     arrays = layout.prepare(operands)
     out = layout.buffer(operands.v)
     states = as_bits(jnp.zeros(*saved_shape(operands, scan))) if save else None

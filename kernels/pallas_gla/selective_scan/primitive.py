@@ -71,7 +71,7 @@ def _(*avals, names, options, save):
     state = (operands.a.shape[0], channels)
     x: Any = operands.x  # an abstract value
 
-    def float32(*shape: int) -> ShapedArray:
+    def float32(*shape: Any) -> ShapedArray:  # numbers, or symbols of an exported program
         return ShapedArray(shape, jnp.float32)
 
     saved = [float32(batch, num_chunks(tokens), *state)] if save else []
@@ -112,8 +112,11 @@ def _choose(operands: Operands, options: Options, platform: str, partitioned: bo
         if reason:
             raise NotImplementedError(f"unsupported implementation={options.implementation!r}: {reason}")
         return kernel
+    symbolic = not all(isinstance(size, int) for size in operands.x.shape)
     for target, kernel in KERNELS.values():
-        if target == platform and not partitioned and kernel.unsupported(operands, options) is None:
+        if target != platform or partitioned or symbolic:
+            continue
+        if kernel.unsupported(operands, options) is None:
             return kernel
     return chunked_xla
 
