@@ -75,6 +75,7 @@ def _report(source: EncodedSource, options: argparse.Namespace) -> None:
         "Pillow: open, decode, ADM's crop": decode_and_crop,
         "source[index]": read,
         "batches, in one thread": stream(0),
+        "headers, for data.buckets": source.native_sizes,
     }
     print(f"{options.images} JPEGs of {options.width}×{options.height} to {options.size} px, {cores} cores")
     speeds = {

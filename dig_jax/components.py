@@ -16,6 +16,7 @@ from dig_jax import autoencoder
 from dig_jax.autoencoder import Autoencoder
 from dig_jax.config import Config, DiffusionConfig, ModelConfig, to_dict
 from dig_jax.data import ImageSpec, Source, open_source
+from dig_jax.data.buckets import Buckets, Sizes, parse_buckets
 from dig_jax.data.features import StoredFeatures, open_features
 from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Path, Process, Times
 from dig_jax.errors import naming_setting
@@ -66,6 +67,44 @@ class Components:
 
     def _open(self, split: str) -> Source:
         return open_source("config.data", self.config.data.name, split, self.config.data.options)
+
+    @functools.cached_property
+    def bucket_sizes(self) -> Sizes:
+        """(height, width) of the buckets of `data.buckets`, none by default; the images need not exist.
+
+        Raises:
+            ConfigError: invalid sizes, or sizes that the model does not support.
+        """
+        with naming_setting("config.data.buckets"):
+            sizes = parse_buckets(self.config.data.buckets)
+            for size in sizes:
+                self.abstract_model.options.check_size(*size)
+                if self.abstract_model.family == "DiS" and size != self.image_spec.image_shape[:2]:
+                    raise ValueError(
+                        f"unsupported size {size[0]}x{size[1]} of DiS; expected the size of its positions"
+                    )
+            if sizes and self.stored_features is not None:
+                raise ValueError("unsupported with auxiliary.repa_features, whose features have one size")
+            return sizes
+
+    @functools.cached_property
+    def buckets(self) -> Buckets | None:
+        """The training images by bucket, if `data.buckets` lists sizes.
+
+        Raises:
+            ConfigError: as `bucket_sizes`, an unsupported source, or too few images for a bucket.
+        """
+        sizes, size = self.bucket_sizes, self.config.data.batch_size
+        with naming_setting("config.data.buckets"):
+            return (
+                Buckets(self.train_source, sizes, batch_size=size, seed=self.config.seed) if sizes else None
+            )
+
+    @property
+    def training_shapes(self) -> list[tuple[int, int, int]]:
+        """(height, width, channels) of the batches of training."""
+        shape = self.image_spec.image_shape
+        return [(*size, shape[2]) for size in self.bucket_sizes] or [shape]
 
     @functools.cached_property
     def stored_features(self) -> StoredFeatures | None:

@@ -37,14 +37,14 @@ def compiled_once(patch):
     """Runs share their compiled programs, which are not optimized."""
     compile_step, compiled = train.compile_train_step, {}
 
-    def compile_once(components, mesh, state, distilled):
+    def compile_once(components, mesh, state, distilled, shape):
         fields = config.to_dict(components.config)
         fields["training"].pop("steps")  # the learning rate is constant
         for name in ("init_from", "checkpoint", "logging", "sampling"):
             fields.pop(name)
         key = (str(fields), mesh)
         if key not in compiled:
-            compiled[key] = compile_step(components, mesh, state, distilled)
+            compiled[key] = compile_step(components, mesh, state, distilled, shape)
         return compiled[key]
 
     patch.setattr(train, "compile_train_step", compile_once)

@@ -170,6 +170,12 @@ class DataConfig(Group, path="config.data"):
     batch_size: int = field(256, "Images per step, over all devices and processes.", bounds="positive")
     flip: bool = field(True, "Mirror half of the images, if mirrored images keep their class.")
     options: dict[str, Any] = field({}, "Keyword arguments of the source.")
+    buckets: str = field(
+        "",
+        "Heights and widths of training images in pixels, such as 256x256,320x192,192x320: each image gets"
+        " the size nearest to its shape, and each batch has one size; empty: `image_size` for all"
+        " (docs/guide/data.md).",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,13 @@ import functools
 import hashlib
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
-from dig_jax.data.images import CROPS, MODES, SQUARE_CROPS, UnreadableImage, decode
+from dig_jax.data.images import CROPS, MODES, SQUARE_CROPS, UnreadableImage, decode, native_size
 from dig_jax.data.options import OptionError, image_shape
 from dig_jax.data.source import Example, check_label, fingerprint
 from dig_jax.errors import UserError, alternatives, suggest
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 _LOGGED = 10
 # Give up after this many unreadable replacements in a row.
 _ATTEMPTS = 100
+# Bytes that hold the header of most images, and threads that read headers.
+_HEADER, _READERS = 2**16, 16
 # Of all sources together: a source with a lock of its own could not be pickled.
 _LOCK = threading.Lock()
 
@@ -48,8 +52,12 @@ class EncodedImages(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> EncodedImage:
+    def read(self, index: int, limit: int | None = None) -> EncodedImage:
         """Read the image of 0 ≤ index < len.
+
+        Args:
+            index: index of the image.
+            limit: bytes after which a storage may cut the file; None: the whole file.
 
         Raises:
             UserError: the storage failed.
@@ -150,6 +158,23 @@ class EncodedSource:
         decoded = decode(image.data, upright=self.upright, channels=channels)
         pixels = CROPS[self.crop](decoded, (height, width))
         return {"image": pixels, "label": np.int32(image.label)}
+
+    def resized(self, size: tuple[int, int]) -> "EncodedSource":
+        """Return the same images at another (height, width)."""
+        return dataclasses.replace(self, image_size=size)
+
+    def native_sizes(self) -> Int[np.ndarray, "n 2"]:
+        """Return (height, width) of all stored images; unreadable ones count as squares."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            return np.array(list(pool.map(self._native_size, range(len(self)))))
+
+    def _native_size(self, index: int) -> tuple[int, int]:
+        for limit in (_HEADER, None):  # large metadata may precede the size
+            try:
+                return native_size(self.images.read(index, limit).data, upright=self.upright)
+            except UnreadableImage:
+                pass
+        return 1, 1
 
     def _log_unreadable(self, index: int, name: str, error: UnreadableImage) -> None:
         with _LOCK:

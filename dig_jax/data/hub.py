@@ -48,12 +48,13 @@ class HubImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, index: int) -> EncodedImage:
+    def read(self, index: int, limit: int | None = None) -> EncodedImage:
         """Read the image's file from its row; a row with only a path yields no data.
 
         Raises:
             UserError: the storage failed.
         """
+        del limit  # files lie in records
         name = f"row {index} of {self.name}"
         try:
             row = self.rows[index]

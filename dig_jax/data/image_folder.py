@@ -52,8 +52,8 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, index: int) -> EncodedImage:
-        """Read a file.
+    def read(self, index: int, limit: int | None = None) -> EncodedImage:
+        """Read a file, or its first `limit` bytes.
 
         Raises:
             UserError: the file is missing or no longer a regular file, or the file system failed.
@@ -63,7 +63,8 @@ class ImageFiles:
             with open(path, "rb", opener=_without_waiting) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise UserError(f"cannot read {path}: not a regular file")
-                return EncodedImage(str(path), file.read(MAX_BYTES + 1), int(self.labels[index]))
+                data = file.read(limit or MAX_BYTES + 1)
+                return EncodedImage(str(path), data, int(self.labels[index]))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 

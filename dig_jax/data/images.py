@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from dig_jax.errors import one_line
 
@@ -30,6 +30,7 @@ _MAX_SCANS, _MAX_SCANNED_PIXELS, _MAX_MARKERS = 100, 20 * MAX_PIXELS, 10_000
 _PPM_HEADER = re.compile(rb"P[1-6](?:(?:\s|#[^\n\r]*[\n\r])+\d+){2}\s")
 _MAX_PPM_HEADER, _MAX_PPM_TEXT = 2**12, 2**22
 _STRIP = 1024  # rows
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange rows and columns
 
 
 class UnreadableImage(Exception):
@@ -72,6 +73,28 @@ def decode(data: bytes, *, upright: bool = True, channels: int = 3) -> Image.Ima
         raise UnreadableImage(
             f"unsupported format or corrupt header; expected {', '.join(FORMATS)}"
         ) from None
+    except Exception as error:  # decoders raise errors of any kind
+        raise UnreadableImage(one_line(error, name_type=True)) from error
+
+
+def native_size(data: bytes, *, upright: bool = True) -> tuple[int, int]:
+    """Return (height, width) of an image from the beginning of its file, as `decode` would return it.
+
+    An EXIF orientation that follows the pixels, as in some PNG files, is not found.
+
+    Raises:
+        UnreadableImage: the header is corrupt or incomplete.
+    """
+    try:
+        if data[:1] == b"P":
+            _check_ppm(data)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+            turned = upright and exif.get(ExifTags.Base.Orientation) in _TURNED
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except UnreadableImage:
+        raise
     except Exception as error:  # decoders raise errors of any kind
         raise UnreadableImage(one_line(error, name_type=True)) from error
 

@@ -6,7 +6,6 @@ latents, for its sample from the posterior. So `start=n` resumes a run exactly, 
 number of processes. docs/guide/data.md explains why these are not grain's `shuffle` and `random_map`.
 """
 
-import functools
 import math
 import os
 import sys
@@ -17,13 +16,13 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
+from dig_jax.data.buckets import Buckets
 from dig_jax.data.features import StoredFeatures
+from dig_jax.data.order import FLIP, NOISE, Shuffled
 from dig_jax.data.source import Example, Source
 
 Batch = dict[str, np.ndarray]
 
-# Random streams derived from one seed: each number is a function of (seed, stream, counter).
-_ORDER, _FLIP, _NOISE = 0, 1, 2
 # Draw the noise of this many images at once: fewer NumPy calls mean fewer switches between threads.
 _NOISE_IMAGES = 8
 
@@ -54,6 +53,7 @@ def batches(
     flip: bool = False,
     features: StoredFeatures | None = None,
     features_end: int | None = None,
+    buckets: Buckets | None = None,
     num_threads: int | None = None,
     prefetch: int = 8,
 ) -> grain.DatasetIterator[Batch]:
@@ -72,6 +72,7 @@ def batches(
         flip: whether to mirror half of the images left to right, if `source.flip` allows it.
         features: features of the source's images, which join the batches.
         features_end: number of examples of the run after which features are zeros, which are not read.
+        buckets: they choose the images and the size of each batch; `start` is a number of whole batches.
         num_threads: batches computed at the same time; 0: none ahead of time. By default one thread per
             core, from 4 to 32, since Pillow releases the GIL; one thread for a `RandomSource`, whose short
             NumPy calls only compete for the GIL.
@@ -88,18 +89,25 @@ def batches(
     shard_size = _shard_size(source, batch_size, process_index, process_count)
     if seed < 0 or start < 0:
         raise ValueError(f"invalid seed={seed} or start={start}; expected at least 0")
-    mirror = flip and source.flip
+    if buckets is not None and (buckets.batch_size != batch_size or start % batch_size):
+        raise ValueError(
+            f"invalid batch_size={batch_size} or start={start}; expected whole batches of buckets"
+        )
+    mirror, order = flip and source.flip, Shuffled(len(source), seed)
 
     def load(first: int) -> Batch:
         positions = np.arange(first, first + shard_size)
-        indices = _shuffle(len(source), seed, positions)
-        mirrored = _flips(seed, positions) if mirror else np.zeros(shard_size, bool)
-        if isinstance(source, RandomSource):
-            noise = _noise(seed, first, source.image_shape)
-            arguments = zip(indices.tolist(), mirrored.tolist(), noise, strict=False)
-            batch = _stack([source.draw(*one) for one in arguments])
+        if buckets is not None:
+            images, indices = buckets.choose(first, shard_size)
         else:
-            batch = _stack([source[index] for index in indices.tolist()])
+            images, indices = source, order.at(positions)
+        mirrored = _flips(seed, positions) if mirror else np.zeros(shard_size, bool)
+        if isinstance(images, RandomSource):
+            noise = _noise(seed, first, images.image_shape)
+            arguments = zip(indices.tolist(), mirrored.tolist(), noise, strict=False)
+            batch = _stack([images.draw(*one) for one in arguments])
+        else:
+            batch = _stack([images[index] for index in indices.tolist()])
             batch["image"][mirrored] = batch["image"][mirrored, :, ::-1]
         if features is None:
             return batch
@@ -198,27 +206,12 @@ def _stack(examples: list[Example]) -> Batch:
     }
 
 
-def _shuffle(length: int, seed: int, positions: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-    """Return the source indices at consecutive positions in the endless sequence of shuffled epochs."""
-    epochs, offsets = np.divmod(positions, length)
-    return np.concatenate(
-        [_permutation(length, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(length: int, seed: int, number: int) -> Int[np.ndarray, " n"]:
-    """Return the order of epoch `number`, by sorting raw Philox output, which NumPy never changes."""
-    bits = np.random.Philox(np.random.SeedSequence([seed, _ORDER, number]))
-    return np.argsort(bits.random_raw(length), kind="stable")
-
-
 def _flips(seed: int, positions: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
     """Return a fair coin for each of some consecutive positions.
 
     Position n uses the last bit of block n of a Philox stream, four words of 64 bits (Salmon et al. 2011).
     """
-    bits = np.random.Philox(np.random.SeedSequence([seed, _FLIP])).advance(int(positions[0]))
+    bits = np.random.Philox(np.random.SeedSequence([seed, FLIP])).advance(int(positions[0]))
     return (bits.random_raw(4 * len(positions))[::4] & 1).astype(bool)
 
 
@@ -231,7 +224,7 @@ def _noise(seed: int, first: int, shape: tuple[int, int, int]) -> Iterator[Float
     """
     size = math.prod(shape)
     blocks = -(-size // 8)
-    bits = np.random.Philox(np.random.SeedSequence([seed, _NOISE])).advance(first * blocks)
+    bits = np.random.Philox(np.random.SeedSequence([seed, NOISE])).advance(first * blocks)
     while True:
         words = bits.random_raw(_NOISE_IMAGES * 4 * blocks).view(np.uint32).astype(np.float32)
         # [images, radius and angle, numbers]; in place, since new memory costs as much as the arithmetic.

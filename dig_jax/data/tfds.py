@@ -30,12 +30,13 @@ class TfdsImages:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def read(self, index: int) -> EncodedImage:
+    def read(self, index: int, limit: int | None = None) -> EncodedImage:
         """Read the image's file as it was when the dataset was prepared.
 
         Raises:
             UserError: the files are corrupt or missing.
         """
+        del limit  # files lie in records
         name = f"record {index} of {self.name}"
         try:
             example = self.examples[index]

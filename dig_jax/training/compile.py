@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import time
 
 import jax
@@ -21,10 +22,22 @@ from dig_jax.training.train_setup import TrainSetup
 log = logging.getLogger(__name__)
 
 
-def abstract_batch(components: Components, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shapes, dtypes and shardings of a batch of the config's size."""
+Shape = tuple[int, int, int]
+
+
+def abstract_batch(
+    components: Components, mesh: Mesh, shape: Shape | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shapes, dtypes and shardings of a batch of the config's size.
+
+    Args:
+        components: the config's components.
+        mesh: devices to run on.
+        shape: (height, width, channels) of the images; by default the largest of training.
+    """
     size, split = components.config.data.batch_size, batch_sharding(mesh)
-    shapes = {"image": (components.image_spec.image_shape, jnp.float32), "label": ((), jnp.int32)}
+    shape = shape or max(components.training_shapes, key=math.prod)
+    shapes = {"image": (shape, jnp.float32), "label": ((), jnp.int32)}
     if components.stored_features is not None:
         shapes["features"] = (components.stored_features.shape, jnp.float16)
     return {
@@ -34,7 +47,11 @@ def abstract_batch(components: Components, mesh: Mesh) -> dict[str, jax.ShapeDty
 
 
 def lower_train_step(
-    components: Components, mesh: Mesh, state: State, distilled: Frozen | None = None
+    components: Components,
+    mesh: Mesh,
+    state: State,
+    distilled: Frozen | None = None,
+    shape: Shape | None = None,
 ) -> jax.stages.Lowered:
     """Lower the step (state, batch) -> (state, metrics), which donates the state's memory.
 
@@ -43,6 +60,7 @@ def lower_train_step(
         mesh: devices to run on.
         state: arrays, or an `abstract_state`.
         distilled: the model of `auxiliary.distill_from`, whose parameters are a third argument of the step.
+        shape: as for `abstract_batch`.
 
     Raises:
         ConfigError: `model.implementation` does not run on these devices.
@@ -54,16 +72,20 @@ def lower_train_step(
         out_shardings=(state_sharding(state, mesh), replicated(mesh)),
     )
     with naming_implementation():
-        return step.lower(state, abstract_batch(components, mesh), *params)
+        return step.lower(state, abstract_batch(components, mesh, shape), *params)
 
 
 def compile_train_step(
-    components: Components, mesh: Mesh, state: State, distilled: Frozen | None = None
+    components: Components,
+    mesh: Mesh,
+    state: State,
+    distilled: Frozen | None = None,
+    shape: Shape | None = None,
 ) -> jax.stages.Compiled:
-    """Compile the train step ahead of the first step, and log how long that took."""
+    """Compile the train step ahead of the first step, and log how long that took; see `lower_train_step`."""
     began = time.monotonic()
     with cache_hits() as hits:
-        compiled = lower_train_step(components, mesh, state, distilled).compile()
+        compiled = lower_train_step(components, mesh, state, distilled, shape).compile()
     how = "loaded the train step from the compilation cache" if hits else "compiled the train step"
     log.info("%s in %s", how, duration(time.monotonic() - began))
     return compiled

@@ -67,19 +67,22 @@ class Run:
             flip=data.flip,
             features=self.components.stored_features,
             features_end=None if until is None else until * data.batch_size,
+            buckets=self.components.buckets,
             process_index=shard.index,
             process_count=shard.count,
         )
 
     def data_item(self, examples: int) -> dict[str, Any]:
         """Return a checkpoint's `data` item: the identity of the data and the number of examples consumed."""
-        features = self.components.stored_features
+        features, buckets = self.components.stored_features, self.components.buckets
         return {
             "seed": self.settings.seed,
             "fingerprint": self.components.train_source.fingerprint,
             "examples": examples,
             **self.components.image_spec.to_dict(),
             **({} if features is None else {"features": features.fingerprint}),
+            # The order of the buckets depends on it.
+            **({} if buckets is None else {"batch_size": buckets.batch_size}),
         }
 
     def sampled_params(self, state: State) -> Params:

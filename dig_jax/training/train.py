@@ -108,12 +108,22 @@ def _train(
     writer: MetricWriter,
 ) -> State:
     distilled = _read_distilled(run)
-    compiled = compile_train_step(run.components, run.mesh, state, distilled)
-    bounds = best_times(run.components, run.mesh, compiled)
+    compiled: dict[tuple[int, ...], jax.stages.Compiled] = {
+        shape: compile_train_step(run.components, run.mesh, state, distilled, shape)
+        for shape in run.components.training_shapes
+    }
+    bounds = best_times(run.components, run.mesh, next(iter(compiled.values())))
     meter = StepMeter(run.settings.data.batch_size)
     hooks = make_hooks(run, int(state["step"]), profile, checkpoints, writer, meter, bounds)
     params = distilled[1:] if distilled else ()
-    return loop(run, lambda state, batch: compiled(state, batch, *params), state, examples, hooks, meter)
+    return loop(
+        run,
+        lambda state, batch: compiled[batch["image"].shape[1:]](state, batch, *params),
+        state,
+        examples,
+        hooks,
+        meter,
+    )
 
 
 def _read_distilled(run: Run) -> Frozen | None:
@@ -157,7 +167,7 @@ def _check_settings(components: Components) -> None:
     if not len(source):
         raise ConfigError(f"config.data: no images in the {source.split!r} split of {source.name!r}")
     # Load components that are first used between steps, so that a failure ends the run before it starts.
-    decoder, _ = components.autoencoder, components.heldout_source
+    decoder, _, _ = components.autoencoder, components.heldout_source, components.buckets
     if isinstance(source, LatentSource):
         check_latents(source, components.config, decoder.fingerprint() if decoder else None)
     for evaluator in evaluators_for(components.config):
@@ -190,20 +200,23 @@ def _check_workdir(workdir: Path, components: Components) -> None:
 
 
 def _check_mesh(components: Components, mesh: Mesh, params: Params) -> None:
-    """Check that the mesh divides the model's heads and token rows.
+    """Check that the mesh divides the model's heads and token rows, in all buckets.
 
     Raises:
         ConfigError: the mesh does not divide them.
     """
-    batch = abstract_batch(components, mesh)
-    with jax.set_mesh(mesh), naming_setting("config.mesh"):
-        jax.eval_shape(components.denoise, params, batch["image"], batch["label"], batch["label"])
+    for shape in components.training_shapes:
+        batch = abstract_batch(components, mesh, shape)
+        with jax.set_mesh(mesh), naming_setting("config.mesh"):
+            jax.eval_shape(components.denoise, params, batch["image"], batch["label"], batch["label"])
 
 
 def _introduce(run: Run, state: State) -> None:
     """Log data, model, devices and the first step; write parameters.txt and a row of starts.jsonl."""
     for line in summary(run.components.train_source, run.components.heldout_source):
         log.info(line)
+    if buckets := run.components.buckets:
+        log.info("training images by bucket: %s", ", ".join(buckets.counts))
     table = parameter_overview.get_parameter_overview(state["params"], include_stats=False)
     with replacing(run.output / "parameters.txt") as file:
         file.write(f"{table}\n".encode())

@@ -23,12 +23,18 @@ class Draw(NamedTuple):
     drop: Bool[Array, " b"] | None = None
 
 
-def draw(components: Components, key: Key[Array, ""], indices: Int[Array, " b"]) -> Draw:
+def draw(
+    components: Components,
+    key: Key[Array, ""],
+    indices: Int[Array, " b"],
+    shape: tuple[int, ...] | None = None,
+) -> Draw:
     """Draw times, noise and dropped labels for the images at these indices of a batch.
 
-    Each image has a separate key, so its draw depends neither on devices nor on micro-batches.
+    Each image has a separate key, so its draw depends neither on devices nor on micro-batches. `shape` is
+    (height, width, channels) of the images, by default of `image_size`.
     """
-    shape, rate = components.image_spec.image_shape, components.config.training.label_dropout
+    shape, rate = shape or components.image_spec.image_shape, components.config.training.label_dropout
     split = jax.vmap(lambda index: tuple(jax.random.split(jax.random.fold_in(key, index), 3)))
     for_times, for_noise, for_drop = split(indices)
     return Draw(
@@ -63,7 +69,7 @@ def loss(
     Returns:
         The loss, and {"loss", "loss_sum" and "count" by range of the noise level [LEVELS]}.
     """
-    drawn = draw(components, key, batch["index"])
+    drawn = draw(components, key, batch["index"], batch["image"].shape[1:])
     values = losses(components, params, batch, drawn)
     metrics = metrics_of(components, drawn, values, batch_size)
     return metrics["loss"], metrics

@@ -94,7 +94,7 @@ class AuxiliaryObjective:
             The sum of all terms, and the metrics of `denoising.loss` with an unweighted "NAME_loss" per term.
         """
         process, heads = components.diffusion, bind_heads(components, params)
-        drawn = draw(components, key, batch["index"])
+        drawn = draw(components, key, batch["index"], batch["image"].shape[1:])
         x_t = process.corrupt(batch["image"], drawn.noise, drawn.times)
         blocks = {block for name in self.weights for block in _student_blocks(components.config, name)}
         timesteps = process.timestep_input(drawn.times)
