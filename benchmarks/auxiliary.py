@@ -4,23 +4,20 @@ python benchmarks/auxiliary.py --steps=2400 --seeds=0,1 --write
 
 All rows train flow matching from the same initialization on the same batches and draw the same noise. The
 internal head is also sampled with internal guidance, for which it exists. iREPA aligns with the pixels of
-each token: an encoder that costs nothing, and the least that alignment can give. --write stores
-auxiliary.json.
+each token: an encoder that costs nothing, and the least that alignment can give. --write adds the rows that
+are missing in auxiliary.json.
 """
 
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import digits as objectives  # benchmarks/digits.py, which adds the repository to the path
-import numpy as np
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from dig_jax.components import Features
-from dig_jax.evaluation.digits import score_digits
-from dig_jax.files.paths import to_path
-from dig_jax.models.embeddings import patchify
-from dig_jax.sampling.sampler import load
-from dig_jax.training.train import train
+from benchmarks import digits, runs  # noqa: E402
+from dig_jax.components import Features  # noqa: E402
+from dig_jax.models.embeddings import patchify  # noqa: E402
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 PATCH = 2
@@ -41,39 +38,23 @@ def features_of(loss: str) -> Features | None:
     return (lambda images: patchify(images, PATCH)) if loss == "irepa" else None
 
 
-def measured(
-    loss: str, seed: int, steps: int, images: int, workdir: pathlib.Path
-) -> Iterator[dict[str, Any]]:
-    """Train with a loss; yield one row per way to sample."""
-    settings = objectives.settings_of("flow", seed, **{"training.steps": steps, **LOSSES[loss]})
-    train(settings, to_path(workdir), features=features_of(loss))
-    sampler = load(workdir)
-    labels, seeds = sampler.resolve(None, np.arange(images))
-    ways: dict[str, Mapping[str, Any]] = {"classifier_free": {}}
-    if loss == "internal":
-        ways["internal"] = GUIDED
-    for guidance, options in ways.items():
-        scores = score_digits(sampler(labels, seeds=seeds, **options), labels)
-        yield {
-            "loss": loss,
-            "guidance": guidance,
-            "seed": seed,
-            "training_steps": steps,
-            "accuracy": scores["accuracy"],
-            "frechet_distance": scores["frechet_distance"],
-        }
+def rows_of(loss: str, seed: int, steps: int, images: int, workdir: pathlib.Path) -> Iterator[runs.Row]:
+    """Train with a loss; yield one row per way to sample: classifier-free guidance, or internal guidance."""
+    settings = digits.settings_of("flow", seed, **{"training.steps": steps, **LOSSES[loss]})
+    ways = [{}, GUIDED] if loss == "internal" else [{}]
+    return runs.train_and_score(settings, workdir, images, ways, features_of(loss))
 
 
 def main() -> None:
     """Run the benchmark on the command line."""
-    parser = objectives.arguments(__doc__, RECORD, LOSSES)
+    parser = runs.arguments(__doc__, RECORD, LOSSES)
     parser.add_argument("--steps", type=int, default=2400, help="training steps of each run")
     options = parser.parse_args()
-    objectives.prepare()
-    objectives.measure_all(
+    digits.prepare()
+    runs.run_all(
         options,
         RECORD,
-        lambda name, seed, workdir: measured(name, seed, options.steps, options.images, workdir),
+        lambda name, seed, workdir: rows_of(name, seed, options.steps, options.images, workdir),
     )
 
 

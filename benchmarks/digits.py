@@ -3,29 +3,24 @@
 python benchmarks/digits.py --minutes=5 --seeds=0,1 --write
 
 Each objective trains for as many steps as fit into the time at a speed that is measured first, so that only
-then other work on the machine matters. --write stores benchmarks/digits.json.
+then other work on the machine matters. --write adds the rows that are missing in benchmarks/digits.json.
 """
 
-import argparse
-import itertools
 import json
 import pathlib
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from benchmarks import runs  # noqa: E402
 from configs import digits  # noqa: E402
 from dig_jax import config, runtime  # noqa: E402
-from dig_jax.evaluation.digits import score_digits  # noqa: E402
 from dig_jax.files.paths import to_path  # noqa: E402
-from dig_jax.sampling.generation_spec import GenerationSpec  # noqa: E402
-from dig_jax.sampling.sampler import load  # noqa: E402
 from dig_jax.training.train import train  # noqa: E402
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
@@ -50,10 +45,10 @@ DISCRETE = (("ddpm", 250), ("ddim", 50), ("ddim", 20), ("dpmpp_2m", 20), ("dpmpp
 CONTINUOUS = (("euler", 50), ("euler", 20), ("heun", 10), ("dpmpp_2m", 20), ("dpmpp_2m", 10))
 
 
-def prepare() -> None:
-    """Set up JAX for the digits; call it before JAX computes."""
+def prepare(devices: int | None = None) -> None:
+    """Set up JAX for the digits, on their config's number of CPU devices; call it before JAX computes."""
     runtime.set_numerics()
-    runtime.prepare_cpu(digits.get_config().mesh.cpu_devices)
+    runtime.prepare_cpu(devices or digits.get_config().mesh.cpu_devices)
 
 
 def settings_of(objective: str, seed: int, **fields: Any) -> config.Config:
@@ -77,63 +72,19 @@ def training_steps(objective: str, minutes: float) -> int:
     return int(np.median(speeds) / settings.data.batch_size * minutes * 60) // 100 * 100
 
 
-def measured(
+def rows_of(
     objective: str, seed: int, steps: int, workdir: pathlib.Path, num_images: int
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[runs.Row]:
     """Train an objective; yield one row per sampler."""
     settings = settings_of(objective, seed, **{"training.steps": steps})
-    began = time.monotonic()
-    train(settings, to_path(workdir))
-    seconds = time.monotonic() - began
-    sampler = load(workdir)
-    labels, seeds = sampler.resolve(None, np.arange(num_images))
-    for name, number in DISCRETE if settings.diffusion.process == "ddpm" else CONTINUOUS:
-        options = {"sampler": name, "steps": number}
-        scores = score_digits(sampler(labels, seeds=seeds, **options), labels)
-        spec = GenerationSpec.of(sampler.components, **options)
-        yield {
-            "objective": objective,
-            "seed": seed,
-            "training_steps": steps,
-            "training_seconds": round(seconds, 1),
-            "sampler": name,
-            "sampling_steps": number,
-            "evaluations": spec.evaluations,
-            "accuracy": scores["accuracy"],
-            "frechet_distance": scores["frechet_distance"],
-        }
-
-
-def arguments(doc: str, record: pathlib.Path, names: Iterable[str]) -> argparse.ArgumentParser:
-    """Return the arguments of a benchmark that trains the digits once per name and seed."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--names", default=",".join(names), help="what to train")
-    parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--folder", help="keeps the runs; finished ones are not trained again")
-    parser.add_argument("--write", action="store_true", help=f"store {record.name}")
-    return parser
-
-
-def measure_all(
-    options: argparse.Namespace,
-    record: pathlib.Path,
-    measured: Callable[[str, int, pathlib.Path], Iterable[dict[str, Any]]],
-) -> None:
-    """Print and store the rows of all names and seeds; `measured` takes a name, a seed and a workdir."""
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for seed, name in itertools.product(map(int, options.seeds.split(",")), options.names.split(",")):
-            for row in measured(name, seed, pathlib.Path(options.folder or temporary) / f"{name}-{seed}"):
-                print(json.dumps(row), flush=True)
-                rows.append(row)
-    if options.write:
-        record.write_text(json.dumps(rows, indent=1) + "\n")
+    samplers = DISCRETE if settings.diffusion.process == "ddpm" else CONTINUOUS
+    ways = [{"sampler": name, "steps": number} for name, number in samplers]
+    return runs.train_and_score(settings, workdir, num_images, ways)
 
 
 def main() -> None:
     """Run the benchmark on the command line."""
-    parser = arguments(__doc__, RECORD, OBJECTIVES)
+    parser = runs.arguments(__doc__, RECORD, OBJECTIVES)
     parser.add_argument("--minutes", type=float, default=5.0, help="training time of each run")
     parser.add_argument("--steps", type=int, help="training steps, instead of the time")
     options = parser.parse_args()
@@ -142,10 +93,10 @@ def main() -> None:
         name: options.steps or training_steps(name, options.minutes) for name in options.names.split(",")
     }
     print(json.dumps({"training_steps": steps}), flush=True)
-    measure_all(
+    runs.run_all(
         options,
         RECORD,
-        lambda name, seed, workdir: measured(name, seed, steps[name], workdir, options.images),
+        lambda name, seed, workdir: rows_of(name, seed, steps[name], workdir, options.images),
     )
 
 

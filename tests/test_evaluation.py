@@ -107,6 +107,16 @@ def test_scores_detect_wrong_labels_noise_and_lack_of_variety(heldout):
     assert scores["frechet_distance"] > 5 * real
 
 
+def test_enlarged_digits_are_scored_among_digits_of_their_size():
+    small, large = (load_source("digits", "heldout", image_size=size) for size in (8, 32))
+    assert large.image_shape == (32, 32, 1)
+    assert large.fingerprint != small.fingerprint
+    scores = score_digits(large.images, large.labels)
+    assert scores["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert scores["accuracy"] == scores["classifier_heldout_accuracy"] > 0.97
+    assert scores["heldout_fingerprint"] == large.fingerprint
+
+
 @given(st.integers(0, 2**32))
 @settings(max_examples=10, deadline=None)
 def test_nearest_training_images_are_the_nearest(seed):

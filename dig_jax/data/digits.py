@@ -6,8 +6,11 @@ import functools
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 
+from dig_jax.data.options import OptionError
 from dig_jax.data.source import Example, fingerprint
 
+_SIZE = 8  # pixels of the published images
+_LARGEST = 256
 _HELDOUT_PER_CLASS = 36
 
 
@@ -48,21 +51,30 @@ class ArraySource:
 
 
 @functools.cache
-def digits(split: str) -> ArraySource:
+def digits(split: str, image_size: int = _SIZE) -> ArraySource:
     """Open the digits, 8×8 gray: 1,437 for training and 360 (36 per class) held out.
 
     They are the test part of "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998, UCI
     repository), rescaled from 0…16 to 0…255. The split separates images, not writers. A mirrored digit is
     not a digit, so they are never flipped.
+
+    Args:
+        split: "train" or "heldout".
+        image_size: height and width, a multiple of 8; larger images are enlarged by bicubic interpolation.
+
+    Raises:
+        OptionError: an invalid size.
     """
     from sklearn.datasets import load_digits
 
+    if image_size not in range(_SIZE, _LARGEST + 1, _SIZE):
+        raise OptionError("digits", "image_size", image_size, f"a multiple of {_SIZE}, at most {_LARGEST}")
     pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int32)
     heldout = _stratified_choice(labels, _HELDOUT_PER_CLASS)
     chosen = heldout if split == "heldout" else ~heldout
-    images, labels = images[chosen], labels[chosen]
+    images, labels = _enlarge(images[chosen], image_size), labels[chosen]
     images.setflags(write=False)
     labels.setflags(write=False)
     return ArraySource(
@@ -73,6 +85,17 @@ def digits(split: str) -> ArraySource:
         class_names=tuple("0123456789"),
         flip=False,
     )
+
+
+def _enlarge(images: UInt8[np.ndarray, "n 8 8 1"], size: int) -> UInt8[np.ndarray, "n size size 1"]:
+    if size == _SIZE:
+        return images
+    from PIL import Image
+
+    pictures = (
+        Image.fromarray(image[..., 0]).resize((size, size), Image.Resampling.BICUBIC) for image in images
+    )
+    return np.stack([np.asarray(picture) for picture in pictures])[..., None]
 
 
 def _stratified_choice(labels: Int32[np.ndarray, " n"], per_class: int) -> Bool[np.ndarray, " n"]:

@@ -68,7 +68,7 @@ class DigitsEvaluator(Evaluator):
             f" (real training digits: {scores['frechet_distance_real']:.3f}, ratio {ratio:.2f})"
         )
 
-    def nearest_training_images(self, images: UInt8[np.ndarray, "n 8 8 1"]) -> Int[np.ndarray, " n"]:
+    def nearest_training_images(self, images: UInt8[np.ndarray, "n size size 1"]) -> Int[np.ndarray, " n"]:
         """Return the index of the training image nearest to each image."""
         return nearest_training_images(images)[0]
 
@@ -78,28 +78,33 @@ class _Images(Accumulator):
 
     def __init__(self, labels: Int[np.ndarray, " n"]):
         self._labels = labels
-        self._parts = [(np.zeros(0, int), np.zeros((0, 8, 8, 1), np.uint8))]
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def add(self, indices: Int[np.ndarray, " n"], images: UInt8[np.ndarray, "n 8 8 1"]) -> None:
+    def add(self, indices: Int[np.ndarray, " n"], images: UInt8[np.ndarray, "n size size 1"]) -> None:
         """Keep the images."""
         self._parts.append((indices, images))
 
     def scores(self) -> Scores:
         """Return the scores of the images of all processes."""
-        indices, images = (np.concatenate(arrays) for arrays in zip(*self._parts, strict=True))
+        parts = self._parts or [(np.zeros(0, int), np.zeros((0, 8, 8, 1), np.uint8))]
+        indices, images = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         everywhere = gather_arrays({"indices": indices, "images": images})
-        indices, images = (np.concatenate([part[name] for part in everywhere]) for name in everywhere[0])
+        everywhere = [part for part in everywhere if len(part["indices"])]  # a process may have none
+        indices, images = (
+            np.concatenate([part[name] for part in everywhere]) for name in ("indices", "images")
+        )
         order = np.argsort(indices)
         return score_digits(images[order], self._labels[indices[order]])
 
 
 def score_digits(
-    images: UInt8[np.ndarray, "n 8 8 1"], labels: Int[np.ndarray, " m"]
+    images: UInt8[np.ndarray, "n size size 1"], labels: Int[np.ndarray, " m"]
 ) -> dict[str, float | int | str]:
     """Score generated digits; see the module's docstring for how to read the figures.
 
     Args:
-        images: at least 2 images with pixels 0 … 255, bright on dark as in the data set.
+        images: at least 2 images with pixels 0 … 255, bright on dark as in the data set. They are compared
+            with the digits of the same size.
         labels: the class that each image was generated for, 0 … 9.
 
     Returns:
@@ -109,7 +114,7 @@ def score_digits(
         frechet_distance_real: between all training images and held-out images.
         frechet_distance_real_same_size: the same for subsets of num_images training images, averaged.
         nearest_distance_generated, nearest_distance_heldout: median Euclidean distance to the nearest
-            training image, over the 64 pixels in [-1, 1].
+            training image, over all pixels in [-1, 1].
         num_images, num_train_images, num_heldout_images, feature_space, classifier, heldout_fingerprint:
             sizes, methods and data that the figures depend on.
 
@@ -125,17 +130,18 @@ def score_digits(
         raise ValueError(f"too few images to score: got {len(images)}; expected at least 2")
     if labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"labels out of range: got {labels.min()} … {labels.max()}; expected 0 … 9")
-    real = _real_digits()
+    size = images.shape[1]
+    real = _real_digits(size)
     generated = _flat(images)
     generated_features = real.pca.transform(generated)
     _, nearest_generated = nearest_training_images(images)
-    _, nearest_heldout = nearest_training_images(digits("heldout").images)
+    _, nearest_heldout = nearest_training_images(digits("heldout", size).images)
     return {
         "accuracy": float(np.mean(real.classifier.predict(generated) == labels)),
         "classifier_heldout_accuracy": real.heldout_accuracy,
         "frechet_distance": frechet_distance(generated_features, real.heldout_features),
         "frechet_distance_real": frechet_distance(real.train_features, real.heldout_features),
-        "frechet_distance_real_same_size": _real_distance(len(images)),
+        "frechet_distance_real_same_size": _real_distance(size, len(images)),
         "nearest_distance_generated": float(np.median(nearest_generated)),
         "nearest_distance_heldout": float(np.median(nearest_heldout)),
         "num_images": len(images),
@@ -143,12 +149,12 @@ def score_digits(
         "num_heldout_images": len(real.heldout_features),
         "feature_space": f"pixels in [-1, 1], PCA to {COMPONENTS} components fitted on the train split",
         "classifier": repr(real.classifier),
-        "heldout_fingerprint": digits("heldout").fingerprint,
+        "heldout_fingerprint": digits("heldout", size).fingerprint,
     }
 
 
 def nearest_training_images(
-    images: UInt8[np.ndarray, "n 8 8 1"],
+    images: UInt8[np.ndarray, "n size size 1"],
 ) -> tuple[Int[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
     """Find the training image nearest to each image, in any class.
 
@@ -156,11 +162,11 @@ def nearest_training_images(
         images: digits as 8-bit pixels.
 
     Returns:
-        Indices in the training split, and Euclidean distances over the 64 pixels in [-1, 1]: exactly 0 for a
+        Indices in the training split, and Euclidean distances over all pixels in [-1, 1]: exactly 0 for a
         copy, because the squares are summed as integers.
     """
     query = images.reshape(len(images), -1).astype(np.int64)
-    train = digits("train").images.reshape(-1, query.shape[1]).astype(np.int64)
+    train = digits("train", images.shape[1]).images.reshape(-1, query.shape[1]).astype(np.int64)
     squares = (query**2).sum(1)[:, None] - 2 * query @ train.T + (train**2).sum(1)  # [n, train]
     indices = squares.argmin(1)
     return indices, np.sqrt(squares[np.arange(len(images)), indices]) / 127.5
@@ -176,12 +182,12 @@ class _RealDigits:
 
 
 @functools.cache
-def _real_digits() -> _RealDigits:
-    """Return classifier and features of the real digits, fitted to the training split only."""
+def _real_digits(size: int) -> _RealDigits:
+    """Return classifier and features of the real digits of a size, fitted to the training split only."""
     from sklearn.decomposition import PCA
     from sklearn.svm import SVC
 
-    train, heldout = digits("train"), digits("heldout")
+    train, heldout = digits("train", size), digits("heldout", size)
     train_pixels, heldout_pixels = _flat(train.images), _flat(heldout.images)
     classifier = SVC(C=10).fit(train_pixels, train.labels)
     pca = PCA(COMPONENTS, svd_solver="full").fit(train_pixels)
@@ -194,14 +200,14 @@ def _real_digits() -> _RealDigits:
     )
 
 
-def _real_distance(size: int) -> float:
-    """Return the Fréchet distance of `size` training images to the held-out ones, over fixed subsets."""
-    real, random = _real_digits(), np.random.default_rng(0)
-    size = min(size, len(real.train_features))
-    subsets = [random.choice(len(real.train_features), size, replace=False) for _ in range(_SUBSETS)]
+def _real_distance(size: int, count: int) -> float:
+    """Return the Fréchet distance of `count` training images to the held-out ones, over fixed subsets."""
+    real, random = _real_digits(size), np.random.default_rng(0)
+    count = min(count, len(real.train_features))
+    subsets = [random.choice(len(real.train_features), count, replace=False) for _ in range(_SUBSETS)]
     distances = [frechet_distance(real.train_features[subset], real.heldout_features) for subset in subsets]
     return float(np.mean(distances))
 
 
-def _flat(images: UInt8[np.ndarray, "n 8 8 1"]) -> Float64[np.ndarray, "n 64"]:
+def _flat(images: UInt8[np.ndarray, "n size size 1"]) -> Float64[np.ndarray, "n pixels"]:
     return normalize(images).reshape(len(images), -1).astype(np.float64)
