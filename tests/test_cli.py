@@ -353,7 +353,7 @@ def test_help_shows_examples_and_flags():
     for word in (
         "python main.py --config=configs/digits.py",
         "--workdir",
-        "<train|sample|evaluate|encode|export|plan>",
+        f"<{'|'.join(commands.COMMANDS)}>",
         *(f"--{name}" for name in FLAGS),
     ):
         assert word.replace("--json", "--[no]json") in result.stdout

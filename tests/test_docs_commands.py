@@ -36,8 +36,9 @@ INSTALLED = {
     for text in re.findall(r"-e '(.*?)'", (ROOT / ".ci" / "run").read_text())
     for extra in EXTRA.findall(text)
 }
-# Tests or CI run these: they build the site, run pytest, and compare the generated pages.
+# Tests or CI run these: they build the site, run pytest, compare the generated pages, and ask a demo.
 RUN = (
+    ["curl", "http://127.0.0.1:7860/api/images"],
     ["mkdocs"],
     [".ci/run"],
     ["python", "-m", "pytest"],

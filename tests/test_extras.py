@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 # Packages that an extra brings with another one, and packages that storage's extras choose by scheme.
 WITH = {"pyarrow": "datasets", "botocore": "s3fs", "fsspec": "gcsfs"}
+WITH |= {"fastapi": "gradio", "starlette": "gradio", "uvicorn": "gradio"}
 
 
 def distribution(requirement):

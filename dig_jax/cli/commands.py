@@ -134,11 +134,25 @@ def _plan(settings: Config, _: Path, values: FlagValues) -> None:
     plan.show(settings, values.topology or plan.THIS, values.json, values.price)
 
 
+def _demo(settings: Config, workdir: Path, values: FlagValues) -> None:
+    from dig_jax.demo.demo import demo
+
+    demo(
+        settings,
+        workdir,
+        host=values.host,
+        port=values.port,
+        batch_size=values.batch_size,
+        timeout=values.timeout,
+    )
+
+
 COMMANDS = {
     "train": Command(_train, ("profile_steps", *_PROCESSES)),
     "sample": Command(_sample, ("labels", "seeds", "output", *_PROCESSES)),
     "evaluate": Command(_evaluate, ("images", "sweep", "output", *_PROCESSES)),
     "encode": Command(_encode, _PROCESSES),
     "export": Command(_export, ("output",)),
+    "demo": Command(_demo, ("host", "port", "batch_size", "timeout")),
     "plan": Command(_plan, ("topology", "json", "price")),
 }

@@ -57,9 +57,36 @@ def define_flags() -> flags.FlagValues:
         "With --mode=train, encode or sample, and several processes: ADDRESS:PORT of process 0. Not needed on"
         " TPU pods or under SLURM.",
     )
-    number = functools.partial(flags.DEFINE_integer, default=None, flag_values=values)
-    number("num_processes", help="With --coordinator: number of processes.", lower_bound=1)
-    number("process_id", help="With --coordinator: index of this process, from 0.", lower_bound=0)
+    number = functools.partial(flags.DEFINE_integer, flag_values=values)
+    number("num_processes", None, "With --coordinator: number of processes.", lower_bound=1)
+    number("process_id", None, "With --coordinator: index of this process, from 0.", lower_bound=0)
+    flags.DEFINE_string(
+        "host",
+        "127.0.0.1",
+        "With --mode=demo: address to listen on; 0.0.0.0 lets other machines in.",
+        flag_values=values,
+    )
+    number(
+        "port",
+        7860,
+        "With --mode=demo: TCP port; 0 takes a free one.",
+        lower_bound=0,
+        upper_bound=65535,
+    )
+    number(
+        "batch_size",
+        8,
+        "With --mode=demo: images that are drawn together; fewer take as long.",
+        lower_bound=1,
+        upper_bound=1024,
+    )
+    flags.DEFINE_float(
+        "timeout",
+        120,
+        "With --mode=demo: seconds until a request is given up.",
+        lower_bound=0.1,
+        flag_values=values,
+    )
     flags.DEFINE_float(
         "join_timeout",
         300,

@@ -38,7 +38,7 @@ def match_classes(class_names: Sequence[str], known: Sequence[str]) -> list[int 
     """Return for each class the index of the one class in `known` that shares a name; None without one."""
     matches: list[int | None] = []
     for class_name in class_names:
-        found = (_candidates(name, tuple(known)) for name in (class_name, *_names(class_name)))
+        found = (_candidates(name, tuple(known)) for name in (class_name, *all_names(class_name)))
         indices = next(filter(None, found), ())
         matches.append(indices[0] if len(indices) == 1 else None)
     return matches
@@ -51,7 +51,12 @@ def are_names(class_names: Sequence[str]) -> bool:
 
 def display_name(class_name: str) -> str:
     """Return the first name of a class, for the titles of images; a WordNet id is replaced by its words."""
-    return _names(class_name)[0]
+    return all_names(class_name)[0]
+
+
+def all_names(class_name: str) -> Sequence[str]:
+    """Return the names of a class whose name is a WordNet id or a comma-separated list."""
+    return _lemmas().get(class_name) or class_name.split(", ")
 
 
 @functools.cache
@@ -75,13 +80,9 @@ def _tables(class_names: tuple[str, ...]) -> tuple[dict[str, list[int]], ...]:
     for index, class_name in enumerate(class_names):
         equal.setdefault(class_name, []).append(index)
         whole.setdefault(_plain(class_name), []).append(index)
-        for alias in dict.fromkeys(map(_plain, (class_name, *_names(class_name)))):
+        for alias in dict.fromkeys(map(_plain, (class_name, *all_names(class_name)))):
             aliases.setdefault(alias, []).append(index)
     return equal, whole, aliases
-
-
-def _names(class_name: str) -> Sequence[str]:
-    return _lemmas().get(class_name) or class_name.split(", ")
 
 
 def _plain(name: str) -> str:
@@ -90,7 +91,7 @@ def _plain(name: str) -> str:
 
 def _full_name(class_name: str) -> str:
     """Return all names of a class, after its id if it has one."""
-    names = ", ".join(_names(class_name))
+    names = ", ".join(all_names(class_name))
     return names if names == class_name else f"{class_name}: {names}"
 
 
@@ -98,7 +99,7 @@ def _hint(name: str, class_names: Sequence[str]) -> str:
     """Return suggestions: names that contain all words of this one, else names with similar spelling."""
     if not class_names:
         return ": the model has no classes"
-    spelling = {_plain(alias): alias for class_name in class_names for alias in _names(class_name)}
+    spelling = {_plain(alias): alias for class_name in class_names for alias in all_names(class_name)}
     words = set(_plain(name).split())
     near = [plain for plain in spelling if words and words <= set(plain.split())]
     for count, cutoff in ((_SUGGESTIONS, 0.7), (1, 0.6)):

@@ -28,7 +28,7 @@ def generate(
     *,
     labels: Int[Array, " b"],
     seeds: Int[Array, " b"],
-    scale: Float[Array, ""],
+    scale: Float[Array, ""] | Float[Array, "b 1 1 1"],
     spec: GenerationSpec,
     weak_params: Params | None = None,
 ) -> tuple[Float[Array, "*images"], Int[Array, " b"]]:
@@ -40,7 +40,7 @@ def generate(
         params: parameters of the model.
         labels: class of each image.
         seeds: seed of each image.
-        scale: scale of guidance.
+        scale: scale of guidance, for all images or for each one.
         spec: everything static.
         weak_params: parameters of `spec.weak`.
     """
@@ -56,7 +56,7 @@ def generate_from(
     params: Params,
     *,
     labels: Int[Array, " b"],
-    scale: Float[Array, ""],
+    scale: Float[Array, ""] | Float[Array, "b 1 1 1"],
     spec: GenerationSpec,
     weak_params: Params | None = None,
 ) -> tuple[Float[Array, "*images"], Int[Array, " b"]]:
@@ -84,7 +84,7 @@ def generate_from(
 def _denoiser(
     params: Params,
     labels: Int[Array, " b"],
-    scale: Float[Array, ""],
+    scale: Float[Array, ""] | Float[Array, "b 1 1 1"],
     spec: GenerationSpec,
     weak_params: Params | None,
 ) -> AnyDenoiser:
