@@ -167,10 +167,10 @@ def value_and_gradient(depth, skip, remat, run=BlockStack.__call__, scan_layers=
     ("depth", "skip", "remat"),
     [
         (5, None, "dots"),
-        (12, "linear", "full"),
+        (12, "linear", "block"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((5, None, None), (5, None, "full"), (12, "linear", None))
+            for case in ((5, None, None), (5, None, "full"), (12, "linear", None), (12, "linear", "full"))
         ),
     ],
 )
@@ -346,7 +346,7 @@ def test_depthwise_conv_is_the_grouped_convolution():
         ({"conv": "before"}, "conv='before'; expected one of after, inside, None"),
         ({"norm": None}, "norm=None; expected one of layer, rms"),
         ({"skip": "dense"}, "skip='dense'; expected one of linear, identity, None"),
-        ({"remat": "none"}, "remat='none'; expected one of dots, full, None"),
+        ({"remat": "none"}, "remat='none'; expected one of dots, full, block, None"),
         ({"depth": -1}, "depth=-1; expected a positive number"),
         ({"hidden_size": 34}, "hidden_size=34; expected a multiple of 4"),
         ({"skip": "linear", "depth": 7}, "depth=7 with long skips; expected an even depth"),

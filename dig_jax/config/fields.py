@@ -141,7 +141,8 @@ class ModelConfig(Group, path="config.model"):
     )
     remat: str | None = field(
         None,
-        "What the backward pass recomputes: none, dots (all except matrix products) or full.",
+        "What the backward pass recomputes: none, dots (all except matrix products), full (group by group of"
+        " as many blocks as there are scan directions), or block (block by block: the least memory).",
         none="none",
     )
     internal_head: int | None = field(

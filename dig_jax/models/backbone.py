@@ -65,7 +65,8 @@ class ModelOptions:
         in_channels: channels of the image.
         learn_sigma: also predict the interpolation of the variance, which doubles the output channels.
         dtype: dtype of matrix products and activations; parameters are float32.
-        remat: what the backward pass recomputes: None (nothing), "dots" (all but matrix products) or "full".
+        remat: what the backward pass recomputes: None (nothing), "dots" (all but matrix products), "full"
+            (all but the input of each group of blocks) or "block" (all but the input of each block).
         scan_layers: loop over the blocks in the compiled program instead of repeating them.
         mlp_hidden_size: hidden channels of the MLP; None: the family's default for the width.
         internal_head: index of the block after which a second final layer predicts; None: no such layer.

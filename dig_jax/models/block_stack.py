@@ -7,6 +7,7 @@ blocks depth/2 + 1 … depth - 1, stacked in this order.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -23,10 +24,11 @@ from dig_jax.parallel import axis_sizes, gather_params, save_all_but_gathered
 from dig_jax.rngs import make_rngs
 
 SkipKind = Literal["linear", "identity"]
-Remat = Literal["dots", "full"]
+Remat = Literal["dots", "full", "block"]
 _REMAT_POLICIES: dict[Remat, Callable] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -150,7 +152,8 @@ class BlockStack(nnx.Module):
 
     Args:
         remat: what the backward pass recomputes. None: nothing. "full": everything but the input of each
-            group of blocks. "dots": everything but these inputs and the results of matrix products.
+            group of blocks. "dots": everything but these inputs and the results of matrix products. "block":
+            everything but the input of each block, one block after the other.
         scan_layers: run repeated blocks as a loop. False repeats them in the program, so that what a block
             saves for the backward pass is not copied into stacked arrays.
     """
@@ -260,23 +263,32 @@ class BlockStack(nnx.Module):
         layers = [self._layers(segment, number) for number in range(segment.size)]
         graphdefs, params = zip(*layers, strict=True)
 
+        def run_block(
+            graphdef: nnx.GraphDef, x: Array, params: Any, joined: tuple | None, given: Any
+        ) -> tuple[Array, Features]:
+            if joined is not None:
+                skip, join_params = joined
+                join = self._ready(nnx.split(self.skips)[0], join_params)
+                x = join(jnp.concatenate([x, skip], axis=-1))
+            block: Any = self._ready(graphdef, params)
+            return block.run(x, c, grid, given)
+
         def body(x: Array, inputs: tuple) -> tuple[Array, tuple[list[Array], list[Features]]]:
             params, joins, given = inputs
             outputs, made = [], []
             for number, graphdef in enumerate(graphdefs):
-                if joins is not None:
-                    skip, join_params = joins[number]
-                    join = self._ready(nnx.split(self.skips)[0], join_params)
-                    x = join(jnp.concatenate([x, skip], axis=-1))
-                block: Any = self._ready(graphdef, params[number])
-                x, block_features = block.run(x, c, grid, None if given is None else given[number])
+                run = functools.partial(run_block, graphdef)
+                x, block_features = (rematerialized_block(run) if self.remat == "block" else run)(
+                    x, params[number], joins and joins[number], None if given is None else given[number]
+                )
                 if features == "keep":
                     made.append(block_features)
                 if segment.skip == "store":
                     outputs.append(x)
             return x, (outputs, made)
 
-        body = rematerialized(body, self.remat)
+        if self.remat != "block":
+            body = rematerialized(body, self.remat)
         if segment.repeats is None:
             x, (outputs, made) = body(x, (params, joins, given))
         else:
@@ -324,6 +336,16 @@ def rematerialized(function: Callable, remat: Remat | None) -> Callable:
     policy = _REMAT_POLICIES[remat] if remat else save_all_but_gathered
     # Inside a scan the compiler cannot undo the recomputation, so barriers against CSE are not needed.
     return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
+def rematerialized_block(function: Callable) -> Callable:
+    """Return a function of one block (x, …) whose backward pass recomputes everything.
+
+    A barrier on x and on the incoming gradient lets the recomputation wait for the gradient. Without it, the
+    compiler recomputes several blocks at the same time, and keeps the activations of all of them.
+    """
+    policy = jax.checkpoint_policies.nothing_saveable
+    return jax.checkpoint(function, policy=policy, prevent_cse=(True, False, False, False))
 
 
 def _layers_of(params: Any, first: int, count: int | None, step: int = 1) -> Any:
