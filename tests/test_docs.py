@@ -90,3 +90,6 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_other_servers(t
     )
     assert [path.name for path, text in pages.items() if loaded.search(text)] == []
     assert [path.name for path, text in pages.items() if "arithmatex" in text] == []  # no raw formulas
+    formulas = [formula for text in pages.values() for formula in re.findall("<math.*?</math>", text, re.S)]
+    assert len(formulas) > 10
+    assert [formula for formula in formulas if "&amp;" in formula or "\\" in formula] == []

@@ -29,7 +29,9 @@ MARK = re.compile(r"[Nn]eeds?\s+(?:an\s+accelerator|the\s+network)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```|((?:^    [^\n]*\n)+)", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"(?:python|pip|mkdocs|dig-jax|\.ci/\w+|git|curl|gcloud|kubectl|srun)\b")
 # Configs whose runs take hours on a chip.
-LARGE = re.compile(r"configs/(?:dig|dit|udig|dis|lightningdit|cifar10|celeba64|imagefolder(?:_latents)?)[_.]")
+LARGE = re.compile(
+    r"configs/(?:(?:dig|dit|udig|dis)_\w+|lightningdit|jit|cifar10|celeba64|imagefolder(?:_latents)?)\."
+)
 EXTRA = re.compile(r"[a-z]+(?=[,\]])")
 INSTALLED = {
     extra

@@ -27,6 +27,7 @@ SHIPPED = (
     *("lightningdit", "lightningdit:B/1,512,ours", "jit", "jit:L/32,512"),
     *("cifar10", "cifar10:paper", "celeba64", "celeba64:paper"),
     *("base", "digits", "imagefolder", "imagefolder:pictures", "imagefolder_latents:pictures", "smoke"),
+    *("imagefolder_small", "imagefolder_small:pictures"),
 )
 
 
