@@ -129,7 +129,7 @@ def test_an_invalid_command_line_prints_one_line_and_exits_with_2(command, argum
 
 def test_an_export_needs_a_file_to_write(command):
     status, stderr = command(SMOKE, "--mode=export", main=commands.run)
-    expected = "expected --output=FILE.safetensors or FILE.stablehlo"
+    expected = "expected --output=FILE.safetensors, FILE.stablehlo or FILE.onnx"
     assert (status, stderr) == (2, f"error: missing --output; {expected}\n")
 
 
@@ -364,7 +364,11 @@ def test_help_shows_examples_and_flags():
     [
         (["--mode=sample"], 1, "no checkpoint in "),
         (["--labels=3"], 2, "--labels does not apply to --mode=train; expected --mode=sample"),
-        (["--mode=export"], 2, "missing --output; expected --output=FILE.safetensors or FILE.stablehlo"),
+        (
+            ["--mode=export"],
+            2,
+            "missing --output; expected --output=FILE.safetensors, FILE.stablehlo or FILE.onnx",
+        ),
     ],
 )
 def test_a_process_that_fails_prints_one_line_and_leaves_no_workdir(tmp_path, arguments, status, message):

@@ -129,7 +129,7 @@ def test_the_same_export_again_writes_nothing_and_another_one_is_refused(workdir
 def test_an_output_with_an_unknown_suffix_is_rejected(workdir, tmp_path):
     with pytest.raises(
         ConfigError,
-        match="invalid --output=.*x.npz; expected a name that ends with .safetensors or .stablehlo",
+        match="invalid --output=.*x.npz; expected a name that ends with .safetensors, .stablehlo or .onnx",
     ):
         export(tiny_settings(), workdir[0], tmp_path / "x.npz")
 

@@ -122,7 +122,7 @@ def _encode(settings: Config, _: Path, values: FlagValues) -> None:
 
 def _export(settings: Config, workdir: Path, values: FlagValues) -> None:
     if not values.output:
-        raise ConfigError("missing --output; expected --output=FILE.safetensors or FILE.stablehlo")
+        raise ConfigError("missing --output; expected --output=FILE.safetensors, FILE.stablehlo or FILE.onnx")
     from dig_jax.export.export import export
 
     export(settings, workdir, to_path(values.output))

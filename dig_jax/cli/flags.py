@@ -24,8 +24,8 @@ def define_flags() -> flags.FlagValues:
     text("seeds", "With --mode=sample: seeds, such as 0-15; by default 0, 1, …")
     text(
         "output",
-        "The file to write. With --mode=export: FILE.safetensors for the parameters, FILE.stablehlo for the"
-        " sampler as a program. With --mode=sample: FILE.npz, by default"
+        "The file to write. With --mode=export: FILE.safetensors for the parameters, FILE.stablehlo or"
+        " FILE.onnx for the sampler as a program. With --mode=sample: FILE.npz, by default"
         " WORKDIR/generated.npz. With --mode=evaluate: a directory for the scores, by default the workdir.",
     )
     text(

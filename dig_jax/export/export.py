@@ -25,8 +25,8 @@ def export(settings: Config, workdir: Path, output: Path) -> None:
     Args:
         settings: the config to store; fields that may not change must equal the workdir's.
         workdir: the run's directory; for a program also a file of parameters.
-        output: FILE.safetensors for the parameters or FILE.stablehlo for the sampler. It must not exist, or
-            hold exactly this: then nothing is written.
+        output: FILE.safetensors for the parameters, FILE.stablehlo or FILE.onnx for the sampler. It must not
+            exist, or hold exactly this: then nothing is written.
 
     Raises:
         ConfigError: an invalid or existing `output`, or settings that differ from the workdir's.
@@ -72,6 +72,20 @@ def _export_stablehlo(settings: Config, workdir: Path, output: Path) -> None:
     )
 
 
+def _export_onnx(settings: Config, workdir: Path, output: Path) -> None:
+    from dig_jax.export.onnx import onnx_model
+
+    sampler = load(workdir, settings=settings)
+    content = onnx_model(sampler)
+    if output.exists():
+        _check_same_content(output, output.read_bytes() == content)
+        log.info("%s already holds the sampler of step %d (%s)", output, sampler.step, settings.sampled_ema)
+        return
+    with writing_to(output), replacing(output) as file:
+        file.write(content)
+    log.info("exported the sampler of step %d (%s) to %s", sampler.step, settings.sampled_ema, output)
+
+
 def _check_same_content(output: Path, same: bool) -> None:
     if not same:
         raise ConfigError(f"--output={output} exists and holds something else; choose another name")
@@ -80,4 +94,5 @@ def _check_same_content(output: Path, same: bool) -> None:
 WRITERS: dict[str, Callable[[Config, Path, Path], None]] = {
     ".safetensors": _export_parameters,
     ".stablehlo": _export_stablehlo,
+    ".onnx": _export_onnx,
 }

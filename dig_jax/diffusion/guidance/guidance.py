@@ -97,7 +97,8 @@ class Guidance:
             )
             guided = self._rescaled(space.leave(guided), first)
             if next_memory is not None:
-                next_memory = jnp.zeros_like(x).at[..., :count].set(next_memory.astype(x.dtype))
+                rest = jnp.zeros_like(x[..., count:])
+                next_memory = jnp.concatenate([next_memory.astype(x.dtype), rest], axis=-1)
             return jnp.concatenate([guided, strong[..., count:]], axis=-1), next_memory
 
         def guided(x: Images, t: Array) -> Output:
