@@ -14,12 +14,13 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dig_jax.cli.commands import COMMANDS
 from dig_jax.cli.logging_setup import start_logging
 from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
 from dig_jax.errors import ConfigError, StalledRead, UserError, naming_environment, one_line, suggest
@@ -32,13 +33,19 @@ _OUT_OF_MEMORY = (
     " docs/guide/plan.md shows what fits"
 )
 
+_CONFIG_IS_OPTIONAL = {"--mode=doctor", "-mode=doctor"}
 
-def run(main: Callable[[Config, Path], None], usage: str, values: flags.FlagValues | None = None) -> None:
+
+def run(
+    main: Callable[[Config, Path], None],
+    usage: Callable[[Sequence[str], flags.FlagValues], str],
+    values: flags.FlagValues | None = None,
+) -> None:
     """Call `main` with the config of the command line; print errors that the user can fix as one line.
 
     Args:
         main: function of the config and the default workdir.
-        usage: text that --help prints above the list of flags.
+        usage: returns the text of --help, from the arguments and the flags.
         values: the other flags, which are parsed in place; by default none.
     """
     prepare_streams()
@@ -47,7 +54,7 @@ def run(main: Callable[[Config, Path], None], usage: str, values: flags.FlagValu
     try:
         with ending_with_reader():
             if any(argument.lstrip("-") in ("help", "h", "helpfull") for argument in sys.argv[1:]):
-                sys.stdout.write(f"{usage}\n{values.get_help(include_special_flags=False)}\n")
+                sys.stdout.write(f"{usage(sys.argv[1:], values)}\n")
             else:
                 main(*_parse(sys.argv, values))
     except ConfigError as error:
@@ -113,8 +120,11 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[Config, Path]:
 
     absl parses the other flags.
     """
-    text, argv = _take_config_flag(argv)
-    settings = load_config(text)
+    if _CONFIG_IS_OPTIONAL & set(argv) and not any(re.match(r"--?config(=|$)", word) for word in argv):
+        text, settings = "default", ConfigDict(to_dict(Config()))
+    else:
+        text, argv = _take_config_flag(argv)
+        settings = load_config(text)
     argv = _take_options(argv, settings)
     for argument in argv[1:]:
         if match := re.match(r"--?(?:no)?(config\.[\w.]+)", argument):
@@ -123,10 +133,15 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[Config, Path]:
         # DEFINE_config_file uses a deprecated Python API to load the file, and lacks our checks.
         holder = config_flags.DEFINE_config_dict("config", settings, sys_argv=argv, flag_values=values)
         rest = values(argv)
+    except flags.UnrecognizedFlagError as error:
+        hint = suggest(f"--{error.flagname}", [f"--{known}" for known in (*values, "config")])
+        raise ConfigError(f"unknown flag --{error.flagname}{hint}") from error
     except (flags.Error, AttributeError) as error:  # ml_collections raises it for names such as __class__
         raise ConfigError(str(error)) from error
     if len(rest) > 1:
-        raise ConfigError(f"unexpected argument {rest[1]!r}; flags start with --")
+        near = suggest(rest[1], COMMANDS)
+        hint = near.replace("'", "--mode=", 1).replace("'", "") if near else "; flags start with --"
+        raise ConfigError(f"unexpected argument {rest[1]!r}{hint}")
     path = to_path(_split(text)[0])
     workdir = path.parent if path.suffix == ".json" else pathlib.Path("runs", path.stem)
     return from_dict(holder.value.to_dict()), workdir

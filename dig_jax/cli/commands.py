@@ -1,4 +1,4 @@
-"""The modes of main.py: the function that each runs, and the flags that only some of them accept.
+"""The modes of main.py: the function that each runs, the flags that only some of them accept, and their help.
 
 Each function imports the packages that its mode needs, so that other modes, and errors in flags, do not wait
 for them.
@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 import shlex
-import sys
 from collections.abc import Callable
 
 from absl.flags import FlagValues
@@ -16,18 +15,30 @@ from absl.flags import FlagValues
 from dig_jax.config import Config
 from dig_jax.errors import ConfigError, alternatives, naming_environment
 from dig_jax.files.paths import Path, to_path
+from dig_jax.program import restart
 
 log = logging.getLogger(__name__)
 
-_PROCESSES = ("coordinator", "num_processes", "process_id", "join_timeout")
+PROCESSES = ("coordinator", "num_processes", "process_id", "join_timeout")
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """The function of a mode, and the flags it accepts in addition to --config, --mode and --workdir."""
+    """A mode.
+
+    Attributes:
+        run: its function.
+        flags: the flags that it accepts in addition to --config, --mode and --workdir.
+        summary: what it does, in a line.
+        about: what a user has to know before the first use.
+        examples: command lines, without the program.
+    """
 
     run: Callable[[Config, Path, FlagValues], None]
     flags: tuple[str, ...] = ()
+    summary: str = ""
+    about: str = ""
+    examples: tuple[str, ...] = ()
 
 
 def run(values: FlagValues, settings: Config, default_workdir: Path) -> None:
@@ -51,12 +62,12 @@ def run(values: FlagValues, settings: Config, default_workdir: Path) -> None:
     runtime.disable_llvm_symbolizer()
     if mode != "plan":  # a cache would fill with programs for other chips, which are never loaded again
         runtime.enable_compilation_cache()
-    command = COMMANDS[mode]
-    if _PROCESSES[0] in command.flags:
+    row = COMMANDS[mode]
+    if PROCESSES[0] in row.flags:
         _join_processes(values)
-    if values.topology is None:
+    if values.topology is None and mode != "doctor":  # which reports what is wrong with them
         runtime.require_devices()
-    command.run(settings, to_path(values.workdir or default_workdir), values)
+    row.run(settings, to_path(values.workdir or default_workdir), values)
 
 
 def _check_flags(values: FlagValues, mode: str) -> None:
@@ -81,7 +92,7 @@ def _train(settings: Config, workdir: Path, values: FlagValues) -> None:
 
     profiled = profiled_steps(numbers(values.profile_steps, "profile_steps"))
     if train(settings, workdir, profiled) is None:
-        log.info("to resume: %s", shlex.join(["python", *sys.argv]))
+        log.info("to resume: %s", shlex.join(restart()))
 
 
 def _sample(settings: Config, workdir: Path, values: FlagValues) -> None:
@@ -147,12 +158,85 @@ def _demo(settings: Config, workdir: Path, values: FlagValues) -> None:
     )
 
 
+def _doctor(settings: Config, workdir: Path, _: FlagValues) -> None:
+    from dig_jax.doctor.doctor import doctor
+
+    doctor(settings, workdir)
+
+
+_DIGITS = "--config=configs/digits.py"
+_XL = "--config=configs/dig_xl.py"
 COMMANDS = {
-    "train": Command(_train, ("profile_steps", *_PROCESSES)),
-    "sample": Command(_sample, ("labels", "seeds", "output", *_PROCESSES)),
-    "evaluate": Command(_evaluate, ("images", "sweep", "output", *_PROCESSES)),
-    "encode": Command(_encode, _PROCESSES),
-    "export": Command(_export, ("output",)),
-    "demo": Command(_demo, ("host", "port", "batch_size", "timeout")),
-    "plan": Command(_plan, ("topology", "json", "price")),
+    "train": Command(
+        _train,
+        ("profile_steps", *PROCESSES),
+        summary="Train a model, or resume where the run ended. The default.",
+        about="The workdir gets checkpoints, metrics, samples, scores and report.html. The same command"
+        " resumes a run that was killed. SIGTERM and Ctrl-C save first.",
+        examples=(_DIGITS, f"{_DIGITS} --workdir=runs/short --config.training.steps=500"),
+    ),
+    "sample": Command(
+        _sample,
+        ("labels", "seeds", "output", *PROCESSES),
+        summary="Draw any number of images into one npz file.",
+        about="One image per seed. Without --labels, seed s has class s modulo the number of classes. The"
+        " same command resumes a set that was interrupted. --workdir may be a file of --mode=export.",
+        examples=(
+            f"{_DIGITS} --mode=sample --labels=0,3,5-7 --seeds=0-3",
+            f"{_XL} --mode=sample --seeds=0-49999",
+        ),
+    ),
+    "evaluate": Command(
+        _evaluate,
+        ("images", "sweep", "output", *PROCESSES),
+        summary="Score a model, a folder or an npz file: FID and others.",
+        about="The scores go to scores.json, with everything that they depend on. config.evaluation names the"
+        " scores and the reference.",
+        examples=(
+            f"{_DIGITS} --mode=evaluate --config.sampling.steps=10",
+            f"{_DIGITS} --mode=evaluate --sweep=steps=5,10,20 --sweep=sampler=ddim,heun",
+        ),
+    ),
+    "encode": Command(
+        _encode,
+        PROCESSES,
+        summary="Write latents of images, to train on.",
+        about="config.encode names the images, config.autoencoder the autoencoder. The same command resumes.",
+        examples=(f"{_XL} --mode=encode --config.encode.options.path=/data/imagenet/train",),
+    ),
+    "export": Command(
+        _export,
+        ("output",),
+        summary="Write a file of parameters, or the sampler as a program.",
+        about="dig_jax.load, --workdir and config.init_from read FILE.safetensors. FILE.stablehlo draws with"
+        " JAX alone.",
+        examples=(
+            f"{_DIGITS} --mode=export --output=digits.safetensors",
+            f"{_DIGITS} --mode=export --output=digits.stablehlo",
+        ),
+    ),
+    "demo": Command(
+        _demo,
+        ("host", "port", "batch_size", "timeout"),
+        summary="Serve a page and a JSON API that draw images, until Ctrl-C.",
+        about="It needs the extra demo. There are no passwords: other machines reach it only with --host. See"
+        " docs/guide/demo.md.",
+        examples=(f"{_DIGITS} --mode=demo", f"{_DIGITS} --mode=demo --host=0.0.0.0 --port=80"),
+    ),
+    "plan": Command(
+        _plan,
+        ("topology", "json", "price"),
+        summary="Report memory, time and price on chips that you may not have.",
+        about="It compiles the train step for the chips, which takes seconds to minutes. It needs the extra"
+        " compilers for chips that are not present. See docs/guide/plan.md.",
+        examples=(f"{_XL} --mode=plan --topology=v6e:8x8", f"{_XL}:512 --mode=plan --topology=h100:8x4"),
+    ),
+    "doctor": Command(
+        _doctor,
+        (),
+        summary="Report what this machine can run: devices, kernels, packages, cache, disk, network.",
+        about="With --config, for the model and the data of the config. The exit status is 1 if there is a"
+        " problem.",
+        examples=("--mode=doctor", f"{_XL} --mode=doctor"),
+    ),
 }

@@ -5,6 +5,18 @@ import functools
 from absl import flags
 
 from dig_jax.cli.commands import COMMANDS
+from dig_jax.errors import alternatives, suggest
+
+
+class _ModeParser(flags.EnumParser):
+    """The parser of --mode; an unknown mode is an error with a suggestion."""
+
+    def parse(self, argument: str) -> str:
+        """Return a mode that exists."""
+        if argument not in self.enum_values:
+            expected = alternatives(self.enum_values)
+            raise ValueError(f"expected {expected}{suggest(argument, self.enum_values)}")
+        return argument
 
 
 def define_flags() -> flags.FlagValues:
@@ -15,7 +27,8 @@ def define_flags() -> flags.FlagValues:
         flags.DEFINE_string(name, None, help, flag_values=values)
 
     text("workdir", "Directory of the run; by default runs/NAME_OF_CONFIG.")
-    flags.DEFINE_enum("mode", "train", list(COMMANDS), "The command to run.", flag_values=values)
+    parser, serializer = _ModeParser(list(COMMANDS)), flags.ArgumentSerializer()
+    flags.DEFINE(parser, "mode", "train", "The command to run.", values, serializer)
     text(
         "labels",
         "With --mode=sample: classes, such as 0,5-7 or tabby,goldfish; by default all. A name of"

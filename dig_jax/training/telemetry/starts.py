@@ -5,13 +5,13 @@ import importlib.metadata
 import platform
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 
 import dig_jax
 from dig_jax.files.jsonl import append_row
+from dig_jax.program import restart
 
 _PACKAGES = ("dig-jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -22,7 +22,7 @@ def note_start(workdir: Path, step: int) -> None:
     start = {
         "step": step,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(restart()),
         "devices": f"{jax.device_count()} × {device.device_kind}",
         "processes": jax.process_count(),
         "commit": _commit(),
