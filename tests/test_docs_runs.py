@@ -19,6 +19,9 @@ FEW = [
 ]
 FEW += ["--config.data.batch_size=8", "--config.evaluation.num_images=20", "--config.sampling.batch_size=20"]
 
+# These need an extra, and have tests of their own.
+EXTRA = ("--mode=demo", ".stablehlo", ".onnx")
+
 pytestmark = pytest.mark.slow
 
 
@@ -28,7 +31,11 @@ def run_blocks(text: str, folder: Path, fewer: list[str]) -> int:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "MPLBACKEND": "agg"}
     script = ""
     for language, body in re.findall(r"^```(bash|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        lines = [line.strip() for line in body.splitlines() if "python main.py" in line]
+        lines = [
+            line.strip()
+            for line in body.splitlines()
+            if "python main.py" in line and not any(extra in line for extra in EXTRA)
+        ]
         commands = [shlex.split(line.partition("python ")[2], comments=True) for line in lines]
         for _, config, *flags in commands:
             config = config.replace("--config=configs/", f"--config={ROOT}/configs/")
