@@ -21,14 +21,19 @@ _PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
+# ONNX Runtime for guide/browser.md, if `npm install` put it there.
+_RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 _LINK = re.compile(r"(\]\(|^\[[\w-]+\]: )(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files, config):
-    """Add the pages from outside docs/."""
+    """Add the pages from outside docs/, and ONNX Runtime."""
     for source, target in _PAGES.items():
         files.append(File.generated(config, target, abs_src_path=str(_ROOT / source)))
+    for name in _RUNTIME:
+        if (path := _ROOT / "node_modules/onnxruntime-web/dist" / name).exists():
+            files.append(File.generated(config, f"browser/{name}", abs_src_path=str(path)))
     return files
 
 
