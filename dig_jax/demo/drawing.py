@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from dig_jax.demo.engine import Pixels, Watch
 from dig_jax.demo.request import Menu, Program
@@ -29,7 +29,7 @@ from dig_jax.sampling.sampler import Sampler, to_pixels
 log = logging.getLogger(__name__)
 
 _STEPS = (5, 10, 20, 50, 100, 250)
-_SCALES = (1, 1.5, 2)
+_SCALES = (1.5, 2)
 # Compiled programs in memory; the least recently used one is dropped.
 _PROGRAMS = 16
 
@@ -150,7 +150,7 @@ class Drawer:
         if (watch := self._watch) is not None:
             watch(int(i) + 1, self._preview(np.asarray(x0)))
 
-    def _preview(self, x: Float[np.ndarray, "n h w c"]) -> Pixels:
+    def _preview(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w colors"]:
         """Return predicted images as pixels; latents as small images in approximate colors."""
         if self.sampler.components.autoencoder is None:
             return to_pixels(x)
@@ -158,7 +158,9 @@ class Drawer:
             return to_pixels(np.clip(x[..., :1] / 3, -1, 1))
         return to_pixels(_with_one(x) @ self._colors)
 
-    def _fit_colors(self, x: Float[np.ndarray, "n h w c"], images: Pixels) -> None:
+    def _fit_colors(
+        self, x: Float[np.ndarray, "n h w c"], images: UInt8[np.ndarray, "n height width colors"]
+    ) -> None:
         """Fit the colors of latents to the first batch: decoding every prediction would take long.
 
         A linear map from the channels of a latent pixel to the mean color of the pixels that it stands for.
@@ -202,12 +204,18 @@ def _menu(sampler: Sampler) -> Menu:
         raise UserError("no sampler with a number of steps supports the model; expected ddim or euler")
     default = defaults.sampler if defaults.sampler in samplers else samplers[0]
     height, width, _ = sampler.output_shape
-    sizes = [(int(factor * height), int(factor * width)) for factor in _SCALES]
+    components = sampler.components
+    factor = height // components.image_spec.image_shape[0]
+    buckets = [(factor * rows, factor * columns) for rows, columns in components.bucket_sizes]
+    trained = tuple(dict.fromkeys([(height, width), *buckets]))
+    scaled = [(int(scale * height), int(scale * width)) for scale in _SCALES]
+    untrained = [size for size in scaled if size not in trained and draws(size, sampler=default)]
     return Menu(
-        class_names=sampler.components.image_spec.class_names,
+        class_names=components.image_spec.class_names,
         samplers=(default, *(name for name in samplers if name != default)),
         steps=steps,
         default_steps=defaults.steps,
-        sizes=tuple(size for size in sizes if size == sizes[0] or draws(size, sampler=default)),
+        sizes=(*trained, *untrained),
+        trained=len(trained),
         default_scale=float(defaults.guidance_scale),
     )

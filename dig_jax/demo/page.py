@@ -120,7 +120,10 @@ def _form(menu: Menu) -> tuple[list[Any], gr.Number, gr.Button, gr.Button]:
     with gr.Row():
         sampler = gr.Dropdown(list(menu.samplers), value=menu.samplers[0], label="Sampler", min_width=280)
         steps = gr.Dropdown(list(menu.steps), value=menu.default_steps, label="Steps", elem_id="steps")
-        sizes = [(f"{height} × {width}", index) for index, (height, width) in enumerate(menu.sizes)]
+        sizes = [
+            (f"{height} × {width}{', untrained' if index >= menu.trained else ''}", index)
+            for index, (height, width) in enumerate(menu.sizes)
+        ]
         size = gr.Dropdown(sizes, value=0, label="Pixels", visible=len(sizes) > 1)
     with gr.Row():
         draw = gr.Button("Generate", variant="primary", elem_id="generate")

@@ -56,7 +56,8 @@ class Menu:
         samplers: names of samplers; the first one is the default.
         steps: numbers of steps, increasing.
         default_steps: one of them.
-        sizes: sizes of images; the first one, of the training images, is the default.
+        sizes: sizes of images, first those of the training images; the first one is the default.
+        trained: how many of them are those of training images.
         default_scale: scale of guidance.
         max_scale: greatest scale of guidance.
         max_images: greatest number of images of a request.
@@ -67,6 +68,7 @@ class Menu:
     steps: tuple[int, ...]
     default_steps: int
     sizes: tuple[Size, ...]
+    trained: int
     default_scale: float
     max_scale: float = 20.0
     max_images: int = 8
@@ -99,14 +101,13 @@ class Menu:
     def describe(self, request: ImageRequest) -> dict[str, Any]:
         """Return fields from which `read` makes an equal request."""
         program = request.program
-        height, width = program.size
         return {
             **({"class": request.label} if self.class_names else {}),
             "seeds": list(request.seeds),
             "guidance_scale": request.guidance_scale,
             "sampler": program.sampler,
             "steps": program.steps,
-            "size": height if height == width else [height, width],
+            "size": _plain_size(program.size),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -117,7 +118,8 @@ class Menu:
             "classes": [display_name(name) for name in self.class_names],
             "samplers": list(self.samplers),
             "steps": list(self.steps),
-            "sizes": [height if height == width else [height, width] for height, width in self.sizes],
+            "sizes": [_plain_size(size) for size in self.sizes],
+            "trained_sizes": [_plain_size(size) for size in self.sizes[: self.trained]],
             "max_guidance_scale": self.max_scale,
             "max_images": self.max_images,
             "defaults": fields,
@@ -158,9 +160,14 @@ class Menu:
     def _size(self, size: Any) -> Size:
         pair = (size, size) if _is_integer(size) else tuple(size) if isinstance(size, list) else size
         if pair not in self.sizes:
-            shown = [str(list(size)) if size[0] != size[1] else str(size[0]) for size in self.sizes]
-            raise ValueError(f"invalid size: got {size!r:.80}; expected {alternatives(shown)}")
+            shown = alternatives([str(_plain_size(size)) for size in self.sizes])
+            raise ValueError(f"invalid size: got {size!r:.80}; expected {shown}")
         return pair
+
+
+def _plain_size(size: Size) -> int | list[int]:
+    """Return a size as a request may have it."""
+    return size[0] if size[0] == size[1] else list(size)
 
 
 def _is_integer(value: Any) -> TypeGuard[int]:

@@ -1,6 +1,7 @@
 """The JSON API over HTTP."""
 
 import base64
+import http.client
 import io
 import json
 import threading
@@ -109,6 +110,22 @@ def test_requests_beyond_the_queue_are_refused_and_late_ones_time_out(plain_samp
         assert answers[0][1]["error"] == "no images within 1.5 s; ask for fewer images or steps"
         assert demo.ask("GET", "/api/status")[1]["waiting"] == 0
         gate.set()
+
+
+def test_images_of_a_client_that_leaves_are_dropped(plain_sampler, gate):
+    body = b'{"class": 0, "seeds": [0, 1, 2]}'
+    with serving(plain_sampler) as demo:
+        connections = [http.client.HTTPConnection(*demo.address) for _ in range(2)]
+        for connection in connections:
+            connection.request("POST", "/api/images", body, {"Content-Type": "application/json"})
+            until(lambda: demo.ask("GET", "/api/status")[1]["drawing"] == 3)
+        until(lambda: demo.ask("GET", "/api/status")[1]["waiting"] == 3)
+        connections[1].close()
+        until(lambda: demo.ask("GET", "/api/status")[1]["waiting"] == 0)
+        gate.set()
+        assert connections[0].getresponse().status == 200
+        connections[0].close()
+        assert demo.ask("GET", "/api/status")[1]["drawn"] == 3
 
 
 def test_a_failed_batch_is_one_sentence_and_the_demo_goes_on(plain_sampler, monkeypatch):

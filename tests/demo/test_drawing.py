@@ -5,12 +5,15 @@ import threading
 
 import numpy as np
 import pytest
+from tiny_autoencoder import write_autoencoder
 
 from dig_jax import Sampler
+from dig_jax.data import ImageSpec
 from dig_jax.demo import drawing
 from dig_jax.demo.drawing import Drawer
 from dig_jax.demo.engine import Engine
 from dig_jax.errors import UserError
+from dig_jax.sampling.sampler import to_pixels
 from dig_jax.testing import PlainComponents, random_params, tiny_components, tiny_settings
 
 SEEDS = [3, 1, 4, 15, 9]
@@ -78,9 +81,34 @@ def test_the_menu_has_only_what_the_model_can_draw(plain):
     assert menu.samplers[0] == "ddim" and "euler_maruyama" not in menu.samplers  # not for this process
     assert "dopri5" not in menu.samplers  # it takes any number of steps
     assert menu.steps == (2, 5, 10, 20, 50, 100, 250) and menu.default_steps == 2
-    assert menu.sizes == ((4, 4), (6, 6), (8, 8))
+    assert menu.sizes == ((4, 4), (6, 6), (8, 8)) and menu.trained == 1
     image = plain(program(plain, size=6, sampler="ddpm"), [0], [0], [1.5], None)
     assert image.shape == (1, 6, 6, 1)
+
+
+def test_the_sizes_of_buckets_are_trained_ones():
+    components = PlainComponents(tiny_settings(data__buckets="4x4,2x8,8x8"))
+    menu = Drawer(Sampler(components, {}, step=0), batch_size=1).menu
+    assert menu.sizes == ((4, 4), (2, 8), (8, 8), (6, 6)) and menu.trained == 3
+    assert menu.to_json()["trained_sizes"] == [4, [2, 8], 8]
+
+
+def test_previews_of_latents_have_the_colors_of_earlier_images(tmp_path, monkeypatch):
+    """With a decoder that is a linear map they are the images, at the resolution of the latents."""
+    matrix = np.random.default_rng(0).normal(size=(4, 3)) / 10
+
+    def decode(sampler, x):
+        return to_pixels(np.repeat(np.repeat(x @ matrix + 0.2, 2, axis=1), 2, axis=2))
+
+    monkeypatch.setattr(Sampler, "decode", decode)
+    settings = tiny_settings(sampling__steps=2, autoencoder__path=str(write_autoencoder(tmp_path)))
+    components = PlainComponents(settings, ImageSpec((4, 4, 4), tuple("01234")))
+    drawer = Drawer(Sampler(components, {}, step=0), batch_size=3)
+    shown = []
+    for seeds in ([0, 1, 2], [3, 4, 5]):
+        images = drawer(program(drawer), [0, 1, 2], seeds, [1.5] * 3, lambda *seen: shown.append(seen[1]))
+    assert shown[0].shape == (3, 4, 4, 1)  # nothing was drawn before
+    assert np.abs(shown[-1].astype(int) - images[:, ::2, ::2]).max() <= 1
 
 
 def test_concurrent_requests_get_the_images_of_their_seeds(drawer):

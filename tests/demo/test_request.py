@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from dig_jax.demo.request import Menu, Program
 
-MENU = Menu(("ant", "bee", "12"), ("ddim", "euler"), (5, 20), 20, ((8, 8), (8, 12)), 1.5)
-UNLABELED = Menu((), ("ddim",), (5,), 5, ((8, 8),), 1.0)
+MENU = Menu(("ant", "bee", "12"), ("ddim", "euler"), (5, 20), 20, ((8, 8), (8, 12)), 1, 1.5)
+UNLABELED = Menu((), ("ddim",), (5,), 5, ((8, 8),), 1, 1.0)
 
 
 def test_only_the_class_has_no_default():
