@@ -44,9 +44,13 @@ def test_without_a_config_the_published_models_are_checked(tmp_path, capsys, mon
     assert "checked DiG-XL/2" in text and "checked DiT-XL/2" in text
 
 
-def test_a_model_without_gla_says_how_it_attends():
+def test_a_model_without_gla_says_how_it_mixes_tokens(monkeypatch):
     settings = tiny_settings(model__name="DiT-S/2")
     assert kernels.model(settings).lines == ("plain JAX; the model has no GLA",)
+    monkeypatch.setattr(kernels, "_lower", lambda *_: "stablehlo.custom_call @tpu_custom_call(%1)")
+    assert kernels.model(settings).lines == ("JAX's splash attention; the model has no GLA",)
+    settings = tiny_settings(model__name="DiS-S/2", model__depth=2, model__num_heads=None)
+    assert kernels.model(settings).lines == ("the kernel of the selective scan; the model has no GLA",)
 
 
 def test_a_check_that_fails_is_one_line_and_the_others_run(tmp_path, capsys):

@@ -20,8 +20,9 @@ from dig_jax.errors import UserError, one_line
 MODELS = ("DiG-XL/2", "DiT-XL/2")
 _LATENTS = ImageSpec((32, 32, 4), tuple(map(str, range(1000))))
 _OTHERS = ("triton", "mosaic", "xla")
-# Kernels that are not those of pallas_gla, by what their calls in a program contain.
-_CALLS = {"tpu_custom_call": "JAX's splash attention", "cudnn": "cuDNN's flash attention"}
+# Kernels of models without GLA, by what their calls in a program contain.
+_ATTENTION = {"tpu_custom_call": "JAX's splash attention", "cudnn": "cuDNN's flash attention"}
+_SELECTIVE_SCAN = dict.fromkeys(("tpu_custom_call", "triton"), "the kernel of the selective scan")
 
 
 def default_model(name: str) -> Finding:
@@ -53,7 +54,9 @@ def _implementations(settings: Config, spec: ImageSpec) -> Finding:
     with _choices() as choices:
         program = _lower(settings, spec)
     if not choices and chosen is None:
-        found = [text for call, text in _CALLS.items() if call in program]
+        is_dis = Components(settings, spec).abstract_model.family == "DiS"
+        calls = _SELECTIVE_SCAN if is_dis else _ATTENTION
+        found = [text for call, text in calls.items() if call in program]
         return Finding.of(f"{found[0] if found else 'plain JAX'}; the model has no GLA")
     name, reason = choices[0][1:] if choices else (chosen, "set by config.model.implementation")
     lines = [f"GLA runs {name!r}{f': {reason}' if reason else ''}"]
