@@ -40,13 +40,19 @@ def kinds(name, **overrides):
     return "".join(names[mixer.func] for mixer in blocks_of(name, **overrides))
 
 
-def test_a_pattern_repeats_to_the_depth_and_the_directions_follow_the_index():
+def directions(name, **overrides):
+    mixers = blocks_of(name, **overrides)
+    return [mixer.keywords["direction"] for mixer in mixers if "direction" in mixer.keywords]
+
+
+def test_a_pattern_repeats_to_the_depth_and_its_scans_take_turns_in_four_directions():
     assert kinds("DiG-S/2", mixer="gla*3+softmax") == "gggs" * 3
     assert kinds("DiG-S/2", mixer="gla + local * 2") == "gll" * 4
     assert kinds("DiG-S/2", mixer="softmax") == "s" * 12
-    mixers = blocks_of("DiG-S/2", mixer="gla*2+local")
-    directions = {i: m.keywords["direction"] for i, m in enumerate(mixers) if "direction" in m.keywords}
-    assert directions == {i: DIRECTIONS[i % 4] for i in range(12) if i % 3 < 2}
+    assert directions("DiG-S/2", mixer="gla*2+local") == list(DIRECTIONS) * 2
+    assert directions("DiG-S/2", mixer="gla+local", depth=8) == list(DIRECTIONS)
+    assert set(directions("DiG-S/2", mixer="gla*3+softmax")) == set(DIRECTIONS)
+    assert directions("U-DiG-S", mixer="gla+local", bottleneck_mixer="softmax") == list(DIRECTIONS)
 
 
 def test_only_the_bottleneck_of_a_u_may_have_another_mixer():

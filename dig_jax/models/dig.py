@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,7 +12,7 @@ from dig_jax.models.layers import GeluMLP, NormKind, SwiGLU
 from dig_jax.models.mixers import GatedLinearAttention, LocalAttention, SoftmaxAttention, parse_half_life
 from dig_jax.models.mixers.pattern import parse_pattern
 
-# Block i scans in direction i mod 4. Tokens stay in raster order; the kernel takes the direction.
+# The blocks with GLA take turns in these. Tokens stay in raster order; the kernel takes the direction.
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
 
 
@@ -110,25 +109,37 @@ class GLAOptions(ModelOptions):
     def pattern(self, level: Level) -> BlockPattern:
         """Return the blocks of a level until mixers and scan directions repeat.
 
-        The direction of a block follows its index in the network, whatever the blocks before it mix by. The
-        period of a GLA is 4 also with fewer directions.
+        The blocks with GLA take turns in the scan directions, so that information moves all ways whatever
+        stands between them. The directions start again after the least number of patterns with a scan in
+        each, also with fewer directions.
         """
         mixers = self.mixers(level)
-        period = math.lcm(len(mixers), len(DIRECTIONS)) if "gla" in mixers else len(mixers)
+        if scans := mixers.count("gla"):
+            mixers *= -(-len(DIRECTIONS) // scans)
+        first = self._scans_before(level)
         mlp = SwiGLU if self.mlp == "swiglu" else GeluMLP
         mlp = functools.partial(mlp, hidden=self.mlp_width_at(level))
         blocks = tuple(
             BlockSpec(
-                mixer=self._mixer(mixers[position % len(mixers)], level, position),
+                mixer=self._mixer(mixer, level, first + mixers[:position].count("gla")),
                 mlp=mlp,
                 conv=self.conv,
                 norm=self.norm,
             )
-            for position in range(period)
+            for position, mixer in enumerate(mixers)
         )
         return BlockPattern(blocks)
 
-    def _mixer(self, name: str, level: Level, position: int) -> functools.partial:
+    def _scans_before(self, level: Level) -> int:
+        """Return the number of blocks with GLA in the levels before."""
+        count = 0
+        for each in self.levels:
+            if each.start < level.start:
+                mixers = self.mixers(each)
+                count += mixers.count("gla") * each.depth // len(mixers)
+        return count
+
+    def _mixer(self, name: str, level: Level, scan: int) -> functools.partial:
         heads = self.heads_at(level)
         if name == "softmax":
             return functools.partial(SoftmaxAttention, num_heads=heads, qk_norm=self.qk_norm, rope=self.rope)
@@ -137,7 +148,7 @@ class GLAOptions(ModelOptions):
         return functools.partial(
             GatedLinearAttention,
             num_heads=heads,
-            direction=DIRECTIONS[(level.start + position) % self.directions],
+            direction=DIRECTIONS[scan % self.directions],
             gate_normalizer=parse_half_life(self.gate_normalizer),
             key_expansion=self.key_expansion,
             value_expansion=self.value_expansion,

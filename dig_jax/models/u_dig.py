@@ -36,8 +36,8 @@ class UDiGOptions(GLAOptions):
     """Options of U-DiG; `hidden_size` and `num_heads` apply to the first level.
 
     The five levels have hidden_size times 1, 2, 4, 2 and 1 channels. The four outer ones have depth // 6
-    blocks each, the middle one has the others. The scan direction of a block depends on its index in the
-    network, so that levels of two blocks have rows on the way down and columns on the way up.
+    blocks each, the middle one has the others. The scan directions go on from level to level, so that levels
+    of two blocks have rows on the way down and columns on the way up.
 
     Args:
         bottleneck_mixer: pattern of the mixers of the middle level; None: `mixer`, as in the others.
