@@ -1,0 +1,109 @@
+"""A model of this package, as the other side of pytorch_dit.py: the same commands, work and dtype.
+
+python benchmarks/compare/own_model.py '{"model": "DiT-S/2", "side": 32, "batch": 4, "steps": 20}'
+"""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from benchmarks.gpu_models import sampling_steps, train_steps  # noqa: E402
+from configs import imagenet  # noqa: E402
+from dig_jax import config, runtime  # noqa: E402
+from dig_jax.convert import load_torch_state_dict  # noqa: E402
+from dig_jax.models.registry import create_model  # noqa: E402
+from dig_jax.planning.plan import without_data  # noqa: E402
+from dig_jax.planning.planned_run import PlannedRun, lower_sampler, lower_train_step  # noqa: E402
+from dig_jax.planning.topology import THIS, find_topology  # noqa: E402
+from dig_jax.training.state import init_params  # noqa: E402
+
+
+def settings(model: str, side: int, batch: int, steps: int, scan_layers: bool = True) -> config.Config:
+    """Return the config of the same work: flow matching in float32, AdamW, one average, Euler's method."""
+    c = imagenet.get_config(model, "256", "ours")
+    c.data.options.image_size = side
+    c.data.batch_size = c.sampling.batch_size = batch
+    c.model.dtype, c.model.remat, c.model.learn_sigma = "float32", "none", False
+    c.model.scan_layers = scan_layers
+    c.diffusion.process = "flow"
+    c.diffusion.times = "uniform"
+    c.sampling.sampler, c.sampling.steps, c.sampling.guidance_scale = "euler", steps, 1.0
+    return without_data(config.from_dict(c.to_dict()))
+
+
+class Own:
+    """A model whose programs are compiled when they are first run."""
+
+    def __init__(self, **options: Any):
+        self.run = PlannedRun.of(settings(**options), find_topology(THIS))
+        self.ready: dict[str, Callable[[], object]] = {}
+
+    def forward(self) -> Callable[[], object]:
+        """Return a function that runs the network once."""
+        components, batch = self.run.components, self.run.settings.data.batch_size
+        params = jax.jit(lambda: init_params(components))()
+        x = jax.random.normal(jax.random.key(0), (batch, *components.image_spec.image_shape))
+        t, y = jnp.full(batch, 500.0), jnp.arange(batch)
+        denoise = jax.jit(components.denoise)
+        return lambda: jax.block_until_ready(denoise(params, x, t, y))
+
+    def train(self) -> Callable[[], object]:
+        """Return a function that makes a train step."""
+        steps = train_steps(lower_train_step(self.run).compile(), self.run)
+        steps(1)
+        return lambda: steps(1)
+
+    def sample(self) -> Callable[[], object]:
+        """Return a function that draws a batch of images."""
+        steps = sampling_steps(lower_sampler(self.run).compile(), self.run)
+        return lambda: steps(1)
+
+    def __call__(self, phase: str) -> None:
+        """Run a phase once."""
+        if phase not in self.ready:
+            self.ready[phase] = getattr(self, phase)()
+        self.ready[phase]()
+
+
+def difference(path: str, model: str) -> float:
+    """Return the greatest difference between our output and that in a file of pytorch_dit.py's `save`."""
+    import flax.nnx as nnx
+
+    arrays = dict(np.load(path))
+    x, t, y, expected = (arrays.pop(f"io/{name}") for name in ("x", "t", "y", "output"))
+    x, expected = (each.transpose(0, 2, 3, 1) for each in (x, expected))
+    own = create_model(model, input_size=x.shape[1:3], num_classes=1000, learn_sigma=False, rngs=nnx.Rngs(0))
+    output = load_torch_state_dict(own, arrays)(x, t, y)
+    return float(np.abs(output - expected).max() / np.abs(expected).max())
+
+
+def main() -> None:
+    """Run what the lines of the input name."""
+    runtime.set_numerics()
+    runtime.prepare_cpu(1)
+    options = json.loads(sys.argv[1])
+    own = Own(**options)
+    print(json.dumps({"jax": jax.__version__, "device": jax.devices()[0].device_kind}), flush=True)
+    for line in sys.stdin:
+        phase, _, argument = line.strip().partition("=")
+        if phase == "check":
+            print(json.dumps({"difference": difference(argument, options["model"])}), flush=True)
+            continue
+        wall, cpu = time.perf_counter(), time.process_time()
+        own(phase)
+        found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
