@@ -3,7 +3,8 @@
     python kernels/benchmarks/cpu.py [--tokens=256,1024,4096] [--dtypes=float32,bfloat16] [--repeats=20]
 
 Prints a Markdown table of the smallest CPU time of the process, the smallest wall time, and the temporary
-memory of the compiled program. Compare rows of one run only. jax-linear-attention is optional:
+memory of the compiled program. Each time is the mean over calls of at least 20 ms. Compare rows of one run
+only. jax-linear-attention is optional:
 
     pip install --no-deps --ignore-requires-python --target=DIR jax-linear-attention==0.1.0
     PYTHONPATH=kernels:DIR python kernels/benchmarks/cpu.py
@@ -63,6 +64,35 @@ def textbook(q, k, v, g):
     return o.transpose(1, 0, 3, 2, 4).reshape(v.shape).astype(v.dtype)
 
 
+def naive_chunks(q, k, v, g):
+    """Run the naive chunk form of flash-linear-attention.
+
+    Chunks of 16 tokens; the scores are sums over channels of q k exp(G_i - G_j).
+    """
+    batch, tokens, heads, width = q.shape
+
+    def split(x):
+        x = x.astype(jnp.float32).reshape(batch, tokens // 16, 16, heads, -1)
+        return x.transpose(1, 0, 3, 2, 4)
+
+    causal = jnp.tril(jnp.ones((16, 16), bool))[None, None, :, :, None]
+    dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+    def step(state, chunk):
+        q, k, v, g = chunk
+        sums = jnp.cumsum(g, axis=2)
+        between = jnp.where(causal, sums[:, :, :, None] - sums[:, :, None], -jnp.inf)
+        scores = jnp.sum(q[:, :, :, None] * k[:, :, None] * jnp.exp(between), axis=-1)
+        o = dot("bhij,bhjv->bhiv", scores, v) + dot("bhik,bhkv->bhiv", q * jnp.exp(sums), state)
+        last = sums[:, :, -1:]
+        to_end = dot("bhjk,bhjv->bhkv", k * jnp.exp(last - sums), v)
+        return jnp.exp(last[:, :, 0])[..., None] * state + to_end, o
+
+    state = jnp.zeros((batch, heads, width, v.shape[3]))
+    o = jax.lax.scan(step, state, (split(width**-0.5 * q), split(k), split(v), split(g)))[1]
+    return o.transpose(1, 0, 3, 2, 4).reshape(v.shape).astype(v.dtype)
+
+
 def softmax(q, k, v, g):
     """Run causal softmax attention, with q and k padded to the width of v."""
     del g
@@ -73,7 +103,7 @@ def softmax(q, k, v, g):
 def implementations(tokens):
     """Return the functions to time, by name. Softmax attention over 4,096 tokens needs 3 GB and a minute."""
     found = {"default": gla, '`"xla"`': functools.partial(gla, implementation="xla")}
-    found |= {"`lax.scan`": lax_scan, "textbook": textbook}
+    found |= {"`lax.scan`": lax_scan, "textbook": textbook, "naive chunks": naive_chunks}
     if tokens <= 1024:
         found["softmax"] = softmax
     if importlib.util.find_spec("jla"):
@@ -98,17 +128,21 @@ def programs(arrays, d_out):
 
 
 def measure(compiled, repeats):
-    """Return the smallest CPU and wall time of every program, in seconds, called in turn.
+    """Return the smallest CPU and wall time of every program, in seconds, measured in turn.
 
-    An untimed call comes first, because the program before has filled the caches and given memory back.
+    A time is the mean over calls of at least 20 ms together, because a process's CPU time advances in steps. An
+    untimed call comes first, because the program before has filled the caches and given memory back.
     """
     best = dict.fromkeys(compiled, (float("inf"),) * 2)
     for _ in range(repeats):
         for key, (run, inputs) in compiled.items():
+            start = time.perf_counter()
             jax.block_until_ready(run(*inputs))
+            calls = 1 + int(0.02 / (time.perf_counter() - start))
             start = time.process_time(), time.perf_counter()
-            jax.block_until_ready(run(*inputs))
-            took = time.process_time() - start[0], time.perf_counter() - start[1]
+            for _ in range(calls):
+                jax.block_until_ready(run(*inputs))
+            took = (time.process_time() - start[0]) / calls, (time.perf_counter() - start[1]) / calls
             best[key] = tuple(map(min, best[key], took))
     return best
 

@@ -1,15 +1,19 @@
 """How a scan is split into chunks of blocks on a CPU, and loads and stores of one chunk."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
-from pallas_gla.cpu.block import BLOCK, Chunk
+from pallas_gla.cpu.block import BLOCK, LARGEST_SUM, Chunk
 from pallas_gla.gating import log_decay
 from pallas_gla.scan import STATE_INTERVAL, Operands, Scan
 from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
 
+# Products of four numbers stay below 1e36.
+LARGEST_SQUARE = 1e18
 TOKENS = ("q", "k", "v", "g", "out_gate")
 
 
@@ -43,6 +47,18 @@ class Layout:
             arrays["segment_ids"] = self._pad(segment_starts(ids)[..., None, None])
         return Operands(**arrays)
 
+    def regular(self, arrays: Operands, *others) -> Bool[Array, ""]:
+        """Return whether `Block` may compute this scan: bounded decays, and numbers that cannot overflow."""
+        g = as_floats(arrays.g).astype(jnp.float32)
+        if self.scan.gating:
+            # softplus(-x) is at most max(-x, 0) + log 2.
+            g = (jnp.maximum(-g, 0) + np.log(2.0).astype(np.float32)) / self.scan.gating.normalizer
+        halves = jnp.abs(g).reshape(self.batch, -1, BLOCK // 2, g.shape[2] * g.shape[3])
+        numbers = [x for x in (*arrays[:3], *arrays[4:7], *others) if x is not None]
+        squares = [jnp.sum(jnp.square(as_floats(x).astype(jnp.float32))) for x in numbers]
+        small = [x < LARGEST_SQUARE for x in squares]
+        return functools.reduce(jnp.logical_and, small, jnp.max(halves.sum(2)) < LARGEST_SUM)
+
     def prepare_tokens(
         self, x: Float[Array, "b t h w"], padding: float | int = 0
     ) -> Shaped[Array, "b padded h w"]:
@@ -70,30 +86,34 @@ class Layout:
         if self.scan.gating:
             g = log_decay(g, self.scan.gating)
         starts = None if arrays.segment_ids is None else self.get(arrays.segment_ids, i, bool)
-        return Chunk(q * self.scan.scale, k, v, g, starts)
+        return Chunk(q * self.scan.scale, k, v, g, starts, (self.blocks, self.batch, self.heads))
 
-    def gate(self, arrays: Operands, i) -> tuple[Float[Array, "n b h c v"], Float[Array, "n b 1 1 v"]]:
+    def gate(self, arrays: Operands, i) -> tuple[Float[Array, "m c v"], Float[Array, "m 1 v"]]:
         """Return chunk i of the output gate, and norm_weight."""
         assert arrays.norm_weight is not None and arrays.out_gate is not None
         weight = arrays.norm_weight.astype(jnp.float32)[None, :, None, None]
-        weight = jnp.broadcast_to(weight, (self.blocks, *weight.shape[1:]))
-        return self.get(arrays.out_gate, i), weight
+        shape = (self.blocks, self.batch, self.heads, *weight.shape[3:])
+        return self.get(arrays.out_gate, i), jnp.broadcast_to(weight, shape).reshape(-1, *weight.shape[3:])
 
-    def get(
-        self, x: Shaped[Array, "b padded heads w"], i, dtype=jnp.float32
-    ) -> Shaped[Array, "n b heads c w"]:
-        """Return chunk i of an array, in blocks."""
+    def batch_sums(self, x: Float[Array, "m 1 v"]) -> Float[Array, "b v"]:
+        """Return the sums over blocks and heads."""
+        return x.reshape(self.blocks, self.batch, self.heads, -1).sum((0, 2))
+
+    def get(self, x: Shaped[Array, "b padded heads w"], i, dtype=jnp.float32) -> Shaped[Array, "m c w"]:
+        """Return chunk i of an array, in blocks of all batch elements and heads."""
         x = as_floats(jax.lax.dynamic_slice_in_dim(x, i * self.size, self.size, axis=1)).astype(dtype)
-        return x.reshape(x.shape[0], self.blocks, BLOCK, *x.shape[2:]).transpose(1, 0, 3, 2, 4)
+        x = x.reshape(x.shape[0], self.blocks, BLOCK, *x.shape[2:]).transpose(1, 0, 3, 2, 4)
+        return jnp.broadcast_to(x, (*x.shape[:2], self.heads, *x.shape[3:])).reshape(-1, *x.shape[3:])
 
     def buffer(self, like: Float[Array, "b t h w"]) -> Shaped[Array, "b padded h w"]:
         """Return an array that `put` fills."""
         shape = (like.shape[0], self.chunks * self.size, *like.shape[2:])
         return as_bits(jnp.zeros(shape, like.dtype))
 
-    def put(self, buffer, i, x: Float[Array, "n b h c w"], dtype):
+    def put(self, buffer, i, x: Float[Array, "m c w"], dtype):
         """Write chunk i of a buffer."""
-        x = x.transpose(1, 0, 3, 2, 4).reshape(x.shape[1], self.size, x.shape[2], x.shape[4])
+        x = x.reshape(self.blocks, self.batch, self.heads, *x.shape[1:]).transpose(1, 0, 3, 2, 4)
+        x = x.reshape(self.batch, self.size, self.heads, x.shape[4])
         return jax.lax.dynamic_update_slice_in_dim(buffer, as_bits(x.astype(dtype)), i * self.size, axis=1)
 
     def finish(self, buffer: Shaped[Array, "b padded h w"]) -> Float[Array, "b t h w"]:
