@@ -130,8 +130,8 @@ def programs(arrays, d_out):
 def measure(compiled, repeats):
     """Return the smallest CPU and wall time of every program, in seconds, measured in turn.
 
-    A time is the mean over calls of at least 20 ms together, because a process's CPU time advances in steps. An
-    untimed call comes first, because the program before has filled the caches and given memory back.
+    A time is the mean over calls of at least 20 ms together, because a process's CPU time advances in steps.
+    An untimed call comes first, because the program before has filled the caches and given memory back.
     """
     best = dict.fromkeys(compiled, (float("inf"),) * 2)
     for _ in range(repeats):
