@@ -131,7 +131,7 @@ def measure(compiled, repeats):
     """Return the smallest CPU and wall time of every program, in seconds, measured in turn.
 
     A time is the mean over calls of at least 20 ms together, because a process's CPU time advances in steps.
-    An untimed call comes first, because the program before has filled the caches and given memory back.
+    As many untimed calls come first, because the program before has filled the caches and given memory back.
     """
     best = dict.fromkeys(compiled, (float("inf"),) * 2)
     for _ in range(repeats):
@@ -139,10 +139,11 @@ def measure(compiled, repeats):
             start = time.perf_counter()
             jax.block_until_ready(run(*inputs))
             calls = 1 + int(0.02 / (time.perf_counter() - start))
-            start = time.process_time(), time.perf_counter()
-            for _ in range(calls):
-                jax.block_until_ready(run(*inputs))
-            took = (time.process_time() - start[0]) / calls, (time.perf_counter() - start[1]) / calls
+            for _ in range(2):
+                start = time.process_time(), time.perf_counter()
+                for _ in range(calls):
+                    jax.block_until_ready(run(*inputs))
+                took = (time.process_time() - start[0]) / calls, (time.perf_counter() - start[1]) / calls
             best[key] = tuple(map(min, best[key], took))
     return best
 

@@ -1,7 +1,7 @@
 """GLA for CPUs: plain JAX in blocks of 16 tokens, with small matrix products and without copies of inputs.
 
 `block.py` has the mathematics. It is accurate for the decays of most models. Scans with stronger decays, NaN,
-infinity or numbers above 1e9 run `pallas_gla.chunked_xla`, which takes twice as long.
+infinity or huge numbers run `pallas_gla.chunked_xla` or, without a gradient, `pallas_gla.reference`.
 """
 
 import functools
@@ -16,10 +16,6 @@ from pallas_gla.cpu.layout import TOKENS, Layout, as_bits, as_floats
 from pallas_gla.gating import gated_output, log_decay
 from pallas_gla.scan import Operands, Scan, saved_shape
 
-# Token by token, a forward pass is faster while the states stay in the cache of a core: 0.9 of the time of
-# blocks at 100 KB, 1.3 at 1.5 MB.
-CACHE = 2**18
-
 
 def unsupported(operands: Operands, scan: Scan) -> str | None:
     """Return None: every scan is supported."""
@@ -33,19 +29,23 @@ def forward(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
     """Run a scan (see `pallas_gla.dispatch`)."""
     layout = Layout(operands, scan)
-    if layout.chunks > 1 and layout.zeros(operands).nbytes <= CACHE and not save:
-        return *reference.forward(operands, scan), None
-    arrays = layout.prepare(operands)
     return jax.lax.cond(
-        layout.regular(arrays),
-        lambda: _forward(operands, arrays, layout, save),
-        lambda: chunked_xla.forward(operands, scan, save=save),
+        layout.regular(operands),
+        lambda: _forward(operands, layout, save),
+        # Token by token takes half of the time of chunks for any decay, but saves no states.
+        lambda: (
+            chunked_xla.forward(operands, scan, save=True)
+            if save
+            else (*reference.forward(operands, scan), None)
+        ),
     )
 
 
-def _forward(operands: Operands, arrays: Operands, layout: Layout, save: bool):
-    """Run a scan of finite numbers and bounded decays. `arrays` are the prepared operands."""
-    scan = layout.scan
+def _forward(
+    operands: Operands, layout: Layout, save: bool
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
+    """Run a scan of finite numbers and bounded decays."""
+    scan, arrays = layout.scan, layout.prepare(operands)
 
     def body(i, carry):
         state, out, states = carry
@@ -75,17 +75,24 @@ def backward(
 ) -> Operands:
     """Return the gradients of a scan (see `pallas_gla.dispatch`)."""
     layout = Layout(operands, scan)
-    arrays, prepared = layout.prepare(operands), layout.prepare_tokens(d_out)
+    arrays = operands, states, d_out, d_final_state
     return jax.lax.cond(
-        layout.regular(arrays, prepared, d_final_state),
-        lambda: _backward(operands, arrays, as_bits(states), prepared, d_final_state, layout),
-        lambda: chunked_xla.backward(operands, states, d_out, d_final_state, scan),
+        layout.regular(operands, d_out, d_final_state),
+        lambda: _backward(*arrays, layout),
+        lambda: chunked_xla.backward(*arrays, scan),
     )
 
 
-def _backward(operands: Operands, arrays: Operands, states, d_out, d_final_state, layout: Layout) -> Operands:
+def _backward(
+    operands: Operands,
+    states: Float[Array, "b n v hk"],
+    d_out: Float[Array, "b t h v"],
+    d_final_state: Float[Array, "b h k v"],
+    layout: Layout,
+) -> Operands:
     """Return the gradients of a scan of finite numbers and bounded decays."""
-    scan = layout.scan
+    scan, arrays = layout.scan, layout.prepare(operands)
+    saved, d_out_bits = as_bits(states), layout.prepare_tokens(d_out)
     tokens = {name: x for name, x in operands._asdict().items() if name in TOKENS and x is not None}
     d_weight = None if operands.norm_weight is None else jnp.zeros_like(operands.norm_weight)
 
@@ -93,9 +100,9 @@ def _backward(operands: Operands, arrays: Operands, states, d_out, d_final_state
         d_state, gradients, d_weight = carry
         i = layout.chunks - 1 - step
         block = Block(layout.chunk(arrays, i))
-        state = None if layout.first_state(operands) is None else layout.get_state(states, i)
+        state = None if layout.first_state(operands) is None else layout.get_state(saved, i)
         before = None if state is None else block.states(state)[1]
-        d_o, d_gate = layout.get(d_out, i), None
+        d_o, d_gate = layout.get(d_out_bits, i), None
         if scan.gating:
             gate = functools.partial(gated_output, gating=scan.gating)
             d_o, d_gate, d_w = jax.vjp(gate, block.output(before), *layout.gate(arrays, i))[1](d_o)

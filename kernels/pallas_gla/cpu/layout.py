@@ -47,16 +47,20 @@ class Layout:
             arrays["segment_ids"] = self._pad(segment_starts(ids)[..., None, None])
         return Operands(**arrays)
 
-    def regular(self, arrays: Operands, *others) -> Bool[Array, ""]:
-        """Return whether `Block` may compute this scan: bounded decays, and numbers that cannot overflow."""
-        g = as_floats(arrays.g).astype(jnp.float32)
+    def regular(self, operands: Operands, *gradients: Float[Array, "..."]) -> Bool[Array, ""]:
+        """Return whether `Block` may compute this scan: bounded decays, and numbers that cannot overflow.
+
+        Args:
+            operands: the operands of the scan.
+            gradients: the gradients of its results, for a backward pass.
+        """
+        g = self._pad(to_scan_order(operands.g, self.scan.grid, self.scan.direction)).astype(jnp.float32)
         if self.scan.gating:
             # softplus(-x) is at most max(-x, 0) + log 2.
             g = (jnp.maximum(-g, 0) + np.log(2.0).astype(np.float32)) / self.scan.gating.normalizer
         halves = jnp.abs(g).reshape(self.batch, -1, BLOCK // 2, g.shape[2] * g.shape[3])
-        numbers = [x for x in (*arrays[:3], *arrays[4:7], *others) if x is not None]
-        squares = [jnp.sum(jnp.square(as_floats(x).astype(jnp.float32))) for x in numbers]
-        small = [x < LARGEST_SQUARE for x in squares]
+        numbers = [x for x in (*operands[:3], *operands[4:7], *gradients) if x is not None]
+        small = [jnp.sum(jnp.square(x.astype(jnp.float32))) < LARGEST_SQUARE for x in numbers]
         return functools.reduce(jnp.logical_and, small, jnp.max(halves.sum(2)) < LARGEST_SUM)
 
     def prepare_tokens(
