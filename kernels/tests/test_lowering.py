@@ -113,15 +113,13 @@ def test_a_symbolic_batch_or_number_of_heads_runs_plain_jax_on_every_platform(pl
         oracle.assert_close([program.call(x)], [gradient(x)], 1e-6, ["dx"])
 
 
-# On either side of the batch size from which a CPU scans in blocks.
-@pytest.mark.parametrize("batch", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_program_with_a_symbolic_batch_has_the_same_bits_on_a_cpu(batch):
+def test_a_program_with_a_symbolic_batch_has_the_same_bits_on_a_cpu():
     symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 80, 1, 128"), jnp.float32)
 
     def scan(x):
         return gla(x, x, x, -x * x)
 
-    x = jax.random.normal(jax.random.key(0), (batch, 80, 1, 128))
+    x = jax.random.normal(jax.random.key(0), (2, 80, 1, 128))
     np.testing.assert_array_equal(exported(scan, "cpu", symbolic).call(x), jax.jit(scan)(x))
 
 

@@ -135,7 +135,7 @@ class Block:
 
         def select(mask, x):
             mask = jnp.asarray(np.broadcast_to(mask, (len(mask), *x.shape[1:])), jnp.float32)
-            shape = (len(x), *mask.shape)
+            shape = (x.shape[0], *mask.shape)
             return jnp.broadcast_to(mask, shape) * jnp.broadcast_to(x[:, None], shape)
 
         symmetric = jnp.where(np.tri(BLOCK, dtype=bool)[None], d_scores, d_scores_t)
