@@ -24,6 +24,8 @@ from dig_jax.files.paths import Path, make_folder
 from dig_jax.files.safetensors import StoredArray, open_safetensors, write_safetensors
 
 FORMAT = "dig-jax"
+HUB_FILE = "model.safetensors"
+"""Name of the parameter file in a folder that --mode=export wrote, and in a repository of the Hub."""
 CONVERT_HINT = "convert it with `python -m dig_jax.convert`"
 
 

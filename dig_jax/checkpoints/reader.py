@@ -17,7 +17,7 @@ from etils import epath
 
 from dig_jax import config
 from dig_jax.checkpoints.integrity import find_corruption, has_record
-from dig_jax.checkpoints.parameter_file import CONVERT_HINT, read_parameter_file
+from dig_jax.checkpoints.parameter_file import CONVERT_HINT, HUB_FILE, read_parameter_file
 from dig_jax.checkpoints.power_function import Profile, combination
 from dig_jax.checkpoints.s3 import prepare_orbax
 from dig_jax.components import Components, Params, network_params, without_unused_options
@@ -39,7 +39,7 @@ def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Par
     """Read the components, step and parameters of a trained model. All processes must call this.
 
     Args:
-        path: a workdir, a checkpoint directory in it, or a file that --mode=export wrote.
+        path: a workdir, a checkpoint directory in it, or a file or folder that --mode=export wrote.
         ema: the name of an average, such as "0.9999", or "params" for the parameters themselves. The default
             (None or "") is the average that the config samples from; an exported file holds only one. If the
             run keeps power-function averages, "length-0.12" or another length combines those of all its
@@ -54,6 +54,8 @@ def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Par
     """
     if not path.is_dir() and (path.exists() or path.suffix == ".safetensors"):
         return read_parameter_file(path, ema)
+    if (path / HUB_FILE).is_file() and not has_checkpoints(path):
+        return read_parameter_file(path / HUB_FILE, ema)
     if not has_checkpoints(path) and has_weights(path):
         raise CheckpointError(f"{path}: a folder of diffusers; {CONVERT_HINT}")
     return read_checkpoint(path, ema)

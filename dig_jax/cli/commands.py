@@ -133,10 +133,17 @@ def _encode(settings: Config, _: Path, values: FlagValues) -> None:
 
 def _export(settings: Config, workdir: Path, values: FlagValues) -> None:
     if not values.output:
-        raise ConfigError("missing --output; expected --output=FILE.safetensors, FILE.stablehlo or FILE.onnx")
-    from dig_jax.export.export import export
+        raise ConfigError(
+            "missing --output; expected --output=FILE.safetensors, FILE.stablehlo, FILE.onnx, FOLDER or"
+            " hf://OWNER/NAME"
+        )
+    from dig_jax.export.export import export, push
+    from dig_jax.files.hub import PREFIX
 
-    export(settings, workdir, to_path(values.output))
+    if values.output.startswith(PREFIX):
+        push(settings, workdir, values.output, values.license)
+    else:
+        export(settings, workdir, to_path(values.output), values.license)
 
 
 def _plan(settings: Config, _: Path, values: FlagValues) -> None:
@@ -206,12 +213,14 @@ COMMANDS = {
     ),
     "export": Command(
         _export,
-        ("output",),
-        summary="Write a file of parameters, or the sampler as a program.",
+        ("output", "license"),
+        summary="Write a file of parameters, the sampler as a program, or a folder with a model card.",
         about="dig_jax.load, --workdir and config.init_from read FILE.safetensors. FILE.stablehlo draws with"
-        " JAX alone.",
+        " JAX alone, FILE.onnx with ONNX Runtime. hf://OWNER/NAME uploads to the Hugging Face Hub. See"
+        " docs/guide/export.md.",
         examples=(
             f"{_DIGITS} --mode=export --output=digits.safetensors",
+            f"{_DIGITS} --mode=export --output=digits_model --license=apache-2.0",
             f"{_DIGITS} --mode=export --output=digits.stablehlo",
         ),
     ),

@@ -38,9 +38,11 @@ def define_flags() -> flags.FlagValues:
     text(
         "output",
         "The file to write. With --mode=export: FILE.safetensors for the parameters, FILE.stablehlo or"
-        " FILE.onnx for the sampler as a program. With --mode=sample: FILE.npz, by default"
+        " FILE.onnx for the sampler as a program, FOLDER or hf://OWNER/NAME for parameters with a model card."
+        " With --mode=sample: FILE.npz, by default"
         " WORKDIR/generated.npz. With --mode=evaluate: a directory for the scores, by default the workdir.",
     )
+    text("license", "With --mode=export and a model card: its license, as the Hub names it.")
     text(
         "images",
         "With --mode=evaluate: a folder of images or FILE.npz to score instead of a model.",

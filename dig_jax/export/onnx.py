@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.errors import ConfigError, UserError, install_command
+from dig_jax.export.stablehlo import described
 from dig_jax.models.registry import accepted_options
 from dig_jax.sampling.generate import generate_from
 from dig_jax.sampling.sampler import Sampler
@@ -66,13 +66,7 @@ def onnx_model(sampler: Sampler) -> bytes:
         model = to_onnx(draw, inputs, "images")
     except UnsupportedError as error:
         raise UserError(f"this sampler has no ONNX form: {error}") from error
-    about = {
-        **config_and_versions(sampler.components.config),
-        "images": sampler.components.image_spec.to_dict(),
-        "ema": sampler.components.config.sampled_ema,
-        "step": sampler.step,
-    }
-    helper.set_model_props(model, {"about": json.dumps(about)})
+    helper.set_model_props(model, {"about": json.dumps(described(sampler))})
     if (size := model.ByteSize()) > _LARGEST:
         raise UserError(f"this model is too large for an ONNX file: got {size} bytes; expected at most 2 GB")
     return model.SerializeToString()

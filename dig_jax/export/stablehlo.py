@@ -27,7 +27,7 @@ from dig_jax.checkpoints.parameter_file import by_name
 from dig_jax.errors import UserError, install_command, one_line
 from dig_jax.files.paths import Path
 from dig_jax.sampling.generate import generate
-from dig_jax.sampling.sampler import Sampler, to_pixels
+from dig_jax.sampling.sampler import Request, Sampler, to_pixels
 
 FORMAT = "dig-jax sampler"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -46,20 +46,9 @@ def entries(sampler: Sampler) -> dict[str, np.ndarray]:
         ConfigError: invalid sampling options.
         UserError: the package flatbuffers is missing, or the model's parts for this machine are not portable.
     """
-    try:
-        import flatbuffers as _  # noqa: F401  # used by jax.export
-    except ImportError as error:
-        raise UserError(
-            f"a StableHLO file needs the package flatbuffers: {install_command('export')}"
-        ) from error
+    _check_package()
     request = sampler.request()
-    trees: dict[str, Any] = {"model": sampler.params}
-    if request.weak_params is not None:
-        trees["weak_model"] = request.weak_params
-    autoencoder, graph = sampler.components.autoencoder, None
-    if autoencoder is not None:
-        graph, state = nnx.split(autoencoder)
-        trees["autoencoder"] = nnx.to_pure_dict(state)
+    trees, graph = _trees(sampler, request)
     parameters, structure = by_name(trees), jax.tree.structure(trees)
     names = list(parameters)
     rule = sampler.components.config.sampling.uint8
@@ -96,18 +85,42 @@ def entries(sampler: Sampler) -> dict[str, np.ndarray]:
             f"this sampler has no portable form on {jax.default_backend()}: {one_line(error)}; expected plain"
             " JAX, as with JAX_PLATFORMS=cpu"
         ) from error
-    about = {
-        "format": FORMAT,
-        "inputs": ["parameters", *inputs],
-        **config_and_versions(sampler.components.config),
-        "images": sampler.components.image_spec.to_dict(),
-        "ema": sampler.components.config.sampled_ema,
-        "step": sampler.step,
-    }
+    about = {"format": FORMAT, "inputs": ["parameters", *inputs], **described(sampler)}
     return {
         "about": np.array(json.dumps(about)),
         "program": np.frombuffer(program.serialize(), np.uint8),
         **{name: np.asarray(value) for name, value in parameters.items()},
+    }
+
+
+def _check_package() -> None:
+    try:
+        import flatbuffers as _  # noqa: F401  # jax.export imports it to serialize
+    except ImportError as error:
+        raise UserError(
+            f"a StableHLO file needs the package flatbuffers: {install_command('export')}"
+        ) from error
+
+
+def _trees(sampler: Sampler, request: Request) -> tuple[dict[str, Any], nnx.GraphDef | None]:
+    """Return all parameters by part, and the structure of the autoencoder, if there is one."""
+    trees: dict[str, Any] = {"model": sampler.params}
+    if request.weak_params is not None:
+        trees["weak_model"] = request.weak_params
+    if sampler.components.autoencoder is None:
+        return trees, None
+    graph, state = nnx.split(sampler.components.autoencoder)
+    return trees | {"autoencoder": nnx.to_pure_dict(state)}, graph
+
+
+def described(sampler: Sampler) -> dict[str, Any]:
+    """Return what a program says about its model: config, versions, images, average and step."""
+    config = sampler.components.config
+    return {
+        **config_and_versions(config),
+        "images": sampler.components.image_spec.to_dict(),
+        "ema": config.sampled_ema,
+        "step": sampler.step,
     }
 
 

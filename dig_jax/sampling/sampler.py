@@ -14,13 +14,15 @@ from jaxtyping import Float, Int, Int32, UInt8
 
 from dig_jax.autoencoder import Autoencoder, to_uint8
 from dig_jax.checkpoints.frozen_model import read_frozen_model
+from dig_jax.checkpoints.parameter_file import HUB_FILE
 from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components, ModelSpec, Params
 from dig_jax.config import Config, check_same
 from dig_jax.data.class_names import class_index
 from dig_jax.diffusion.samplers import Dopri5
 from dig_jax.errors import naming_implementation, naming_setting
-from dig_jax.files.paths import to_path
+from dig_jax.files.hub import PREFIX, download, repository_of
+from dig_jax.files.paths import Path, to_path
 from dig_jax.parallel import (
     batch_sharding,
     batch_shards,
@@ -325,8 +327,8 @@ def load(
     """Load a sampler from a training run.
 
     Args:
-        path: a workdir (the newest intact checkpoint is used), a checkpoint directory in it, or a file that
-            --mode=export wrote.
+        path: a workdir (the newest intact checkpoint is used), a checkpoint directory in it, a file or folder
+            that --mode=export wrote, or "hf://owner/name", a model of the Hugging Face Hub.
         ema: decay of the average to sample from, such as "0.9999", or "params" for the parameters themselves;
             by default the config's choice.
         autoencoder: folder, file or Hugging Face repository of the autoencoder that decodes latents; by
@@ -341,7 +343,7 @@ def load(
     """
     if ema is None and settings is not None:
         ema = settings.sampled_ema
-    stored, step, params = read_model(to_path(path), ema)
+    stored, step, params = read_model(_local(path), ema)
     if settings is None:
         # The implementation that trained the model may not run on this machine.
         model = dataclasses.replace(stored.config.model, implementation=None)
@@ -354,6 +356,14 @@ def load(
     sampler = Sampler(stored.with_config(settings), params, step=step, mesh=mesh)
     _ = sampler.evaluations  # validate config.sampling before anything is drawn
     return sampler
+
+
+def _local(path: str | os.PathLike) -> Path:
+    """Return a path, after downloading a model of the Hub."""
+    if not str(path).startswith(PREFIX):
+        return to_path(path)
+    with naming_setting(str(path)):
+        return download(repository_of(str(path)), HUB_FILE)
 
 
 def _indices(labels: Labels, class_names: Sequence[str]) -> Numbers:
