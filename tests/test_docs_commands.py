@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.compare import __main__ as compare
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.cli import command_line, commands
 from dig_jax.cli.flags import define_flags
@@ -106,6 +107,8 @@ def is_exercised(words: list[str], config_json: Path) -> bool:
         check_main(words[1:], config_json)
     elif words[:3] == ["python", "-m", "dig_jax.convert"]:
         convert._parser().parse_args(words[3:])
+    elif words[:3] == ["python", "-m", "benchmarks.compare"]:
+        compare.make_parser().parse_args(words[3:])
     elif words[0] == "python" and words[1].endswith(".py"):
         return (ROOT / words[1]).exists() or (ROOT / "kernels" / words[1]).exists()
     else:

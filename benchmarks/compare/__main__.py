@@ -1,0 +1,97 @@
+"""Compare DiG with its rivals: time, memory and throughput of a train step and a guided sampling step.
+
+    python -m benchmarks.compare --chips v6e v5e h200        computed for chips that need not be there
+    python -m benchmarks.compare                             measured on this machine's device
+    python -m benchmarks.compare --page                      write docs/benchmarks/models.md and its figures
+
+--models, --sizes, --pixels and --phases select cases. Rows in benchmarks/compare/record.json are skipped, so
+an interrupted run can be continued; --again replaces them.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import logging
+import pathlib
+import sys
+import time
+
+from benchmarks.compare import computed, measured, page
+from benchmarks.compare.cases import MODELS, PHASES, SIZES, Case, cases
+from benchmarks.compare.record import Record
+from dig_jax.errors import UserError
+from dig_jax.progress import Progress
+
+RECORD = pathlib.Path(__file__).with_name("record.json")
+VERSIONS = ("jax", "libtpu", "jax-cuda13-plugin")
+THIS = "this"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--chips", nargs="+", default=[THIS], choices=[THIS, *computed.TOPOLOGIES])
+    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS)
+    parser.add_argument("--sizes", nargs="+", default=["S", "XL"], choices=SIZES)
+    parser.add_argument("--pixels", nargs="+", type=int, default=[256, 512, 1024, 2048])
+    parser.add_argument("--phases", nargs="+", default=[*PHASES], choices=PHASES)
+    parser.add_argument(
+        "--batch", type=int, help="images of a batch, in place of the pixels of one of 2,048 px"
+    )
+    parser.add_argument("--record", type=pathlib.Path, default=RECORD)
+    parser.add_argument("--again", action="store_true", help="replace rows that are in the record")
+    parser.add_argument(
+        "--page", action="store_true", help="write the page from the record, and nothing else"
+    )
+    return parser
+
+
+def main() -> None:
+    """Add the missing rows to the record, or write the page."""
+    options = make_parser().parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    record = Record.read(options.record)
+    if options.page:
+        page.write(record)
+        return
+    wanted = list(cases(options.models, options.sizes, options.pixels, options.phases, options.batch))
+    work = [(case, chip) for chip in options.chips for case in wanted]
+    missing = [
+        pair for pair in work if options.again or f"{pair[0].name} @ {device_of(pair[1])}" not in record.rows
+    ]
+    progress = Progress("row", first=0, total=len(missing))
+    for done, (case, chip) in enumerate(missing, start=1):
+        add(record, case, chip)
+        progress.show(done)
+    progress.close()
+
+
+def device_of(chip: str) -> str:
+    """Return the device's name in the record."""
+    return measured.device_name() if chip == THIS else chip
+
+
+def add(record: Record, case: Case, chip: str) -> None:
+    """Make a row, write it and print it. A case that cannot be run gets a row that says why."""
+    began = time.monotonic()
+    try:
+        row = measured.row(case) if chip == THIS else computed.row(case, chip)
+    except UserError as error:
+        row = {"error": str(error)}
+    row |= {"seconds": round(time.monotonic() - began), "date": datetime.date.today().isoformat()}
+    row["versions"] = {
+        name: importlib.metadata.version(name)
+        for name in VERSIONS
+        if any(importlib.metadata.distributions(name=name))
+    }
+    name = f"{case.name} @ {device_of(chip)}"
+    record.add(name, row)
+    print(f"{name}: {page.describe(row)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

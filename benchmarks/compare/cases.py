@@ -1,0 +1,84 @@
+"""What is compared: models, sizes, resolutions and phases, and the config of each case."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+from configs import imagenet
+from dig_jax import config
+from dig_jax.planning.plan import without_data
+
+# Label of a model → its name in a size, and the implementation of its softmax attention.
+MODELS = {
+    "DiG": ({"S": "DiG-S/2", "B": "DiG-B/2", "XL": "DiG-XL/2"}, None),
+    "U-DiG": ({"S": "U-DiG-S", "B": "U-DiG-B", "XL": "U-DiG-XL"}, None),
+    "DiS": ({"S": "DiS-384x24/2", "B": "DiS-768x26/2", "XL": "DiS-1152x64/2"}, None),
+    "DiT": ({"S": "DiT-S/2", "B": "DiT-B/2", "XL": "DiT-XL/2"}, "flash"),
+    "DiT, plain": ({"S": "DiT-S/2", "B": "DiT-B/2", "XL": "DiT-XL/2"}, "plain"),
+    "hybrid": ({"S": "DiG-S/2", "B": "DiG-B/2", "XL": "DiG-XL/2"}, "flash"),
+}
+SIZES = ("S", "B", "XL")
+PHASES = ("train", "sample")
+# Pixels of an image of 2,048 px, which every batch has: 64 images of 256 px, 16 of 512, 4 of 1,024. So all
+# steps of a model have the same number of tokens. An image of 1,792 px is alone.
+_PIXELS = 2048**2
+SAMPLER_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program to compare.
+
+    model: a label of `MODELS`.
+    size: "S", "B" or "XL".
+    pixels: height and width of the images; latents are an eighth of them.
+    phase: "train", a train step, or "sample", a guided step of DDPM.
+    batch: images; None: as many as have the pixels of one image of 2,048 px.
+    """
+
+    model: str
+    size: str
+    pixels: int
+    phase: str
+    batch: int | None = None
+
+    @property
+    def images(self) -> int:
+        """Images of a batch."""
+        return self.batch or max(_PIXELS // self.pixels**2, 1)
+
+    @property
+    def name(self) -> str:
+        """The case in words."""
+        batch = f" batch={self.batch}" if self.batch else ""
+        return f"{self.model} {self.size} {self.pixels} {self.phase}{batch}"
+
+    @property
+    def attention(self) -> str | None:
+        """Implementation of softmax attention: "flash", the best of the device, "plain", or None."""
+        return MODELS[self.model][1]
+
+    def settings(self) -> config.Config:
+        """Return the config: the recipe `ours`, in bfloat16 with full rematerialization."""
+        c = imagenet.get_config(MODELS[self.model][0][self.size], "256", "ours")
+        c.model.remat = "block" if self.pixels >= 1024 else "full"  # what is better for DiG
+        c.data.options.image_size = self.pixels // 8
+        c.data.batch_size = c.sampling.batch_size = self.images
+        c.sampling.steps = SAMPLER_STEPS
+        if self.pixels >= 1024:
+            c.model.remat = "block"  # as in the recipe at this resolution
+        if self.model == "hybrid":
+            c.model.mixer = "gla*3+softmax"
+        return without_data(config.from_dict(c.to_dict()))
+
+
+def cases(
+    models: Sequence[str],
+    sizes: Sequence[str],
+    pixels: Sequence[int],
+    phases: Sequence[str],
+    batch: int | None = None,
+) -> Iterator[Case]:
+    """Yield all combinations."""
+    for size, phase, number, model in itertools.product(sizes, phases, pixels, models):
+        yield Case(model, size, number, phase, batch)

@@ -1,0 +1,162 @@
+"""Tables and figures of docs/benchmarks/compare.md, from the record."""
+
+import collections
+import itertools
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.compare.cases import MODELS
+from benchmarks.compare.record import Record
+from dig_jax.hardware.chips import CHIPS, Chip
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "benchmarks" / "compare.md"
+IMAGES = ROOT / "docs" / "images"
+BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
+PHASES = {"train": "Train step", "sample": "Guided sampling step"}
+_ATTENTION = {"DiT": "DiT, flash attention", "DiT, plain": "DiT, plain attention"}
+_LINE = 3  # a panel has points of at least this many resolutions
+_CHIPS = ("v5e", "v6e", "tpu7x", "h100", "h200")
+Row = Mapping[str, Any]
+
+
+def describe(row: Row) -> str:
+    """Return a row in words."""
+    if "error" in row:
+        return row["error"]
+    memory = f"{row['bytes'] / 2**30:.2f} GiB"
+    if "milliseconds" in row:
+        times = ", ".join(f"{name} {t:.2f}" for name, t in row["milliseconds"].items())
+        return f"{memory}, at best {row['images_per_second']:.4g} images/s ({times} ms)"
+    if "step_milliseconds" in row:
+        return f"{memory}, {row['images_per_second']:.4g} images/s"
+    return f"{memory}: too much"
+
+
+def write(record: Record) -> None:
+    """Replace the tables of the page, and draw its figures."""
+    rows = [row for row in record.rows.values() if "error" not in row]
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    tables = "\n".join([*_ratios(rows), *_tables(rows)])
+    PAGE.write_text(before + BEGIN + tables + "\n" + END + rest.partition(END)[2])
+    for quantity in ("memory", "time"):
+        if panels := _panels(rows):
+            _figure(panels, quantity).savefig(IMAGES / f"compare_{quantity}.png", dpi=130)
+
+
+def _ratios(rows: Sequence[Row]) -> Iterator[str]:
+    """Compare DiG-XL with the faster attention of DiT-XL on all chips, by the programs for the v6e."""
+    timed = [row for row in rows if row["device"] == "v6e" and row["size"] == "XL" and "traffic" in row]
+    pixels = sorted({row["pixels"] for row in timed})
+    yield "**Speed of DiG-XL/2 / speed of DiT-XL/2 with its faster attention, computed**\n"
+    yield f"| step | chip | {' | '.join(f'{number:,} px' for number in pixels)} |"
+    yield "|" + "---|" * (2 + len(pixels))
+    for phase, chip in itertools.product(PHASES, _CHIPS):
+        cells = []
+        for number in pixels:
+            seconds = {
+                model: [_seconds(row, CHIPS[chip]) for row in timed if _is(row, model, phase, number)]
+                for model in ("DiG", "DiT", "DiT, plain")
+            }
+            dit = seconds["DiT"] + seconds["DiT, plain"]
+            cells.append(f"{min(dit) / seconds['DiG'][0]:.2f}" if dit and seconds["DiG"] else "")
+        if any(cells):
+            yield f"| {PHASES[phase].lower()} | {chip} | {' | '.join(cells)} |"
+    yield "\n*The programs for the v6e at the peak rates of each chip.*\n"
+
+
+def _is(row: Row, model: str, phase: str, pixels: int) -> bool:
+    return (row["model"], row["phase"], row["pixels"]) == (model, phase, pixels)
+
+
+def _seconds(row: Row, chip: Chip) -> float:
+    """Return the roofline time of a row's step at a chip's rates in bfloat16."""
+    return max(row["flops"] / chip.flops["bfloat16"], row["traffic"] / chip.bandwidth)
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[str]:
+    def key(row: Row) -> tuple:
+        return row["kind"], row["device"], row["size"], row["phase"]
+
+    for (kind, device, size, phase), group in itertools.groupby(sorted(rows, key=key), key):
+        group = list(group)
+        versions = ", ".join(f"{name} {version}" for name, version in group[0]["versions"].items())
+        pixels = sorted({row["pixels"] for row in group})
+        yield f"**{PHASES[phase]} of size {size}, one {device}, {kind}**\n"
+        yield f"| model | {' | '.join(f'{number:,} px' for number in pixels)} |"
+        yield "|" + "---|" * (1 + len(pixels))
+        found = {(row["model"], row["pixels"]): row for row in group}
+        for model in MODELS:
+            cells = [_cell(found.get((model, number))) for number in pixels]
+            if any(cells):
+                yield f"| {_ATTENTION.get(model, model)} | {' | '.join(cells)} |"
+        dates = sorted({row["date"] for row in group})
+        yield f"\n*{versions}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.*\n"
+
+
+def _cell(row: Row | None) -> str:
+    """Return milliseconds per image, what bounds them, and GiB."""
+    if row is None:
+        return ""
+    memory = f"{row['bytes'] / 2**30:.2f} GiB"
+    if "images_per_second" not in row:
+        return f"does not fit: {memory}"
+    bound = f" ({row['bound']})" if "bound" in row else ""
+    return f"{1e3 / row['images_per_second']:.3g} ms{bound}, {memory}"
+
+
+def _panels(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Return the v6e's rows of each size and phase that has enough resolutions for a line."""
+    panels = collections.defaultdict(list)
+    for row in rows:
+        if row["device"] == "v6e":
+            panels[row["size"], row["phase"]].append(row)
+    return {
+        panel: panels[panel]
+        for panel in sorted(panels, reverse=True)
+        if len({row["pixels"] for row in panels[panel]}) >= _LINE
+    }
+
+
+def _figure(panels: Mapping[tuple[str, str], Sequence[Row]], quantity: str) -> Figure:
+    """Draw memory or time against the resolution."""
+    size = (3 + 4 * len(panels), 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for ((size, phase), rows), axis in zip(panels.items(), axes[0], strict=True):
+        _panel(axis, rows, quantity)
+        axis.set_title(f"{PHASES[phase].lower()}, size {size}", fontsize=10)
+    axes[0][0].set_ylabel("GiB of memory" if quantity == "memory" else "ms for 2,048² pixels, roofline")
+    handles = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+    figure.legend(handles.values(), handles.keys(), fontsize=9, loc="outside right upper")
+    figure.suptitle("One TPU v6e, computed from compiled programs", fontsize=11)
+    return figure
+
+
+def _panel(axis: Axes, rows: Sequence[Row], quantity: str) -> None:
+    def value(row: Row) -> float:
+        if quantity == "memory":
+            return row["bytes"] / 2**30
+        return 1e3 / row["images_per_second"] * (2048 / row["pixels"]) ** 2
+
+    for number, model in enumerate(MODELS):
+        points = sorted(
+            (row["pixels"], value(row))
+            for row in rows
+            if row["model"] == model and (quantity == "memory" or "images_per_second" in row)
+        )
+        if points:
+            name = _ATTENTION.get(model, model)
+            axis.plot(*zip(*points, strict=True), "o-", color=f"C{number}", label=name)
+    if quantity == "memory":
+        axis.axhline(rows[0]["limit"] / 2**30, color="gray", linestyle=":", label="memory of the chip")
+    ticks = sorted({row["pixels"] for row in rows})
+    axis.set(xscale="log", xlabel="pixels along a side")
+    axis.set_ylim(bottom=0)
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
