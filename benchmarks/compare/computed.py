@@ -1,4 +1,4 @@
-"""Figures of a case on a chip that need not be there, from its compiled program (docs/plan.md)."""
+"""Figures of a case on a chip that need not be there, from its compiled program (docs/guide/plan.md)."""
 
 import dataclasses
 import functools
