@@ -54,10 +54,11 @@ def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Par
     """
     if not path.is_dir() and (path.exists() or path.suffix == ".safetensors"):
         return read_parameter_file(path, ema)
-    if (path / HUB_FILE).is_file() and not has_checkpoints(path):
-        return read_parameter_file(path / HUB_FILE, ema)
-    if not has_checkpoints(path) and has_weights(path):
-        raise CheckpointError(f"{path}: a folder of diffusers; {CONVERT_HINT}")
+    if not has_checkpoints(path):
+        if (path / HUB_FILE).exists():
+            return read_parameter_file(path / HUB_FILE, ema)
+        if has_weights(path):
+            raise CheckpointError(f"{path}: a folder of diffusers; {CONVERT_HINT}")
     return read_checkpoint(path, ema)
 
 
