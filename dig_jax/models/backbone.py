@@ -1,10 +1,11 @@
 """Embeddings, a stack of blocks and the final layer: the diffusion transformer (DiT, figure 3)."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -19,6 +20,7 @@ from dig_jax.models.embeddings import (
     unpatchify,
 )
 from dig_jax.models.layers import Linear, NormKind, xavier
+from dig_jax.models.packing import Grid, PackedGrids, check_packable
 from dig_jax.parallel import constrain_batch, constrain_rows, context_size
 
 
@@ -126,6 +128,11 @@ class ModelOptions:
         return self.mlp_hidden_size * level.width // self.hidden_size
 
     @property
+    def packable(self) -> bool:
+        """Whether several images can run as one sequence of tokens."""
+        return len(self.levels) == 1
+
+    @property
     def final_norm(self) -> NormKind:
         """Norm of the final layer."""
         return "layer"
@@ -181,13 +188,16 @@ def make_stage(options: ModelOptions, level: Level, num_classes: int, rngs: nnx.
 
 
 class Condition(NamedTuple):
-    """What a model is asked for: timesteps [b], labels [b] or None, and which labels are dropped [b]."""
+    """What a model is asked for: timesteps, labels or None, and which labels are dropped.
 
-    t: Float[Array, " b"] | Int[Array, " b"]
-    y: Int[Array, " b"] | None
-    drop: Bool[Array, " b"] | None
+    One per image: [b], or for n packed images [b, n].
+    """
 
-    def embedded(self, time: TimestepEmbedding, label: LabelEmbedding | None) -> Float[Array, "b d"]:
+    t: Float[Array, "*b"] | Int[Array, "*b"]
+    y: Int[Array, "*b"] | None
+    drop: Bool[Array, "*b"] | None
+
+    def embedded(self, time: TimestepEmbedding, label: LabelEmbedding | None) -> Float[Array, "*b d"]:
         """Return the sum of the embeddings of timestep and label."""
         c = time(self.t)
         if label is not None:
@@ -291,6 +301,53 @@ class DiffusionTransformer(nnx.Module):
         (stack, conditions), grid = self._run_blocks(x, Condition(t, y, drop), ())
         return self._image(self.final, stack.output, self.options.levels[-1], conditions, grid)
 
+    def packed(
+        self,
+        images: Sequence[Float[Array, "b _height _width c"]],
+        t: Float[Array, "b n"] | Int[Array, "b n"],
+        y: Int[Array, "b n"] | None = None,
+        *,
+        drop: Bool[Array, "b n"] | None = None,
+    ) -> list[Float[Array, "b _height _width out"]]:
+        """Predict for n images of any sizes per sequence of tokens (`packing.py`).
+
+        Each image gets what a call with it alone returns, up to rounding.
+
+        Args:
+            images: n batches of noisy images, each of one size; sequence i holds image i of each batch.
+            t: timesteps in 0…1000.
+            y: labels, as in a call.
+            drop: as in a call.
+
+        Returns:
+            The prediction for each batch of images.
+
+        Raises:
+            ValueError: an image size, model or mesh that does not support it, or numbers that do not match.
+        """
+        check_packable(self.options.packable, images, t)
+        for x in images:
+            self.options.check_size(*x.shape[1:3])
+        grids = PackedGrids(
+            tuple((x.shape[1] // self.patch_size, x.shape[2] // self.patch_size) for x in images)
+        )
+        tokens = self.patch_embed(jnp.concatenate([patchify(x, self.patch_size) for x in images], axis=1))
+        positions = np.concatenate([self._positions(grid) for grid in grids.grids])
+        tokens = tokens + jnp.asarray(positions, tokens.dtype)
+        stack, conditions = self._run_levels(tokens, Condition(t, y, drop), grids, (), None)
+        (level,) = self.options.levels
+        return [
+            self._image(self.final, own, level, {level: conditions[level][:, index]}, grid)
+            for index, (own, grid) in enumerate(grids.split(stack.output))
+        ]
+
+    def _positions(self, grid: tuple[int, int]) -> Float[np.ndarray, "t d"]:
+        """Return the positions of the tokens of a grid."""
+        span = None
+        if self.options.positions == "interpolated":
+            span = (self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size)
+        return sincos_positions(grid, self.hidden_size, span)
+
     def outputs(
         self,
         x: Float[Array, "b height width c"],
@@ -336,14 +393,11 @@ class DiffusionTransformer(nnx.Module):
             if not 0 <= tap < self.options.depth:
                 raise ValueError(f"block out of range: got {tap}; expected 0 … {self.options.depth - 1}")
         tokens = self.patch_embed(patchify(constrain_rows(x), self.patch_size))
-        span = None
-        if self.options.positions == "interpolated":
-            span = (self.input_size[0] // self.patch_size, self.input_size[1] // self.patch_size)
-        tokens = tokens + jnp.asarray(sincos_positions(grid, self.hidden_size, span), tokens.dtype)
+        tokens = tokens + jnp.asarray(self._positions(grid), tokens.dtype)
         return self._run_levels(tokens, condition, grid, taps, features), grid
 
     def _run_levels(
-        self, x: Array, condition: Condition, grid: tuple[int, int], taps: Collection[int], features: Any
+        self, x: Array, condition: Condition, grid: Grid, taps: Collection[int], features: Any
     ) -> LevelOutputs:
         """Run the blocks of all levels, here of the only one."""
         (level,) = self.options.levels

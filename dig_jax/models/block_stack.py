@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from dig_jax.models.blocks import Block, BlockSpec, Features
 from dig_jax.models.layers import Linear, xavier
+from dig_jax.models.packing import Grid, PackedGrids
 from dig_jax.parallel import axis_sizes, gather_params, save_all_but_gathered
 from dig_jax.rngs import make_rngs
 
@@ -197,16 +198,16 @@ class BlockStack(nnx.Module):
         self.skips = None if pattern.skip is None else stacked(make_skip, depth // 2 - 1)
 
     def __call__(
-        self, x: Float[Array, "b t d"], c: Float[Array, "b d"], grid: tuple[int, int]
+        self, x: Float[Array, "b t d"], c: Float[Array, "b *n d"], grid: Grid
     ) -> Float[Array, "b t d"]:
-        """Run all blocks on tokens in raster order on a grid of (rows, columns), under the condition c."""
+        """Run all blocks on tokens in raster order on a grid, under the condition c of each image."""
         return self.run(x, c, grid, ()).output
 
     def run(
         self,
         x: Float[Array, "b t d"],
-        c: Float[Array, "b d"],
-        grid: tuple[int, int],
+        c: Float[Array, "b *n d"],
+        grid: Grid,
         taps: Collection[int],
         features: StackFeatures | Literal["keep"] | None = None,
         then: Mapping[int, Callable[[Array], Array]] = MappingProxyType({}),
@@ -252,7 +253,7 @@ class BlockStack(nnx.Module):
         x: Array,
         joins: list | None,
         c: Array,
-        grid: tuple[int, int],
+        grid: Grid,
         features: list[Features] | Literal["keep"] | None,
     ) -> tuple[Array, list[Array], list[Features]]:
         """Run a segment; return its output, with skip="store" the outputs of each block, and kept features.
@@ -303,9 +304,7 @@ class BlockStack(nnx.Module):
         graphdef, params = nnx.split(self.groups[position])
         return graphdef, _layers_of(params, layer, segment.repeats)
 
-    def _joins(
-        self, segment: Segment, outputs: list[Array], grid: tuple[int, int]
-    ) -> list[tuple[Array, Any]]:
+    def _joins(self, segment: Segment, outputs: list[Array], grid: Grid) -> list[tuple[Array, Any]]:
         """Return the skip and the parameters of the joining map for each block of a segment.
 
         Args:
@@ -319,6 +318,7 @@ class BlockStack(nnx.Module):
                 skip = skip[::-1]  # the first repetition joins outputs of the last one
             # The depth is even, so odd blocks join outputs of even blocks.
             if self.transposed_skips and (segment.start + number) % 2:
+                assert not isinstance(grid, PackedGrids)
                 on_grid = skip.reshape(*skip.shape[:-2], *grid, skip.shape[-1])
                 skip = on_grid.swapaxes(-3, -2).reshape(skip.shape)
             joins.append((skip, _layers_of(params, first + number, segment.repeats, step=segment.size)))

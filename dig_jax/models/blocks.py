@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dig_jax.models.layers import DepthwiseConv, Linear, Modulation, Norm, NormKind, modulate
+from dig_jax.models.packing import Grid, per_token
 from dig_jax.parallel import constrain_tokens
 
 ConvPlacement = Literal["after", "inside"]
@@ -27,7 +28,7 @@ class BlockSpec:
             "inside" puts it between modulate and the mixer; None omits it.
     """
 
-    mixer: Callable[..., Callable[[Array, tuple[int, int]], Array]]
+    mixer: Callable[..., Callable[[Array, Grid], Array]]
     mlp: Callable[..., Callable[[Array], Array]]
     conv: ConvPlacement | None = None
     norm: NormKind = "layer"
@@ -45,21 +46,21 @@ class Block(nnx.Module):
         self.conv_inside = spec.conv == "inside"
 
     def __call__(
-        self, x: Float[Array, "b t d"], c: Float[Array, "b d"], grid: tuple[int, int]
+        self, x: Float[Array, "b t d"], c: Float[Array, "b *n d"], grid: Grid
     ) -> Float[Array, "b t d"]:
-        """Transform tokens x, in raster order on a grid of (rows, columns), under the condition c."""
+        """Transform tokens x, in raster order on a grid, under the condition c of each image."""
         return self.run(x, c, grid)[0]
 
     def run(
         self,
         x: Float[Array, "b t d"],
-        c: Float[Array, "b d"],
-        grid: tuple[int, int],
+        c: Float[Array, "b *n d"],
+        grid: Grid,
         features: Features | None = None,
     ) -> tuple[Float[Array, "b t d"], Features]:
         """Also return the outputs of the mixer and the MLP, or take given ones in their place."""
         x = constrain_tokens(x)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(v, grid) for v in self.modulation(c))
         if features is None:
             y = modulate(self.norm1(x), shift1, scale1)
             if self.conv is not None and self.conv_inside:
@@ -67,12 +68,12 @@ class Block(nnx.Module):
             mixed = constrain_tokens(self.mixer(y, grid))
         else:
             mixed = features[0]
-        x = x + gate1[:, None] * mixed
+        x = x + gate1 * mixed
         if features is None:
             transformed = constrain_tokens(self.mlp(modulate(self.norm2(x), shift2, scale2)))
         else:
             transformed = features[1]
-        x = x + gate2[:, None] * transformed
+        x = x + gate2 * transformed
         if self.conv is not None and not self.conv_inside:
             x = self.conv(x, grid)
         return x, (mixed, transformed)
@@ -100,5 +101,5 @@ class FinalLayer(nnx.Module):
         """Return each token's patch in (row, column, channel) order."""
         x = self.norm(x)
         if self.modulation is not None:
-            x = modulate(x, *self.modulation(c))
+            x = modulate(x, *(vector[:, None] for vector in self.modulation(c)))
         return self.linear(x)

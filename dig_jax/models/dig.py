@@ -181,6 +181,11 @@ class DiGOptions(GLAOptions):
     def _transposed_skips(self) -> bool:
         return self.skip is not None and self.skip_alignment == "upstream"
 
+    @property
+    def packable(self) -> bool:
+        """Without skips whose rows and columns are exchanged."""
+        return not self._transposed_skips
+
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for an image size that the model does not support."""
         super().check_size(height, width)

@@ -45,6 +45,11 @@ class DiSOptions(ModelOptions):
             if (value := getattr(self, name)) != absent:
                 raise ValueError(f"unsupported {name}={value} of DiS; expected {absent}: it has no {part}")
 
+    @property
+    def packable(self) -> bool:
+        """No: label and timestep are tokens, and positions are learned for one image."""
+        return False
+
 
 class DiS(DiffusionTransformer):
     """A denoiser of images [b, height, width, c] of one size, whose blocks mix tokens with Mamba scans.

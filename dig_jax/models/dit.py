@@ -16,6 +16,7 @@ from dig_jax.models.blocks import BlockSpec
 from dig_jax.models.embeddings import BottleneckEmbedding, ClassTokens
 from dig_jax.models.layers import GeluMLP, NormKind, SwiGLU
 from dig_jax.models.mixers import SoftmaxAttention
+from dig_jax.models.packing import Grid
 from dig_jax.parallel import context_size
 
 
@@ -61,6 +62,11 @@ class DiTOptions(ModelOptions):
             )
 
     @property
+    def packable(self) -> bool:
+        """Without class tokens, which precede the tokens of one image."""
+        return not self.class_tokens
+
+    @property
     def final_norm(self) -> NormKind:
         """Norm of the final layer, the same as in the blocks."""
         return self.norm
@@ -103,7 +109,7 @@ class DiT(DiffusionTransformer):
         self.class_tokens = ClassTokens(count, width, rngs=rngs) if count else None
 
     def _run_levels(
-        self, x: Array, condition: Condition, grid: tuple[int, int], taps: Collection[int], features: Any
+        self, x: Array, condition: Condition, grid: Grid, taps: Collection[int], features: Any
     ) -> LevelOutputs:
         """Run the blocks, some with the class tokens in front of the image's, which alone are returned."""
         condition = condition._replace(t=_embedded_time(self.options, condition.t))

@@ -54,11 +54,11 @@ def sincos_positions(
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def timestep_features(t: Float[Array, " b"] | Int[Array, " b"], size: int = 256) -> Float[Array, "b f"]:
+def timestep_features(t: Float[Array, "*b"] | Int[Array, "*b"], size: int = 256) -> Float[Array, "*b f"]:
     """Return [cos, sin] of t·10000^(-i / (size/2)) in float32, for t in 0…1000."""
     half = size // 2
     frequencies = jnp.exp(-math.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = t.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -72,7 +72,7 @@ class TimestepEmbedding(nnx.Module):
         self.hidden = Linear(self.frequencies, width, **options)
         self.out = Linear(width, width, **options)
 
-    def __call__(self, t: Float[Array, " b"] | Int[Array, " b"]) -> Float[Array, "b d"]:
+    def __call__(self, t: Float[Array, "*b"] | Int[Array, "*b"]) -> Float[Array, "*b d"]:
         """Embed timesteps in 0…1000."""
         return self.out(jax.nn.silu(self.hidden(timestep_features(t, self.frequencies))))
 
@@ -85,8 +85,8 @@ class LabelEmbedding(nnx.Module):
         self.table = nnx.Embed(num_classes + 1, width, embedding_init=normal_002, rngs=rngs)
 
     def __call__(
-        self, y: Int[Array, " b"] | None, drop: Bool[Array, " b"] | None, t: Num[Array, " b"]
-    ) -> Float[Array, "b d"]:
+        self, y: Int[Array, "*b"] | None, drop: Bool[Array, "*b"] | None, t: Num[Array, "*b"]
+    ) -> Float[Array, "*b d"]:
         """Embed labels of as many images as `t` has; `y=None` and `drop=True` select the null class."""
         null = jnp.full_like(t, self.num_classes, jnp.int32)
         y = null if y is None else y

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from dig_jax.models.packing import per_image
 from dig_jax.parallel import (
     BATCH_AXES,
     axis_sizes,
@@ -77,10 +78,10 @@ class Norm(nnx.Module):
 
 
 def modulate(
-    x: Float[Array, "b t d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+    x: Float[Array, "b t d"], shift: Float[Array, " b #t d"], scale: Float[Array, " b #t d"]
 ) -> Float[Array, "b t d"]:
-    """Return x·(1 + scale) + shift, with one shift and scale per image."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """Return x·(1 + scale) + shift, with one shift and scale per image or per token."""
+    return x * (1 + scale) + shift
 
 
 class Modulation(nnx.Module):
@@ -91,9 +92,9 @@ class Modulation(nnx.Module):
         zeros = nnx.initializers.zeros_init()
         self.linear = Linear(width, count * width, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
-    def __call__(self, c: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
+    def __call__(self, c: Float[Array, "b *n d"]) -> list[Float[Array, "b *n d"]]:
         """Return the vectors in the order shift, scale, gate, shift, …"""
-        vectors = constrain(self.linear(jax.nn.silu(c)), BATCH_AXES, "tensor")
+        vectors = constrain(self.linear(jax.nn.silu(c)), BATCH_AXES, *[None] * (c.ndim - 2), "tensor")
         return jnp.split(constrain_batch(vectors), self.count, axis=-1)
 
 
@@ -162,6 +163,7 @@ class DepthwiseConv(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((3, 3, width)).at[1, 1].set(1.0))
         self.bias = nnx.Param(jnp.zeros(width))
 
+    @per_image
     def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
         """Convolve tokens in raster order on a grid of (rows, columns)."""
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)

@@ -10,11 +10,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-from pallas_gla import gated_gla_2d, gla_2d
+from pallas_gla import gated_gla_2d, gla, gla_2d
 
 from dig_jax.errors import suggest
 from dig_jax.models.layers import EPSILON, Linear
 from dig_jax.models.mixers.heads import split_heads
+from dig_jax.models.packing import Grid, PackedGrids
 from dig_jax.parallel import local_grid, shard_map_rows
 
 # GLA initializes its projections with gain 2^-2.5 (Yang et al. 2023): Xavier-uniform, variance times 2^-5.
@@ -118,14 +119,17 @@ class GatedLinearAttention(nnx.Module):
         self.norm_weight = nnx.Param(jnp.ones(values // num_heads))
         self.o_proj = linear(values, width)
 
-    def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
-        """Mix tokens in raster order on a grid of (rows, columns)."""
+    def __call__(self, x: Float[Array, "b t d"], grid: Grid) -> Float[Array, "b t d"]:
+        """Mix the tokens of each image, in raster order on its grid."""
 
         def heads(y: Array) -> Array:
             return split_heads(_flat(y), self.num_heads)
 
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         logits, out_gate = heads(self.decay_up(self.decay_down(x))), heads(self.gate_proj(x))
+        if isinstance(grid, PackedGrids):
+            o = self._gated(self._scan_packed(q, k, v, logits, grid), out_gate)
+            return self.o_proj(_flat(o.reshape(*x.shape[:2], -1)))
         halved = half_lives(self.gate_normalizer, grid, self.direction, self.num_heads)
         options = {
             "grid": local_grid(grid),
@@ -141,6 +145,38 @@ class GatedLinearAttention(nnx.Module):
             core = functools.partial(gated_gla_2d, gate_normalizer=halved, **options)
             o = shard_map_rows(core, q, k, v, logits, out_gate, self.norm_weight[...])
         return self.o_proj(_flat(o.reshape(*x.shape[:2], -1)))
+
+    def _scan_packed(
+        self,
+        q: Float[Array, "b t h k"],
+        k: Float[Array, "b t h k"],
+        v: Float[Array, "b t h v"],
+        logits: Float[Array, "b t h k"],
+        grids: PackedGrids,
+    ) -> Float[Array, "b t h v"]:
+        """Scan images one after the other, each from an empty state and with the half-lives of its grid."""
+        heads = self.num_heads
+        halved = [
+            np.broadcast_to(half_lives(self.gate_normalizer, grid, self.direction, heads), heads)
+            for grid in grids.grids
+        ]
+        of_token = np.repeat(np.array(halved, np.float32), grids.sizes, axis=0)[..., None]
+        decay = jax.nn.log_sigmoid(logits.astype(jnp.float32)) / of_token
+        ids = grids.segment_ids  # the same in the order by columns
+
+        def scan(*operands: Array, axis_name: str | None) -> Array:
+            return gla(  # pyright: ignore[reportReturnType] (a tuple only with a final state)
+                *operands,
+                reverse="reversed" in self.direction,
+                segment_ids=jnp.broadcast_to(ids, operands[0].shape[:2]),
+                axis_name=axis_name,
+                implementation=self.implementation,
+            )
+
+        if "row" in self.direction:
+            return shard_map_rows(scan, q, k, v, decay)
+        order = grids.by_columns
+        return shard_map_rows(scan, *(x[:, order] for x in (q, k, v, decay)))[:, np.argsort(order)]
 
     def _gated(
         self, o: Float[Array, "b t h v"], out_gate: Float[Array, "b t h v"]

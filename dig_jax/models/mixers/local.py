@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dig_jax.models.layers import FusedLinear, Linear, xavier
 from dig_jax.models.mixers.heads import split_heads
+from dig_jax.models.packing import per_image
 from dig_jax.parallel import local_grid, shard_map_rows
 
 
@@ -35,6 +36,7 @@ class LocalAttention(nnx.Module):
         self.qkv_proj = FusedLinear(width, width, 3, **options)
         self.o_proj = Linear(width, width, **options)
 
+    @per_image
     def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
         """Mix tokens in raster order on a grid of (rows, columns)."""
         q, k, v = (split_heads(y, self.num_heads) for y in self.qkv_proj(x))

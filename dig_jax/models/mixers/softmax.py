@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from dig_jax.models.layers import FusedLinear, Linear, Norm, xavier
 from dig_jax.models.mixers.heads import split_heads
 from dig_jax.models.mixers.rotary import rotate
+from dig_jax.models.packing import per_image
 from dig_jax.parallel import kernel_platform, shard_map_rows
 
 _LANES = 128  # a TPU kernel's blocks have a multiple of this many tokens
@@ -53,6 +54,7 @@ class SoftmaxAttention(nnx.Module):
         self.q_norm, self.k_norm = (Norm(head, "rms") if qk_norm else None for _ in range(2))
         self.o_proj = Linear(width, width, **options)
 
+    @per_image
     def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t d"]:
         """Let every token attend to all tokens.
 
