@@ -231,9 +231,10 @@ class ModelSpec:
         drop: Bool[Array, " b"] | None = None,
         taps: Collection[int] = (),
         features: StackFeatures | list[StackFeatures] | Literal["keep"] | None = None,
+        kept: Float[Array, "blocks b"] | None = None,
     ) -> Outputs:
         """Call the network for its internal outputs too; see `DiffusionTransformer.outputs`."""
-        return self._network(params).outputs(x, t, y, drop=drop, taps=taps, features=features)
+        return self._network(params).outputs(x, t, y, drop=drop, taps=taps, features=features, kept=kept)
 
     def _network(self, params: Params) -> DiffusionTransformer:
         # Each block gathers its parameters when it runs.

@@ -140,7 +140,7 @@ def test_packing_that_does_not_work_is_refused():
             unsupported.packed(images, t, y)
     dig = model("DiG-S/2")
     with pytest.raises(ValueError, match=r"got t of shape \(2, 2\) for 3 images per sequence; expected"):
-        dig.packed(images, t[:, :2], y)
+        dig.packed(images, t[:, :2])
     with pytest.raises(ValueError, match="invalid input width 7; expected a multiple of patch_size=2"):
         dig.packed([jnp.zeros((2, 4, 7, 1))], t[:, :1])
     mesh = make_mesh(tiny_settings(mesh__data=2, mesh__context=2).mesh, batch_size=2)

@@ -52,7 +52,7 @@ def test_a_second_process_trains_through_the_same_step():
     @jax.jit
     def expected(params):
         key = jax.random.fold_in(purpose_key(setup.components, Purpose.TRAIN), 0)
-        times, noise, drop = draw(setup.components, key, jnp.arange(SIZE))
+        times, noise, drop, _ = draw(setup.components, key, jnp.arange(SIZE))
         t = times[:, None, None, None]
         x_t = (1 - t) * batch["image"] + t * noise
         velocity = setup.components.denoise(params, x_t, 1000 * times, batch["label"], drop)

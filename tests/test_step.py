@@ -93,20 +93,19 @@ def test_the_draw_of_an_image_depends_neither_on_other_images_nor_on_devices():
     full = drawn(3, numbers)
     half = drawn(3, numbers[1::2])
     sharded = drawn(3, jax.device_put(numbers, batch_sharding(mesh)))
-    for expected, of_half, of_sharded in zip(full, half, sharded, strict=True):
+    for expected, of_half, of_sharded in zip(full[:3], half[:3], sharded[:3], strict=True):
         np.testing.assert_array_equal(of_half, expected[1::2])
         np.testing.assert_array_equal(of_sharded, expected)
         assert len(of_sharded.sharding.device_set) == 4
-    _, noise, _ = full
+    noise = full.noise
     assert len(np.unique(noise)) == noise.size
-    _, next_noise, _ = drawn(4, numbers)
-    assert not np.isin(next_noise, noise).any()
+    assert not np.isin(drawn(4, numbers).noise, noise).any()
 
 
 def test_labels_are_dropped_at_the_given_rate_and_times_are_uniform():
     count, rate = 4000, 0.1
     components = tiny_components(training__label_dropout=rate)
-    times, _, drop = jax.jit(lambda: draw(components, step_key(components, 0), jnp.arange(count)))()
+    times, _, drop, _ = jax.jit(lambda: draw(components, step_key(components, 0), jnp.arange(count)))()
     assert abs(drop.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / count)
     assert times.min() < 5
     assert 994 < times.max() < 1000

@@ -108,6 +108,12 @@ class ModelConfig(Group, path="config.model"):
         "Coordinates of tokens in images of another size than the training images: absolute, which go on"
         " beyond their size, or interpolated, which are spread over it (not in DiS).",
     )
+    drop_path: float = field(
+        0.0,
+        "Rate at which training drops what the last block adds to an image, and less in earlier blocks"
+        " (stochastic depth, Huang et al. 2016; DiS: 0.1); 0: never.",
+        bounds="below_one",
+    )
     qk_norm: bool = field(False, "RMSNorm of softmax attention's queries and keys (Dehghani et al. 2023).")
     rope: bool = field(
         False, "Rotary positions of softmax attention, beside the fixed positions (Su et al. 2021)."

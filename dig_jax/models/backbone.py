@@ -74,6 +74,7 @@ class ModelOptions:
         internal_head: index of the block after which a second final layer predicts; None: no such layer.
         positions: coordinates of tokens in images of another size than `input_size`: "absolute", which go on
             beyond it, or "interpolated", which are spread over it.
+        drop_path: rate at which training drops what the last block adds, in [0, 1) (stochastic depth).
 
     Raises:
         ValueError: an invalid value.
@@ -91,6 +92,7 @@ class ModelOptions:
     mlp_hidden_size: int | None = None
     internal_head: int | None = None
     positions: Literal["absolute", "interpolated"] = "absolute"
+    drop_path: float = 0.0
 
     def __post_init__(self):
         for name in ("mlp_width", "depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
@@ -98,6 +100,8 @@ class ModelOptions:
                 raise ValueError(f"invalid {name}={value}; expected a positive number")
         if self.hidden_size % 4:  # sines and cosines of rows and columns
             raise ValueError(f"invalid hidden_size={self.hidden_size}; expected a multiple of 4")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"invalid drop_path={self.drop_path}; expected 0 ≤ drop_path < 1")
         if self.internal_head is not None and not 0 <= self.internal_head < self.depth - 1:
             raise ValueError(
                 f"invalid internal_head={self.internal_head}; expected the index of a block before the last"
@@ -126,6 +130,11 @@ class ModelOptions:
         if self.mlp_hidden_size is None:
             return self.default_mlp_hidden_size(level.width)
         return self.mlp_hidden_size * level.width // self.hidden_size
+
+    @property
+    def drop_rates(self) -> Float[np.ndarray, " blocks"]:
+        """Rate of stochastic depth of each block: from 0 to `drop_path` (Huang et al. 2016)."""
+        return np.linspace(0, self.drop_path, self.depth)
 
     @property
     def packable(self) -> bool:
@@ -190,12 +199,13 @@ def make_stage(options: ModelOptions, level: Level, num_classes: int, rngs: nnx.
 class Condition(NamedTuple):
     """What a model is asked for: timesteps, labels or None, and which labels are dropped.
 
-    One per image: [b], or for n packed images [b, n].
+    One per image: [b], or for n packed images [b, n]. `kept` is that of `BlockStack.run` for all blocks.
     """
 
     t: Float[Array, "*b"] | Int[Array, "*b"]
     y: Int[Array, "*b"] | None
     drop: Bool[Array, "*b"] | None
+    kept: Float[Array, "blocks b"] | None = None
 
     def embedded(self, time: TimestepEmbedding, label: LabelEmbedding | None) -> Float[Array, "*b d"]:
         """Return the sum of the embeddings of timestep and label."""
@@ -357,18 +367,19 @@ class DiffusionTransformer(nnx.Module):
         drop: Bool[Array, " b"] | None = None,
         taps: Collection[int] = (),
         features: StackFeatures | list[StackFeatures] | Literal["keep"] | None = None,
+        kept: Float[Array, "blocks b"] | None = None,
     ) -> Outputs:
         """Also return the internal head's prediction, and the tokens after each block in `taps`.
 
         The internal head predicts what the model predicts, from the tokens of an earlier block (Internal
-        Guidance, CVPR 2026). `features` are those of `BlockStack.run`.
+        Guidance, CVPR 2026). `features` and `kept` are those of `BlockStack.run`.
 
         Raises:
             ValueError: a tap is not the index of a block.
         """
         head = self.options.internal_head
         tapped = {*taps} if head is None else {*taps, head}
-        (stack, conditions), grid = self._run_blocks(x, Condition(t, y, drop), tapped, features)
+        (stack, conditions), grid = self._run_blocks(x, Condition(t, y, drop, kept), tapped, features)
         internal = None
         if head is not None and self.internal is not None:
             level = self.options.level_of(head)
@@ -402,7 +413,7 @@ class DiffusionTransformer(nnx.Module):
         """Run the blocks of all levels, here of the only one."""
         (level,) = self.options.levels
         c = condition.embedded(self.time_embed, self.label_embed)
-        return LevelOutputs(self.blocks.run(x, c, grid, taps, features), {level: c})
+        return LevelOutputs(self.blocks.run(x, c, grid, taps, features, kept=condition.kept), {level: c})
 
     def _image(
         self,

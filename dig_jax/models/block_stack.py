@@ -211,6 +211,7 @@ class BlockStack(nnx.Module):
         taps: Collection[int],
         features: StackFeatures | Literal["keep"] | None = None,
         then: Mapping[int, Callable[[Array], Array]] = MappingProxyType({}),
+        kept: Float[Array, "depth b"] | None = None,
     ) -> StackOutputs:
         """Run all blocks.
 
@@ -222,6 +223,7 @@ class BlockStack(nnx.Module):
                 the place of their computation.
             then: by the index of a block, a function of its output that gives the input of the next block;
                 not with long skips.
+            kept: factor of what each block adds to an image before its convolution (stochastic depth).
         """
         stored: list[list[Array]] = []
         hidden: dict[int, Array] = {}
@@ -229,7 +231,7 @@ class BlockStack(nnx.Module):
 
         def run_piece(segment: Segment, x: Array, joins: list | None) -> tuple[Array, list[Array]]:
             given = features[len(made)] if isinstance(features, list) else features
-            x, outputs, piece_features = self._run(segment, x, joins, c, grid, given)
+            x, outputs, piece_features = self._run(segment, x, joins, c, grid, given, kept)
             made.append(piece_features)
             return x, outputs
 
@@ -255,6 +257,7 @@ class BlockStack(nnx.Module):
         c: Array,
         grid: Grid,
         features: list[Features] | Literal["keep"] | None,
+        kept: Array | None,
     ) -> tuple[Array, list[Array], list[Features]]:
         """Run a segment; return its output, with skip="store" the outputs of each block, and kept features.
 
@@ -263,24 +266,33 @@ class BlockStack(nnx.Module):
         given = None if features == "keep" else features
         layers = [self._layers(segment, number) for number in range(segment.size)]
         graphdefs, params = zip(*layers, strict=True)
+        if kept is not None:
+            kept = kept[segment.start : segment.start + segment.num_blocks]
+            kept = kept if segment.repeats is None else kept.reshape(segment.repeats, segment.size, -1)
 
         def run_block(
-            graphdef: nnx.GraphDef, x: Array, params: Any, joined: tuple | None, given: Any
+            graphdef: nnx.GraphDef,
+            x: Array,
+            params: Any,
+            joined: tuple | None,
+            given: Any,
+            kept: Array | None,
         ) -> tuple[Array, Features]:
             if joined is not None:
                 skip, join_params = joined
                 join = self._ready(nnx.split(self.skips)[0], join_params)
                 x = join(jnp.concatenate([x, skip], axis=-1))
             block: Any = self._ready(graphdef, params)
-            return block.run(x, c, grid, given)
+            return block.run(x, c, grid, given, kept)
 
         def body(x: Array, inputs: tuple) -> tuple[Array, tuple[list[Array], list[Features]]]:
-            params, joins, given = inputs
+            params, joins, given, kept = inputs
             outputs, made = [], []
             for number, graphdef in enumerate(graphdefs):
                 run = functools.partial(run_block, graphdef)
+                own = [None if part is None else part[number] for part in (joins, given, kept)]
                 x, block_features = (rematerialized_block(run) if self.remat == "block" else run)(
-                    x, params[number], joins and joins[number], None if given is None else given[number]
+                    x, params[number], *own
                 )
                 if features == "keep":
                     made.append(block_features)
@@ -290,10 +302,11 @@ class BlockStack(nnx.Module):
 
         if self.remat != "block":
             body = rematerialized(body, self.remat)
+        inputs = params, joins, given, kept
         if segment.repeats is None:
-            x, (outputs, made) = body(x, (params, joins, given))
+            x, (outputs, made) = body(x, inputs)
         else:
-            x, (outputs, made) = jax.lax.scan(body, x, (params, joins, given), unroll=not self.scan_layers)
+            x, (outputs, made) = jax.lax.scan(body, x, inputs, unroll=not self.scan_layers)
         return x, outputs, made
 
     def _layers(self, segment: Segment, number: int) -> tuple[nnx.GraphDef, Any]:
@@ -345,7 +358,7 @@ def rematerialized_block(function: Callable) -> Callable:
     compiler recomputes several blocks at the same time, and keeps the activations of all of them.
     """
     policy = jax.checkpoint_policies.nothing_saveable
-    return jax.checkpoint(function, policy=policy, prevent_cse=(True, False, False, False))
+    return jax.checkpoint(function, policy=policy, prevent_cse=(True, False, False, False, False))
 
 
 def _layers_of(params: Any, first: int, count: int | None, step: int = 1) -> Any:

@@ -57,10 +57,16 @@ class Block(nnx.Module):
         c: Float[Array, "b *n d"],
         grid: Grid,
         features: Features | None = None,
+        kept: Float[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Features]:
-        """Also return the outputs of the mixer and the MLP, or take given ones in their place."""
+        """Also return the outputs of the mixer and the MLP, or take given ones in their place.
+
+        `kept` is a factor of both, which stochastic depth sets to 0 for the images that drop the block.
+        """
         x = constrain_tokens(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = (per_token(v, grid) for v in self.modulation(c))
+        if kept is not None:
+            gate1, gate2 = (gate * kept.astype(gate.dtype)[:, None, None] for gate in (gate1, gate2))
         if features is None:
             y = modulate(self.norm1(x), shift1, scale1)
             if self.conv is not None and self.conv_inside:

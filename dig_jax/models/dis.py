@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -46,6 +47,11 @@ class DiSOptions(ModelOptions):
                 raise ValueError(f"unsupported {name}={value} of DiS; expected {absent}: it has no {part}")
 
     @property
+    def drop_rates(self) -> Float[np.ndarray, " blocks"]:
+        """Rate of stochastic depth of each block, also of the one in the middle."""
+        return np.linspace(0, self.drop_path, self.depth + 1)
+
+    @property
     def packable(self) -> bool:
         """No: label and timestep are tokens, and positions are learned for one image."""
         return False
@@ -55,7 +61,7 @@ class DiS(DiffusionTransformer):
     """A denoiser of images [b, height, width, c] of one size, whose blocks mix tokens with Mamba scans.
 
     The sequence is [label, timestep, patches in raster order] plus learned positions. Unlike the released
-    code, the final layer starts at zero, and blocks are not dropped in training (stochastic depth).
+    code, the final layer starts at zero.
 
     Args:
         input_size: (height, width) in pixels or latent pixels.
@@ -120,6 +126,7 @@ class DiS(DiffusionTransformer):
         drop: Bool[Array, " b"] | None = None,
         taps: Collection[int] = (),
         features: StackFeatures | Literal["keep"] | None = None,
+        kept: Float[Array, "blocks b"] | None = None,
     ) -> Outputs:
         """Also return the internal head's prediction, and the patches' tokens after each block in `taps`.
 
@@ -135,7 +142,7 @@ class DiS(DiffusionTransformer):
         tokens, c = self._sequence(x, t, y, drop)
         head = self.options.internal_head
         tapped = {*taps} if head is None else {*taps, head}
-        tokens, hidden = self.blocks.run(tokens, tapped)
+        tokens, hidden = self.blocks.run(tokens, tapped, kept)
         grid = (x.shape[1] // self.patch_size, x.shape[2] // self.patch_size)
 
         def image(final: FinalLayer, tokens: Array) -> Array:
@@ -146,8 +153,8 @@ class DiS(DiffusionTransformer):
         if head is not None and self.internal is not None:
             internal = image(self.internal, hidden[head])
         dtype = self.options.dtype
-        kept = {block: hidden[block][:, self._extra :].astype(dtype) for block in taps}
-        return Outputs(image(self.final, tokens), internal, kept, [])
+        tokens_at = {block: hidden[block][:, self._extra :].astype(dtype) for block in taps}
+        return Outputs(image(self.final, tokens), internal, tokens_at, [])
 
     def _check_input(self, size: tuple[int, ...]) -> None:
         if tuple(size) != tuple(self.input_size):
@@ -203,35 +210,45 @@ class MambaStack(nnx.Module):
         self.outward = stacked(joins=True)
 
     def run(
-        self, x: Float[Array, "b t d"], taps: Collection[int]
+        self, x: Float[Array, "b t d"], taps: Collection[int], kept: Float[Array, "blocks b"] | None = None
     ) -> tuple[Float[Array, "b t d"], dict[int, Float[Array, "b t d"]]]:
         """Return the tokens after all blocks, and after each tapped one, in float32.
 
         Between blocks travels the last mixer's output, which skips store and linear maps join, and the sum
-        of all outputs before it, the residual.
+        of all outputs before it, the residual. `kept` is a factor of what each block adds to the residual,
+        which stochastic depth sets to 0 for some images; skips store and join outputs without it.
         """
         half, carry = self.depth // 2, (x, jnp.zeros(x.shape, jnp.float32))
         hidden, stored = {}, []
         for start, stop in _pieces(0, half, taps):
-            carry, outputs = self._scan(self.inward, slice(start, stop), carry)
+            carry, outputs = self._scan(
+                self.inward, slice(start, stop), carry, kept=None if kept is None else kept[start:stop]
+            )
             stored.append(outputs)
             if stop - 1 in taps:
                 hidden[stop - 1] = _total(carry)
         skips = jnp.concatenate(stored) if len(stored) > 1 else stored[0]
         middle, params = nnx.split(self.middle)
-        carry, _ = self._body(middle)(carry, (params, None))
+        carry, _ = self._body(middle)(carry, (params, None, None if kept is None else kept[half]))
         if half in taps:
             hidden[half] = _total(carry)
         for start, stop in _pieces(half + 1, self.depth + 1, taps):
             # Block `depth - k` is layer k.
             layers = slice(self.depth + 1 - stop, self.depth + 1 - start)
-            carry, _ = self._scan(self.outward, layers, carry, skips[layers])
+            # The scan runs from the last layer to the first.
+            own = None if kept is None else kept[start:stop][::-1]
+            carry, _ = self._scan(self.outward, layers, carry, skips[layers], own)
             if stop - 1 in taps:
                 hidden[stop - 1] = _total(carry)
         return _total(carry), hidden
 
     def _scan(
-        self, blocks: nnx.Module, layers: slice, carry: tuple, skips: Array | None = None
+        self,
+        blocks: nnx.Module,
+        layers: slice,
+        carry: tuple,
+        skips: Array | None = None,
+        kept: Array | None = None,
     ) -> tuple[tuple, Array]:
         """Run some layers, those with skips from the last to the first; return their outputs too."""
         graphdef, params = nnx.split(blocks)
@@ -239,16 +256,16 @@ class MambaStack(nnx.Module):
         return jax.lax.scan(
             self._body(graphdef),
             carry,
-            (params, skips),
+            (params, skips, kept),
             reverse=skips is not None,
             unroll=not self.scan_layers,
         )
 
     def _body(self, graphdef: nnx.GraphDef) -> Callable[[tuple, tuple], tuple[tuple, Array]]:
-        def body(carry: tuple, inputs: tuple[Any, Array | None]) -> tuple[tuple, Array]:
-            params, skip = inputs
+        def body(carry: tuple, inputs: tuple[Any, Array | None, Array | None]) -> tuple[tuple, Array]:
+            params, skip, kept = inputs
             block: Any = nnx.merge(graphdef, gather_params(nnx.to_pure_dict(params), self.dtype))
-            x, residual = block(*carry, skip)
+            x, residual = block(*carry, skip, kept)
             return (x, residual), x
 
         return rematerialized(body, self.remat)
@@ -276,18 +293,23 @@ class MambaBlock(nnx.Module):
         self.skip = Linear(2 * width, width, **options) if joins else None
 
     def __call__(
-        self, x: Float[Array, "b t d"], residual: Float[Array, "b t d"], skip: Float[Array, "b t d"] | None
+        self,
+        x: Float[Array, "b t d"],
+        residual: Float[Array, "b t d"],
+        skip: Float[Array, "b t d"] | None,
+        kept: Float[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
         """Return the mixer's output and the new residual in float32.
 
         Args:
             x: the output of the block before.
             skip: the output of the block to join.
+            kept: factor of x in the residual.
         """
         x = constrain_batch(x)
         if self.skip is not None and skip is not None:
             x = self.skip(jnp.concatenate([x, skip], axis=-1))
-        residual = residual + x
+        residual = residual + (x if kept is None else x * kept[:, None, None].astype(x.dtype))
         return self.mixer(self.norm(residual).astype(self.dtype)), residual
 
 

@@ -129,9 +129,9 @@ class DiT(DiffusionTransformer):
         assert isinstance(self.options, DiTOptions)
         start = self.options.class_tokens_from
         stack = (
-            self.blocks.run(x, c, grid, taps, features, then={start - 1: insert})
+            self.blocks.run(x, c, grid, taps, features, then={start - 1: insert}, kept=condition.kept)
             if start
-            else self.blocks.run(insert(x), c, grid, taps, features)
+            else self.blocks.run(insert(x), c, grid, taps, features, kept=condition.kept)
         )
         output, hidden = jax.tree.map(lambda y: y[:, -x.shape[1] :], (stack.output, stack.hidden))
         return LevelOutputs(stack._replace(output=output, hidden=hidden), {level: c})

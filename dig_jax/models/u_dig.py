@@ -153,7 +153,9 @@ class UShapedTransformer(DiffusionTransformer):
             c = conditions[level] = condition.embedded(module.time_embed, module.label_embed)
             own = [tap - level.start for tap in taps if 0 <= tap - level.start < level.depth]
             given = features[index] if isinstance(features, list) else features
-            outputs = module.blocks.run(x, c, at, own, given)
+            kept = condition.kept
+            kept = None if kept is None else kept[level.start : level.start + level.depth]
+            outputs = module.blocks.run(x, c, at, own, given, kept=kept)
             x = outputs.output
             hidden |= {level.start + block: tokens for block, tokens in outputs.hidden.items()}
             made.append(outputs.features)

@@ -21,8 +21,8 @@ from dig_jax.training.block_names import restacked
 
 log = logging.getLogger(__name__)
 
-# Options that change how a network is computed, but not its function.
-_IMPLEMENTATION = ("dtype", "remat", "implementation", "in_channels")
+# Options that change how a network is computed or trained, but not its function.
+_IMPLEMENTATION = ("dtype", "remat", "implementation", "in_channels", "drop_path")
 # Fields of the diffusion process that give inputs and outputs a meaning; the others only weight the loss.
 _PROCESS_FIELDS = {"ddpm": ("schedule", "num_steps"), "flow": ("path", "prediction", "noise_scale")}
 _LABELS = "label_embed.table.embedding"

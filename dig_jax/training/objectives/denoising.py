@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Num
 
-from dig_jax.components import Components, Params
+from dig_jax.components import Components, Params, model_options
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -16,11 +17,15 @@ LEVELS = 4
 
 
 class Draw(NamedTuple):
-    """Random draws for each image of a batch: its time, its noise and whether its label is dropped."""
+    """Random draws for each image of a batch: its time, its noise and whether its label is dropped.
+
+    `kept` is the factor of what each block adds, with stochastic depth: 0, or 1 / (1 - rate).
+    """
 
     times: Num[Array, " b"]
     noise: Float[Array, "b h w c"]
     drop: Bool[Array, " b"] | None = None
+    kept: Float[Array, "blocks b"] | None = None
 
 
 def draw(
@@ -35,20 +40,37 @@ def draw(
     (height, width, channels) of the images, by default of `image_size`.
     """
     shape, rate = shape or components.image_spec.image_shape, components.config.training.label_dropout
-    split = jax.vmap(lambda index: tuple(jax.random.split(jax.random.fold_in(key, index), 3)))
-    for_times, for_noise, for_drop = split(indices)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
+    for_times, for_noise, for_drop = jax.vmap(lambda key: tuple(jax.random.split(key, 3)))(keys)
     return Draw(
         components.diffusion.sample_times(for_times),
         jax.vmap(lambda key: jax.random.normal(key, shape))(for_noise),
         jax.vmap(lambda key: jax.random.bernoulli(key, rate))(for_drop),
+        _draw_kept(model_options(components.config.model)[1].drop_rates, keys),
     )
+
+
+def _draw_kept(
+    rates: Float[np.ndarray, " blocks"], keys: Key[Array, " b"]
+) -> Float[Array, "blocks b"] | None:
+    """Return `Draw.kept` for the keys of the images; None if nothing is dropped."""
+    if not rates.any():
+        return None
+    draws = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 3), rates.shape), out_axes=1)(
+        keys
+    )
+    return (draws >= rates[:, None]) / jnp.float32(1 - rates)[:, None]
 
 
 def losses(components: Components, params: Params, batch: Batch, drawn: Draw) -> Float[Array, " b"]:
     """Return the loss of each image."""
     process, x0 = components.diffusion, batch["image"]
     x_t = process.corrupt(x0, drawn.noise, drawn.times)
-    output = components.denoise(params, x_t, process.timestep_input(drawn.times), batch["label"], drawn.drop)
+    condition = (params, x_t, process.timestep_input(drawn.times), batch["label"], drawn.drop)
+    if drawn.kept is None:
+        output = components.denoise(*condition)
+    else:
+        output = components.model_spec.outputs(*condition, kept=drawn.kept).output
     return process.loss(output, x0=x0, noise=drawn.noise, x_t=x_t, times=drawn.times)["loss"]
 
 

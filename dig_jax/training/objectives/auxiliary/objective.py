@@ -99,7 +99,7 @@ class AuxiliaryObjective:
         blocks = {block for name in self.weights for block in _student_blocks(components.config, name)}
         timesteps = process.timestep_input(drawn.times)
         outputs = components.model_spec.outputs(
-            params, x_t, timesteps, batch["label"], drawn.drop, tuple(sorted(blocks))
+            params, x_t, timesteps, batch["label"], drawn.drop, tuple(sorted(blocks)), kept=drawn.kept
         )
         log_variance = jnp.zeros(drawn.times.shape)
         if heads.log_variance is not None:
