@@ -1,6 +1,7 @@
 import html.parser
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -180,14 +181,14 @@ def test_a_resumed_run_is_marked_at_the_step_it_resumed_from(tmp_path):
     )
 
 
-def test_starts_record_where_and_how(tmp_path):
+def test_starts_record_where_and_how(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--config=configs/digits.py"])
     note_start(tmp_path, 0)
     note_start(tmp_path, 500)
     first, second = read_rows(tmp_path / "starts.jsonl")
     assert (first["step"], second["step"]) == (0, 500)
-    assert (
-        first["devices"] == "4 × cpu" and first["versions"]["jax"] and first["command"].startswith("python ")
-    )
+    assert first["devices"] == "4 × cpu" and first["versions"]["jax"]
+    assert first["command"] == "python main.py --config=configs/digits.py"
 
 
 def test_the_config_shows_first_what_differs_from_the_defaults(tmp_path):

@@ -152,8 +152,8 @@ def test_local_attention_on_rows_of_several_devices_equals_that_of_one():
 def test_a_hybrid_is_scanned_and_isolates_the_tokens_of_all_kinds_of_attention():
     components = tiny_components(
         **SMALL,
-        model__depth=8,
-        model__mixer="gla+softmax+local*2",
+        model__depth=16,
+        model__mixer="gla*2+softmax+local",
         model__window=1,
         model__conv="none",
         model__implementation="reference",
@@ -161,15 +161,15 @@ def test_a_hybrid_is_scanned_and_isolates_the_tokens_of_all_kinds_of_attention()
     model = components.abstract_model
     params = nnx.to_pure_dict(nnx.split(model)[1])
     groups = params["blocks"]["groups"]
-    assert [sorted({"q_proj", "qkv_proj"} & groups[i]["mixer"].keys()) for i in range(4)] == [
-        ["q_proj"],
-        *[["qkv_proj"]] * 3,
+    assert [sorted({"q_proj", "qkv_proj"} & groups[i]["mixer"].keys()) for i in range(8)] == 2 * [
+        *[["q_proj"]] * 2,
+        *[["qkv_proj"]] * 2,
     ]
-    assert groups[1]["mixer"]["qkv_proj"]["bias"].shape[0] == 2
+    assert groups[2]["mixer"]["qkv_proj"]["bias"].shape[0] == 2
     isolated = Components(components.config)
     isolated.__dict__["model_spec"] = dataclasses.replace(components.model_spec, isolated=True)
     flags = [getattr(module, "isolated", None) for _, module in nnx.iter_modules(isolated.abstract_model)]
-    assert flags.count(True) == 3 and False not in flags
+    assert flags.count(True) == 4 and False not in flags
     out = jax.eval_shape(components.denoise, params, jnp.ones((1, 4, 4, 1)), jnp.array([3]), jnp.array([0]))
     assert out.shape == (1, 4, 4, 2)
 
