@@ -21,9 +21,10 @@ from dig_jax.data.features import StoredFeatures, open_features
 from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Path, Process, Times
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
-from dig_jax.models.backbone import ModelOptions, Outputs
+from dig_jax.models.backbone import Outputs
 from dig_jax.models.block_stack import StackFeatures
 from dig_jax.models.isolation import isolate_attention
+from dig_jax.models.options import ModelOptions
 from dig_jax.models.registry import accepted_options, resolve_options
 from dig_jax.parallel import gather_params
 from dig_jax.rngs import make_rngs

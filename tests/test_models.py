@@ -9,12 +9,12 @@ from flax import nnx
 
 from dig_jax import create_model
 from dig_jax.models import registry
-from dig_jax.models.backbone import ModelOptions
 from dig_jax.models.block_stack import BlockPattern, BlockStack, plan_segments
 from dig_jax.models.blocks import BlockSpec
 from dig_jax.models.embeddings import patchify, sincos_positions, unpatchify
 from dig_jax.models.layers import DepthwiseConv, GeluMLP, SwiGLU
 from dig_jax.models.mixers import GatedLinearAttention, SoftmaxAttention
+from dig_jax.models.options import ModelOptions
 
 TINY = {"hidden_size": 32, "num_heads": 1}
 

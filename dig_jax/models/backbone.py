@@ -1,16 +1,14 @@
 """Embeddings, a stack of blocks and the final layer: the diffusion transformer (DiT, figure 3)."""
 
-import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dig_jax.models.block_stack import BlockPattern, BlockStack, Remat, StackFeatures, StackOutputs
+from dig_jax.models.block_stack import BlockStack, StackFeatures, StackOutputs
 from dig_jax.models.blocks import FinalLayer
 from dig_jax.models.embeddings import (
     LabelEmbedding,
@@ -19,7 +17,8 @@ from dig_jax.models.embeddings import (
     sincos_positions,
     unpatchify,
 )
-from dig_jax.models.layers import Linear, NormKind, xavier
+from dig_jax.models.layers import Linear, xavier
+from dig_jax.models.options import Level, ModelOptions
 from dig_jax.models.packing import Grid, PackedGrids, check_packable
 from dig_jax.parallel import constrain_batch, constrain_rows, context_size
 
@@ -38,138 +37,6 @@ class Outputs(NamedTuple):
     internal: Float[Array, "b height width out"] | None
     hidden: dict[int, Float[Array, "b t d"]]
     features: StackFeatures | list[StackFeatures]
-
-
-@dataclasses.dataclass(frozen=True)
-class Level:
-    """Consecutive blocks that see tokens of one width on one grid.
-
-    Args:
-        start: index of the first block in the network.
-        depth: number of blocks.
-        width: channels per token.
-        stride: rows and columns of the first level per row and column of this one.
-    """
-
-    start: int
-    depth: int
-    width: int
-    stride: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Options of every model family; a `Literal` type lists the choices, which `create_model` checks.
-
-    Args:
-        hidden_size: width of the tokens, a multiple of 4.
-        patch_size: height and width of a token in pixels.
-        in_channels: channels of the image.
-        learn_sigma: also predict the interpolation of the variance, which doubles the output channels.
-        dtype: dtype of matrix products and activations; parameters are float32.
-        remat: what the backward pass recomputes: None (nothing), "dots" (all but matrix products), "full"
-            (all but the input of each group of blocks) or "block" (all but the input of each block).
-        scan_layers: loop over the blocks in the compiled program instead of repeating them.
-        mlp_hidden_size: hidden channels of the MLP; None: the family's default for the width.
-        internal_head: index of the block after which a second final layer predicts; None: no such layer.
-        positions: coordinates of tokens in images of another size than `input_size`: "absolute", which go on
-            beyond it, or "interpolated", which are spread over it.
-        drop_path: rate at which training drops what the last block adds, in [0, 1) (stochastic depth).
-
-    Raises:
-        ValueError: an invalid value.
-    """
-
-    depth: int
-    hidden_size: int
-    num_heads: int
-    patch_size: int
-    in_channels: int = 4
-    learn_sigma: bool = True
-    dtype: DTypeLike = jnp.float32
-    remat: Remat | None = None
-    scan_layers: bool = True
-    mlp_hidden_size: int | None = None
-    internal_head: int | None = None
-    positions: Literal["absolute", "interpolated"] = "absolute"
-    drop_path: float = 0.0
-
-    def __post_init__(self):
-        for name in ("mlp_width", "depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"invalid {name}={value}; expected a positive number")
-        if self.hidden_size % 4:  # sines and cosines of rows and columns
-            raise ValueError(f"invalid hidden_size={self.hidden_size}; expected a multiple of 4")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"invalid drop_path={self.drop_path}; expected 0 ≤ drop_path < 1")
-        if self.internal_head is not None and not 0 <= self.internal_head < self.depth - 1:
-            raise ValueError(
-                f"invalid internal_head={self.internal_head}; expected the index of a block before the last"
-                f" one, at most {self.depth - 2} for depth={self.depth}"
-            )
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        """The levels in the order in which they run."""
-        return (Level(0, self.depth, self.hidden_size),)
-
-    def level_of(self, block: int) -> Level:
-        """Return a block's level."""
-        return max((level for level in self.levels if level.start <= block), key=lambda level: level.start)
-
-    def pattern(self, level: Level) -> BlockPattern:
-        """Return the blocks of a level."""
-        raise NotImplementedError
-
-    def heads_at(self, level: Level) -> int:
-        """Return the number of heads: all levels have heads of the same width."""
-        return self.num_heads * level.width // self.hidden_size
-
-    def mlp_width_at(self, level: Level) -> int:
-        """Return the hidden channels of the MLP; `mlp_hidden_size` is for the width `hidden_size`."""
-        if self.mlp_hidden_size is None:
-            return self.default_mlp_hidden_size(level.width)
-        return self.mlp_hidden_size * level.width // self.hidden_size
-
-    @property
-    def drop_rates(self) -> Float[np.ndarray, " blocks"]:
-        """Rate of stochastic depth of each block: from 0 to `drop_path` (Huang et al. 2016)."""
-        return np.linspace(0, self.drop_path, self.depth)
-
-    @property
-    def packable(self) -> bool:
-        """Whether several images can run as one sequence of tokens."""
-        return len(self.levels) == 1
-
-    @property
-    def final_norm(self) -> NormKind:
-        """Norm of the final layer."""
-        return "layer"
-
-    @property
-    def mlp_width(self) -> int:
-        """Hidden channels of the MLP in the first level."""
-        return self.mlp_width_at(Level(0, self.depth, self.hidden_size))
-
-    @staticmethod
-    def default_mlp_hidden_size(hidden_size: int) -> int:
-        """Return the hidden channels of the family's MLP for a width of the tokens."""
-        return 4 * hidden_size
-
-    @property
-    def size_step(self) -> int:
-        """Height and width of an image are multiples of this."""
-        return self.patch_size * max(level.stride for level in self.levels)
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError for an image size that the model does not support."""
-        stride = self.size_step // self.patch_size
-        expected = f"patch_size={self.patch_size}"
-        if stride > 1:
-            expected = f"{self.size_step}: {expected}, and levels with 1/{stride} of the rows and columns"
-        for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % self.size_step:
-                raise ValueError(f"invalid input {name} {size}; expected a multiple of {expected}")
 
 
 class Stage(NamedTuple):

@@ -5,12 +5,12 @@ import functools
 from collections.abc import Sequence
 from typing import Literal
 
-from dig_jax.models.backbone import Level, ModelOptions
 from dig_jax.models.block_stack import BlockPattern, SkipKind
 from dig_jax.models.blocks import BlockSpec, ConvPlacement
 from dig_jax.models.layers import GeluMLP, NormKind, SwiGLU
 from dig_jax.models.mixers import GatedLinearAttention, LocalAttention, SoftmaxAttention, parse_half_life
 from dig_jax.models.mixers.pattern import parse_pattern
+from dig_jax.models.options import Level, ModelOptions
 
 # The blocks with GLA take turns in these. Tokens stay in raster order; the kernel takes the direction.
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")

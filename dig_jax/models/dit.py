@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from dig_jax.models.backbone import Condition, DiffusionTransformer, Level, LevelOutputs, ModelOptions
+from dig_jax.models.backbone import Condition, DiffusionTransformer, LevelOutputs
 from dig_jax.models.block_stack import BlockPattern
 from dig_jax.models.blocks import BlockSpec
 from dig_jax.models.embeddings import BottleneckEmbedding, ClassTokens
 from dig_jax.models.layers import GeluMLP, NormKind, SwiGLU
 from dig_jax.models.mixers import SoftmaxAttention
+from dig_jax.models.options import Level, ModelOptions
 from dig_jax.models.packing import Grid
 from dig_jax.parallel import context_size
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from flax import nnx
 
 from dig_jax.errors import suggest
-from dig_jax.models.backbone import DiffusionTransformer, ModelOptions
+from dig_jax.models.backbone import DiffusionTransformer
 from dig_jax.models.dig import DiGOptions
 from dig_jax.models.dis import DiS, DiSOptions
 from dig_jax.models.dit import DiT, DiTOptions
+from dig_jax.models.options import ModelOptions
 from dig_jax.models.u_dig import UDiGOptions, UShapedTransformer
 
 

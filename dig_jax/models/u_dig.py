@@ -14,18 +14,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dig_jax.models.backbone import (
-    Condition,
-    DiffusionTransformer,
-    Level,
-    LevelOutputs,
-    coarser,
-    make_stage,
-)
+from dig_jax.models.backbone import Condition, DiffusionTransformer, LevelOutputs, coarser, make_stage
 from dig_jax.models.block_stack import StackOutputs
 from dig_jax.models.dig import GLAOptions
 from dig_jax.models.embeddings import patchify, unpatchify
 from dig_jax.models.layers import Linear, xavier
+from dig_jax.models.options import Level
 from dig_jax.parallel import constrain_tokens
 
 _STRIDES = (1, 2, 4, 2, 1)

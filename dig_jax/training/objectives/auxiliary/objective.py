@@ -15,7 +15,8 @@ from dig_jax.components import Components, ModelSpec, Params, model_options
 from dig_jax.config import Config
 from dig_jax.diffusion import FlowMatching
 from dig_jax.errors import naming_setting
-from dig_jax.models.backbone import ModelOptions, Outputs
+from dig_jax.models.backbone import Outputs
+from dig_jax.models.options import ModelOptions
 from dig_jax.training.objectives.auxiliary import losses
 from dig_jax.training.objectives.auxiliary.heads import Heads, bind_heads, features_shape, noise_level
 from dig_jax.training.objectives.denoising import Batch, Draw, Metrics, draw, metrics_of
