@@ -59,7 +59,8 @@ class ToySpec(ModelSpec):
 
     calls: list = dataclasses.field(default_factory=list, compare=False)
 
-    def outputs(self, params, x, t, y, drop=None, taps=()):
+    def outputs(self, params, x, t, y, drop=None, taps=(), kept=None):
+        assert kept is None  # no stochastic depth
         self.calls.append((params, x, t, y, drop, taps))
         assert y is not None
         label = y if drop is None else jnp.where(drop, self.num_classes, y)

@@ -79,7 +79,9 @@ def _reason(settings: Config, spec: ImageSpec, implementation: str) -> str:
 def _lower(settings: Config, spec: ImageSpec) -> str:
     """Return the program of the model, for one image on one of this machine's devices."""
     components = Components(settings, spec)
-    params = nnx.to_pure_dict(nnx.split(components.abstract_model)[1])
+    model = nnx.to_pure_dict(nnx.split(components.abstract_model)[1])
+    # Without shardings, which traces under another mesh leave behind.
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), model)
     image = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     label = number if spec.num_classes else None
