@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 import pytest
+from chromium import chromium_page
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
@@ -18,7 +19,6 @@ from dig_jax.sampling.generate import noise
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUNTIME = DOCS.parent / "node_modules/onnxruntime-web/dist"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def drawn(labels, seeds):
@@ -59,15 +59,8 @@ def url(tmp_path):
 
 @pytest.fixture
 def page():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.set_default_timeout(120_000)
+    with chromium_page() as page:
         yield page
-        browser.close()
 
 
 @pytest.mark.slow

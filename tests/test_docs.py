@@ -5,13 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pallas_gla
-import pallas_gla.fla
-import pallas_gla.selective_scan
 import pytest
-
-import dig_jax
-import dig_jax.autoencoder
+from public_modules import MODULES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -22,15 +17,6 @@ PAGES = sorted(
 FENCED = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"(?:\]\(|src=\")(?!https?:|mailto:)([^)\s#\"]*)(?:#([^)\s]+))?[)\"]")
-MODULES = (
-    dig_jax,
-    dig_jax.autoencoder,
-    dig_jax.convert,
-    dig_jax.diffusion,
-    dig_jax.evaluation,
-    pallas_gla,
-    pallas_gla.selective_scan,
-)
 NAMES = [
     f"{module.__name__}.{name}"
     for module in MODULES

@@ -12,19 +12,11 @@ import pallas_gla
 import pallas_gla.fla
 import pallas_gla.selective_scan
 import pytest
+from public_modules import MODULES
 
 import dig_jax
 import dig_jax.autoencoder
 
-MODULES = (
-    dig_jax,
-    dig_jax.autoencoder,
-    dig_jax.convert,
-    dig_jax.diffusion,
-    dig_jax.evaluation,
-    pallas_gla,
-    pallas_gla.selective_scan,
-)
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module in MODULES

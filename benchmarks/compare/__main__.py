@@ -76,7 +76,7 @@ def device_of(chip: str) -> str:
 
 
 def add(record: Record, case: Case, chip: str) -> None:
-    """Make a row, write it and print it. A case that cannot be run gets a row that says why."""
+    """Make a row, write it and print it. The row of a case that fails holds the error."""
     began = time.monotonic()
     try:
         row = measured.row(case) if chip == THIS else computed.row(case, chip)

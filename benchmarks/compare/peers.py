@@ -30,7 +30,7 @@ RIVALS = ("PyTorch", "DiT", "DiG")
 
 
 class Worker:
-    """A process that runs what it is told, and says how long that took."""
+    """A worker process that runs commands and returns their times."""
 
     def __init__(self, command: list[str], options: Mapping[str, Any], threads: int):
         pipe = subprocess.PIPE

@@ -56,7 +56,7 @@ class Menu:
         samplers: names of samplers; the first one is the default.
         steps: numbers of steps, increasing.
         default_steps: one of them.
-        sizes: sizes of images, first those of the training images; the first one is the default.
+        sizes: image sizes; the first is the default and belongs to the training images.
         trained: how many of them are those of training images.
         default_scale: scale of guidance.
         max_scale: greatest scale of guidance.

@@ -37,7 +37,7 @@ class Files:
         self._settings = json.dumps({"model": service.model, "settings": self.request}, indent=2)
 
     def write(self, folder: Path) -> tuple[list[Path], Path, Path]:
-        """Write all files; return those of the images, one that holds all of them, and the settings."""
+        """Write all files; return the images, the archive of all images, and the settings."""
         stem = re.sub(r"\W+", "_", self._title.casefold())[:40]
         paths = [folder / f"{stem}_{seed}.png" for seed in self._seeds]
         for path, image in zip(paths, self.images, strict=True):

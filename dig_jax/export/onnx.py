@@ -26,7 +26,7 @@ def onnx_model(sampler: Sampler) -> bytes:
     Inputs: `labels` int32 [b]; `noise` float32 [b, height, width, c], standard normal; `guidance_scale`
     float32 [], if the config samples with guidance. Output: `images` float32 [b, height, width, c] in -1 … 1;
     of a latent model, latents to decode. The noise of seed s is `generate.noise`. The metadata "about" is a
-    JSON text. Sampler, steps and size are those of the config.
+    JSON text. The config sets the sampler, steps and size.
 
     Raises:
         ConfigError: invalid sampling options, or a sampler that draws noise at every step.

@@ -39,7 +39,7 @@ def entries(sampler: Sampler) -> dict[str, np.ndarray]:
 
     The program takes (parameters, labels int32 [b], seeds int32 [b], guidance_scale float32 []) and returns
     uint8 images [b, height, width, channels], for any b. It has no guidance_scale if the config samples
-    without guidance. Sampler, steps and size are those of the config. Scans run as plain JAX on every
+    without guidance. The config sets the sampler, steps and size. Scans run as plain JAX on every
     platform, because their kernels need the batch size.
 
     Raises:

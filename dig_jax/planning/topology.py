@@ -84,7 +84,7 @@ def find_topology(name: str) -> Topology:
 
 
 def _tpus(chip: Chip, name: str, sizes: list[int]) -> Sequence[Any]:
-    # The compiler expects hosts of four chips unless it is told of a host with one.
+    # By default the compiler expects hosts with four chips.
     host = {"chips_per_host_bounds": [1, 1, 1]} if math.prod(sizes) == 1 else {}
     return topologies.get_topology_desc(
         platform="tpu", topology_name=name, chip_config_name=chip.config, **host

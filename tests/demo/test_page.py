@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from chromium import chromium_page
 from PIL import Image
 
 from dig_jax.checkpoints.description import config_and_versions
@@ -17,7 +18,6 @@ from dig_jax.files.atomic import write_json
 from dig_jax.testing import tiny_settings, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = pytest.mark.slow
 
@@ -25,15 +25,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def page():
     """A page of Chromium, which must not load anything from elsewhere."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(120_000)
+    with chromium_page(viewport={"width": 1280, "height": 900}) as page:
         yield page
-        browser.close()
 
 
 @pytest.fixture(scope="module")
