@@ -63,6 +63,13 @@ def test_the_examples_of_a_page_run(page):
     exec("\n".join(blocks), {})
 
 
+def test_the_site_is_deployed_by_the_documented_commands():
+    workflow = (ROOT / ".github/workflows/docs.yml").read_text()
+    for command in ("npm install --no-save onnxruntime-web@1.30.0", "mkdocs build --strict"):
+        assert f"      - run: {command}\n" in workflow
+        assert f"    {command}\n" in (ROOT / "docs/guide/browser.md").read_text()
+
+
 def test_the_site_builds_without_warnings_and_loads_nothing_from_other_servers(tmp_path):
     pytest.importorskip("mkdocstrings", reason="needs pip install -e '.[docs]'")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
