@@ -13,24 +13,21 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dig_jax.checkpoints.parameter_file import write_parameter_file
-from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components, ModelSpec, network_params
 from dig_jax.diffusion import FlowMatching, GaussianDiffusion
 from dig_jax.errors import ConfigError
 from dig_jax.models.backbone import Outputs
 from dig_jax.models.embeddings import patchify, unpatchify
 from dig_jax.parallel import replicated, to_global
-from dig_jax.testing import mesh_of, random_params, tiny_components, tiny_settings, write_checkpoint
+from dig_jax.testing import mesh_of, random_params, tiny_settings, write_checkpoint
 from dig_jax.training.objectives.auxiliary import losses
 from dig_jax.training.objectives.auxiliary.heads import LogVariance, noise_level
 from dig_jax.training.objectives.denoising import draw
-from dig_jax.training.state import abstract_state, init_params, init_state
+from dig_jax.training.state import init_params, init_state
 from dig_jax.training.step import mean_gradient, train_step
 from dig_jax.training.telemetry.step_meter import StepMeter
 from dig_jax.training.train import train
 from dig_jax.training.train_setup import TrainSetup
-from dig_jax.training.warm_start import complete, read_warm_start
 
 SIZE, WIDTH, DEPTH = 8, 32, 3
 FLOW = {"diffusion__process": "flow", "model__learn_sigma": False}
@@ -294,22 +291,6 @@ def test_without_auxiliary_losses_there_are_neither_heads_nor_metrics():
     setup = TrainSetup.of(toy())
     assert setup.auxiliary is None and setup.lasting is None
     assert "auxiliary" not in init_params(setup.components)
-
-
-def test_samplers_and_warm_starts_leave_the_heads_out(tmp_path):
-    components = tiny_components(model__name="DiT-S/2", **SRA | {"auxiliary__sra_teacher_block": 0})
-    write_checkpoint(tmp_path, components.config)
-    for ema in (None, "params"):
-        assert "auxiliary" not in read_model(tmp_path, ema)[2]
-    read, step, params = read_model(tmp_path)
-    write_parameter_file(tmp_path / "model.safetensors", read, step, params)
-    new = tiny_components(model__name="DiT-S/2", **LOG_VARIANCE)
-    fresh = jax.tree.map(jnp.asarray, random_params(new))
-    for source in (tmp_path, tmp_path / "model.safetensors"):
-        start = read_warm_start(str(source), new, abstract_state(new, mesh_of(1))["params"])
-        started = complete(fresh, start.arrays, start.known_rows)
-        jax.tree.map(np.testing.assert_array_equal, started["auxiliary"], fresh["auxiliary"])
-        assert not np.array_equal(started["patch_embed"]["kernel"], fresh["patch_embed"]["kernel"])
 
 
 def test_rows_of_metrics_hold_the_mean_of_the_steps_that_compute_a_loss():

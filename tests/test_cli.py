@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from aiohttp import ClientError
 
@@ -17,8 +16,8 @@ from dig_jax import config, runtime
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.cli import command_line, commands, help
 from dig_jax.cli.flags import define_flags
-from dig_jax.cli.number_lists import numbers
 from dig_jax.errors import CheckpointError, ConfigError
+from dig_jax.files import hub
 from dig_jax.files.atomic import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +206,22 @@ def test_paths_of_flags_are_expanded_and_checked(command, tmp_path, monkeypatch)
         assert status == 2 and stderr.count("\n") == 1 and "expected" in stderr
 
 
+def test_only_modes_that_read_a_model_take_one_of_the_hub(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "download", lambda repository, file: tmp_path / repository / file)
+    seen = []
+    table = {
+        mode: dataclasses.replace(row, run=lambda settings, workdir, _: seen.append(workdir))
+        for mode, row in commands.COMMANDS.items()
+    }
+    monkeypatch.setattr(commands, "COMMANDS", table)
+    for mode in ("sample", "evaluate", "export", "demo"):
+        arguments = SMOKE, f"--mode={mode}", "--workdir=hf://someone/digits"
+        assert command(*arguments, main=commands.run) == (0, "")
+    assert seen == [tmp_path / "someone/digits/model.safetensors"] * 4
+    status, stderr = command(SMOKE, "--workdir=hf://someone/digits", main=commands.run)
+    assert (status, stderr.count("\n")) == (2, 1) and "unsupported path: got hf://someone/digits" in stderr
+
+
 def test_a_config_file_may_have_a_colon_in_its_path(command, tmp_path):
     folder = tmp_path / "a:b"
     folder.mkdir()
@@ -313,26 +328,6 @@ def test_a_bug_keeps_its_traceback(command):
         command(SMOKE, main=raising(ZeroDivisionError()))
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [(None, None), ("7", [7]), ("0,3,5-7", [0, 3, 5, 6, 7]), ("2,2", [2, 2]), ("4-4", [4])],
-)
-def test_lists_of_numbers_are_read(text, expected):
-    result = numbers(text, "labels")
-    assert result is None if expected is None else np.array_equal(result, expected)
-
-
-@pytest.mark.parametrize("text", ["", "a", "1,", "-1", "3-", "3-1", "1 2", "1-2-3", "1.5", "9" * 30])
-def test_an_invalid_list_of_numbers_is_refused(text):
-    with pytest.raises(ConfigError, match=r"invalid --labels='.*'; expected numbers and ranges"):
-        numbers(text, "labels")
-
-
-def test_a_huge_range_is_refused():
-    with pytest.raises(ConfigError, match="invalid --seeds='0-9999999999'; expected at most a million"):
-        numbers("0-9999999999", "seeds")
-
-
 def main_py(*arguments, **variables) -> subprocess.CompletedProcess:
     command, env = [sys.executable, str(ROOT / "main.py"), *arguments], os.environ | variables
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
@@ -377,30 +372,3 @@ def test_a_process_that_fails_prints_one_line_and_leaves_no_workdir(tmp_path, ar
     assert result.returncode == status
     assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_nothing_follows_the_error_of_a_failed_save():
-    """Orbax, asyncio and TensorStore print more about it, during and after the exception."""
-    code = """
-import logging
-from dig_jax.cli import command_line
-from dig_jax.errors import UserError
-
-class Callback:
-    def __del__(self):
-        raise RuntimeError("Event loop is closed")
-
-def main(settings, workdir):
-    async def write(): ...
-    write()
-    Callback()
-    logging.getLogger("asyncio").error("Task exception was never retrieved")
-    record = logging.makeLogRecord({"name": "absl", "levelno": 40, "pathname": "/orbax/checkpoint/a.py"})
-    logging.getLogger("absl").handle(record)
-    raise UserError("the disk is full")
-
-command_line.run(main, "")
-"""
-    command = [sys.executable, "-c", code, SMOKE]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (1, "error: the disk is full\n")

@@ -1,8 +1,10 @@
 import contextlib
 import io
 import logging
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +64,32 @@ def test_a_warning_is_one_line_without_code(logged):
 def test_damaged_metadata_of_readable_images_is_not_worth_a_line(logged):
     warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 1, "PIL.TiffImagePlugin")
     assert logged() == ""
+
+
+def test_nothing_follows_the_error_of_a_failed_save():
+    """Orbax, asyncio and TensorStore print more about it, during and after the exception."""
+    code = """
+import logging
+from dig_jax.cli import command_line
+from dig_jax.errors import UserError
+
+class Callback:
+    def __del__(self):
+        raise RuntimeError("Event loop is closed")
+
+def main(settings, workdir):
+    async def write(): ...
+    write()
+    Callback()
+    logging.getLogger("asyncio").error("Task exception was never retrieved")
+    record = logging.makeLogRecord({"name": "absl", "levelno": 40, "pathname": "/orbax/checkpoint/a.py"})
+    logging.getLogger("absl").handle(record)
+    raise UserError("the disk is full")
+
+command_line.run(main, "")
+"""
+    command = [sys.executable, "-c", code, "--config=configs/smoke.py"]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (1, "error: the disk is full\n")

@@ -3,8 +3,10 @@
 Without the bounds each of them takes minutes or gigabytes.
 """
 
+import zipfile
+
 import pytest
-from torch_files import pickled, storage, text, write
+from torch_files import pickled, storage, tensor, text, tree, write
 
 from dig_jax import CheckpointError
 from dig_jax.files.pytorch.reader import open_torch
@@ -93,3 +95,11 @@ def test_a_long_name_of_a_storage_is_not_copied_for_each_use(tmp_path):
     write(tmp_path / "x.pt", pickled(storage_id + (get(0) + b"Q" + POP) * 20_000 + b"}"))
     with open_torch(tmp_path / "x.pt") as file:
         assert file.content == {}
+
+
+def test_a_zip_bomb_is_rejected_by_its_directory(tmp_path):
+    path = tmp_path / "x.pt"
+    write(path, pickled(tree(w=tensor())), compression=zipfile.ZIP_DEFLATED, s0=bytes(10**8))
+    assert path.stat().st_size < 10**6
+    with pytest.raises(CheckpointError, match="compressed member 'x/.*'; expected"), open_torch(path) as file:
+        file.tensors()

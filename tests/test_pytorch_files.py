@@ -3,7 +3,6 @@
 import math
 import os
 import pickle
-import re
 import struct
 import zipfile
 
@@ -330,21 +329,6 @@ def test_a_corrupt_archive_gives_one_line(path, damage):
     assert message in error_line(path)
 
 
-def test_a_zip_bomb_is_rejected_by_its_directory(path):
-    write(path, pickled(tree(w=tensor())), compression=zipfile.ZIP_DEFLATED, s0=bytes(10**8))
-    assert path.stat().st_size < 10**6
-    assert re.search("compressed member 'x/.*'; expected", error_line(path))
-
-
-def test_many_views_of_one_storage_do_not_grow_beyond_the_file(path):
-    parts = {f"w{i}": tensor(numel=60, offset=i, shape=(30,), strides=(1,)) for i in range(30)}
-    write(path, pickled(tree(**parts)), s0=bytes(240))
-    assert len(read(path)) == 30
-    parts = {f"w{i}": tensor(numel=60000, offset=i, shape=(30000,), strides=(1,)) for i in range(30)}
-    write(path, pickled(tree(**parts)), s0=bytes(240000))
-    assert "tensors too large: got 3,600,000 bytes; expected at most twice the file's 24" in error_line(path)
-
-
 def test_duplicate_members_are_errors(path):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "w") as file:
         file.writestr("x/data.pkl", b"")
@@ -401,3 +385,12 @@ def test_torch_reads_what_is_written_and_is_read(path):
         expected = stored[name].detach()
         assert array.dtype.name == str(expected.dtype).removeprefix("torch.")
         np.testing.assert_array_equal(array.astype(np.float64), expected.double().numpy())
+
+
+def test_many_views_of_one_storage_do_not_grow_beyond_the_file(path):
+    parts = {f"w{i}": tensor(numel=60, offset=i, shape=(30,), strides=(1,)) for i in range(30)}
+    write(path, pickled(tree(**parts)), s0=bytes(240))
+    assert len(read(path)) == 30
+    parts = {f"w{i}": tensor(numel=60000, offset=i, shape=(30000,), strides=(1,)) for i in range(30)}
+    write(path, pickled(tree(**parts)), s0=bytes(240000))
+    assert "tensors too large: got 3,600,000 bytes; expected at most twice the file's 24" in error_line(path)

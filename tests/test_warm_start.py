@@ -4,6 +4,7 @@ import dataclasses
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from dig_jax import ConfigError
 from dig_jax.checkpoints.parameter_file import write_parameter_file
+from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components
 from dig_jax.data import ImageSpec
-from dig_jax.testing import mesh_of, random_params, tiny_settings
+from dig_jax.testing import mesh_of, random_params, tiny_components, tiny_settings, write_checkpoint
 from dig_jax.training.state import abstract_state, init_params
 from dig_jax.training.warm_start import complete, read_warm_start
 
@@ -233,3 +235,18 @@ def test_a_source_of_which_no_block_fits_is_refused(tmp_path):
     path, _ = written(tmp_path, components(()))
     with pytest.raises(ConfigError, match="no parameter of the blocks matches this model, .*; the first is "):
         started(path, components((), model__hidden_size=16), partial=True)
+
+
+def test_samplers_and_warm_starts_leave_the_heads_out(tmp_path):
+    write_checkpoint(tmp_path, tiny_settings(model__name="DiT-S/2", auxiliary__sra_weight=1.0))
+    for ema in (None, "params"):
+        assert "auxiliary" not in read_model(tmp_path, ema)[2]
+    read, step, params = read_model(tmp_path)
+    write_parameter_file(tmp_path / "model.safetensors", read, step, params)
+    new = tiny_components(model__name="DiT-S/2", auxiliary__log_variance=True)
+    fresh = jax.tree.map(jnp.asarray, random_params(new))
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        start = read_warm_start(str(source), new, abstract_state(new, mesh_of(1))["params"])
+        started = complete(fresh, start.arrays, start.known_rows)
+        jax.tree.map(np.testing.assert_array_equal, started["auxiliary"], fresh["auxiliary"])
+        assert not np.array_equal(started["patch_embed"]["kernel"], fresh["patch_embed"]["kernel"])

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ from dig_jax.components import Components, Params, network_params, without_unuse
 from dig_jax.config import Config
 from dig_jax.config.averages import average_of_length, length_of
 from dig_jax.data import ImageSpec
-from dig_jax.errors import CheckpointError, ConfigError, one_line
+from dig_jax.errors import CheckpointError, ConfigError, naming_setting, one_line
+from dig_jax.files import hub
 from dig_jax.files.paths import Path, absolute, children, is_remote, to_path
 from dig_jax.files.weights import has_weights
 from dig_jax.parallel import is_peer_failure, on_process_0, processes_without
@@ -33,6 +35,18 @@ log = logging.getLogger(__name__)
 
 # Orbax writes this file last, where a directory cannot be renamed atomically.
 MARKER = "commit_success.txt"
+
+
+def model_path(text: str | os.PathLike) -> Path:
+    """Return the path of a trained model that a person named, after downloading it from hf://OWNER/NAME.
+
+    Raises:
+        ConfigError: an unsupported or invalid path, or a failed download.
+    """
+    if not os.fspath(text).startswith(hub.PREFIX):
+        return to_path(text)
+    with naming_setting(os.fspath(text)):
+        return hub.download(hub.repository_of(os.fspath(text)), HUB_FILE)
 
 
 def read_model(path: Path, ema: str | None = None) -> tuple[Components, int, Params]:

@@ -7,6 +7,7 @@ for them.
 import dataclasses
 import functools
 import logging
+import os
 import shlex
 from collections.abc import Callable
 
@@ -29,6 +30,7 @@ class Command:
     Attributes:
         run: its function.
         flags: the flags that it accepts in addition to --config, --mode and --workdir.
+        reads_model: its workdir may also be a model of the Hugging Face Hub, hf://OWNER/NAME.
         summary: what it does, in a line.
         about: what a user has to know before the first use.
         examples: command lines, without the program.
@@ -36,6 +38,7 @@ class Command:
 
     run: Callable[[Config, Path, FlagValues], None]
     flags: tuple[str, ...] = ()
+    reads_model: bool = False
     summary: str = ""
     about: str = ""
     examples: tuple[str, ...] = ()
@@ -67,7 +70,15 @@ def run(values: FlagValues, settings: Config, default_workdir: Path) -> None:
         _join_processes(values)
     if values.topology is None and mode != "doctor":  # which reports what is wrong with them
         runtime.require_devices()
-    row.run(settings, to_path(values.workdir or default_workdir), values)
+    row.run(settings, _workdir(values.workdir or default_workdir, row), values)
+
+
+def _workdir(text: str | os.PathLike, command: Command) -> Path:
+    if not command.reads_model:
+        return to_path(text)
+    from dig_jax.checkpoints.reader import model_path
+
+    return model_path(text)
 
 
 def _check_flags(values: FlagValues, mode: str) -> None:
@@ -185,9 +196,10 @@ COMMANDS = {
     "sample": Command(
         _sample,
         ("labels", "seeds", "output", *PROCESSES),
+        reads_model=True,
         summary="Draw any number of images into one npz file.",
         about="One image per seed. Without --labels, seed s has class s modulo the number of classes. The"
-        " same command resumes a set that was interrupted. --workdir may be a file of --mode=export.",
+        " same command resumes a set that was interrupted. --workdir may be a file of --mode=export or hf://OWNER/NAME.",
         examples=(
             f"{_DIGITS} --mode=sample --labels=0,3,5-7 --seeds=0-3",
             f"{_XL} --mode=sample --seeds=0-49999",
@@ -196,6 +208,7 @@ COMMANDS = {
     "evaluate": Command(
         _evaluate,
         ("images", "sweep", "output", *PROCESSES),
+        reads_model=True,
         summary="Score a model, a folder or an npz file: FID and others.",
         about="The scores go to scores.json, with everything that they depend on. config.evaluation names the"
         " scores and the reference.",
@@ -214,6 +227,7 @@ COMMANDS = {
     "export": Command(
         _export,
         ("output", "license"),
+        reads_model=True,
         summary="Write a file of parameters, the sampler as a program, or a folder with a model card.",
         about="dig_jax.load, --workdir and config.init_from read FILE.safetensors. FILE.stablehlo draws with"
         " JAX alone, FILE.onnx with ONNX Runtime. hf://OWNER/NAME uploads to the Hugging Face Hub. See"
@@ -227,6 +241,7 @@ COMMANDS = {
     "demo": Command(
         _demo,
         ("host", "port", "batch_size", "timeout"),
+        reads_model=True,
         summary="Serve a page and a JSON API that draw images, until Ctrl-C.",
         about="It needs the extra demo. There are no passwords: other machines reach it only with --host. See"
         " docs/guide/demo.md.",

@@ -26,7 +26,11 @@ def define_flags() -> flags.FlagValues:
     def text(name: str, help: str) -> None:
         flags.DEFINE_string(name, None, help, flag_values=values)
 
-    text("workdir", "Directory of the run; by default runs/NAME_OF_CONFIG.")
+    text(
+        "workdir",
+        "Directory of the run; by default runs/NAME_OF_CONFIG. Modes that read a model also accept an"
+        " exported file or hf://OWNER/NAME.",
+    )
     parser, serializer = _ModeParser(list(COMMANDS)), flags.ArgumentSerializer()
     flags.DEFINE(parser, "mode", "train", "The command to run.", values, serializer)
     text(

@@ -14,15 +14,12 @@ from jaxtyping import Float, Int, Int32, UInt8
 
 from dig_jax.autoencoder import Autoencoder, to_uint8
 from dig_jax.checkpoints.frozen_model import read_frozen_model
-from dig_jax.checkpoints.parameter_file import HUB_FILE
-from dig_jax.checkpoints.reader import read_model
+from dig_jax.checkpoints.reader import model_path, read_model
 from dig_jax.components import Components, ModelSpec, Params
 from dig_jax.config import Config, check_same
 from dig_jax.data.class_names import class_index
 from dig_jax.diffusion.samplers import Dopri5
 from dig_jax.errors import naming_implementation, naming_setting
-from dig_jax.files.hub import PREFIX, download, repository_of
-from dig_jax.files.paths import Path, to_path
 from dig_jax.parallel import (
     batch_sharding,
     batch_shards,
@@ -343,7 +340,7 @@ def load(
     """
     if ema is None and settings is not None:
         ema = settings.sampled_ema
-    stored, step, params = read_model(_local(path), ema)
+    stored, step, params = read_model(model_path(path), ema)
     if settings is None:
         # The implementation that trained the model may not run on this machine.
         model = dataclasses.replace(stored.config.model, implementation=None)
@@ -356,14 +353,6 @@ def load(
     sampler = Sampler(stored.with_config(settings), params, step=step, mesh=mesh)
     _ = sampler.evaluations  # validate config.sampling before anything is drawn
     return sampler
-
-
-def _local(path: str | os.PathLike) -> Path:
-    """Return a path, after downloading a model of the Hub."""
-    if not str(path).startswith(PREFIX):
-        return to_path(path)
-    with naming_setting(str(path)):
-        return download(repository_of(str(path)), HUB_FILE)
 
 
 def _indices(labels: Labels, class_names: Sequence[str]) -> Numbers:

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dig_jax.checkpoints.reader import read_model
+from dig_jax.checkpoints.reader import model_path, read_model
 from dig_jax.components import Components, Params, model_options, network_params
 from dig_jax.config import to_dict
 from dig_jax.data.class_names import are_names, match_classes
 from dig_jax.errors import naming_setting
-from dig_jax.files.paths import to_path
 from dig_jax.training.block_names import restacked
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def read_warm_start(path: str, components: Components, expected: Params) -> Warm
     """Read the parameters of another run.
 
     Args:
-        path: its workdir, a checkpoint in it, or an exported file.
+        path: its workdir, a checkpoint in it, an exported file, or hf://OWNER/NAME.
         components: of the new run.
         expected: shapes and shardings of its parameters.
 
@@ -66,7 +65,7 @@ def read_warm_start(path: str, components: Components, expected: Params) -> Warm
             another meaning.
     """
     with naming_setting("config.init_from"):
-        source, step, params = read_model(to_path(path))
+        source, step, params = read_model(model_path(path))
     with naming_setting(f"config.init_from={path}"):
         _compare_settings(source, components)
         # The heads of auxiliary losses start at random: the source's may have been trained on others.

@@ -17,15 +17,8 @@ from dig_jax import ConfigError, UserError
 from dig_jax.export.export import export
 from dig_jax.testing import tiny_settings, write_checkpoint
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "export.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "export.md"
 GUIDED = {"sampling__steps": 3, "sampling__guidance_scale": 2.0}
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    write_checkpoint(path, tiny_settings())
-    return path
 
 
 @pytest.fixture(scope="module")

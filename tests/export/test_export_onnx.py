@@ -29,13 +29,6 @@ def session(model):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    write_checkpoint(path, tiny_settings())
-    return path
-
-
-@pytest.fixture(scope="module")
 def exported(workdir, tmp_path_factory):
     """A file that tests must not change."""
     path = tmp_path_factory.mktemp("exported") / "digits.onnx"

@@ -20,16 +20,10 @@ from dig_jax.testing import tiny_settings, write_checkpoint
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("run")
-    return path, write_checkpoint(path, tiny_settings(), step=7)
-
-
-@pytest.fixture(scope="module")
 def exported(workdir, tmp_path_factory):
     """A parameter file that tests must not change."""
     path = tmp_path_factory.mktemp("exported") / "tiny.safetensors"
-    export(tiny_settings(), workdir[0], path)
+    export(tiny_settings(), workdir, path)
     return path
 
 
@@ -54,8 +48,8 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("name", ["0.9", "0.99", "params"])
-def test_the_average_that_sampling_names_is_exported_bit_for_bit(workdir, tmp_path, name):
-    directory, trees = workdir
+def test_the_average_that_sampling_names_is_exported_bit_for_bit(run, tmp_path, name):
+    directory, trees = run
     path = tmp_path / "new" / "x.safetensors"
     export(tiny_settings(sampling__ema=name), directory, path)
     components, step, params = read_model(path)
@@ -77,7 +71,7 @@ def test_the_header_describes_the_file_to_any_safetensors_reader(exported):
 def test_file_permissions_follow_the_umask(workdir, tmp_path):
     before = os.umask(0o027)
     try:
-        export(tiny_settings(), workdir[0], tmp_path / "x.safetensors")
+        export(tiny_settings(), workdir, tmp_path / "x.safetensors")
     finally:
         os.umask(before)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
@@ -85,7 +79,7 @@ def test_file_permissions_follow_the_umask(workdir, tmp_path):
 
 def test_a_file_and_its_checkpoint_load_the_same_sampler(workdir, exported):
     settings = tiny_settings(sampling__steps=2)
-    ours, theirs = (dig_jax.load(path, settings=settings) for path in (str(exported), workdir[0]))
+    ours, theirs = (dig_jax.load(path, settings=settings) for path in (str(exported), workdir))
     assert_equal(ours.params, theirs.params)
     assert {type(leaf) for leaf in jax.tree.leaves(ours.params)} == {type(jax.numpy.ones(1))}
     assert (ours.step, ours.components.config) == (theirs.step, theirs.components.config) == (7, settings)
@@ -102,7 +96,7 @@ def test_settings_of_another_model_are_rejected(workdir, exported, tmp_path):
     with pytest.raises(ConfigError, match="was created with different settings: model.depth: 1 → 2"):
         dig_jax.load(exported, settings=other)
     with pytest.raises(ConfigError, match="was created with different settings: model.depth: 1 → 2"):
-        export(other, workdir[0], tmp_path / "x.safetensors")
+        export(other, workdir, tmp_path / "x.safetensors")
     assert not any(tmp_path.iterdir())
 
 
@@ -110,19 +104,19 @@ def test_an_existing_file_is_not_overwritten(workdir, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_text("somebody's weights")
     with pytest.raises(ConfigError, match=f"--output={path} exists and holds something else; choose another"):
-        export(tiny_settings(), workdir[0], path)
+        export(tiny_settings(), workdir, path)
     assert path.read_text() == "somebody's weights"
 
 
 def test_the_same_export_again_writes_nothing_and_another_one_is_refused(workdir, tmp_path, caplog):
     caplog.set_level("INFO")
     path = tmp_path / "x.safetensors"
-    export(tiny_settings(), workdir[0], path)
+    export(tiny_settings(), workdir, path)
     before = path.read_bytes(), path.stat().st_mtime_ns
-    export(tiny_settings(), workdir[0], path)
+    export(tiny_settings(), workdir, path)
     assert f"{path} already holds step 7 (0.9)" in caplog.messages
     with pytest.raises(ConfigError, match=f"--output={path} exists and holds something else"):
-        export(tiny_settings(sampling__ema="params"), workdir[0], path)
+        export(tiny_settings(sampling__ema="params"), workdir, path)
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
 
@@ -131,19 +125,19 @@ def test_an_output_with_an_unknown_suffix_is_rejected(workdir, tmp_path):
         ConfigError,
         match="invalid --output=.*x.npz; expected a name that ends with .safetensors, .stablehlo or .onnx",
     ):
-        export(tiny_settings(), workdir[0], tmp_path / "x.npz")
+        export(tiny_settings(), workdir, tmp_path / "x.npz")
 
 
 def test_a_full_disk_raises_one_line_and_leaves_no_file(workdir, tmp_path):
     with full_disk(10_000), pytest.raises(CheckpointError, match="x.safetensors could not be written: "):
-        export(tiny_settings(), workdir[0], tmp_path / "x.safetensors")
+        export(tiny_settings(), workdir, tmp_path / "x.safetensors")
     assert not any(tmp_path.iterdir())
 
 
 def test_a_directory_that_cannot_be_created_raises_one_line(workdir, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="x.safetensors could not be written: "):
-        export(tiny_settings(), workdir[0], tmp_path / "file" / "x.safetensors")
+        export(tiny_settings(), workdir, tmp_path / "file" / "x.safetensors")
 
 
 @pytest.mark.parametrize(

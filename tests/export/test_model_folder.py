@@ -1,6 +1,7 @@
 """Parameters with a model card, in a folder and on the Hugging Face Hub."""
 
 import json
+import shutil
 import sys
 
 import huggingface_hub
@@ -13,10 +14,13 @@ from fake_hub import TOKEN, running_hub
 import dig_jax
 from dig_jax import CheckpointError, ConfigError, config
 from dig_jax.checkpoints.reader import read_model
+from dig_jax.components import Components
 from dig_jax.export.export import export, push
 from dig_jax.files.atomic import write_json
 from dig_jax.files.jsonl import append_row
-from dig_jax.testing import tiny_settings, write_checkpoint
+from dig_jax.testing import mesh_of, tiny_settings, write_checkpoint
+from dig_jax.training.state import abstract_state, init_params
+from dig_jax.training.warm_start import complete, read_warm_start
 
 START = {
     "step": 0,
@@ -28,17 +32,16 @@ START = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A workdir with scores, starts and samples, and the trees of parameters."""
-    path = tmp_path_factory.mktemp("run")
-    trees = write_checkpoint(path, tiny_settings())
+def run(run, tmp_path_factory):
+    """The workdir with scores, starts and samples, and the trees of parameters."""
+    path = shutil.copytree(run[0], tmp_path_factory.mktemp("run") / "run")
     write_json(
         path / "scores.json",
         {"fid": 12.3456, "num_images": 500, "seeded": True, "step": 7, "guidance_scale": 9.0},
     )
     append_row(path / "starts.jsonl", START)
     (path / "samples.png").write_bytes(b"picture")
-    return path, trees
+    return path, run[1]
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,15 @@ def test_a_model_is_pushed_to_the_hub_and_loaded_from_it(run, hub, caplog):
     push(tiny_settings(sampling__ema="params"), run[0], "hf://someone/digits")
     assert files["README.md"] == b"edited"
     assert hub.messages[1:] == ["Step 7 (params)"]
+
+
+def test_training_starts_from_a_model_of_the_hub(run, exported, hub):
+    hub.repositories["someone/digits"] = {"model.safetensors": (exported / "model.safetensors").read_bytes()}
+    components = Components(tiny_settings())
+    start = read_warm_start(
+        "hf://someone/digits", components, abstract_state(components, mesh_of(1))["params"]
+    )
+    assert_equal(complete(init_params(components), start.arrays, start.known_rows), run[1]["0.9"])
 
 
 def test_errors_of_the_hub_are_one_line(run, hub, monkeypatch):
