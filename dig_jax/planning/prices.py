@@ -14,10 +14,11 @@ STEPS = 100_000  # the number of steps that costs are given for
 class Price:
     """A price on demand, without commitment, disks and network.
 
-    dollars: US dollars per chip and hour.
-    provider: the cloud and its region, or where the price comes from.
-    date: when `source` was read, and of what date it is.
-    source: where the price was read.
+    Attributes:
+        dollars: US dollars per chip and hour.
+        provider: the cloud and its region, or "--price".
+        date: when `source` was read.
+        source: address of the price list.
     """
 
     dollars: float
