@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from benchmarks.compare import page
+from benchmarks.compare import page, peers
 from benchmarks.compare.attention import attention
 from benchmarks.compare.cases import MODELS, Case, cases
 from benchmarks.compare.record import Record
@@ -67,6 +67,54 @@ def row(case, **figures):
     }
 
 
+def peers_row(pixels, phase, threads=2, **seconds):
+    seconds = {"PyTorch": 6.0, "DiT": 4.0, "DiG": 5.0} | seconds
+    median = {name: {"cpu": t, "wall": t / 2} for name, t in seconds.items()}
+    about = {"PyTorch": {"torch": "2"}, "DiT": {"jax": "1"}, "DiG": {"jax": "1"}}
+    row = {"pixels": pixels, "phase": phase, "threads": threads, "images": 2, "sampling_steps": 20}
+    return row | {"median": median, "about": about, "date": "2026-11-28"}
+
+
+def test_a_cpu_measures_in_turns_what_is_missing_and_again_once_pytorch_is_there(tmp_path, monkeypatch):
+    commands, record = [], tmp_path / "peers.json"
+
+    class Worker:
+        def __init__(self, command, options, threads):
+            self.name = options.get("model", "PyTorch")
+            self.about = {"torch": "2"} if self.name == "PyTorch" else {"jax": "1"}
+
+        def __call__(self, command):
+            commands.append((self.name, command.partition("=")[0]))
+            return {"difference": 1e-6} if "=" in command else {"wall": 1.0, "cpu": 2.0}
+
+        def close(self):
+            commands.append((self.name, "close"))
+
+    monkeypatch.setattr(peers, "Worker", Worker)
+
+    def add(python=None, phases=("forward",), again=False):
+        commands.clear()
+        options = {"python": python, "threads": 2, "repeats": 1, "again": again}
+        peers.add_rows(record, ["DiT", "DiG"], [256], phases, **options)
+        return commands
+
+    pair = [("DiT-S/2", "forward"), ("DiG-S/2", "forward")]
+    assert add() == pair * 2 + [("DiG-S/2", "close"), ("DiT-S/2", "close")]
+    assert add() == []
+    assert add(again=True)[:4] == pair * 2
+    checked = [("PyTorch", "save"), ("DiT-S/2", "check"), ("PyTorch", "forward"), *pair]
+    assert add("python")[: len(checked)] == checked
+    assert add("python", ["forward", "train"])[2] == ("PyTorch", "train")
+    assert [(row["phase"], sorted(row["median"])) for row in peers.read(record)] == [
+        (phase, ["DiG", "DiT", "PyTorch"]) for phase in ("forward", "train")
+    ]
+
+
+def test_a_python_without_pytorch_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="error: invalid --pytorch=.*none; expected a Python in which"):
+        peers.find_python(str(tmp_path / "none"))
+
+
 def test_rows_of_two_processes_are_kept_and_shown_with_their_versions(tmp_path, monkeypatch):
     first, second = (Record.read(tmp_path / "record.json") for _ in range(2))
     fast, large, wrong = (
@@ -83,11 +131,15 @@ def test_rows_of_two_processes_are_kept_and_shown_with_their_versions(tmp_path, 
     assert json.loads((tmp_path / "record.json").read_text()).keys() == {*"abc", "512", "1024"}
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(page, "IMAGES", tmp_path)
-    (tmp_path / "page.md").write_text(f"Before\n{page.BEGIN}old\n{page.END}After\n")
-    page.write(Record.read(tmp_path / "record.json"))
+    (tmp_path / "page.md").write_text(
+        f"Before\n{page.BEGIN}old\n{page.END}{page.BEGIN_CPU}{page.END_CPU}After\n"
+    )
+    page.write(Record.read(tmp_path / "record.json"), [peers_row(256, "train", threads=1)])
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("Before\n") and text.endswith("After\n") and "old" not in text
     assert "| DiG | 0.0312 ms (memory), 1.00 GiB | 0.0312 ms (memory), 0.50 GiB |" in text
     assert "| DiT, flash attention | does not fit: 8.00 GiB |  |  |" in text
+    assert "| train step, 256 px | 2 | cpu, 1 thread | 6.00 | 4.00 | 5.00 | 1.50 | 0.80 |" in text
+    assert "*PyTorch 2, JAX 1, 2026-11-28.*" in text
     assert "jax 1, 2026-11-28" in text and wrong.model not in text
     assert {path.name for path in tmp_path.glob("*.png")} == {"compare_memory.png", "compare_time.png"}

@@ -2,21 +2,25 @@
 
     python -m benchmarks.compare --chips v6e v5e h200        computed for chips that need not be there
     python -m benchmarks.compare                             measured on this machine's device
-    python -m benchmarks.compare --page                      write docs/benchmarks/models.md and its figures
+    python -m benchmarks.compare --pytorch=PYTHON            the same on a CPU, PyTorch being elsewhere
+    python -m benchmarks.compare --page                      write docs/benchmarks/compare.md and its figures
 
---models, --sizes, --pixels and --phases select cases. Rows in benchmarks/compare/record.json are skipped, so
-an interrupted run can be continued; --again replaces them.
+--models, --sizes, --pixels and --phases select cases. On a CPU the cases are DiT-S/2 and DiG-S/2 at 256 to
+1,024 px with one or two images, in turns with DiT in PyTorch if it is installed; --batch measures those of
+the chips instead. Rows in benchmarks/compare/*.json are skipped, so an interrupted run can be continued;
+--again replaces them.
 """
 
 import argparse
 import datetime
 import importlib.metadata
 import logging
+import os
 import pathlib
 import sys
 import time
 
-from benchmarks.compare import computed, measured, page
+from benchmarks.compare import computed, measured, page, peers
 from benchmarks.compare.cases import MODELS, PHASES, SIZES, Case, cases
 from benchmarks.compare.record import Record
 from dig_jax.errors import UserError
@@ -38,11 +42,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS)
     parser.add_argument("--sizes", nargs="+", default=["S", "XL"], choices=SIZES)
     parser.add_argument("--pixels", nargs="+", type=int, default=[256, 512, 1024, 2048])
-    parser.add_argument("--phases", nargs="+", default=[*PHASES], choices=PHASES)
+    phases = [*dict.fromkeys((*PHASES, *peers.PHASES))]
+    parser.add_argument("--phases", nargs="+", default=phases, choices=phases)
     parser.add_argument(
         "--batch", type=int, help="images of a batch, in place of the pixels of one of 2,048 px"
     )
+    parser.add_argument("--pytorch", metavar="PYTHON", help="a Python with PyTorch, if this one has none")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds on a CPU")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="on a CPU; 1, by CPU time, if it is not idle"
+    )
     parser.add_argument("--record", type=pathlib.Path, default=RECORD)
+    parser.add_argument("--peers", type=pathlib.Path, default=peers.RECORD, help="record of a CPU")
     parser.add_argument("--again", action="store_true", help="replace rows that are in the record")
     parser.add_argument(
         "--page", action="store_true", help="write the page from the record, and nothing else"
@@ -52,14 +63,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Add the missing rows to the record, or write the page."""
-    options = make_parser().parse_args()
+    parser = make_parser()
+    options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     record = Record.read(options.record)
     if options.page:
-        page.write(record)
+        page.write(record, peers.read(options.peers))
         return
-    wanted = list(cases(options.models, options.sizes, options.pixels, options.phases, options.batch))
-    work = [(case, chip) for chip in options.chips for case in wanted]
+    chips = options.chips
+    if THIS in chips and options.batch is None and measured.device_name() == "cpu":
+        chips = [chip for chip in chips if chip != THIS]
+        add_peers(options)
+    phases = [phase for phase in options.phases if phase in PHASES]
+    if chips and not phases:
+        parser.error(f"--phases={options.phases[0]} is for a CPU; expected one of {', '.join(PHASES)}")
+    wanted = list(cases(options.models, options.sizes, options.pixels, phases, options.batch))
+    work = [(case, chip) for chip in chips for case in wanted]
     missing = [
         pair for pair in work if options.again or f"{pair[0].name} @ {device_of(pair[1])}" not in record.rows
     ]
@@ -68,6 +87,23 @@ def main() -> None:
         add(record, case, chip)
         progress.show(done)
     progress.close()
+
+
+def add_peers(options: argparse.Namespace) -> None:
+    """Add the rows of this machine's CPU, beside PyTorch if it is there."""
+    python = peers.find_python(options.pytorch)
+    if python is None:
+        print("this Python has no PyTorch, and --pytorch names no other one: only our models are measured")
+    peers.add_rows(
+        options.peers,
+        [model for model in peers.MODELS if model in options.models],
+        [number for number in options.pixels if number in peers.CASES],
+        [phase for phase in peers.PHASES if phase in options.phases],
+        python=python,
+        threads=options.threads,
+        repeats=options.repeats,
+        again=options.again,
+    )
 
 
 def device_of(chip: str) -> str:

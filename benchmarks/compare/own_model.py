@@ -33,7 +33,10 @@ def settings(model: str, side: int, batch: int, steps: int, scan_layers: bool = 
     c = imagenet.get_config(model, "256", "ours")
     c.data.options.image_size = side
     c.data.batch_size = c.sampling.batch_size = batch
-    c.model.dtype, c.model.remat, c.model.learn_sigma = "float32", "none", False
+    c.model.dtype, c.model.learn_sigma = "float32", False
+    c.model.remat = (
+        "block" if side >= 128 else "none"
+    )  # attention's scores of a block take 400 MB at 1,024 px
     c.model.scan_layers = scan_layers
     c.diffusion.process = "flow"
     c.diffusion.times = "uniform"

@@ -3,13 +3,14 @@
 import collections
 import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.compare import peers
 from benchmarks.compare.cases import MODELS
 from benchmarks.compare.record import Record
 from dig_jax.hardware.chips import CHIPS, Chip
@@ -18,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "benchmarks" / "compare.md"
 IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
+BEGIN_CPU, END_CPU = "<!-- CPU -->\n", "<!-- end of CPU -->\n"
 PHASES = {"train": "Train step", "sample": "Guided sampling step"}
 _ATTENTION = {"DiT": "DiT, flash attention", "DiT, plain": "DiT, plain attention"}
 _LINE = 3  # a panel has points of at least this many resolutions
@@ -38,15 +40,20 @@ def describe(row: Row) -> str:
     return f"{memory}: too much"
 
 
-def write(record: Record) -> None:
+def write(record: Record, cpu_rows: Sequence[Row]) -> None:
     """Replace the tables of the page, and draw its figures."""
     rows = [row for row in record.rows.values() if "error" not in row]
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    tables = "\n".join([*_ratios(rows), *_tables(rows)])
-    PAGE.write_text(before + BEGIN + tables + "\n" + END + rest.partition(END)[2])
+    text = _replaced(PAGE.read_text(), BEGIN, [*_ratios(rows), *_tables(rows)], END)
+    PAGE.write_text(_replaced(text, BEGIN_CPU, peers.tables(cpu_rows), END_CPU))
     for quantity in ("memory", "time"):
         if panels := _panels(rows):
             _figure(panels, quantity).savefig(IMAGES / f"compare_{quantity}.png", dpi=130)
+
+
+def _replaced(text: str, begin: str, lines: Iterable[str], end: str) -> str:
+    """Return the text with other lines between two marks."""
+    before, _, rest = text.partition(begin)
+    return before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
 
 
 def _ratios(rows: Sequence[Row]) -> Iterator[str]:
