@@ -20,15 +20,19 @@ def files(archive):
         return {name.partition("/")[2] for name in tar.getnames()}
 
 
+def tracked(source):
+    """Return the paths of the files that git tracks in a folder, relative to the root."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    command = ["git", "ls-files", "-z", source]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return set(filter(None, listed.split("\0")))
+
+
 def build(source, target):
     """Build a wheel and an sdist from a copy of the tracked files; return what they hold."""
     pytest.importorskip("setuptools", "77", reason="setuptools builds the distributions")
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a clone")
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z", source], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in filter(None, tracked.stdout.split("\0")):
+    for name in tracked(source):
         path = target / "source" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes((ROOT / name).read_bytes())
@@ -46,10 +50,11 @@ def test_requirements_install_the_kernels_of_the_clone_and_dig_jax_depends_on_th
     assert "-e ./kernels" in (ROOT / "requirements.txt").read_text("utf-8")
 
 
-def test_the_wheel_of_dig_jax_has_no_kernels(tmp_path):
+def test_the_wheel_of_dig_jax_has_all_of_the_package_its_license_and_no_kernels(tmp_path):
     wheel, _ = build(".", tmp_path)
-    assert "dig_jax/__init__.py" in wheel
-    assert not [name for name in wheel if "pallas_gla" in name]
+    assert {"dig_jax/__init__.py", "dig_jax/py.typed"} <= tracked("dig_jax") <= wheel
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+    assert {name.partition("/")[0].partition("-")[0] for name in wheel} == {"dig_jax"}
 
 
 def test_pallas_gla_ships_its_types_and_license_and_the_sdist_its_tests(tmp_path):
