@@ -107,6 +107,11 @@ class Components:
         shape = self.image_spec.image_shape
         return [(*size, shape[2]) for size in self.bucket_sizes] or [shape]
 
+    @property
+    def largest_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the batches of training with the most pixels."""
+        return max(self.training_shapes, key=math.prod)
+
     @functools.cached_property
     def stored_features(self) -> StoredFeatures | None:
         """Features of the training images on disk, if `auxiliary.repa_weight` needs them.

@@ -29,12 +29,12 @@ FIELDS = {
 
 
 def command(name: str, workdir: Path, fields: Mapping[str, object], *arguments: str) -> list[str]:
-    """The command of a run with configs/NAME.py, for the repository's root."""
+    """The command of a run in the repository, whose config is NAME or NAME.py:ARGUMENT."""
     overrides = [f"--config.{field}={value}" for field, value in fields.items()]
     return [
         sys.executable,
         "main.py",
-        f"--config=configs/{name}.py",
+        f"--config=configs/{name if '.py' in name else name + '.py'}",
         f"--workdir={workdir}",
         *overrides,
         *arguments,

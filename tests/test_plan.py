@@ -115,10 +115,13 @@ def test_a_program_that_does_not_fit_reports_its_size():
 # The plan.
 
 
-def test_this_machine_is_planned_for_without_a_workdir_or_data(tmp_path, monkeypatch, capsys):
+def test_the_largest_bucket_is_planned_on_this_machine_without_a_workdir_or_data(
+    tmp_path, monkeypatch, capsys
+):
     """As JSON; the config's data does not exist, and nothing is written."""
     monkeypatch.chdir(tmp_path)
-    plan.show(tiny_settings(model__name="DiT-S/2", data__name="not_there"), plan.THIS, as_json=True)
+    settings = tiny_settings(model__name="DiT-S/2", data__name="not_there", data__buckets="4x4,6x12,8x8")
+    plan.show(settings, plan.THIS, as_json=True)
     figures = json.loads(capsys.readouterr().out)
     devices = jax.device_count()
     assert (figures["topology"], figures["chips"], figures["memory_limit"]) == ("this", devices, None)
@@ -128,6 +131,8 @@ def test_this_machine_is_planned_for_without_a_workdir_or_data(tmp_path, monkeyp
     assert devices * sum(train["flops"].values()) == pytest.approx(
         train["batch_size"] * figures["model_flops_per_image"], rel=0.2
     )
+    assert devices * train["memory"]["batch"] == train["batch_size"] * 4 * (6 * 12 + 1)
+    assert f"{train['batch_size']} images of 6x12 (the largest bucket)" in summary(figures)
     assert not list(tmp_path.iterdir())
 
 

@@ -21,6 +21,7 @@ from ended_runs import (
     records,
     state_at,
 )
+from PIL import Image
 
 from configs import digits as digits_config
 from dig_jax import config
@@ -111,13 +112,13 @@ def examples(workdir: Path, step: int) -> dict:
     return json.loads((workdir / "checkpoints" / str(step) / "data" / "metadata").read_text())
 
 
-def assert_like_one(workdir: Path, one: Path, step: int) -> None:
+def assert_like_one(workdir: Path, one: Path, step: int, batch_size: int = FIELDS["data.batch_size"]) -> None:
     """Compare parameters to 1e-5, the position in the data, and the loss of each step."""
     ours, theirs = (jax.tree.leaves(state_at(path, step)["params"]) for path in (workdir, one))
     difference = sum(np.sum(np.square(a - b)) for a, b in zip(ours, theirs, strict=True))
     assert difference <= 1e-10 * sum(np.sum(np.square(b)) for b in theirs)
     assert examples(workdir, step) == examples(one, step)
-    assert examples(workdir, step)["examples"] == step * FIELDS["data.batch_size"]
+    assert examples(workdir, step)["examples"] == step * batch_size
     # The loss of a step depends on its images, so it would show one that is repeated or left out.
     assert [record["step"] for record in records(workdir)] == list(range(1, step + 1))
     losses, expected = ([record["loss"] for record in records(path)[:step]] for path in (workdir, one))
@@ -185,6 +186,39 @@ def test_four_processes_train_like_one_and_one_or_four_resume_from_them(one, dir
 def test_processes_that_shard_rows_read_the_same_images_and_train_like_one(one, directory):
     train(directory / "rows", processes=2, mesh__data=1, mesh__context=2)
     assert_like_one(directory / "rows", one, STEPS)
+
+
+@pytest.mark.slow
+def test_processes_with_buckets_train_like_one_and_one_resumes_from_them(directory):
+    """Two processes with two devices each; every batch of a size is split over all of them."""
+    images = directory / "shapes" / "images"
+    images.mkdir(parents=True)
+    for number in range(24):
+        size = (9, 9) if number < 12 else (20, 6)
+        Image.new("L", size, 10 * number).save(images / f"{number:02}.png")
+    changes = {
+        "data__batch_size": 4,
+        "data__options.image_size": 8,
+        "data__options.channels": 1,
+        "data__buckets": "8x8,4x16",
+        "mesh__cpu_devices": 2,
+    }
+
+    def commands(workdir: Path, processes: int, steps: int, **mesh) -> list[list[str]]:
+        own = fields(training__steps=steps, **changes, **mesh)
+        name = f"imagefolder_small.py:{images.parent}"
+        return [command(name, workdir, own, *flags) for flags in joined(processes)]
+
+    workdir, alone, compiled = directory / "buckets", directory / "buckets alone", directory / "compiled"
+    for number, mesh in ((1, {"mesh__data": 2}), (2, {"mesh__data": 2, "mesh__fsdp": 2})):
+        for status, log in run(commands((alone, workdir)[number - 1], number, STEPS, **mesh), compiled):
+            assert status == 0, log
+            assert "training images by bucket: 8x8: 12, 4x16: 11" in log
+    assert_like_one(workdir, alone, STEPS, batch_size=4)
+    for path in (workdir, alone):
+        ((status, log),) = run(commands(path, 1, MORE_STEPS, mesh__data=2), compiled)
+        assert status == 0, log
+    assert_like_one(workdir, alone, MORE_STEPS, batch_size=4)
 
 
 def test_processes_with_different_settings_all_stop_and_write_nothing(directory):

@@ -128,7 +128,7 @@ def _memory_limit(topology: Topology) -> float | None:
 
 
 def _train_step(run: PlannedRun, price: Price | None) -> dict[str, Any]:
-    """Return the figures of the compiled train step, and its cost."""
+    """Return the figures of the compiled train step, and its cost; of the largest of `data.buckets`."""
     size, chip, chips = run.settings.data.batch_size, run.topology.chip, run.topology.chips
     figures = _figures(run, lower_train_step, "train step", size)
     if "memory" in figures:
@@ -149,6 +149,8 @@ def _train_step(run: PlannedRun, price: Price | None) -> dict[str, Any]:
             "chip_hours": 24 * days * chips,
             "cost": cost(seconds, chips, price),
         }
+    if run.components.bucket_sizes:
+        figures["bucket"] = "x".join(map(str, run.components.largest_shape[:2]))
     return figures | {"images_per_device": run.images_per_device}
 
 

@@ -70,9 +70,9 @@ class PlannedRun:
 
     @functools.cached_property
     def model_flops_per_image(self) -> int:
-        """FLOPs of training on one image by the model's definition."""
+        """FLOPs of training on one image by the model's definition; of the largest of `data.buckets`."""
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.state["params"])
-        image = jax.ShapeDtypeStruct((1, *self.components.image_spec.image_shape), jnp.float32)
+        image = jax.ShapeDtypeStruct((1, *self.components.largest_shape), jnp.float32)
         number = jax.ShapeDtypeStruct((1,), jnp.int32)
         return training_flops(self.components.denoise, params, image, number, number)
 

@@ -46,7 +46,8 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
 def _step(title: str, figures: dict[str, Any], limit: float | None, plan: dict[str, Any]) -> Iterator[str]:
     per_device = f", {figures['images_per_device']:,} per device" if "images_per_device" in figures else ""
     yield ""
-    yield f"{title}, {figures['batch_size']:,} images{per_device}"
+    bucket = f" of {figures['bucket']} (the largest bucket)" if "bucket" in figures else ""
+    yield f"{title}, {figures['batch_size']:,} images{bucket}{per_device}"
     for name, size in figures.get("memory", {}).items():
         yield _line(name, _binary(size))
     yield _line("memory needed", _binary(figures["memory_needed"])) + _verdict(

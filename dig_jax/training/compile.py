@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 import time
 
 import jax
@@ -36,7 +35,7 @@ def abstract_batch(
         shape: (height, width, channels) of the images; by default the largest of training.
     """
     size, split = components.config.data.batch_size, batch_sharding(mesh)
-    shape = shape or max(components.training_shapes, key=math.prod)
+    shape = shape or components.largest_shape
     shapes = {"image": (shape, jnp.float32), "label": ((), jnp.int32)}
     if components.stored_features is not None:
         shapes["features"] = (components.stored_features.shape, jnp.float16)
