@@ -16,7 +16,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECORD = pathlib.Path(__file__).with_suffix(".json")
-PAGE = ROOT / "docs" / "plan.md"
+PAGE = ROOT / "docs" / "guide" / "plan.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 CONFIGS = (
     *(f"dig_{size}:256,paper" for size in ("s", "b", "l", "xl")),

@@ -14,6 +14,7 @@ from configs import base, recipes
 from dig_jax.errors import alternatives
 
 RESOLUTIONS = ("256", "512", "1024")
+_BLOCK_REMAT = 1024  # pixels
 # The recipe "fast": multiple of the batch of 256, and config.mesh.fsdp, on 256 chips of TPU v5e
 # (--topology=v5e:16x16). docs/guide/pods.md has the planned speed.
 _FAST = {
@@ -49,7 +50,10 @@ def get_config(model: str, resolution: str, recipe: str) -> ConfigDict:
     if recipe == "modern":
         c.sampling.guidance_interval = (0.0, 0.7)  # of classifier-free guidance, as in Internal Guidance
     if recipe != "fast":
-        return recipes.follow(c, recipe)
+        c = recipes.follow(c, recipe)
+        if c.model.remat == "full" and pixels >= _BLOCK_REMAT:
+            c.model.remat = "block"  # less memory and, from this size on, faster (docs/guide/plan.md)
+        return c
     if (model, resolution) not in _FAST:
         known = [f"{name} at {size} px" for name, size in _FAST]
         raise ValueError(f"no recipe 'fast' for {model} at {resolution} px; expected {alternatives(known)}")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax_options import unoptimized
 
 from dig_jax import create_model
 from dig_jax.models import registry
@@ -330,6 +331,19 @@ def test_depthwise_conv_is_the_grouped_convolution():
     np.testing.assert_allclose(out, expected + jnp.arange(8.0), rtol=1e-5, atol=1e-5)
 
 
+def test_an_mlp_in_parts_has_the_outputs_and_gradients_of_a_whole_one():
+    """16 tokens in 3 parts."""
+
+    def values_and_gradients(**options):
+        graphdef, params = randomized(tiny("DiT-S/2", depth=1, mlp_hidden_size=32, **options))
+        loss = jax.jit(jax.value_and_grad(lambda p: jnp.square(nnx.merge(graphdef, p)(*inputs())).mean()))
+        return loss(params)
+
+    with unoptimized():
+        whole, parts = values_and_gradients(), values_and_gradients(mlp_parts=3)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), parts, whole)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -348,6 +362,7 @@ def test_depthwise_conv_is_the_grouped_convolution():
         ({"skip": "dense"}, "skip='dense'; expected one of linear, identity, None"),
         ({"remat": "none"}, "remat='none'; expected one of dots, full, block, None"),
         ({"depth": -1}, "depth=-1; expected a positive number"),
+        ({"mlp_parts": 0}, "mlp_parts=0; expected a positive number"),
         ({"hidden_size": 34}, "hidden_size=34; expected a multiple of 4"),
         ({"skip": "linear", "depth": 7}, "depth=7 with long skips; expected an even depth"),
         ({"skip": "linear", "skip_alignment": "upstream", "depth": 6}, "multiple of 4"),

@@ -31,7 +31,7 @@ VARIANTS = {
         "conv": "inside",
         "skip": "linear",
     },
-    "DiT": {"name": "DiT-S/2", "depth": 1, "rope": True, "time_input": "data"},
+    "DiT": {"name": "DiT-S/2", "depth": 1, "rope": True, "time_input": "data", "mlp_parts": 3},
 }
 
 

@@ -116,6 +116,12 @@ def test_our_recipe_differs_from_the_published_one_only_where_it_says_so(name):
     assert (ours["model.dtype"], ours["model.remat"]) == ("bfloat16", "full")
 
 
+@pytest.mark.parametrize("recipe", ["ours", "modern"])
+def test_blocks_of_large_images_are_recomputed_one_by_one(recipe):
+    remat = {size: shipped(f"dig_xl:{size},{recipe}").model.remat for size in (256, 512, 1024)}
+    assert remat == {256: "full", 512: "full", 1024: "block"}
+
+
 @pytest.mark.parametrize("name", IMAGENET)
 def test_the_modern_recipe_is_the_default_and_differs_from_ours_only_where_it_says_so(name):
     ours, modern, default = (

@@ -51,7 +51,7 @@ def flops_without_estimate(run: PlannedRun, case: Case) -> collections.Counter[s
     tokens = height * width // options.patch_size**2
     attentions = options.depth // (4 if case.model == "hybrid" else 1)
     if case.phase == "train":
-        products = _FORWARD * (2 if m.remat == "full" else 1) + _BACKWARD
+        products = _FORWARD * (2 if m.remat in ("full", "block") else 1) + _BACKWARD
         images = case.images
     else:
         products = _FORWARD * sampling.steps

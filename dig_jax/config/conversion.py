@@ -21,9 +21,9 @@ _ANNOUNCED = ("data.batch_size", "training.steps", "optimizer.learning_rate", "o
 _ANNOUNCED += ("optimizer.schedule", "optimizer.final_fraction")
 # Fields that may differ and compute the same function. Data may move, because the fingerprint of its content
 # is compared too, and latents store the fingerprint of their autoencoder.
-_CHANGEABLE = (*_ANNOUNCED, "training.accumulation", "training.max_skipped_steps", "model.remat")
-_CHANGEABLE += ("model.implementation", "logging", "checkpoint", "sampling", "evaluation", "mesh")
-_CHANGEABLE += ("autoencoder", "encode")
+_CHANGEABLE = (*_ANNOUNCED, "training.accumulation", "training.max_skipped_steps")
+_CHANGEABLE += ("model.remat", "model.mlp_parts", "model.implementation")
+_CHANGEABLE += ("logging", "checkpoint", "sampling", "evaluation", "mesh", "autoencoder", "encode")
 _LOCATIONS = ("path", "heldout_path", "data_dir", "dataset", "cache_dir")
 _CHANGEABLE += tuple(f"data.options.{name}" for name in _LOCATIONS)
 

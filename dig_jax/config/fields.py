@@ -54,6 +54,12 @@ class ModelConfig(Group, path="config.model"):
         none=0,
         bounds="positive",
     )
+    mlp_parts: int = field(
+        1,
+        "Parts of the tokens that the MLP transforms one after the other: less memory when small models"
+        " sample large images, and less memory traffic on TPUs (docs/guide/plan.md; not in DiS).",
+        bounds="positive",
+    )
     learn_sigma: bool = field(True, "Also predict the variance (Nichol & Dhariwal 2021).")
     implementation: str | None = field(
         None,

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dig_jax.models.layers import DepthwiseConv, Linear, Modulation, Norm, NormKind, modulate
 from dig_jax.models.packing import Grid, per_token
-from dig_jax.parallel import constrain_tokens
+from dig_jax.parallel import constrain_tokens, context_size
 
 ConvPlacement = Literal["after", "inside"]
 Features = tuple[Array, Array]
@@ -24,12 +25,14 @@ class BlockSpec:
     Args:
         mixer: (width, dtype=, rngs=) → a token mixer, which is called with (x, grid).
         mlp: (width, dtype=, rngs=) → an MLP, which is called with x.
+        mlp_parts: parts of the tokens that the MLP transforms one after the other.
         conv: "after" puts the depthwise convolution at the end of the block with no residual around it;
             "inside" puts it between modulate and the mixer; None omits it.
     """
 
     mixer: Callable[..., Callable[[Array, Grid], Array]]
     mlp: Callable[..., Callable[[Array], Array]]
+    mlp_parts: int = 1
     conv: ConvPlacement | None = None
     norm: NormKind = "layer"
 
@@ -40,6 +43,7 @@ class Block(nnx.Module):
     def __init__(self, spec: BlockSpec, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.mixer = spec.mixer(width, dtype=dtype, rngs=rngs)
         self.mlp = spec.mlp(width, dtype=dtype, rngs=rngs)
+        self.mlp_parts = spec.mlp_parts
         self.norm1, self.norm2 = Norm(width, spec.norm), Norm(width, spec.norm)
         self.modulation = Modulation(width, 6, dtype=dtype, rngs=rngs)
         self.conv = DepthwiseConv(width, dtype=dtype) if spec.conv else None
@@ -76,13 +80,27 @@ class Block(nnx.Module):
             mixed = features[0]
         x = x + gate1 * mixed
         if features is None:
-            transformed = constrain_tokens(self.mlp(modulate(self.norm2(x), shift2, scale2)))
+            transformed = self._run_mlp(x, shift2, scale2)
         else:
             transformed = features[1]
         x = x + gate2 * transformed
         if self.conv is not None and not self.conv_inside:
             x = self.conv(x, grid)
         return x, (mixed, transformed)
+
+    def _run_mlp(
+        self, x: Float[Array, "b t d"], shift: Float[Array, " b #t d"], scale: Float[Array, " b #t d"]
+    ) -> Float[Array, "b t d"]:
+        """Return the output of the MLP, in parts of the tokens unless devices share them."""
+        if self.mlp_parts == 1 or context_size() > 1:
+            return constrain_tokens(self.mlp(modulate(self.norm2(x), shift, scale)))
+
+        def parts_of(x: Float[Array, " b #t d"]) -> list[Float[Array, "b part d"]]:
+            return [x] * self.mlp_parts if x.shape[1] == 1 else jnp.array_split(x, self.mlp_parts, axis=1)
+
+        parts = zip(*map(parts_of, (x, shift, scale)), strict=True)
+        outputs = [self.mlp(modulate(self.norm2(x), *condition)) for x, *condition in parts]
+        return constrain_tokens(jnp.concatenate(outputs, axis=1))
 
 
 class FinalLayer(nnx.Module):

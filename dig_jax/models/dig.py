@@ -123,6 +123,7 @@ class GLAOptions(ModelOptions):
             BlockSpec(
                 mixer=self._mixer(mixer, level, first + mixers[:position].count("gla")),
                 mlp=mlp,
+                mlp_parts=self.mlp_parts,
                 conv=self.conv,
                 norm=self.norm,
             )

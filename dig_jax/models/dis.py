@@ -42,6 +42,7 @@ class DiSOptions(ModelOptions):
         for name, absent, part in (
             ("num_heads", 1, "heads"),
             ("mlp_hidden_size", None, "MLP"),
+            ("mlp_parts", 1, "MLP"),
             ("positions", "absolute", "fixed positions"),
         ):
             if (value := getattr(self, name)) != absent:

@@ -85,7 +85,7 @@ class DiTOptions(ModelOptions):
         )
         mlp = functools.partial(SwiGLU, use_bias=True) if self.mlp == "swiglu" else GeluMLP
         mlp = functools.partial(mlp, hidden=self.mlp_width_at(level))
-        return BlockPattern((BlockSpec(mixer=mixer, mlp=mlp, norm=self.norm),))
+        return BlockPattern((BlockSpec(mixer=mixer, mlp=mlp, mlp_parts=self.mlp_parts, norm=self.norm),))
 
 
 class DiT(DiffusionTransformer):

@@ -43,6 +43,8 @@ class ModelOptions:
             (all but the input of each group of blocks) or "block" (all but the input of each block).
         scan_layers: loop over the blocks in the compiled program instead of repeating them.
         mlp_hidden_size: hidden channels of the MLP; None: the family's default for the width.
+        mlp_parts: parts of the tokens that the MLP transforms one after the other, for less memory; without
+            effect where devices share the tokens of an image.
         internal_head: index of the block after which a second final layer predicts; None: no such layer.
         positions: coordinates of tokens in images of another size than `input_size`: "absolute", which go on
             beyond it, or "interpolated", which are spread over it.
@@ -62,12 +64,21 @@ class ModelOptions:
     remat: Remat | None = None
     scan_layers: bool = True
     mlp_hidden_size: int | None = None
+    mlp_parts: int = 1
     internal_head: int | None = None
     positions: Literal["absolute", "interpolated"] = "absolute"
     drop_path: float = 0.0
 
     def __post_init__(self):
-        for name in ("mlp_width", "depth", "hidden_size", "num_heads", "patch_size", "in_channels"):
+        for name in (
+            "mlp_width",
+            "mlp_parts",
+            "depth",
+            "hidden_size",
+            "num_heads",
+            "patch_size",
+            "in_channels",
+        ):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"invalid {name}={value}; expected a positive number")
         if self.hidden_size % 4:  # sines and cosines of rows and columns

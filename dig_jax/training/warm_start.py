@@ -21,7 +21,7 @@ from dig_jax.training.block_names import restacked
 log = logging.getLogger(__name__)
 
 # Options that change how a network is computed or trained, but not its function.
-_IMPLEMENTATION = ("dtype", "remat", "implementation", "in_channels", "drop_path")
+_IMPLEMENTATION = ("dtype", "remat", "mlp_parts", "implementation", "in_channels", "drop_path")
 # Fields of the diffusion process that give inputs and outputs a meaning; the others only weight the loss.
 _PROCESS_FIELDS = {"ddpm": ("schedule", "num_steps"), "flow": ("path", "prediction", "noise_scale")}
 _LABELS = "label_embed.table.embedding"
