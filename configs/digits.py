@@ -1,17 +1,24 @@
 """Scikit-learn's handwritten digits: a class-conditional DiG that trains in minutes on a CPU.
 
-It follows the recipe "modern" (recipes.py); benchmarks/digits.py compares it with the published one.
+The argument is the recipe (recipes.py): "modern", or "meanflow" for digits in one step of the network.
+benchmarks/digits.py compares "modern" with the published one.
 """
 
 from configs import base, recipes
+from dig_jax.errors import alternatives
+
+_RECIPES = {"modern": recipes.modernize, "meanflow": recipes.use_mean_flow}
 
 
-def get_config():
-    c = recipes.modernize(base.get_config())
+def get_config(recipe: str = "modern"):
+    if recipe not in _RECIPES:
+        raise ValueError(f"invalid recipe {recipe!r}; expected {alternatives([*_RECIPES])}")
+    c = _RECIPES[recipe](base.get_config())
     c.model.depth = 4
     c.model.hidden_size = 96
     c.model.num_heads = 2
-    c.model.internal_head = 1
+    if recipe == "modern":
+        c.model.internal_head = 1
     c.data.name = "digits"
     c.data.batch_size = 64
     c.training.steps = 2400
@@ -24,7 +31,7 @@ def get_config():
     c.logging.every_steps = 50
     c.logging.heldout_every_steps = 250
     c.sampling.every_steps = 1000
-    c.sampling.guidance_scale = 1.0  # internal guidance alone, which takes one evaluation per step
-    c.sampling.clip = True
+    c.sampling.guidance_scale = 1.0  # with "modern", internal guidance alone: one evaluation per step
+    c.sampling.clip = recipe == "modern"
     c.mesh.cpu_devices = 2
     return c

@@ -47,7 +47,7 @@ def get_config(model: str, resolution: str, recipe: str) -> ConfigDict:
     c.encode.options.heldout_fraction = 0.0  # fraction of the training images, if heldout_path is empty
     c.encode.batch_size = max(32 * 256**2 // pixels**2, 1)
     c.sampling.guidance_scale = 1.375
-    if recipe == "modern":
+    if recipe in ("modern", "meanflow"):
         c.sampling.guidance_interval = (0.0, 0.7)  # of classifier-free guidance, as in Internal Guidance
     if recipe != "fast":
         c = recipes.follow(c, recipe)

@@ -18,7 +18,7 @@ from dig_jax.config import Config, DiffusionConfig, ModelConfig, to_dict
 from dig_jax.data import ImageSpec, Source, open_source
 from dig_jax.data.buckets import Buckets, Sizes, parse_buckets
 from dig_jax.data.features import StoredFeatures, open_features
-from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Path, Process, Times
+from dig_jax.diffusion import FlowMatching, GaussianDiffusion, MeanFlow, Path, Process, Times
 from dig_jax.errors import naming_setting
 from dig_jax.models import DiffusionTransformer, create_model
 from dig_jax.models.backbone import Outputs
@@ -160,9 +160,9 @@ class Components:
         """The forward process and its loss."""
         d = self.config.diffusion
         with naming_setting("config.diffusion"):
-            if d.process == "flow":
+            _check_unused_fields(d)
+            if d.process != "ddpm":
                 return self._flow_matching()
-            _check_flow_fields(d)
             return GaussianDiffusion(
                 schedule=d.schedule,
                 num_steps=d.num_steps,
@@ -179,7 +179,15 @@ class Components:
         times = Times(d.times, d.time_mean, d.time_std, d.time_low, d.time_high, shift)
         height, width, _ = self.image_spec.image_shape
         scale = math.sqrt(height * width) / 256 if d.noise_scale is None else d.noise_scale
-        return FlowMatching(Path(d.path, scale), d.prediction, times, d.weight)
+        flow = {"path": Path(d.path, scale), "prediction": d.prediction, "times": times, "weight": d.weight}
+        if d.process == "flow":
+            return FlowMatching(**flow)
+        return MeanFlow(
+            **flow,
+            instant_fraction=d.instant_fraction,
+            guidance_max=d.guidance_max,
+            guidance_power=d.guidance_power,
+        )
 
     def init_params(self, key: Array) -> Params:
         """Return random parameters in float32."""
@@ -224,9 +232,11 @@ class ModelSpec:
         t: Num[Array, " b"],
         y: Int[Array, " b"] | None,
         drop: Bool[Array, " b"] | None = None,
+        jump: Float[Array, "b 4"] | None = None,
     ) -> Float[Array, "b h w out"]:
         """Call the network with these parameters; see `DiffusionTransformer`."""
-        return self._network(params)(x, t, y, drop=drop)
+        given = {} if jump is None else {"jump": jump}  # DiS takes none
+        return self._network(params)(x, t, y, drop=drop, **given)
 
     def outputs(
         self,
@@ -238,9 +248,12 @@ class ModelSpec:
         taps: Collection[int] = (),
         features: StackFeatures | list[StackFeatures] | Literal["keep"] | None = None,
         kept: Float[Array, "blocks b"] | None = None,
+        jump: Float[Array, "b 4"] | None = None,
     ) -> Outputs:
         """Call the network for its internal outputs too; see `DiffusionTransformer.outputs`."""
-        return self._network(params).outputs(x, t, y, drop=drop, taps=taps, features=features, kept=kept)
+        options = {"drop": drop, "taps": taps, "features": features, "kept": kept}
+        options |= {} if jump is None else {"jump": jump}  # DiS takes none
+        return self._network(params).outputs(x, t, y, **options)
 
     def _network(self, params: Params) -> DiffusionTransformer:
         # Each block gathers its parameters when it runs.
@@ -333,15 +346,19 @@ def _without_unused_options(settings: ModelConfig) -> ModelConfig:
     return dataclasses.replace(settings, **{name: getattr(defaults, name) for name in unused})
 
 
-def _check_flow_fields(settings: DiffusionConfig) -> None:
-    """Reject fields of flow matching that another process would ignore."""
+def _check_unused_fields(settings: DiffusionConfig) -> None:
+    """Reject fields of flow matching and MeanFlow that another process would ignore."""
     defaults, values = to_dict(DiffusionConfig()), to_dict(settings)
     ddpm = ("process", "schedule", "num_steps", "loss", "weight")
-    for name in values.keys() - ddpm:
+    mean_flow = ("instant_fraction", "guidance_max", "guidance_power")
+    flow = [name for name in values if name not in (*ddpm, *mean_flow)]
+    unused = {"ddpm": [*flow, *mean_flow], "flow": mean_flow, "meanflow": ()}[settings.process]
+    for name in unused:
         if values[name] != defaults[name]:
+            process = "meanflow" if name in mean_flow else "flow"
             raise ValueError(
-                f"unsupported {name} of process=ddpm: got {values[name]!r}; expected the default,"
-                f" {defaults[name]!r}, or process=flow"
+                f"unsupported {name} of process={settings.process}: got {values[name]!r}; expected the"
+                f" default, {defaults[name]!r}, or process={process}"
             )
 
 

@@ -54,6 +54,13 @@ def tiny_settings(**changes: Any) -> Config:
     return from_dict(fields)
 
 
+def mean_flow_settings(**changes: Any) -> Config:
+    """Return `tiny_settings` of a MeanFlow model that samples in one step."""
+    needed = {"diffusion__process": "meanflow", "model__flow_map": True, "model__learn_sigma": False}
+    sampling = {"sampling__sampler": "meanflow", "sampling__steps": 1}
+    return tiny_settings(**{**needed, **sampling, **changes})
+
+
 def tiny_components(**changes: Any) -> Components:
     """Return the components of `tiny_settings`."""
     return Components(tiny_settings(**changes))

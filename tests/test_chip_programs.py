@@ -17,6 +17,11 @@ OBJECTIVES = {
     "ddpm": {},
     "ddpm with min-SNR weights": {"diffusion.weight": "min_snr"},
     "velocity": {"diffusion.process": "flow", "diffusion.times": "logit_normal"},
+    "average velocity": {
+        "diffusion.process": "meanflow",
+        "model.flow_map": True,
+        "model.learn_sigma": False,
+    },
     "x with the loss of the velocity": {
         "diffusion.process": "flow",
         "diffusion.prediction": "x",
@@ -76,7 +81,7 @@ def test_a_train_step_of_dit_for_tpus_attends_in_kernels():
 @pytest.mark.parametrize(
     "objective",
     [
-        name if name in ("ddpm", "velocity") else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("ddpm", "average velocity") else pytest.param(name, marks=pytest.mark.slow)
         for name in OBJECTIVES
     ],
 )

@@ -26,6 +26,7 @@ SHIPPED = (
     *("dig_s:256,fast", "dig_b:256,fast", "dig_l:256,fast", "dig_xl:256,fast", "dig_xl:512,fast"),
     *("lightningdit", "lightningdit:B/1,512,ours", "jit", "jit:L/32,512"),
     *("cifar10", "cifar10:paper", "celeba64", "celeba64:paper"),
+    *("dig_s:256,meanflow", "udig_b:256,meanflow", "dit_xl:1024,meanflow", "digits:meanflow"),
     *("base", "digits", "imagefolder", "imagefolder:pictures", "imagefolder_latents:pictures", "smoke"),
     *("imagefolder_small", "imagefolder_small:pictures"),
 )
@@ -191,9 +192,9 @@ def test_sources_accept_the_options_of_shipped_configs(name):
     ("text", "message"),
     [
         ("dig_s.py:128", "invalid resolution '128'; expected 256, 512 or 1024"),
-        ("dig_s.py:256,papr", "invalid recipe 'papr'; expected modern, ours or paper"),
-        ("dig_s.py:256,paper,3", "invalid recipe 'paper,3'; expected modern, ours or paper"),
-        ("celeba64.py:64", "invalid recipe '64'; expected modern, ours or paper"),
+        ("dig_s.py:256,papr", "invalid recipe 'papr'; expected modern, meanflow, ours or paper"),
+        ("dig_s.py:256,paper,3", "invalid recipe 'paper,3'; expected modern, meanflow, ours or paper"),
+        ("celeba64.py:64", "invalid recipe '64'; expected modern, meanflow, ours or paper"),
     ],
 )
 def test_an_invalid_argument_of_a_config_raises_one_line(text, message):

@@ -164,6 +164,11 @@ class ModelConfig(Group, path="config.model"):
         none=0,
         bounds="positive",
     )
+    flow_map: bool = field(
+        False,
+        "Give the network the length of a step and the guidance on it, for diffusion.process=meanflow (not in"
+        " DiS).",
+    )
     scan_layers: bool = field(
         True,
         "Compile one period of blocks and loop over it. Without the loop the program grows with the depth,"

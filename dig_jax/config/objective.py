@@ -11,8 +11,9 @@ class DiffusionConfig(Group, path="config.diffusion"):
 
     process: str = field(
         "ddpm",
-        "ddpm (Ho et al. 2020) or flow (flow matching, Lipman et al. 2023; docs/concepts/diffusion.md).",
-        choices=("ddpm", "flow"),
+        "ddpm (Ho et al. 2020), flow (flow matching, Lipman et al. 2023) or meanflow (flow matching for one"
+        " step, Geng et al. 2025), which needs model.flow_map; docs/concepts/diffusion.md.",
+        choices=("ddpm", "flow", "meanflow"),
     )
     schedule: str = field(
         "linear", "Noise schedule of ddpm: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."
@@ -50,6 +51,15 @@ class DiffusionConfig(Group, path="config.diffusion"):
         " (Li & He 2025, JiT).",
         none=0.0,
         bounds="positive",
+    )
+    instant_fraction: float = field(
+        0.5, "Fraction of the steps of meanflow that have length 0, as in flow.", bounds="fraction"
+    )
+    guidance_max: float = field(
+        8.0, "Greatest scale of guidance that meanflow trains; 1: train without guidance.", bounds="positive"
+    )
+    guidance_power: float = field(
+        1.0, "p in the density w^-p of the scale of guidance in meanflow.", bounds="nonnegative"
     )
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from dig_jax.demo.engine import Pixels, Watch
 from dig_jax.demo.request import Menu, Program
-from dig_jax.diffusion import SAMPLERS
+from dig_jax.diffusion import SAMPLERS, MeanFlow
 from dig_jax.diffusion.process import Denoiser, Images, Process
 from dig_jax.diffusion.samplers import LoopSampler
 from dig_jax.diffusion.samplers.base import Loop, Noise, State
@@ -183,7 +183,7 @@ def _options(program: Program) -> dict[str, Any]:
     return {
         "sampler": program.sampler,
         "steps": program.steps,
-        "guidance_scale": 2.0 if program.guided else 1.0,
+        "guidance_scale": 1.01 if program.guided else 1.0,
     }
 
 
@@ -210,6 +210,7 @@ def _menu(sampler: Sampler) -> Menu:
     trained = tuple(dict.fromkeys([(height, width), *buckets]))
     scaled = [(int(scale * height), int(scale * width)) for scale in _SCALES]
     untrained = [size for size in scaled if size not in trained and draws(size, sampler=default)]
+    min_scale, max_scale = _scales(components.diffusion)
     return Menu(
         class_names=components.image_spec.class_names,
         samplers=(default, *(name for name in samplers if name != default)),
@@ -218,4 +219,11 @@ def _menu(sampler: Sampler) -> Menu:
         sizes=(*trained, *untrained),
         trained=len(trained),
         default_scale=float(defaults.guidance_scale),
+        min_scale=min_scale,
+        max_scale=max_scale,
     )
+
+
+def _scales(process: Process) -> tuple[float, float]:
+    """Return the least and the greatest scale of guidance."""
+    return (1.0, process.guidance_max) if isinstance(process, MeanFlow) else (Menu.min_scale, Menu.max_scale)

@@ -59,6 +59,7 @@ class Menu:
         sizes: image sizes; the first is the default and belongs to the training images.
         trained: how many of them are those of training images.
         default_scale: scale of guidance.
+        min_scale: least scale of guidance.
         max_scale: greatest scale of guidance.
         max_images: greatest number of images of a request.
     """
@@ -70,6 +71,7 @@ class Menu:
     sizes: tuple[Size, ...]
     trained: int
     default_scale: float
+    min_scale: float = 0.0
     max_scale: float = 20.0
     max_images: int = 8
 
@@ -151,9 +153,10 @@ class Menu:
 
     def _scale(self, scale: Any) -> float:
         is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not is_number or not 0 <= scale <= self.max_scale:
+        if not is_number or not self.min_scale <= scale <= self.max_scale:
             raise ValueError(
-                f"invalid guidance_scale: got {scale!r:.80}; expected a number from 0 to {self.max_scale:g}"
+                f"invalid guidance_scale: got {scale!r:.80}; expected a number from {self.min_scale:g} to"
+                f" {self.max_scale:g}"
             )
         return float(scale)
 

@@ -97,7 +97,7 @@ class Session:
         """Return the memory before the first evaluation: () for denoisers without memory."""
         return self.denoiser.start(x) if isinstance(self.denoiser, Remembering) else ()
 
-    def __call__(self, x: Images, timesteps: Num[Array, " b"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Images, timesteps: Num[Array, "b ..."]) -> Float[Array, "b h w d"]:
         """Evaluate the denoiser."""
         if not isinstance(self.denoiser, Remembering):
             return self.denoiser(x, timesteps)

@@ -16,8 +16,11 @@ Images = Float[Array, "b h w c"]
 PerImage = Float[Array, " b"]
 Times = Num[Array, " b"]
 
-Denoiser = Callable[[Images, Num[Array, " b"]], Float[Array, "b h w d"]]
-"""(x_t, timesteps) -> output, with the timesteps that `Process.timestep_input` returns."""
+Denoiser = Callable[[Images, Num[Array, "b ..."]], Float[Array, "b h w d"]]
+"""(x_t, timesteps) -> output, with the timesteps [B] that `Process.timestep_input` returns.
+
+A flow map also takes [B, 2], with the lengths of the steps; see `samplers/mean_flow.py`.
+"""
 
 
 class Knots(NamedTuple):

@@ -60,7 +60,7 @@ def onnx_model(sampler: Sampler) -> bytes:
         "labels": jax.ShapeDtypeStruct((batch,), jnp.int32),
         "noise": jax.ShapeDtypeStruct((batch, *request.spec.shape), jnp.float32),
     }
-    if request.spec.guidance is not None:
+    if request.spec.guided:
         inputs["guidance_scale"] = jax.ShapeDtypeStruct((), jnp.float32)
     try:
         model = to_onnx(draw, inputs, "images")

@@ -74,7 +74,7 @@ def entries(sampler: Sampler) -> dict[str, np.ndarray]:
 
     batch = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b"), jnp.int32)
     inputs = {"labels": batch, "seeds": batch}
-    if request.spec.guidance is not None:
+    if request.spec.guided:
         inputs["guidance_scale"] = jax.ShapeDtypeStruct((), jnp.float32)
     try:
         program = jax.export.export(jax.jit(draw), platforms=PLATFORMS)(

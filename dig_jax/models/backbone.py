@@ -1,7 +1,7 @@
 """Embeddings, a stack of blocks and the final layer: the diffusion transformer (DiT, figure 3)."""
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dig_jax.models.block_stack import BlockStack, StackFeatures, StackOutputs
 from dig_jax.models.blocks import FinalLayer
 from dig_jax.models.embeddings import (
+    JumpEmbedding,
     LabelEmbedding,
     TimestepEmbedding,
     patchify,
@@ -44,6 +45,7 @@ class Stage(NamedTuple):
 
     time_embed: TimestepEmbedding
     label_embed: LabelEmbedding | None
+    jump_embed: JumpEmbedding | None
     blocks: BlockStack
 
 
@@ -51,6 +53,7 @@ def make_stage(options: ModelOptions, level: Level, num_classes: int, rngs: nnx.
     """Return the modules of a level with random parameters."""
     time_embed = TimestepEmbedding(level.width, rngs=rngs)
     label_embed = LabelEmbedding(num_classes, level.width, rngs=rngs) if num_classes else None
+    jump_embed = JumpEmbedding(level.width, rngs=rngs) if options.flow_map else None
     blocks = BlockStack(
         options.pattern(level),
         width=level.width,
@@ -60,25 +63,38 @@ def make_stage(options: ModelOptions, level: Level, num_classes: int, rngs: nnx.
         dtype=options.dtype,
         rngs=rngs,
     )
-    return Stage(time_embed, label_embed, blocks)
+    return Stage(time_embed, label_embed, jump_embed, blocks)
+
+
+@runtime_checkable
+class Embeddings(Protocol):
+    """The embeddings of a condition."""
+
+    time_embed: TimestepEmbedding
+    label_embed: LabelEmbedding | None
+    jump_embed: JumpEmbedding | None
 
 
 class Condition(NamedTuple):
     """What a model is asked for: timesteps, labels or None, and which labels are dropped.
 
-    One per image: [b], or for n packed images [b, n]. `kept` is that of `BlockStack.run` for all blocks.
+    One per image: [b], or for n packed images [b, n]. `kept` is that of `BlockStack.run` for all blocks,
+    `jump` that of `DiffusionTransformer`.
     """
 
     t: Float[Array, "*b"] | Int[Array, "*b"]
     y: Int[Array, "*b"] | None
     drop: Bool[Array, "*b"] | None
     kept: Float[Array, "blocks b"] | None = None
+    jump: Float[Array, "*b 4"] | None = None
 
-    def embedded(self, time: TimestepEmbedding, label: LabelEmbedding | None) -> Float[Array, "*b d"]:
-        """Return the sum of the embeddings of timestep and label."""
-        c = time(self.t)
-        if label is not None:
-            c = c + label(self.y, self.drop, self.t)
+    def embedded(self, embeddings: Embeddings) -> Float[Array, "*b d"]:
+        """Return the sum of the embeddings of timestep, label and jump."""
+        c = embeddings.time_embed(self.t)
+        if embeddings.label_embed is not None:
+            c = c + embeddings.label_embed(self.y, self.drop, self.t)
+        if embeddings.jump_embed is not None:
+            c = c + embeddings.jump_embed(self.jump, self.t)
         return constrain_batch(c)
 
 
@@ -146,7 +162,7 @@ class DiffusionTransformer(nnx.Module):
     def _add_levels(self, rngs: nnx.Rngs) -> None:
         """Add the modules of the levels, here of the only one."""
         (level,) = self.options.levels
-        self.time_embed, self.label_embed, self.blocks = make_stage(
+        self.time_embed, self.label_embed, self.jump_embed, self.blocks = make_stage(
             self.options, level, self.num_classes, rngs
         )
 
@@ -166,6 +182,7 @@ class DiffusionTransformer(nnx.Module):
         y: Int[Array, " b"] | None = None,
         *,
         drop: Bool[Array, " b"] | None = None,
+        jump: Float[Array, "b 4"] | None = None,
     ) -> Float[Array, "b height width out"]:
         """Predict the noise and, with `learn_sigma`, the interpolation of the variance, in float32.
 
@@ -174,8 +191,13 @@ class DiffusionTransformer(nnx.Module):
             t: timesteps in 0…1000.
             y: labels; the null class has the index num_classes, and `y=None` selects it for all images.
             drop: True replaces an image's label with the null class.
+            jump: with `flow_map`, what to predict the average velocity for (`JumpEmbedding`); None: the
+                velocity at t without guidance.
+
+        Raises:
+            ValueError: an image size that the model does not support, or a jump without `flow_map`.
         """
-        (stack, conditions), grid = self._run_blocks(x, Condition(t, y, drop), ())
+        (stack, conditions), grid = self._run_blocks(x, Condition(t, y, drop, jump=jump), ())
         return self._image(self.final, stack.output, self.options.levels[-1], conditions, grid)
 
     def packed(
@@ -235,6 +257,7 @@ class DiffusionTransformer(nnx.Module):
         taps: Collection[int] = (),
         features: StackFeatures | list[StackFeatures] | Literal["keep"] | None = None,
         kept: Float[Array, "blocks b"] | None = None,
+        jump: Float[Array, "b 4"] | None = None,
     ) -> Outputs:
         """Also return the internal head's prediction, and the tokens after each block in `taps`.
 
@@ -246,7 +269,7 @@ class DiffusionTransformer(nnx.Module):
         """
         head = self.options.internal_head
         tapped = {*taps} if head is None else {*taps, head}
-        (stack, conditions), grid = self._run_blocks(x, Condition(t, y, drop, kept), tapped, features)
+        (stack, conditions), grid = self._run_blocks(x, Condition(t, y, drop, kept, jump), tapped, features)
         internal = None
         if head is not None and self.internal is not None:
             level = self.options.level_of(head)
@@ -267,6 +290,8 @@ class DiffusionTransformer(nnx.Module):
                 f"invalid input height {height}: got {grid[0] // stride} rows of tokens; expected a multiple"
                 f" of the {context_size()} devices of mesh axis context"
             )
+        if condition.jump is not None and not self.options.flow_map:
+            raise ValueError("unsupported jump without flow_map; expected None")
         for tap in taps:
             if not 0 <= tap < self.options.depth:
                 raise ValueError(f"block out of range: got {tap}; expected 0 … {self.options.depth - 1}")
@@ -279,7 +304,7 @@ class DiffusionTransformer(nnx.Module):
     ) -> LevelOutputs:
         """Run the blocks of all levels, here of the only one."""
         (level,) = self.options.levels
-        c = condition.embedded(self.time_embed, self.label_embed)
+        c = condition.embedded(self)
         return LevelOutputs(self.blocks.run(x, c, grid, taps, features, kept=condition.kept), {level: c})
 
     def _image(

@@ -143,7 +143,13 @@ class GLAOptions(ModelOptions):
     def _mixer(self, name: str, level: Level, scan: int) -> functools.partial:
         heads = self.heads_at(level)
         if name == "softmax":
-            return functools.partial(SoftmaxAttention, num_heads=heads, qk_norm=self.qk_norm, rope=self.rope)
+            return functools.partial(
+                SoftmaxAttention,
+                num_heads=heads,
+                qk_norm=self.qk_norm,
+                rope=self.rope,
+                fused=not self.flow_map,
+            )
         if name == "local":
             return functools.partial(LocalAttention, num_heads=heads, window=self.window)
         return functools.partial(

@@ -44,6 +44,7 @@ class DiSOptions(ModelOptions):
             ("mlp_hidden_size", None, "MLP"),
             ("mlp_parts", 1, "MLP"),
             ("positions", "absolute", "fixed positions"),
+            ("flow_map", False, "derivative in forward mode"),
         ):
             if (value := getattr(self, name)) != absent:
                 raise ValueError(f"unsupported {name}={value} of DiS; expected {absent}: it has no {part}")

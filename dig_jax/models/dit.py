@@ -81,7 +81,11 @@ class DiTOptions(ModelOptions):
     def pattern(self, level: Level) -> BlockPattern:
         """Return the one block, with softmax attention."""
         mixer = functools.partial(
-            SoftmaxAttention, num_heads=self.heads_at(level), qk_norm=self.qk_norm, rope=self.rope
+            SoftmaxAttention,
+            num_heads=self.heads_at(level),
+            qk_norm=self.qk_norm,
+            rope=self.rope,
+            fused=not self.flow_map,
         )
         mlp = functools.partial(SwiGLU, use_bias=True) if self.mlp == "swiglu" else GeluMLP
         mlp = functools.partial(mlp, hidden=self.mlp_width_at(level))
@@ -126,7 +130,7 @@ class DiT(DiffusionTransformer):
         def insert(tokens: Array) -> Array:
             return jnp.concatenate([first, tokens], axis=1)
 
-        (level,), c = self.options.levels, condition.embedded(self.time_embed, self.label_embed)
+        (level,), c = self.options.levels, condition.embedded(self)
         assert isinstance(self.options, DiTOptions)
         start = self.options.class_tokens_from
         stack = (

@@ -93,6 +93,33 @@ class LabelEmbedding(nnx.Module):
         return self.table(y if drop is None else jnp.where(drop, null, y))
 
 
+class JumpEmbedding(nnx.Module):
+    """Linear, SiLU, Linear of the features of a jump: its length and its guidance, four numbers in 0…1.
+
+    The numbers are the length t - r of the step, 1 - 1/w for the scale w of guidance, and the interval of
+    times with guidance (improved MeanFlow, Geng et al. 2025). The last map starts at zero: all steps from t
+    start with the velocity at t.
+    """
+
+    range = 10
+    """The features are those of numbers in 0…10, because training takes the derivative by the length."""
+
+    none = (0.0, 0.0, 0.0, 1.0)
+    """No step, scale 1, guidance at all times."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        size = len(self.none) * TimestepEmbedding.frequencies
+        self.hidden = Linear(size, width, kernel_init=normal_002, rngs=rngs)
+        self.out = Linear(width, width, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+
+    def __call__(self, jump: Float[Array, "*b 4"] | None, t: Num[Array, "*b"]) -> Float[Array, "*b d"]:
+        """Embed the jumps of as many images as `t` has; None is no jump and no guidance."""
+        if jump is None:
+            jump = jnp.broadcast_to(jnp.float32(self.none), (*t.shape, len(self.none)))
+        features = timestep_features(self.range * jump, TimestepEmbedding.frequencies)
+        return self.out(jax.nn.silu(self.hidden(features.reshape(*t.shape, -1))))
+
+
 class BottleneckEmbedding(nnx.Module):
     """Two linear maps from a patch to its token through a few channels (Li & He 2025, JiT)."""
 

@@ -49,6 +49,7 @@ class ModelOptions:
         positions: coordinates of tokens in images of another size than `input_size`: "absolute", which go on
             beyond it, or "interpolated", which are spread over it.
         drop_path: rate at which training drops what the last block adds, in [0, 1) (stochastic depth).
+        flow_map: also take a jump, the end of a step and the guidance on it (`JumpEmbedding`).
 
     Raises:
         ValueError: an invalid value.
@@ -68,6 +69,7 @@ class ModelOptions:
     internal_head: int | None = None
     positions: Literal["absolute", "interpolated"] = "absolute"
     drop_path: float = 0.0
+    flow_map: bool = False
 
     def __post_init__(self):
         for name in (

@@ -118,7 +118,9 @@ class ULevel(nnx.Module):
         )
         self.down = Down(before.width, dtype=options.dtype, rngs=rngs) if is_down else None
         self.up = Up(before.width, level.width, dtype=options.dtype, rngs=rngs) if is_up else None
-        self.time_embed, self.label_embed, self.blocks = make_stage(options, level, num_classes, rngs)
+        self.time_embed, self.label_embed, self.jump_embed, self.blocks = make_stage(
+            options, level, num_classes, rngs
+        )
 
 
 class UShapedTransformer(DiffusionTransformer):
@@ -144,7 +146,7 @@ class UShapedTransformer(DiffusionTransformer):
             elif module.up is not None:
                 x = module.up(x, at, skips.pop())
             at = coarser(grid, level.stride)
-            c = conditions[level] = condition.embedded(module.time_embed, module.label_embed)
+            c = conditions[level] = condition.embedded(module)
             own = [tap - level.start for tap in taps if 0 <= tap - level.start < level.depth]
             given = features[index] if isinstance(features, list) else features
             kept = condition.kept

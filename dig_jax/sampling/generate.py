@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from dig_jax.components import ModelSpec, Params
 from dig_jax.diffusion.guidance import LabeledDenoiser, Perturbed, null_pair
 from dig_jax.diffusion.piecewise import AnyDenoiser
+from dig_jax.diffusion.process import Denoiser
 from dig_jax.diffusion.samplers import Dopri5
 from dig_jax.models.isolation import isolate_tokens
 from dig_jax.parallel import constrain
@@ -90,6 +91,8 @@ def _denoiser(
 ) -> AnyDenoiser:
     """Return the denoiser that a spec describes."""
     caches: list[CachedModel] = []
+    if spec.learned is not None:
+        return _flow_map(spec, params, labels, scale)
     with_internal = spec.internal_scale != 1
     denoise = _internally_guided(_predictor(spec, spec.model, params, with_internal, caches), spec)
 
@@ -114,6 +117,25 @@ def _denoiser(
         return plain(x, t), weak_predict(x, t, labels)[0]
 
     return with_caches(spec.guidance(plain, both, scale, spec.process), caches)
+
+
+def _flow_map(
+    spec: GenerationSpec,
+    params: Params,
+    labels: Int[Array, " b"],
+    scale: Float[Array, ""] | Float[Array, "b 1 1 1"],
+) -> Denoiser:
+    """Return a flow map as a function of timesteps [b], for steps of length 0, or with lengths [b, 2]."""
+    assert spec.learned is not None
+    strength = jnp.broadcast_to(1 - 1 / jnp.reshape(scale, -1), labels.shape) * spec.guided
+    low, high = (jnp.full(labels.shape, end) for end in spec.learned)
+
+    def denoise(x: Array, t: Array) -> Array:
+        t, length = (t[:, 0], t[:, 1]) if t.ndim == 2 else (t, jnp.zeros(labels.shape))
+        jump = jnp.stack([length, strength, low, high], axis=-1)
+        return spec.model.denoise(params, x, t, labels, jump=jump)
+
+    return denoise
 
 
 def _predictor(

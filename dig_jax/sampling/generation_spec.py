@@ -12,7 +12,15 @@ from jaxtyping import Float, Int
 
 from dig_jax.components import Components, ModelSpec
 from dig_jax.config import SamplingConfig
-from dig_jax.diffusion import BaseSampler, FlowMatching, Guidance, Process, make_rule, make_sampler
+from dig_jax.diffusion import (
+    BaseSampler,
+    FlowMatching,
+    Guidance,
+    MeanFlow,
+    Process,
+    make_rule,
+    make_sampler,
+)
 from dig_jax.diffusion.guidance import GUIDED, PLAIN, ZERO, Perturbed
 from dig_jax.diffusion.samplers import LoopSampler
 from dig_jax.diffusion.samplers.dopri5 import MOMENTUM
@@ -73,6 +81,8 @@ class GenerationSpec:
         sampler: the sampler with its options.
         shape: (height, width, channels) of an image in the model's space.
         guidance: the guidance, or None for none.
+        learned: interval of times with the guidance that a flow map has learned, and whose scale is an input
+            of the network; None for other models.
         weak: the weaker model of autoguidance.
         internal_scale: scale of internal guidance; 1 is none.
         cache: feature caching between steps, or None for none.
@@ -84,6 +94,7 @@ class GenerationSpec:
     sampler: BaseSampler
     shape: tuple[int, int, int]
     guidance: Guidance | None = None
+    learned: tuple[float, float] | None = None
     weak: ModelSpec | None = None
     internal_scale: float = 1.0
     cache: CacheSpec | None = None
@@ -92,6 +103,11 @@ class GenerationSpec:
     def kinds(self, fractions: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Return the kind of evaluation at each time of the process: the number of networks that it runs."""
         return np.full(len(fractions), PLAIN) if self.guidance is None else self.guidance.kinds(fractions)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the images depend on the scale of guidance."""
+        return self.guidance is not None or (self.learned is not None and self.model.num_classes > 0)
 
     @property
     def evaluations_by_network(self) -> dict[str, int] | None:
@@ -168,6 +184,7 @@ class GenerationSpec:
             sampler=sampler,
             shape=shape,
             guidance=guidance,
+            learned=_learned(fields, components),
             weak=weak if needs_weak else None,
             internal_scale=scale,
             cache=_cache(fields, sampler, components),
@@ -214,9 +231,39 @@ def _cache(fields: Mapping[str, Any], sampler: BaseSampler, components: Componen
             f"unsupported cache_interval={fields['cache_interval']} with sampler={fields['sampler']!r};"
             " expected 1, or a sampler with one evaluation per step"
         )
-    if components.abstract_model.family == "DiS":
-        raise ValueError(f"unsupported cache_interval={fields['cache_interval']} of DiS; expected 1")
+    for what, lacks in {
+        "DiS": components.abstract_model.family == "DiS",
+        "a flow map": components.abstract_model.options.flow_map,
+    }.items():
+        if lacks:
+            raise ValueError(f"unsupported cache_interval={fields['cache_interval']} of {what}; expected 1")
     return CacheSpec(fields["cache_interval"], fields["cache_order"])
+
+
+def _learned(fields: Mapping[str, Any], components: Components) -> tuple[float, float] | None:
+    """Return the interval of times with the guidance that a flow map has learned; None for other models.
+
+    Raises:
+        ValueError: guidance that training does not cover.
+    """
+    process, scale = components.diffusion, fields["guidance_scale"]
+    if not isinstance(process, MeanFlow):
+        return None
+    largest = process.guidance_max if components.image_spec.num_classes else math.inf
+    if not 1 <= scale <= largest:
+        raise ValueError(
+            f"unsupported guidance_scale={scale:g} of process=meanflow; expected 1 to {largest:g}, the scales"
+            " of training (diffusion.guidance_max)"
+        )
+    plain = {"guidance": "classifier_free", "guidance_rescale": 0, "guidance_channels": None}
+    for name, expected in plain.items():
+        if fields[name] != expected:
+            raise ValueError(
+                f"unsupported {name}={fields[name]} of process=meanflow; expected {expected}: guidance is an"
+                " input of the network"
+            )
+    low, high = fields["guidance_interval"]
+    return float(low), float(high)
 
 
 def _guidance(fields: Mapping[str, Any], components: Components) -> Guidance | None:
@@ -232,4 +279,5 @@ def _guidance(fields: Mapping[str, Any], components: Components) -> Guidance | N
         params = nnx.to_pure_dict(nnx.split(components.abstract_model)[1])
         jax.eval_shape(lambda params: isolate_tokens(params, rule.blocks), params)  # checks the blocks
     without_null = rule.weak == "null" and not components.image_spec.num_classes
-    return None if fields["guidance_scale"] == 1 or without_null else guidance
+    learned = isinstance(components.diffusion, MeanFlow)
+    return None if fields["guidance_scale"] == 1 or without_null or learned else guidance

@@ -7,8 +7,10 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from dig_jax.components import Components, ModelSpec, Params
+from dig_jax.diffusion import MeanFlow
+from dig_jax.errors import naming_setting
 from dig_jax.training.ema import Average, make_averages
-from dig_jax.training.objectives import denoising
+from dig_jax.training.objectives import denoising, mean_flow
 from dig_jax.training.objectives.auxiliary import AuxiliaryObjective, make_auxiliary
 from dig_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -54,8 +56,24 @@ class TrainSetup:
             make_optimizer(settings.optimizer, settings.training.steps),
             make_schedule(settings.optimizer, settings.training.steps),
             make_averages(settings),
-            denoising.loss,
+            _objective(components),
             *make_auxiliary(components),
             settings.training.average_names[0],
             distilled,
         )
+
+
+def _objective(components: Components) -> Objective:
+    """Return the objective of the config's process.
+
+    Raises:
+        ConfigError: settings that do not fit together.
+    """
+    settings, is_mean_flow = components.config, isinstance(components.diffusion, MeanFlow)
+    with naming_setting("config.model.flow_map"):
+        if is_mean_flow != settings.model.flow_map:
+            raise ValueError(
+                f"invalid flow_map={not is_mean_flow} for process={settings.diffusion.process}; expected"
+                f" {is_mean_flow}"
+            )
+    return mean_flow.loss if is_mean_flow else denoising.loss

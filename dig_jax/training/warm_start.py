@@ -23,7 +23,11 @@ log = logging.getLogger(__name__)
 # Options that change how a network is computed or trained, but not its function.
 _IMPLEMENTATION = ("dtype", "remat", "mlp_parts", "implementation", "in_channels", "drop_path")
 # Fields of the diffusion process that give inputs and outputs a meaning; the others only weight the loss.
-_PROCESS_FIELDS = {"ddpm": ("schedule", "num_steps"), "flow": ("path", "prediction", "noise_scale")}
+_PROCESS_FIELDS = {
+    "ddpm": ("schedule", "num_steps"),
+    "flow": ("path", "prediction", "noise_scale"),
+    "meanflow": ("path", "prediction", "noise_scale"),
+}
 _LABELS = "label_embed.table.embedding"
 _FAMILY = "model family"
 

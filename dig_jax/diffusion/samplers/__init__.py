@@ -4,6 +4,7 @@ from dig_jax.diffusion.samplers.base import BaseSampler, LoopSampler
 from dig_jax.diffusion.samplers.ddim import DDIM
 from dig_jax.diffusion.samplers.ddpm import DDPM
 from dig_jax.diffusion.samplers.dopri5 import Dopri5
+from dig_jax.diffusion.samplers.mean_flow import MeanFlowSampler
 from dig_jax.diffusion.samplers.ode import DPMpp2M, Euler, Heun, UniPC
 from dig_jax.diffusion.samplers.registry import SAMPLERS, make_sampler
 from dig_jax.diffusion.samplers.sde import DPMpp2MSDE, EDMHeun, EulerMaruyama
@@ -21,6 +22,7 @@ __all__ = [
     "EulerMaruyama",
     "Heun",
     "LoopSampler",
+    "MeanFlowSampler",
     "UniPC",
     "make_sampler",
 ]

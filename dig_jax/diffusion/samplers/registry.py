@@ -7,6 +7,7 @@ from dig_jax.diffusion.samplers.base import BaseSampler
 from dig_jax.diffusion.samplers.ddim import DDIM
 from dig_jax.diffusion.samplers.ddpm import DDPM
 from dig_jax.diffusion.samplers.dopri5 import Dopri5
+from dig_jax.diffusion.samplers.mean_flow import MeanFlowSampler
 from dig_jax.diffusion.samplers.ode import DPMpp2M, Euler, Heun, UniPC
 from dig_jax.diffusion.samplers.sde import DPMpp2MSDE, EDMHeun, EulerMaruyama
 from dig_jax.errors import suggest
@@ -22,6 +23,7 @@ SAMPLERS: dict[str, type[BaseSampler]] = {
     "euler_maruyama": EulerMaruyama,
     "edm_heun": EDMHeun,
     "dopri5": Dopri5,
+    "meanflow": MeanFlowSampler,
 }
 """The samplers by name; their classes give the sources."""
 

@@ -1,5 +1,6 @@
 """Softmax attention, the token mixer of DiT."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -25,6 +26,7 @@ class SoftmaxAttention(nnx.Module):
         qk_norm: RMSNorm with a weight over the channels of each head's queries and keys (Dehghani et al.
             2023), which bounds the logits.
         rope: rotary position embeddings of the queries and keys, `rotary.py`.
+        fused: use flash attention where there is one. It has no derivative in forward mode.
 
     Attributes:
         isolated: let every token attend to itself only, so that the output of a head is its v.
@@ -37,6 +39,7 @@ class SoftmaxAttention(nnx.Module):
         num_heads: int,
         qk_norm: bool = False,
         rope: bool = False,
+        fused: bool = True,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -48,7 +51,7 @@ class SoftmaxAttention(nnx.Module):
                 f"invalid num_heads={num_heads} with rope: got {head} channels per head; expected a multiple"
                 " of 4"
             )
-        self.num_heads, self.rope, self.isolated = num_heads, rope, False
+        self.num_heads, self.rope, self.fused, self.isolated = num_heads, rope, fused, False
         options = {"kernel_init": xavier, "dtype": dtype, "rngs": rngs}
         self.qkv_proj = FusedLinear(width, width, 3, **options)
         self.q_norm, self.k_norm = (Norm(head, "rms") if qk_norm else None for _ in range(2))
@@ -67,8 +70,9 @@ class SoftmaxAttention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
             q, k = rotate(q, grid), rotate(k, grid)
-        opaque = kernel_platform() == "tpu"
-        o = v if self.isolated else shard_map_rows(_attend, q, k, v, opaque=opaque)
+        opaque = self.fused and kernel_platform() == "tpu"
+        attend = functools.partial(_attend, fused=self.fused)
+        o = v if self.isolated else shard_map_rows(attend, q, k, v, opaque=opaque)
         return self.o_proj(o.reshape(x.shape))
 
 
@@ -77,10 +81,13 @@ def _attend(
     k: Float[Array, "b own h k"],
     v: Float[Array, "b own h k"],
     axis_name: str | None,
+    fused: bool,
 ) -> Float[Array, "b own h k"]:
     """Attend from this device's tokens to the tokens of all devices along a mesh axis."""
     if axis_name is not None:
         k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
+    if not fused:
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
     if kernel_platform() == "tpu" and q.shape[1] % _LANES == k.shape[1] % _LANES == 0:
         return splash_attention(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, implementation=_implementation(q))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from dig_jax.components import Components, ModelSpec, Params, model_options
 from dig_jax.config import Config
-from dig_jax.diffusion import FlowMatching
+from dig_jax.diffusion import FlowMatching, MeanFlow
 from dig_jax.errors import naming_setting
 from dig_jax.models.backbone import Outputs
 from dig_jax.models.options import ModelOptions
@@ -238,6 +238,12 @@ def _grid(components: Components) -> tuple[int, int]:
 def _check(components: Components, weights: Mapping[str, float]) -> None:
     config, depth = components.config, model_options(components.config.model)[1].depth
     settings = config.auxiliary
+    names = [*weights, *(["log_variance"] if settings.log_variance else [])]
+    if names and isinstance(components.diffusion, MeanFlow):
+        raise ValueError(
+            f"unsupported losses of diffusion.process=meanflow: got {', '.join(names)}; expected none, and no"
+            " model.internal_head"
+        )
     blocks = {f"{name}_block": block for name in weights for block in _student_blocks(config, name)}
     if "sra" in weights:
         blocks["sra_teacher_block"] = settings.sra_teacher_block

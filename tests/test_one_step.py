@@ -1,0 +1,154 @@
+"""MeanFlow models: the network of a flow map, images in one step, and settings that do not fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dig_jax.cli.command_line import load_config
+from dig_jax.components import Components
+from dig_jax.config import from_dict
+from dig_jax.diffusion import FlowMatching, make_sampler
+from dig_jax.errors import ConfigError
+from dig_jax.models import create_model
+from dig_jax.sampling.generation_spec import GenerationSpec
+from dig_jax.sampling.sampler import Sampler
+from dig_jax.testing import mean_flow_settings, random_params, tiny_components, tiny_settings
+from dig_jax.training.objectives import denoising, mean_flow
+from dig_jax.training.train_setup import TrainSetup
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Components and parameters, none of which are zero."""
+    components = Components(mean_flow_settings())
+    return components, jax.tree.map(jnp.asarray, random_params(components))
+
+
+def test_the_networks_derivative_along_a_step_is_the_limit_of_differences(trained):
+    components, params = trained
+    shape = (2, *components.image_spec.image_shape)
+    z, v = (jax.random.normal(jax.random.key(i), shape) for i in (0, 1))
+    y = jnp.arange(2)
+
+    @jax.jit
+    def u(z, t, h):
+        jump = jnp.stack([h, 0 * h + 0.5, 0 * h, 0 * h + 1], axis=-1)
+        return components.denoise(params, z, components.diffusion.timestep_input(t), y, jump=jump)
+
+    t, h = jnp.array([0.4, 0.9]), jnp.array([0.2, 0.5])
+    _, found = jax.jvp(u, (z, t, h), (v, jnp.ones(2), jnp.ones(2)))
+    step = 2e-3
+    difference = (u(z + step * v, t + step, h + step) - u(z - step * v, t - step, h - step)) / (2 * step)
+    assert jnp.linalg.norm(found - difference) < 1e-2 * jnp.linalg.norm(found)
+
+
+def test_a_step_of_length_zero_without_guidance_is_a_call_without_a_jump(trained):
+    components, params = trained
+    x = jnp.ones((1, *components.image_spec.image_shape))
+    t, y = jnp.array([5.0]), jnp.array([1])
+    plain = components.denoise(params, x, t, y)
+    jumped = components.denoise(params, x, t, y, jump=jnp.array([[0.0, 0.0, 0.0, 1.0]]))
+    np.testing.assert_array_equal(plain, jumped)
+    other = components.denoise(params, x, t, y, jump=jnp.array([[0.5, 0.0, 0.0, 1.0]]))
+    assert not np.array_equal(plain, other)
+
+
+def test_one_step_takes_one_evaluation_with_the_scale_of_guidance_as_an_input(trained):
+    components, params = trained
+    spec = GenerationSpec.of(components)
+    assert spec.evaluations == 1
+    sampler = Sampler(components, params, step=0)
+    images = [sampler([1], guidance_scale=w, return_latents=True) for w in (1.0, 2.0)]
+    assert np.abs(images[0] - images[1]).max() > 1e-3
+
+
+def test_every_other_sampler_uses_the_velocity(trained):
+    components, params = trained
+    images = Sampler(components, params, step=0)([1], sampler="heun", steps=3, return_latents=True)
+    assert np.isfinite(images).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"guidance_scale": 9.0}, "unsupported guidance_scale=9 of process=meanflow; expected 1 to 8"),
+        ({"guidance_scale": 0.5}, "unsupported guidance_scale=0.5"),
+        ({"guidance": "apg"}, "unsupported guidance=apg of process=meanflow"),
+        ({"guidance_rescale": 0.5}, "unsupported guidance_rescale=0.5 of process=meanflow"),
+        ({"cache_interval": 2}, "unsupported cache_interval=2 of a flow map"),
+        ({"clip": True}, "unsupported clip of meanflow"),
+        ({"steps": 0}, "invalid steps"),
+    ],
+)
+def test_options_that_it_cannot_honor_are_refused(trained, options, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationSpec.of(trained[0], **options)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model__flow_map": False}, "config.model.flow_map: invalid flow_map=False for process=meanflow"),
+        ({"diffusion__process": "flow"}, "config.model.flow_map: invalid flow_map=True for process=flow"),
+        ({"diffusion__path": "vp"}, "config.diffusion: unsupported path of meanflow: got 'vp'"),
+        ({"diffusion__prediction": "noise"}, "unsupported prediction of meanflow: got 'noise'"),
+        ({"diffusion__weight": "min_snr"}, "unsupported weight of meanflow: got 'min_snr'"),
+        ({"model__internal_head": 1}, "unsupported losses of diffusion.process=meanflow: got internal"),
+        ({"auxiliary__dispersive_weight": 0.5}, "got dispersive; expected none"),
+    ],
+)
+def test_settings_that_do_not_fit_meanflow_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainSetup.of(Components(mean_flow_settings(**{"model__depth": 4} | changes)))
+
+
+def test_the_other_processes_refuse_its_fields_and_its_sampler():
+    with pytest.raises(ConfigError, match="unsupported guidance_max of process=flow"):
+        _ = Components(tiny_settings(diffusion__process="flow", diffusion__guidance_max=2.0)).diffusion
+    with pytest.raises(ValueError, match="unsupported process for meanflow: got FlowMatching"):
+        make_sampler("meanflow").check(FlowMatching())
+    with pytest.raises(ValueError, match="unsupported flow_map=True of DiS"):
+        create_model("DiS-S/2", input_size=8, num_classes=2, rngs=nnx.Rngs(0), flow_map=True)
+    model = tiny_components().model_spec.create(nnx.Rngs(0))
+    with pytest.raises(ValueError, match="unsupported jump without flow_map"):
+        x = jnp.zeros((1, *tiny_components().image_spec.image_shape))
+        jax.eval_shape(lambda: model(x, jnp.zeros(1), jump=jnp.zeros((1, 4))))
+
+
+def test_the_recipe_of_every_family_but_dis_sets_what_meanflow_needs():
+    for name in ("dig_s:256,meanflow", "udig_b:256,meanflow", "dit_xl:1024,meanflow", "digits:meanflow"):
+        file, _, arguments = name.partition(":")
+        settings = from_dict(load_config(f"configs/{file}.py:{arguments}").to_dict())
+        components = Components(settings, tiny_components().image_spec)
+        setup = TrainSetup.of(components)
+        assert setup.objective is mean_flow.loss
+        assert GenerationSpec.of(components).evaluations == 1
+
+
+def test_with_steps_of_length_zero_only_its_metric_is_the_loss_of_flow_matching():
+    changes = {"diffusion__instant_fraction": 1.0, "diffusion__guidance_max": 1.0}
+    components = Components(mean_flow_settings(**changes))
+    params = jax.tree.map(jnp.asarray, random_params(components))
+    count, shape = 4, components.image_spec.image_shape
+    image = jax.random.normal(jax.random.key(1), (count, *shape))
+    batch = {"image": image, "label": jnp.arange(count), "index": jnp.arange(count)}
+    key = jax.random.key(2)
+
+    @jax.jit
+    def both(params):
+        gradient, metrics = jax.grad(
+            lambda params: mean_flow.loss(components, params, batch, key, count), has_aux=True
+        )(params)
+        drawn = denoising.draw(components, key, batch["index"], shape)
+        times = mean_flow.draw_jumps(components.diffusion, key, batch["index"], drawn).times
+        return (
+            gradient,
+            metrics["loss"],
+            denoising.losses(components, params, batch, drawn._replace(times=times)),
+        )
+
+    gradient, loss, expected = both(params)
+    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-6)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
