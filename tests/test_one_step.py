@@ -1,5 +1,7 @@
 """MeanFlow models: the network of a flow map, images in one step, and settings that do not fit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,18 @@ from flax import nnx
 from dig_jax.cli.command_line import load_config
 from dig_jax.components import Components
 from dig_jax.config import from_dict
+from dig_jax.data import batches
+from dig_jax.demo.drawing import Drawer
 from dig_jax.diffusion import FlowMatching, make_sampler
 from dig_jax.errors import ConfigError
 from dig_jax.models import create_model
+from dig_jax.parallel import replicated, to_global
 from dig_jax.sampling.generation_spec import GenerationSpec
 from dig_jax.sampling.sampler import Sampler
-from dig_jax.testing import mean_flow_settings, random_params, tiny_components, tiny_settings
+from dig_jax.testing import mean_flow_settings, mesh_of, random_params, tiny_components, tiny_settings
 from dig_jax.training.objectives import denoising, mean_flow
+from dig_jax.training.state import init_state
+from dig_jax.training.step import train_step
 from dig_jax.training.train_setup import TrainSetup
 
 
@@ -152,3 +159,33 @@ def test_with_steps_of_length_zero_only_its_metric_is_the_loss_of_flow_matching(
     gradient, loss, expected = both(params)
     np.testing.assert_allclose(loss, expected.mean(), rtol=1e-6)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.slow
+def test_a_train_step_on_four_devices_is_that_on_one():
+    components = Components(mean_flow_settings(training__accumulation=2))
+    setup = TrainSetup.of(components)
+    batch = next(batches(components.train_source, batch_size=8, seed=0, num_threads=0))
+    params = random_params(components)
+    found = []
+    for devices in (1, 4):
+        mesh = mesh_of(devices)
+        with jax.set_mesh(mesh):
+            step = jax.jit(functools.partial(train_step, setup), out_shardings=replicated(mesh))
+            state = jax.device_put(init_state(setup, params), replicated(mesh))
+            found.append(jax.device_get(step(state, to_global(batch, mesh))))
+    (state, metrics), (expected_state, expected_metrics) = found
+    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], expected_metrics["grad_norm"], rtol=1e-4)
+    for leaf, expected in zip(
+        *map(jax.tree.leaves, (state["params"], expected_state["params"])), strict=True
+    ):
+        np.testing.assert_allclose(leaf, expected, atol=1e-4)
+
+
+def test_the_demo_offers_the_scales_of_guidance_of_training(trained):
+    menu = Drawer(Sampler(*trained, step=0), batch_size=2).menu
+    assert (menu.min_scale, menu.max_scale) == (1, 8)
+    assert menu.samplers[0] == "meanflow" and menu.default_steps == 1
+    with pytest.raises(ValueError, match="invalid guidance_scale: got 0.5; expected a number from 1 to 8"):
+        menu.read({"class": 0, "guidance_scale": 0.5})

@@ -25,7 +25,7 @@ from dig_jax.testing import (
 
 STEPS = 3
 SEEDS = [3, 1, 4, 15, 9]
-FLOW_ONLY = {"euler_maruyama", "edm_heun", "dopri5"}
+FLOW_ONLY = {"euler_maruyama", "edm_heun", "dopri5", "meanflow"}
 
 
 @functools.cache

@@ -18,7 +18,9 @@ MODELS = {
     "hybrid": ({"S": "DiG-S/2", "B": "DiG-B/2", "XL": "DiG-XL/2"}, "flash"),
 }
 SIZES = ("S", "B", "XL")
-PHASES = ("train", "sample")
+PHASES = ("train", "sample", "meanflow")
+# Models whose mixers have a derivative in forward mode, which a train step of MeanFlow needs.
+_FORWARD_MODE = ("DiG", "U-DiG", "DiT, plain", "hybrid")
 # Pixels of an image of 2,048 px, which every batch has: 64 images of 256 px, 16 of 512, 4 of 1,024. So all
 # steps of a model have the same number of tokens. An image of 1,792 px is alone.
 _PIXELS = 2048**2
@@ -32,7 +34,7 @@ class Case:
     model: a label of `MODELS`.
     size: "S", "B" or "XL".
     pixels: height and width of the images; latents are an eighth of them.
-    phase: "train", a train step, or "sample", a guided step of DDPM.
+    phase: "train", a train step, "sample", a guided step of DDPM, or "meanflow", a train step of MeanFlow.
     batch: images; None: as many as have the pixels of one image of 2,048 px.
     """
 
@@ -59,8 +61,9 @@ class Case:
         return MODELS[self.model][1]
 
     def settings(self) -> config.Config:
-        """Return the config: the recipe `ours`, in bfloat16."""
-        c = imagenet.get_config(MODELS[self.model][0][self.size], "256", "ours")
+        """Return the config: the recipe `ours` or `meanflow`, in bfloat16."""
+        recipe = "meanflow" if self.phase == "meanflow" else "ours"
+        c = imagenet.get_config(MODELS[self.model][0][self.size], "256", recipe)
         c.data.options.image_size = self.pixels // 8
         c.data.batch_size = c.sampling.batch_size = self.images
         c.sampling.steps = SAMPLER_STEPS
@@ -80,6 +83,7 @@ def cases(
     phases: Sequence[str],
     batch: int | None = None,
 ) -> Iterator[Case]:
-    """Yield all combinations."""
+    """Yield all combinations that there are."""
     for size, phase, number, model in itertools.product(sizes, phases, pixels, models):
-        yield Case(model, size, number, phase, batch)
+        if phase != "meanflow" or model in _FORWARD_MODE:
+            yield Case(model, size, number, phase, batch)

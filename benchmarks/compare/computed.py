@@ -27,7 +27,7 @@ TOPOLOGIES = {
 def lower(run: PlannedRun, *, case: Case) -> jax.stages.Lowered:
     """Lower the program of a case; the process that compiles for a TPU calls it."""
     with attention(case, run.topology.chip):
-        return (lower_train_step if case.phase == "train" else lower_sampler)(run)
+        return (lower_sampler if case.phase == "sample" else lower_train_step)(run)
 
 
 def row(case: Case, chip: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def row(case: Case, chip: str) -> dict[str, Any]:
     counts = count(program.text)
     if about.network:
         counts.add(Counts(flops_without_estimate(run, case)))
-    steps = 1 if case.phase == "train" else SAMPLER_STEPS
+    steps = SAMPLER_STEPS if case.phase == "sample" else 1
     times = roofline(counts, about, list(run.mesh.devices.flat))
     return found | {
         "bytes": sum(program.memory.values()),

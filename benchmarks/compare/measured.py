@@ -31,7 +31,7 @@ def row(case: Case) -> dict[str, Any]:
     jax.clear_caches()  # two cases may differ only in how attention is traced
     topology = dataclasses.replace(find_topology(THIS), devices=jax.devices()[:1])
     run = PlannedRun.of(case.settings(), topology)
-    is_train = case.phase == "train"
+    is_train = case.phase != "sample"
     with attention(case, topology.chip, absent=False):
         compiled = (lower_train_step if is_train else lower_sampler)(run).compile()
     steps = (train_steps if is_train else sampling_steps)(compiled, run)

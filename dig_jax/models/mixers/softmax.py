@@ -1,6 +1,5 @@
 """Softmax attention, the token mixer of DiT."""
 
-import functools
 from typing import Literal
 
 import jax
@@ -71,7 +70,7 @@ class SoftmaxAttention(nnx.Module):
         if self.rope:
             q, k = rotate(q, grid), rotate(k, grid)
         opaque = self.fused and kernel_platform() == "tpu"
-        attend = functools.partial(_attend, fused=self.fused)
+        attend = _attend if self.fused else _attend_in_plain_jax
         o = v if self.isolated else shard_map_rows(attend, q, k, v, opaque=opaque)
         return self.o_proj(o.reshape(x.shape))
 
@@ -81,16 +80,30 @@ def _attend(
     k: Float[Array, "b own h k"],
     v: Float[Array, "b own h k"],
     axis_name: str | None,
-    fused: bool,
 ) -> Float[Array, "b own h k"]:
     """Attend from this device's tokens to the tokens of all devices along a mesh axis."""
-    if axis_name is not None:
-        k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
-    if not fused:
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    k, v = _all_tokens(k, v, axis_name)
     if kernel_platform() == "tpu" and q.shape[1] % _LANES == k.shape[1] % _LANES == 0:
         return splash_attention(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, implementation=_implementation(q))
+
+
+def _attend_in_plain_jax(
+    q: Float[Array, "b own h k"],
+    k: Float[Array, "b own h k"],
+    v: Float[Array, "b own h k"],
+    axis_name: str | None,
+) -> Float[Array, "b own h k"]:
+    """Attend as `_attend`, differentiable in forward mode."""
+    return jax.nn.dot_product_attention(q, *_all_tokens(k, v, axis_name), implementation="xla")
+
+
+def _all_tokens(k: Array, v: Array, axis_name: str | None) -> tuple[Array, Array]:
+    """Gather keys and values along a mesh axis."""
+    if axis_name is None:
+        return k, v
+    k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
+    return k, v
 
 
 def splash_attention(
