@@ -21,17 +21,24 @@ DOCS = Path(__file__).parents[1] / "docs"
 RUNTIME = DOCS.parent / "node_modules/onnxruntime-web/dist"
 
 
-def drawn(labels, seeds):
+FILES = {20: "digits.onnx", 1: "digits_one_step.onnx"}
+
+
+def drawn(labels, seeds, steps=20):
     """The images of the page's model in Python."""
     start = np.asarray(noise(jnp.int32(seeds), jnp.int32(0), (8, 8, 1)))
-    session = onnxruntime.InferenceSession(DOCS / "browser/digits.onnx")
-    return session.run(["images"], {"labels": np.int32(labels), "noise": start})[0]
+    session = onnxruntime.InferenceSession(DOCS / "browser" / FILES[steps])
+    inputs = {"labels": np.int32(labels), "noise": start}
+    if steps == 1:
+        inputs["guidance_scale"] = np.asarray(1, np.float32)
+    return session.run(["images"], inputs)[0]
 
 
-def test_a_classifier_recognizes_the_digits_of_the_page():
+@pytest.mark.parametrize("steps", FILES)
+def test_a_classifier_recognizes_the_digits_of_the_page(steps):
     images, classes = load_digits(return_X_y=True)
     labels = np.arange(30) % 10
-    found = SVC(C=10).fit(images / 8 - 1, classes).predict(drawn(labels, np.arange(30)).reshape(30, -1))
+    found = SVC(C=10).fit(images / 8 - 1, classes).predict(drawn(labels, np.arange(30), steps).reshape(30, -1))
     assert (found == labels).sum() >= 27
 
 
@@ -70,13 +77,13 @@ def test_the_page_draws_what_python_draws_and_asks_no_other_server(page, url):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(url)
 
-    def images(labels, seed):
+    def images(labels, seed, steps=20):
         """Wait for these digits; return the page's numbers and what Python draws."""
-        state = f"document.getElementById('digits').dataset.state == '{labels} {seed}'"
+        state = f"document.getElementById('digits').dataset.state == '{labels} {seed} {steps}'"
         page.wait_for_function(state)
         found = np.array(page.evaluate("document.getElementById('digits').dataset.images").split(","), float)
         classes = [int(label) for label in labels.split(",")]
-        return found.reshape(-1, 8, 8, 1), drawn(classes, [seed] * len(classes))
+        return found.reshape(-1, 8, 8, 1), drawn(classes, [seed] * len(classes), steps)
 
     np.testing.assert_allclose(*images("0,1,2,3,4,5,6,7,8,9", 0), atol=1e-4)
     page.select_option("select[name=label]", "7")
@@ -84,6 +91,10 @@ def test_the_page_draws_what_python_draws_and_asks_no_other_server(page, url):
     np.testing.assert_allclose(*images("7", 2147483646), atol=1e-4)
     page.click("button[name=next]")
     found, expected = images("7", 2147483647)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+    page.select_option("select[name=steps]", "1")
+    found, expected = images("7", 2147483647, steps=1)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
     assert "1 digit in" in page.inner_text("#digits output")

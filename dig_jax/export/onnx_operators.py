@@ -184,6 +184,8 @@ def _window(graph, name, starts, axes, sizes):
 def _dynamic_slice(graph, equation, names, shapes):
     sizes = equation.params["slice_sizes"]
     axes = [axis for axis, size in enumerate(shapes[0]) if sizes[axis] != size]
+    if not axes:
+        return graph.node("Identity", names[:1])
     one = graph.ints(1)
     starts = [
         graph.node("Reshape", [graph.node("Cast", [names[1 + axis]], to=TensorProto.INT64), one])

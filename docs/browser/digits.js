@@ -42,14 +42,17 @@ export function noise(seed, count) {
   });
 }
 
-async function open() {
+/** The samplers of the page by their number of steps: flow matching, and MeanFlow. */
+const FILES = { 20: "digits.onnx", 1: "digits_one_step.onnx" };
+
+async function open(steps) {
   const ort = await import(new URL("ort.wasm.bundle.min.mjs", assets));
   ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", assets).href };
   ort.env.wasm.numThreads = 1; // threads need headers that plain servers do not send
   ort.env.logLevel = "error";
   // Optimizing the graph would take longer than drawing the first digits.
   const options = { graphOptimizationLevel: "disabled", logSeverityLevel: 3 };
-  const session = await ort.InferenceSession.create(new URL("digits.onnx", assets).href, options);
+  const session = await ort.InferenceSession.create(new URL(FILES[steps], assets).href, options);
   return { ort, session };
 }
 
@@ -59,6 +62,7 @@ async function sample({ ort, session }, label, seed) {
     labels: new ort.Tensor("int32", [label], [1]),
     noise: new ort.Tensor("float32", noise(seed, SIZE * SIZE), [1, SIZE, SIZE, 1]),
   };
+  if (session.inputNames.includes("guidance_scale")) feeds.guidance_scale = new ort.Tensor("float32", [1], []);
   return (await session.run(feeds)).images.data;
 }
 
@@ -79,15 +83,8 @@ function draw(canvas, image, position, count) {
 
 async function start(page) {
   const [canvas, status] = [page.querySelector("canvas"), page.querySelector("output")];
-  const [label, seed, next] = ["label", "seed", "next"].map((name) => page.querySelector(`[name=${name}]`));
-  const opened = performance.now();
-  let model;
-  try {
-    model = await open();
-  } catch (error) {
-    status.textContent = `ONNX Runtime did not load: ${error.message}. This page needs a web server and a site that was built with it.`;
-    return;
-  }
+  const [label, seed, steps, next] = ["label", "seed", "steps", "next"].map((name) => page.querySelector(`[name=${name}]`));
+  const opened = performance.now(), models = {};
   let busy = false, again = false;
   async function update() {
     if (busy) return void (again = true);
@@ -96,6 +93,14 @@ async function start(page) {
       again = false;
       const labels = label.value === "all" ? [...Array(10).keys()] : [Number(label.value)];
       const number = Math.min(Math.max(Math.trunc(Number(seed.value)) || 0, 0), 2 ** 31 - 1);
+      const count = Number(steps.value);
+      let model;
+      try {
+        model = await (models[count] ??= open(count));
+      } catch (error) {
+        status.textContent = `ONNX Runtime did not load: ${error.message}. This page needs a web server and a site that was built with it.`;
+        return;
+      }
       const began = performance.now();
       const images = [];
       for (const [position, one] of labels.entries()) {
@@ -106,12 +111,13 @@ async function start(page) {
       }
       const seconds = ((performance.now() - began) / 1000).toFixed(2);
       canvas.setAttribute("aria-label", `digits ${labels.join(", ")} of seed ${number}`);
-      Object.assign(page.dataset, { images: images.map((x) => Array.from(x)).join(), state: `${labels.join()} ${number}` });
-      status.textContent = `${labels.length === 1 ? "1 digit" : "10 digits"} in ${seconds} s, 20 steps. The first one came ${page.dataset.first} s after loading began.`;
+      Object.assign(page.dataset, { images: images.map((x) => Array.from(x)).join(), state: `${labels.join()} ${number} ${count}` });
+      status.textContent = `${labels.length === 1 ? "1 digit" : "10 digits"} in ${seconds} s, ${count === 1 ? "1 step" : `${count} steps`} each. The first one came ${page.dataset.first} s after loading began.`;
     } while (again);
     busy = false;
   }
   label.addEventListener("change", update);
+  steps.addEventListener("change", update);
   seed.addEventListener("input", update);
   next.addEventListener("click", () => {
     seed.value = (Number(seed.value) || 0) + 1;

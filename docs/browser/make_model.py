@@ -1,6 +1,7 @@
-"""Write digits.onnx, the sampler of the page "Digits in your browser", from a workdir of configs/digits.py.
+"""Write a sampler of the page "Digits in your browser" from a workdir of configs/digits.py.
 
-python docs/browser/make_model.py runs/digits
+python docs/browser/make_model.py runs/digits digits.onnx
+python docs/browser/make_model.py runs/one_step digits_one_step.onnx
 
 Large weights are stored as int8 with one scale per output channel, a quarter of the bytes; the graph first
 converts them to float32.
@@ -44,4 +45,4 @@ def with_int8_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 if __name__ == "__main__":
     model = onnx.load_from_string(onnx_model(dig_jax.load(sys.argv[1])))
-    onnx.save(with_int8_weights(model), Path(__file__).with_name("digits.onnx"))
+    onnx.save(with_int8_weights(model), Path(__file__).with_name(sys.argv[2]))
