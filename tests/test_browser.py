@@ -38,7 +38,8 @@ def drawn(labels, seeds, steps=20):
 def test_a_classifier_recognizes_the_digits_of_the_page(steps):
     images, classes = load_digits(return_X_y=True)
     labels = np.arange(30) % 10
-    found = SVC(C=10).fit(images / 8 - 1, classes).predict(drawn(labels, np.arange(30), steps).reshape(30, -1))
+    generated = drawn(labels, np.arange(30), steps).reshape(30, -1)
+    found = SVC(C=10).fit(images / 8 - 1, classes).predict(generated)
     assert (found == labels).sum() >= 27
 
 
