@@ -187,6 +187,7 @@ class Components:
             instant_fraction=d.instant_fraction,
             guidance_max=d.guidance_max,
             guidance_power=d.guidance_power,
+            time_range=d.time_range,
         )
 
     def init_params(self, key: Array) -> Params:
@@ -350,7 +351,7 @@ def _check_unused_fields(settings: DiffusionConfig) -> None:
     """Reject fields of flow matching and MeanFlow that another process would ignore."""
     defaults, values = to_dict(DiffusionConfig()), to_dict(settings)
     ddpm = ("process", "schedule", "num_steps", "loss", "weight")
-    mean_flow = ("instant_fraction", "guidance_max", "guidance_power")
+    mean_flow = ("instant_fraction", "guidance_max", "guidance_power", "time_range")
     flow = [name for name in values if name not in (*ddpm, *mean_flow)]
     unused = {"ddpm": [*flow, *mean_flow], "flow": mean_flow, "meanflow": ()}[settings.process]
     for name in unused:

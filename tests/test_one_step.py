@@ -189,3 +189,16 @@ def test_the_demo_offers_the_scales_of_guidance_of_training(trained):
     assert menu.samplers[0] == "meanflow" and menu.default_steps == 1
     with pytest.raises(ValueError, match="invalid guidance_scale: got 0.5; expected a number from 1 to 8"):
         menu.read({"class": 0, "guidance_scale": 0.5})
+
+
+def test_a_model_of_flow_goes_on_as_a_flow_map_with_its_velocities():
+    flow = tiny_components(diffusion__process="flow", model__learn_sigma=False)
+    parameters = jax.tree.map(jnp.asarray, random_params(flow))
+    components = Components(mean_flow_settings(diffusion__time_range=1000.0))
+    fresh = components.init_params(jax.random.key(0))
+    started = fresh | {name: part for name, part in parameters.items() if name in fresh}
+    x, times, y = jnp.ones((2, *flow.image_spec.image_shape)), jnp.array([0.2, 0.9]), jnp.arange(2)
+    jump = jnp.array([[0.1, 0.5, 0.0, 1.0], [0.8, 0.0, 0.2, 0.7]])
+    found = components.denoise(started, x, components.diffusion.timestep_input(times), y, jump=jump)
+    expected = flow.denoise(parameters, x, flow.diffusion.timestep_input(times), y)
+    np.testing.assert_array_equal(found, expected)

@@ -61,6 +61,11 @@ class DiffusionConfig(Group, path="config.diffusion"):
     guidance_power: float = field(
         1.0, "p in the density w^-p of the scale of guidance in meanflow.", bounds="nonnegative"
     )
+    time_range: float = field(
+        10.0,
+        "Greatest timestep that the network of meanflow gets; 1000 to start from a model of flow.",
+        bounds="positive",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

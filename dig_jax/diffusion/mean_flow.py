@@ -39,7 +39,6 @@ from jaxtyping import Array, Bool, Float, Key
 from dig_jax.diffusion.flow_matching import FlowMatching
 from dig_jax.diffusion.process import Images, PerImage, Process
 
-_TIMESTEPS = 10  # the range of timesteps
 _FLOOR = 0.05  # of the divisor σ of x predictions, as in JiT's loss
 
 
@@ -85,6 +84,8 @@ class MeanFlow(FlowMatching):
         instant_fraction: fraction of the steps of training that have length 0.
         guidance_max: greatest scale of guidance in training, w_max; 1 trains without guidance.
         guidance_power: p in the density w^-p of the scale.
+        time_range: the network gets timesteps of 0 to this number. Training takes the derivative by t, and
+            the fastest feature of 1000 t, as in flow matching, has a derivative of 1000 (Lu & Song 2024).
 
     Raises:
         ValueError: a field is invalid; the message names it.
@@ -93,6 +94,7 @@ class MeanFlow(FlowMatching):
     instant_fraction: float = 0.5
     guidance_max: float = 8.0
     guidance_power: float = 1.0
+    time_range: float = 10.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,8 +126,8 @@ class MeanFlow(FlowMatching):
         return jax.tree.map(lambda plain, drawn: jnp.where(drop, plain, drawn), jumps.unguided, jumps)
 
     def timestep_input(self, times: PerImage) -> PerImage:
-        """Return 10 t, not 1000 t, whose fastest features would have derivatives of 1000 (Lu & Song 2024)."""
-        return _TIMESTEPS * times
+        """Return the timesteps, from 0 to `time_range`."""
+        return self.time_range * times
 
     def average_velocity(self, output: Float[Array, "b h w d"], z: Images, times: PerImage) -> Images:
         """Return u for the network's output at z.

@@ -26,7 +26,7 @@ _IMPLEMENTATION = ("dtype", "remat", "mlp_parts", "implementation", "in_channels
 _PROCESS_FIELDS = {
     "ddpm": ("schedule", "num_steps"),
     "flow": ("path", "prediction", "noise_scale"),
-    "meanflow": ("path", "prediction", "noise_scale"),
+    "meanflow": ("path", "prediction", "noise_scale", "time_range"),
 }
 _LABELS = "label_embed.table.embedding"
 _FAMILY = "model family"
