@@ -125,10 +125,13 @@ def test_rows_of_two_processes_are_kept_and_shown_with_their_versions(tmp_path, 
     times = {"milliseconds": {"compute": 1.0, "memory": 2.0}, "bound": "memory", "images_per_second": 32000.0}
     for pixels in (1024, 512):
         first.add(str(pixels), row(Case("DiG", "S", pixels, "train"), bytes=2**29, limit=2**32, **times))
-    first.add("a", row(fast, bytes=2**30, limit=2**32, **times))
-    second.add("b", row(large, bytes=2**33, limit=2**32))
+    for size, parameters in (("B", 10**8), ("XL", 10**9)):
+        case = Case("DiG", size, 256, "train")
+        first.add(size, row(case, bytes=2**31, limit=2**32, parameters=parameters, **times))
+    first.add("a", row(fast, bytes=2**30, limit=2**32, parameters=10**7, **times))
+    second.add("b", row(large, bytes=2**33, limit=2**32, parameters=10**7))
     second.add("c", {"error": "invalid"})
-    assert json.loads((tmp_path / "record.json").read_text()).keys() == {*"abc", "512", "1024"}
+    assert json.loads((tmp_path / "record.json").read_text()).keys() == {*"abcB", "XL", "512", "1024"}
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(page, "IMAGES", tmp_path)
     (tmp_path / "page.md").write_text(
@@ -142,4 +145,6 @@ def test_rows_of_two_processes_are_kept_and_shown_with_their_versions(tmp_path, 
     assert "| train step, 256 px | 2 | cpu, 1 thread | 6.00 | 4.00 | 5.00 | 1.50 | 0.80 |" in text
     assert "*PyTorch 2, JAX 1, 2026-11-28.*" in text
     assert "jax 1, 2026-11-28" in text and wrong.model not in text
-    assert {path.name for path in tmp_path.glob("*.png")} == {"compare_memory.png", "compare_time.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"compare_{quantity}{kind}.png" for quantity in ("memory", "time") for kind in ("", "_by_size")
+    }

@@ -46,8 +46,10 @@ def write(record: Record, cpu_rows: Sequence[Row]) -> None:
     text = _replaced(PAGE.read_text(), BEGIN, [*_ratios(rows), *_tables(rows)], END)
     PAGE.write_text(_replaced(text, BEGIN_CPU, peers.tables(cpu_rows), END_CPU))
     for quantity in ("memory", "time"):
-        if panels := _panels(rows):
-            _figure(panels, quantity).savefig(IMAGES / f"compare_{quantity}.png", dpi=130)
+        if panels := _panels(rows, "size", "pixels"):
+            _figure(panels, quantity, "pixels").savefig(IMAGES / f"compare_{quantity}.png", dpi=130)
+        if panels := _panels(rows, "pixels", "size"):
+            _figure(panels, quantity, "size").savefig(IMAGES / f"compare_{quantity}_by_size.png", dpi=130)
 
 
 def _replaced(text: str, begin: str, lines: Iterable[str], end: str) -> str:
@@ -117,26 +119,27 @@ def _cell(row: Row | None) -> str:
     return f"{1e3 / row['images_per_second']:.3g} ms{bound}, {memory}"
 
 
-def _panels(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Return the v6e's rows of each size and phase that has enough resolutions for a line."""
+def _panels(rows: Sequence[Row], fixed: str, varied: str) -> dict[tuple[Any, str], list[Row]]:
+    """Return the v6e's rows of each size or resolution and phase that has enough of the other for a line."""
     panels = collections.defaultdict(list)
     for row in rows:
         if row["device"] == "v6e":
-            panels[row["size"], row["phase"]].append(row)
+            panels[row[fixed], row["phase"]].append(row)
     return {
         panel: panels[panel]
         for panel in sorted(panels, reverse=True)
-        if len({row["pixels"] for row in panels[panel]}) >= _LINE
+        if len({row[varied] for row in panels[panel]}) >= _LINE
     }
 
 
-def _figure(panels: Mapping[tuple[str, str], Sequence[Row]], quantity: str) -> Figure:
-    """Draw memory or time against the resolution."""
+def _figure(panels: Mapping[tuple[Any, str], Sequence[Row]], quantity: str, varied: str) -> Figure:
+    """Draw memory or time against the resolution ("pixels") or the parameters ("size")."""
     size = (3 + 4 * len(panels), 4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for ((size, phase), rows), axis in zip(panels.items(), axes[0], strict=True):
-        _panel(axis, rows, quantity)
-        axis.set_title(f"{PHASES[phase].lower()}, size {size}", fontsize=10)
+    for ((fixed, phase), rows), axis in zip(panels.items(), axes[0], strict=True):
+        _panel(axis, rows, quantity, varied)
+        fixed = f"size {fixed}" if varied == "pixels" else f"{fixed:,} px"
+        axis.set_title(f"{PHASES[phase].lower()}, {fixed}", fontsize=10)
     axes[0][0].set_ylabel("GiB of memory" if quantity == "memory" else "ms for 2,048² pixels, roofline")
     handles = {line.get_label(): line for axis in axes[0] for line in axis.lines}
     figure.legend(handles.values(), handles.keys(), fontsize=9, loc="outside right upper")
@@ -144,7 +147,9 @@ def _figure(panels: Mapping[tuple[str, str], Sequence[Row]], quantity: str) -> F
     return figure
 
 
-def _panel(axis: Axes, rows: Sequence[Row], quantity: str) -> None:
+def _panel(axis: Axes, rows: Sequence[Row], quantity: str, varied: str) -> None:
+    x = "pixels" if varied == "pixels" else "parameters"
+
     def value(row: Row) -> float:
         if quantity == "memory":
             return row["bytes"] / 2**30
@@ -152,7 +157,7 @@ def _panel(axis: Axes, rows: Sequence[Row], quantity: str) -> None:
 
     for number, model in enumerate(MODELS):
         points = sorted(
-            (row["pixels"], value(row))
+            (row[x], value(row))
             for row in rows
             if row["model"] == model and (quantity == "memory" or "images_per_second" in row)
         )
@@ -161,9 +166,14 @@ def _panel(axis: Axes, rows: Sequence[Row], quantity: str) -> None:
             axis.plot(*zip(*points, strict=True), "o-", color=f"C{number}", label=name)
     if quantity == "memory":
         axis.axhline(rows[0]["limit"] / 2**30, color="gray", linestyle=":", label="memory of the chip")
-    ticks = sorted({row["pixels"] for row in rows})
-    axis.set(xscale="log", xlabel="pixels along a side")
+    # Models of a size have nearly the same parameters: one tick for them.
+    ticks = sorted({row[varied]: row[x] for row in rows}.values())
+    if varied == "pixels":
+        labels, name = [f"{tick:,}" for tick in ticks], "pixels along a side"
+    else:
+        labels, name = [f"{tick / 1e6:.0f}" for tick in ticks], "parameters, millions"
+    axis.set(xscale="log", xlabel=name)
     axis.set_ylim(bottom=0)
-    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+    axis.set_xticks(ticks, labels, fontsize=8)
     axis.minorticks_off()
     axis.grid(alpha=0.3)

@@ -195,10 +195,15 @@ def _clock(row: Row) -> str:
     return "cpu" if row["threads"] == 1 else "wall"
 
 
+def _measure(row: Row) -> str:
+    """Return the clock and the threads in words."""
+    return f"{_clock(row)}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+
+
 def describe(row: Row) -> str:
     """Return the medians of a row in words."""
     times = ", ".join(f"{name} {t[_clock(row)]:.2f}" for name, t in row["median"].items())
-    return f"{times} s ({_clock(row)}, {row['threads']} threads)"
+    return f"{times} s ({_measure(row)})"
 
 
 def tables(rows: Sequence[Row]) -> Iterator[str]:
@@ -219,8 +224,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
             f"{times[slow] / times[fast]:.2f}" if {slow, fast} <= times.keys() else "–"
             for slow, fast in ((PYTORCH, "DiT"), ("DiT", "DiG"))
         ]
-        clock = f"{_clock(row)}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
-        yield "| " + " | ".join([_case(row), str(row["images"]), clock, *seconds, *ratios]) + " |"
+        yield "| " + " | ".join([_case(row), str(row["images"]), _measure(row), *seconds, *ratios]) + " |"
     about = [row["about"] for row in best.values()]
     versions = sorted({f"PyTorch {each[PYTORCH]['torch']}" for each in about if PYTORCH in each})
     versions += sorted({f"JAX {each[name]['jax']}" for each in about for name in each if name != PYTORCH})
