@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from dig_jax.components import Components, Params
 from dig_jax.diffusion.mean_flow import Jumps, MeanFlow
@@ -42,15 +42,23 @@ def errors(components: Components, params: Params, batch: Batch, key: Key[Array,
     assert isinstance(process, MeanFlow)
     drawn = draw(components, key, batch["index"], batch["image"].shape[1:])
     jumps = draw_jumps(process, key, batch["index"], drawn)
-    x0, noise = batch["image"], drawn.noise
-    z = process.corrupt(x0, noise, jumps.times)
-    target = combine(x0, noise, "velocity", process.level(jumps.times, x0))
-    frozen = jax.lax.stop_gradient(params)
-    direction, weaker = instant_velocities(components, frozen, z, jumps, batch["label"], drawn)
-    if weaker is not None:
+    x0, frozen = batch["image"], jax.lax.stop_gradient(params)
+    z = process.corrupt(x0, drawn.noise, jumps.times)
+    target = combine(x0, drawn.noise, "velocity", process.level(jumps.times, x0))
+
+    def u(params: Params, z: Images, jumps: Jumps, drop: Bool[Array, " b"] | None = drawn.drop) -> Images:
+        condition = (params, z, process.timestep_input(jumps.times), batch["label"], drop)
+        if drawn.kept is None:
+            output = components.denoise(*condition, jump=jumps.inputs)
+        else:
+            output = components.model_spec.outputs(*condition, kept=drawn.kept, jump=jumps.inputs).output
+        return process.average_velocity(output, z, jumps.times)
+
+    direction = u(frozen, z, jumps.here)
+    if process.guidance_max > 1 and components.image_spec.num_classes:
+        weaker = u(frozen, z, jumps.here.unguided, jnp.ones(jumps.times.shape, bool))
         target += jumps.strength_here[:, None, None, None] * (direction - weaker)
-    network = functools.partial(_network, components, params, labels=batch["label"], drawn=drawn)
-    error = compound_velocity(network, z, jumps, direction) - target
+    error = compound_velocity(functools.partial(u, params), z, jumps, direction) - target
     return error, drawn._replace(times=jumps.times)
 
 
@@ -71,41 +79,3 @@ def compound_velocity(u: AverageVelocity, z: Images, jumps: Jumps, direction: Im
     ones = jnp.ones_like(jumps.times)
     average, change = jax.jvp(along, (z, jumps.times, jumps.lengths), (direction, ones, ones))
     return average + jumps.lengths[:, None, None, None] * jax.lax.stop_gradient(change)
-
-
-def instant_velocities(
-    components: Components,
-    params: Params,
-    z: Images,
-    jumps: Jumps,
-    labels: Int[Array, " b"],
-    drawn: Draw,
-) -> tuple[Images, Images | None]:
-    """Return the network's velocity at z, and that of the null class if training guides away from it."""
-    process = components.diffusion
-    assert isinstance(process, MeanFlow)
-    u = functools.partial(_network, components, params, labels=labels)
-    if process.guidance_max == 1 or not components.image_spec.num_classes:
-        return u(z, jumps.here, drawn=drawn), None
-    all_dropped = drawn._replace(drop=jnp.ones(labels.shape, bool))
-    return u(z, jumps.here, drawn=drawn), u(z, jumps.here.unguided, drawn=all_dropped)
-
-
-def _network(
-    components: Components,
-    params: Params,
-    z: Images,
-    jumps: Jumps,
-    *,
-    labels: Int[Array, " b"],
-    drawn: Draw,
-) -> Images:
-    process = components.diffusion
-    assert isinstance(process, MeanFlow)
-    timesteps = process.timestep_input(jumps.times)
-    condition = (params, z, timesteps, labels, drawn.drop)
-    if drawn.kept is None:
-        output = components.denoise(*condition, jump=jumps.inputs)
-    else:
-        output = components.model_spec.outputs(*condition, kept=drawn.kept, jump=jumps.inputs).output
-    return process.average_velocity(output, z, jumps.times)
