@@ -103,6 +103,9 @@ def softmax(q, k, v, g):
 def implementations(tokens):
     """Return the functions to time, by name. Softmax attention over 4,096 tokens needs 3 GB and a minute."""
     found = {"default": gla, '`"xla"`': functools.partial(gla, implementation="xla")}
+    found["default, one decay of -40"] = lambda q, k, v, g: gla(q, k, v, g.at[0, tokens // 2, 0, 0].set(-40))
+    found["default, decays of -5"] = lambda q, k, v, g: gla(q, k, v, g - 5)
+    found['`"xla"`, decays of -5'] = lambda q, k, v, g: gla(q, k, v, g - 5, implementation="xla")
     found |= {"`lax.scan`": lax_scan, "textbook": textbook, "naive chunks": naive_chunks}
     if tokens <= 1024:
         found["softmax"] = softmax

@@ -60,7 +60,7 @@ def forward(
     state, weight, tokens, starts = _prepare(operands, scan)
     one_chunk = len(tokens.q) == 1
     # In a loop CSE cannot merge the recomputation with the forward pass, so no barriers are needed.
-    chunk = jax.checkpoint(functools.partial(_chunk, scan=scan), prevent_cse=one_chunk)
+    chunk = jax.checkpoint(functools.partial(run_chunk, scan=scan), prevent_cse=one_chunk)
     if one_chunk:
         final_state, out = chunk(state, weight, *jax.tree.map(lambda x: x[0], (tokens, starts)))
         out, states = out[None], None if state is None else state[None]
@@ -93,7 +93,7 @@ def backward(
         d_state, d_weight = carry
         state, tokens, starts, d_out = chunk
         d_out = d_out.astype(jnp.float32)
-        chunk = functools.partial(_chunk, starts=starts, scan=scan)
+        chunk = functools.partial(run_chunk, starts=starts, scan=scan)
         d_state, d_weight_here, d_tokens = jax.vjp(chunk, state, weight, tokens)[1]((d_state, d_out))
         return (d_state, None if weight is None else d_weight + d_weight_here), d_tokens
 
@@ -110,7 +110,7 @@ def backward(
     return Operands(**gradients, norm_weight=d_weight, initial_state=d_state)
 
 
-def _chunk(
+def run_chunk(
     state: Float[Array, "b h k v"] | None,
     norm_weight: Float[Array, "b v"] | None,
     tokens: Tokens,

@@ -7,9 +7,11 @@ import numpy as np
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "initial_state")
 
 
-def inputs(batch: int, tokens: int, channels: int, states: int = 16, step: float = 0.05) -> dict[str, Any]:
+def inputs(
+    batch: int, tokens: int, channels: int, states: int = 16, step: float = 0.05, seed: int = 0
+) -> dict[str, Any]:
     """Return random arguments in float32, with step sizes of about `step` and the decay rates of Mamba."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)

@@ -89,6 +89,39 @@ def test_a_reversed_scan_equals_a_scan_of_flipped_tokens():
     np.testing.assert_allclose(reversed_state, state, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("fixed", "options"),
+    [
+        (("A", "D", "C"), {}),
+        ((), {}),
+        pytest.param(
+            ("A", "D"), {"implementation": "mosaic", "interpret": True}, marks=pytest.mark.slow, id="mosaic"
+        ),
+    ],
+)
+def test_vmap_equals_a_loop_in_values_and_gradients(fixed, options):
+    examples = [scan_oracle.inputs(2, 3, 8, seed=seed) for seed in (0, 1, 2)]
+    shared = {name: examples[0][name] for name in fixed}
+    examples = [arrays | shared for arrays in examples]
+    stacked = {name: np.stack([x[name] for x in examples]) for name in examples[0]} | shared
+    d = [cotangents(arrays) for arrays in examples]
+
+    @jax.jit
+    def run(arrays, d):
+        axes = {name: None if name in fixed else 1 for name in arrays}
+        arrays = {name: x if name in fixed else jnp.moveaxis(x, 0, 1) for name, x in arrays.items()}
+        function = functools.partial(values_and_gradients, reverse=False, **options)
+        return jax.vmap(function, (axes, 0))(arrays, d)
+
+    values, gradients = run(stacked, tuple(np.stack(x) for x in zip(*d, strict=True)))
+    for i, arrays in enumerate(examples):
+        for got, expected in zip(values, scan_oracle.run(**arrays), strict=True):
+            assert error(got[i], expected) < 1e-5
+        expected = scan_oracle.gradients(**arrays, d_y=d[i][0], d_final_state=d[i][1])
+        errors = {name: error(x[i], expected[name]) for name, x in gradients.items()}
+        assert max(errors.values()) < 1e-5, errors
+
+
 def test_forward_mode_agrees_with_reverse_mode():
     arrays = scan_oracle.inputs(*SHAPES["short"])
     d_y, d_state = cotangents(arrays)

@@ -1,9 +1,10 @@
 """GLA for CPUs: plain JAX in blocks of 16 tokens, with small matrix products and without copies of inputs.
 
-`block.py` has the mathematics. It is accurate for the decays of most models. Scans with stronger decays, NaN,
-infinity or huge numbers run `pallas_gla.chunked_xla` or, without a gradient, `pallas_gla.reference`.
+`block.py` has the mathematics. It is accurate for the decays of most models. Chunks with stronger decays,
+NaN, infinity or huge numbers run token by token, and `pallas_gla.chunked_xla` computes their gradients.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_gla import chunked_xla, reference
 from pallas_gla.cpu.block import Block
-from pallas_gla.cpu.layout import TOKENS, Layout, as_bits, as_floats
+from pallas_gla.cpu.layout import TOKENS, Layout, as_bits, as_floats, small
 from pallas_gla.gating import gated_output, log_decay
 from pallas_gla.scan import Operands, Scan, saved_shape
 
@@ -29,39 +30,19 @@ def forward(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
     """Run a scan (see `pallas_gla.dispatch`)."""
     layout = Layout(operands, scan)
-    return jax.lax.cond(
-        layout.regular(operands),
-        lambda: _forward(operands, layout, save),
-        # Token by token takes half of the time of chunks for any decay, but saves no states.
-        lambda: (
-            chunked_xla.forward(operands, scan, save=True)
-            if save
-            else (*reference.forward(operands, scan), None)
-        ),
-    )
+    arrays, first_state = layout.prepare(operands), layout.first_state(operands)
 
-
-def _forward(
-    operands: Operands, layout: Layout, save: bool
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"], Float[Array, "b n v hk"] | None]:
-    """Run a scan of finite numbers and bounded decays."""
-    scan, arrays = layout.scan, layout.prepare(operands)
-
-    def body(i, carry):
+    def body(run, i, carry):
         state, out, states = carry
         if save and state is not None:
             states = layout.put_state(states, i, state)
-        block = Block(layout.chunk(arrays, i))
-        state, before = block.states(state)
-        o = block.output(before)
-        if scan.gating:
-            out_gate, weight = layout.gate(arrays, i)
-            o = gated_output(o, out_gate, weight, scan.gating)
-        return state, layout.put(out, i, o, operands.v.dtype), states
+        state, o = run(layout.chunk(arrays, i, state), layout)
+        return state, layout.put(out, i, o), states
 
     states = as_bits(jnp.zeros(*saved_shape(operands, scan))) if save else None
-    carry = layout.first_state(operands), layout.buffer(operands.v), states
-    final_state, out, states = layout.loop(body, carry)
+    carry = first_state, layout.buffer(operands.v), states
+    fast, exact = (functools.partial(body, run) for run in (_blocks, _by_token))
+    final_state, out, states = layout.loop(layout.regular(arrays), fast, exact, carry)
     return layout.finish(out), final_state, as_floats(states) if save else None
 
 
@@ -75,48 +56,25 @@ def backward(
 ) -> Operands:
     """Return the gradients of a scan (see `pallas_gla.dispatch`)."""
     layout = Layout(operands, scan)
-    arrays = operands, states, d_out, d_final_state
-    return jax.lax.cond(
-        layout.regular(operands, d_out, d_final_state),
-        lambda: _backward(*arrays, layout),
-        lambda: chunked_xla.backward(*arrays, scan),
-    )
-
-
-def _backward(
-    operands: Operands,
-    states: Float[Array, "b n v hk"],
-    d_out: Float[Array, "b t h v"],
-    d_final_state: Float[Array, "b h k v"],
-    layout: Layout,
-) -> Operands:
-    """Return the gradients of a scan of finite numbers and bounded decays."""
-    scan, arrays = layout.scan, layout.prepare(operands)
-    saved, d_out_bits = as_bits(states), layout.prepare_tokens(d_out)
+    arrays, saved, d_out_bits = layout.prepare(operands), as_bits(states), layout.prepare_tokens(d_out)
     tokens = {name: x for name, x in operands._asdict().items() if name in TOKENS and x is not None}
-    d_weight = None if operands.norm_weight is None else jnp.zeros_like(operands.norm_weight)
+    has_state = layout.first_state(operands) is not None
+    regular = layout.regular(arrays, d_out_bits) & small(states, axis=(0, 2, 3))
 
-    def body(step, carry):
+    def body(run, step, carry):
         d_state, gradients, d_weight = carry
         i = layout.chunks - 1 - step
-        block = Block(layout.chunk(arrays, i))
-        state = None if layout.first_state(operands) is None else layout.get_state(saved, i)
-        before = None if state is None else block.states(state)[1]
-        d_o, d_gate = layout.get(d_out_bits, i), None
-        if scan.gating:
-            gate = functools.partial(gated_output, gating=scan.gating)
-            d_o, d_gate, d_w = jax.vjp(gate, block.output(before), *layout.gate(arrays, i))[1](d_o)
-            d_weight = d_weight + layout.batch_sums(d_w)
-        d_state, (d_q, d_k, d_v, d_g) = block.gradients(before, d_state, d_o)
-        if scan.gating:
-            decay = functools.partial(log_decay, gating=scan.gating)
-            d_g = jax.vjp(decay, layout.get(arrays.g, i))[1](d_g)[0]
-        here = {"q": d_q * scan.scale, "k": d_k, "v": d_v, "g": d_g, "out_gate": d_gate}
-        gradients = {name: layout.put(x, i, here[name], tokens[name].dtype) for name, x in gradients.items()}
-        return d_state, gradients, d_weight
+        chunk = layout.chunk(arrays, i, layout.get_state(saved, i) if has_state else None)
+        here = run(chunk, layout.take(d_out_bits, i), d_state, layout)
+        gradients = {name: layout.put(x, i, getattr(here, name)) for name, x in gradients.items()}
+        d_weight = None if d_weight is None else d_weight + here.norm_weight
+        return here.initial_state, gradients, d_weight
 
     gradients = {name: layout.buffer(x) for name, x in tokens.items()}
-    d_state, gradients, d_weight = layout.loop(body, (d_final_state, gradients, d_weight))
+    d_weight = None if operands.norm_weight is None else jnp.zeros_like(operands.norm_weight)
+    fast, exact = (functools.partial(body, run) for run in (_block_gradients, _exact_gradients))
+    carry = d_final_state, gradients, d_weight
+    d_state, gradients, d_weight = layout.loop(regular[::-1], fast, exact, carry)
     gradients = {name: layout.finish(x) for name, x in gradients.items()}
     d_state = None if operands.initial_state is None else d_state
     return Operands(**gradients, norm_weight=d_weight, initial_state=d_state)
@@ -125,3 +83,63 @@ def _backward(
 def tangent(operands: Operands, tangents: Operands, scan: Scan) -> None:
     """Return None: forward mode runs `pallas_gla.chunked_xla`."""
     del operands, tangents, scan
+
+
+# The functions of one chunk. Its tokens are in scan order, its segment ids are the starts of segments, and
+# its initial state is the incoming state.
+
+
+def _blocks(chunk: Operands, layout: Layout) -> tuple[Float[Array, "b h k v"], Float[Array, "b c h v"]]:
+    """Return the outgoing state and the output of a chunk of finite numbers and bounded decays."""
+    block = Block(layout.in_blocks(chunk))
+    state, before = block.states(chunk.initial_state)
+    o = block.output(before)
+    if layout.scan.gating:
+        o = gated_output(o, *layout.gate(chunk), layout.scan.gating)
+    return state, layout.join(o)
+
+
+def _by_token(chunk: Operands, layout: Layout) -> tuple[Float[Array, "b h k v"], Float[Array, "b c h v"]]:
+    """Return the outgoing state and the output of any chunk."""
+    if chunk.segment_ids is not None:
+        # A segment may start at the first token, too.
+        ids = jnp.cumsum(chunk.segment_ids[..., 0, 0], axis=1, dtype=jnp.int32)
+        chunk = chunk._replace(segment_ids=ids)
+        if chunk.initial_state is not None:
+            chunk = chunk._replace(
+                initial_state=jnp.where(ids[:, :1, None, None] == 0, chunk.initial_state, 0)
+            )
+    scan = dataclasses.replace(layout.scan, grid=(1, layout.size), direction="row")
+    o, state = reference.forward(chunk, scan)
+    return state, o
+
+
+def _block_gradients(
+    chunk: Operands, d_o: Float[Array, "b c h v"], d_state: Float[Array, "b h k v"], layout: Layout
+) -> Operands:
+    """Return the gradients of a chunk of finite numbers and bounded decays."""
+    scan, block, d_o = layout.scan, Block(layout.in_blocks(chunk)), layout.split(d_o)
+    before = None if chunk.initial_state is None else block.states(chunk.initial_state)[1]
+    d_gate = d_weight = None
+    if scan.gating:
+        gate = functools.partial(gated_output, gating=scan.gating)
+        d_o, d_gates, d_weights = jax.vjp(gate, block.output(before), *layout.gate(chunk))[1](d_o)
+        d_gate, d_weight = layout.join(d_gates), layout.batch_sums(d_weights)
+    d_before, gradients = block.gradients(before, d_state, d_o)
+    d_q, d_k, d_v, d_g = map(layout.join, gradients)
+    if scan.gating:
+        decay = functools.partial(log_decay, gating=scan.gating)
+        d_g = jax.vjp(decay, chunk.g)[1](d_g)[0]
+    return Operands(d_q * scan.scale, d_k, d_v, d_g, d_gate, d_weight, d_before)
+
+
+def _exact_gradients(
+    chunk: Operands, d_o: Float[Array, "b c h v"], d_state: Float[Array, "b h k v"], layout: Layout
+) -> Operands:
+    """Return the gradients of any chunk."""
+    starts = None if chunk.segment_ids is None else chunk.segment_ids[..., 0, 0]
+    run = functools.partial(chunked_xla.run_chunk, starts=starts, scan=layout.scan)
+    tokens = chunked_xla.Tokens(*chunk[:5])
+    vjp = jax.vjp(run, chunk.initial_state, chunk.norm_weight, tokens)[1]
+    d_initial, d_weight, gradients = vjp((d_state, d_o))
+    return Operands(**gradients._asdict(), norm_weight=d_weight, initial_state=d_initial)

@@ -1,6 +1,8 @@
 """How a scan is split into chunks of blocks on a CPU, and loads and stores of one chunk."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ from pallas_gla.gating import log_decay
 from pallas_gla.scan import STATE_INTERVAL, Operands, Scan
 from pallas_gla.scan_order import segment_starts, to_raster_order, to_scan_order
 
-# Products of four numbers stay below 1e36.
-LARGEST_SQUARE = 1e18
+# With numbers up to 1e7, the largest product, k v D with D the gradient of a state, stays below 1e37 over a
+# million tokens.
+LARGEST_SQUARE = 1e14
 TOKENS = ("q", "k", "v", "g", "out_gate")
 
 
@@ -28,11 +31,43 @@ class Layout:
         self.chunks = -(-self.tokens // self.size)
         self.blocks = self.size // BLOCK
 
-    def loop(self, body, carry):
-        """Call body(i, carry) for every chunk."""
+    def loop(self, regular: Bool[Array, " n"], fast: Callable, exact: Callable, carry: tuple) -> tuple:
+        """Call fast(i, carry) for regular chunks and exact(i, carry) for others, in order.
+
+        Args:
+            regular: whether the tokens of a chunk are regular, in the order of the calls.
+            fast: keeps a small state small.
+            exact: runs every chunk.
+            carry: starts with the state, which has to be small, too.
+        """
         if self.chunks == 1:
-            return body(np.int32(0), carry)
-        return jax.lax.fori_loop(np.int32(0), np.int32(self.chunks), body, carry)
+            is_regular = regular[0] if carry[0] is None else regular[0] & small(carry[0])
+            return jax.lax.cond(
+                is_regular, *(functools.partial(f, np.int32(0)) for f in (fast, exact)), carry
+            )
+
+        def run(position, expected):
+            """Run chunks until one is not as expected."""
+
+            def is_next(position):
+                i, is_small, _ = position
+                return (i < self.chunks) & ((regular[i] & is_small) == expected)
+
+            def step(position):
+                i, is_small, carry = position
+                carry = fast(i, carry) if expected else exact(i, carry)
+                return i + 1, is_small if expected else small(carry[0]), carry
+
+            return jax.lax.while_loop(is_next, step, position)
+
+        # Two loops take turns, because a branch in one loop is slower: XLA copies its results, and does not
+        # move constants out of it.
+        position = np.int32(0), small(carry[0]), carry
+        return jax.lax.while_loop(
+            lambda position: position[0] < self.chunks,
+            lambda position: run(run(position, True), False),
+            position,
+        )[2]
 
     def prepare(self, operands: Operands) -> Operands:
         """Return the operands in scan order, padded to whole chunks, with the starts of segments."""
@@ -47,21 +82,27 @@ class Layout:
             arrays["segment_ids"] = self._pad(segment_starts(ids)[..., None, None])
         return Operands(**arrays)
 
-    def regular(self, operands: Operands, *gradients: Float[Array, "..."]) -> Bool[Array, ""]:
-        """Return whether `Block` may compute this scan: bounded decays, and numbers that cannot overflow.
+    def regular(
+        self, arrays: Operands, d_out: Shaped[Array, "b padded h v"] | None = None
+    ) -> Bool[Array, " n"]:
+        """Return the chunks that `Block` may compute: bounded decays, and numbers that cannot overflow.
+
+        The states have to be small, too.
 
         Args:
-            operands: the operands of the scan.
-            gradients: the gradients of its results, for a backward pass.
+            arrays: the results of `prepare`.
+            d_out: the gradient of the output, for a backward pass.
         """
-        g = self._pad(to_scan_order(operands.g, self.scan.grid, self.scan.direction)).astype(jnp.float32)
+        g = as_floats(arrays.g).astype(jnp.float32)
         if self.scan.gating:
             # softplus(-x) is at most max(-x, 0) + log 2.
             g = (jnp.maximum(-g, 0) + np.log(2.0).astype(np.float32)) / self.scan.gating.normalizer
-        halves = jnp.abs(g).reshape(self.batch, -1, BLOCK // 2, g.shape[2] * g.shape[3])
-        numbers = [x for x in (*operands[:3], *operands[4:7], *gradients) if x is not None]
-        small = [jnp.sum(jnp.square(x.astype(jnp.float32))) < LARGEST_SQUARE for x in numbers]
-        return functools.reduce(jnp.logical_and, small, jnp.max(halves.sum(2)) < LARGEST_SUM)
+        halves = jnp.abs(g).reshape(self.batch, -1, BLOCK // 2, g.shape[2] * g.shape[3]).sum(2)
+        regular = halves.reshape(self.batch, self.chunks, -1).max((0, 2)) < LARGEST_SUM
+        for x in (arrays.q, arrays.k, arrays.v, arrays.out_gate, d_out):
+            if x is not None:
+                regular &= small(as_floats(x).reshape(self.batch, self.chunks, -1), axis=(0, 2))
+        return regular if arrays.norm_weight is None else regular & small(arrays.norm_weight)
 
     def prepare_tokens(
         self, x: Float[Array, "b t h w"], padding: float | int = 0
@@ -84,41 +125,64 @@ class Layout:
         """Return a state of zeros."""
         return jnp.zeros((self.batch, self.heads, operands.k.shape[3], operands.v.shape[3]), jnp.float32)
 
-    def chunk(self, arrays: Operands, i) -> Chunk:
-        """Return chunk i of the tokens."""
-        q, k, v, g = (self.get(x, i) for x in arrays[:4])
+    def chunk(self, arrays: Operands, i, state: Float[Array, "b h k v"] | None) -> Operands:
+        """Return chunk i of the tokens, in float32, with its incoming state."""
+        found: dict[str, Any] = arrays._asdict() | {"initial_state": state}
+        for name in TOKENS:
+            if found[name] is not None:
+                found[name] = self.take(found[name], i)
+        if arrays.norm_weight is not None:
+            found["norm_weight"] = arrays.norm_weight.astype(jnp.float32)
+        if arrays.segment_ids is not None:
+            found["segment_ids"] = self.take(arrays.segment_ids, i, bool)
+        return Operands(**found)
+
+    def in_blocks(self, chunk: Operands) -> Chunk:
+        """Return the tokens of a chunk in blocks."""
+        q, k, v, g = map(self.split, chunk[:4])
         if self.scan.gating:
             g = log_decay(g, self.scan.gating)
-        starts = None if arrays.segment_ids is None else self.get(arrays.segment_ids, i, bool)
+        starts = None if chunk.segment_ids is None else self.split(chunk.segment_ids)
         return Chunk(q * self.scan.scale, k, v, g, starts, (self.blocks, self.batch, self.heads))
 
-    def gate(self, arrays: Operands, i) -> tuple[Float[Array, "m c v"], Float[Array, "m 1 v"]]:
-        """Return chunk i of the output gate, and norm_weight."""
-        assert arrays.norm_weight is not None and arrays.out_gate is not None
-        weight = arrays.norm_weight.astype(jnp.float32)[None, :, None, None]
+    def gate(self, chunk: Operands) -> tuple[Float[Array, "m c v"], Float[Array, "m 1 v"]]:
+        """Return the output gate of a chunk in blocks, and norm_weight."""
+        assert chunk.norm_weight is not None and chunk.out_gate is not None
+        weight = chunk.norm_weight[None, :, None, None]
         shape = (self.blocks, self.batch, self.heads, *weight.shape[3:])
-        return self.get(arrays.out_gate, i), jnp.broadcast_to(weight, shape).reshape(-1, *weight.shape[3:])
+        return self.split(chunk.out_gate), jnp.broadcast_to(weight, shape).reshape(-1, *weight.shape[3:])
 
     def batch_sums(self, x: Float[Array, "m 1 v"]) -> Float[Array, "b v"]:
         """Return the sums over blocks and heads."""
         return x.reshape(self.blocks, self.batch, self.heads, -1).sum((0, 2))
 
-    def get(self, x: Shaped[Array, "b padded heads w"], i, dtype=jnp.float32) -> Shaped[Array, "m c w"]:
-        """Return chunk i of an array, in blocks of all batch elements and heads."""
-        x = as_floats(jax.lax.dynamic_slice_in_dim(x, i * self.size, self.size, axis=1)).astype(dtype)
+    def take(
+        self, x: Shaped[Array, "b padded heads w"], i, dtype=jnp.float32
+    ) -> Shaped[Array, "b c heads w"]:
+        """Return chunk i of an array."""
+        return as_floats(jax.lax.dynamic_slice_in_dim(x, i * self.size, self.size, axis=1)).astype(dtype)
+
+    def split(self, x: Shaped[Array, "b t heads w"]) -> Shaped[Array, "m c w"]:
+        """Split a chunk into blocks of all batch elements and heads."""
         x = x.reshape(x.shape[0], self.blocks, BLOCK, *x.shape[2:]).transpose(1, 0, 3, 2, 4)
         return jnp.broadcast_to(x, (*x.shape[:2], self.heads, *x.shape[3:])).reshape(-1, *x.shape[3:])
+
+    def join(self, x: Float[Array, "m c w"]) -> Float[Array, "b t heads w"]:
+        """Invert `split`."""
+        x = x.reshape(self.blocks, self.batch, self.heads, *x.shape[1:]).transpose(1, 0, 3, 2, 4)
+        return x.reshape(self.batch, self.size, self.heads, x.shape[4])
 
     def buffer(self, like: Float[Array, "b t h w"]) -> Shaped[Array, "b padded h w"]:
         """Return an array that `put` fills."""
         shape = (like.shape[0], self.chunks * self.size, *like.shape[2:])
         return as_bits(jnp.zeros(shape, like.dtype))
 
-    def put(self, buffer, i, x: Float[Array, "m c w"], dtype):
+    def put(
+        self, buffer: Shaped[Array, "b padded h w"], i, x: Float[Array, "b c h w"]
+    ) -> Shaped[Array, "b padded h w"]:
         """Write chunk i of a buffer."""
-        x = x.reshape(self.blocks, self.batch, self.heads, *x.shape[1:]).transpose(1, 0, 3, 2, 4)
-        x = x.reshape(self.batch, self.size, self.heads, x.shape[4])
-        return jax.lax.dynamic_update_slice_in_dim(buffer, as_bits(x.astype(dtype)), i * self.size, axis=1)
+        x = as_bits(x.astype(as_floats(buffer[:0]).dtype))
+        return jax.lax.dynamic_update_slice_in_dim(buffer, x, i * self.size, axis=1)
 
     def finish(self, buffer: Shaped[Array, "b padded h w"]) -> Float[Array, "b t h w"]:
         """Return a filled buffer in raster order."""
@@ -136,6 +200,11 @@ class Layout:
         state = jax.lax.dynamic_index_in_dim(states, i, axis=1, keepdims=False)
         state = as_floats(state).astype(jnp.float32)
         return state.reshape(*state.shape[:2], self.heads, -1).transpose(0, 2, 3, 1)
+
+
+def small(x: Float[Array, "*shape"], axis: tuple[int, ...] | None = None) -> Bool[Array, "*rest"]:
+    """Return whether the squares of numbers have a small sum, which NaN and infinity have not."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axis) < LARGEST_SQUARE
 
 
 def as_bits(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:

@@ -38,7 +38,8 @@ def selective_scan(
         y_t = (C_t · h_t + D x_t) SiLU(z_t)
 
     The states of a sequence are never all in memory: a forward pass keeps one per 64 tokens at most, from
-    which the backward pass computes the others again.
+    which the backward pass computes the others again. Under ``jax.vmap``, kernels run once per element for
+    gradients and if ``A`` or ``D`` is mapped, and otherwise once.
 
     Args:
         x: input, [B, T, channels].

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 from jaxtyping import Array, Float
 
 from pallas_gla import chip
@@ -140,3 +141,42 @@ for _primitive, _function in ((scan_p, _run_scan), (gradient_p, _run_gradient)):
         mlir.register_lowering(
             _primitive, functools.partial(_lowering, _function, _platform), platform=_platform
         )
+
+
+# Batching.
+
+
+def _by_element(
+    primitive: Primitive, arrays: Sequence, axes: Sequence, **params
+) -> tuple[Sequence, list[int]]:
+    """Run a primitive once per element of the mapped axis.
+
+    The gradients of `a` and `d` are sums over the batch, so the mapped axis cannot be a part of it.
+    """
+    pairs = list(enumerate(zip(arrays, axes, strict=True)))
+    mapped = {i: jnp.moveaxis(x, axis, 0) for i, (x, axis) in pairs if axis is not None}
+    results = jax.lax.map(
+        lambda element: primitive.bind(*(element.get(i, x) for i, (x, _) in pairs), **params), mapped
+    )
+    return results, [0] * len(results)
+
+
+def _in_batch(arrays: Sequence, axes: Sequence, **params) -> tuple[Sequence, list[int]]:
+    """Run the scan once, with the mapped axis as a part of the batch, unless `a` or `d` is mapped."""
+    names = params["names"]
+    shared = [name in ("a", "d") for name in names]
+    if any(axis is not None for axis, fixed in zip(axes, shared, strict=True) if fixed):
+        return _by_element(scan_p, arrays, axes, **params)
+    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+
+    def merge(x, axis):
+        x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        return x.reshape(-1, *x.shape[2:])
+
+    merged = (x if fixed else merge(x, axis) for x, axis, fixed in zip(arrays, axes, shared, strict=True))
+    results = scan_p.bind(*merged, **params)
+    return [x.reshape(size, -1, *x.shape[1:]) for x in results], [0] * len(results)
+
+
+batching.primitive_batchers[scan_p] = _in_batch
+batching.primitive_batchers[gradient_p] = functools.partial(_by_element, gradient_p)
