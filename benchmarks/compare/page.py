@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "benchmarks" / "compare.md"
 IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 BEGIN_CPU, END_CPU = "<!-- CPU -->\n", "<!-- end of CPU -->\n"
-PHASES = {"train": "Train step", "sample": "Guided sampling step", "meanflow": "MeanFlow train step"}
+PHASES = {"train": "train step", "sample": "guided sampling step", "meanflow": "train step of MeanFlow"}
 _ATTENTION = {"DiT": "DiT, flash attention", "DiT, plain": "DiT, plain attention"}
 _LINE = 3  # a panel has points of at least this many resolutions
 _CHIPS = ("v5e", "v6e", "tpu7x", "h100", "h200")
@@ -75,7 +75,7 @@ def _ratios(rows: Sequence[Row]) -> Iterator[str]:
             dit = seconds["DiT"] + seconds["DiT, plain"]
             cells.append(f"{min(dit) / seconds['DiG'][0]:.2f}" if dit and seconds["DiG"] else "")
         if any(cells):
-            yield f"| {PHASES[phase].lower()} | {chip} | {' | '.join(cells)} |"
+            yield f"| {PHASES[phase]} | {chip} | {' | '.join(cells)} |"
     yield "\n*The programs for the v6e at the peak rates of each chip.*\n"
 
 
@@ -96,7 +96,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
         group = list(group)
         versions = ", ".join(f"{name} {version}" for name, version in group[0]["versions"].items())
         pixels = sorted({row["pixels"] for row in group})
-        yield f"**{PHASES[phase]} of size {size}, one {device}, {kind}**\n"
+        yield f"**{PHASES[phase][0].upper()}{PHASES[phase][1:]}, size {size}, one {device}, {kind}**\n"
         yield f"| model | {' | '.join(f'{number:,} px' for number in pixels)} |"
         yield "|" + "---|" * (1 + len(pixels))
         found = {(row["model"], row["pixels"]): row for row in group}
@@ -139,7 +139,7 @@ def _figure(panels: Mapping[tuple[Any, str], Sequence[Row]], quantity: str, vari
     for ((fixed, phase), rows), axis in zip(panels.items(), axes[0], strict=True):
         _panel(axis, rows, quantity, varied)
         fixed = f"size {fixed}" if varied == "pixels" else f"{fixed:,} px"
-        axis.set_title(f"{PHASES[phase].lower()}, {fixed}", fontsize=10)
+        axis.set_title(f"{PHASES[phase]}, {fixed}", fontsize=10)
     axes[0][0].set_ylabel("GiB of memory" if quantity == "memory" else "ms for 2,048² pixels, roofline")
     handles = {line.get_label(): line for axis in axes[0] for line in axis.lines}
     figure.legend(handles.values(), handles.keys(), fontsize=9, loc="outside right upper")
