@@ -113,6 +113,12 @@ def _split(graph, equation, names, shapes):
     return outputs
 
 
+def _unstack(graph, equation, names, shapes):
+    axis, outputs = equation.params["axis"], [graph.new_name() for _ in equation.outvars]
+    graph.node("Split", names, outputs, axis=axis, num_outputs=len(outputs))
+    return [graph.node("Squeeze", [output, graph.ints(axis)]) for output in outputs]
+
+
 def _slice(graph, equation, names, shapes):
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * len(starts)
@@ -275,20 +281,22 @@ def _cumsum(graph, equation, names, shapes):
 
 
 def _scan(graph, equation, names, shapes):
-    params = equation.params
-    first, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
-    closed, reverse = params["jaxpr"], int(params["reverse"])
+    closed, reverse = equation.params["jaxpr"], int(equation.params["reverse"])
     body, inner = graph.inner(), closed.jaxpr.invars
+    # The parameters of a scan that count its operands differ between versions of JAX. Its operands are
+    # constants, carry and scanned arrays; only the last have a dimension more than in the body.
+    stacked = sum(v.aval.ndim > aval.ndim for v, aval in zip(equation.outvars, closed.out_avals, strict=True))
+    count = sum(v.aval.ndim > i.aval.ndim for v, i in zip(equation.invars, inner, strict=True))
+    first = len(names) - count - (len(equation.outvars) - stacked)
     given = [body.new_name() for _ in inner[first:]]
     results = body.run(closed, *names[:first], *given)
     inputs = [value_info(name, variable.aval) for name, variable in zip(given, inner[first:], strict=True)]
     outputs = []
     for name, aval in zip(results, closed.out_avals, strict=True):
         outputs.append(value_info(body.node("Identity", [name]), aval))  # an output is nobody's input
-    if not names[carried:]:
+    if not count:
         raise UnsupportedError("got a scan over nothing; expected an array")
     made = [graph.new_name() for _ in equation.outvars]
-    count, stacked = len(names) - carried, len(made) - params["num_carry"]
     directions = {"scan_input_directions": [reverse] * count} | (
         {"scan_output_directions": [reverse] * stacked} if stacked else {}
     )
@@ -357,4 +365,5 @@ TRANSLATIONS: dict[str, Callable[..., str | list[str]]] = {
     "squeeze": _squeeze,
     "stack": _stack,
     "transpose": _transpose,
+    "unstack": _unstack,
 }

@@ -102,6 +102,7 @@ FUNCTIONS = {
     "window, clamped": lambda x, y: jax.lax.dynamic_slice_in_dim(x, y.sum(), 3, axis=1),
     "window of everything": lambda x, y: jax.lax.dynamic_slice_in_dim(x, y.sum(), 6, axis=2),
     "strides": lambda x, y: jax.lax.slice_in_dim(jax.lax.slice_in_dim(x, 1, 4, 2, 1), 0, 6, 3, 2),
+    "parts": lambda x, y: jnp.unstack(x, axis=1)[2] - jnp.unstack(x, axis=1)[0],
     "sums": lambda x, y: jnp.cumsum(x, 1) + jax.lax.cumsum(x, 2, reverse=True) + x.max(1, keepdims=True),
     "softmax": lambda x, y: jax.nn.softmax(x) + jax.nn.gelu(x) + jnp.clip(x, -0.5, 0.5) + x**3,
     "choices": lambda x, y: jnp.where(x != jnp.round(x, 1), jnp.expm1(-jnp.abs(x)), jnp.sign(x)),
