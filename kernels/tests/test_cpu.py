@@ -8,11 +8,11 @@ from pallas_gla.cpu.layout import Layout
 from pallas_gla.scan import Operands, Scan
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
-def test_a_gradient_needs_no_temporary_array_of_all_tokens_but_the_states(dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gradient_needs_no_temporary_float32_array_of_all_tokens_but_the_states(dtype):
     """In bfloat16, XLA for CPUs used to convert complete arrays in every step of a loop."""
-    tokens, heads, keys, values = 2**14, 1, 16, 32
-    shapes = ((1, tokens, heads, width) for width in (keys, keys, values, keys, values))
+    tokens, keys, values = 2**14, 16, 32
+    shapes = ((1, tokens, 1, width) for width in (keys, keys, values, keys, values))
     *arrays, d_out = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
     def gradients(arrays, d_out):
@@ -21,8 +21,10 @@ def test_a_gradient_needs_no_temporary_array_of_all_tokens_but_the_states(dtype)
 
     memory = jax.jit(gradients).lower(arrays, d_out).compile().memory_analysis()
     assert memory is not None
-    states = tokens // 64 * heads * keys * values * jnp.dtype(dtype).itemsize
-    assert memory.temp_size_in_bytes - states < 4 * tokens * heads * keys
+    states = tokens // 64 * keys * values * 4
+    # XLA may copy the bits of bfloat16 operands and results (see `as_bits`).
+    bits = 2 * 2 * tokens * (3 * keys + 2 * values) if dtype == "bfloat16" else 0
+    assert memory.temp_size_in_bytes < states + bits + 4 * tokens * keys
 
 
 def test_only_chunks_of_finite_numbers_and_bounded_decays_run_in_blocks():
