@@ -142,7 +142,9 @@ def _figure(panels: Mapping[tuple[Any, str], Sequence[Row]], quantity: str, vari
         axis.set_title(f"{PHASES[phase]}, {fixed}", fontsize=10)
     axes[0][0].set_ylabel("GiB of memory" if quantity == "memory" else "ms for 2,048² pixels, roofline")
     handles = {line.get_label(): line for axis in axes[0] for line in axis.lines}
-    figure.legend(handles.values(), handles.keys(), fontsize=9, loc="outside right upper")
+    figure.legend(
+        handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=len(handles)
+    )
     figure.suptitle("One TPU v6e, computed from compiled programs", fontsize=11)
     return figure
 
