@@ -2,6 +2,7 @@ import importlib.metadata
 import os
 import tempfile
 
+import hypothesis
 import pytest
 
 # Four devices on one CPU, which tests of sharding use; set before JAX starts. Tests mostly compile:
@@ -19,6 +20,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # If plugins for TPU or GPU are installed, JAX would look for chips.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# The first example compiles, and a busy machine is slow at any.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 @pytest.hookimpl(wrapper=True)

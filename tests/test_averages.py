@@ -119,7 +119,7 @@ def test_a_stored_profile_is_reconstructed_exactly(wanted):
     assert error < 1e-6
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(0.04, 0.2))
 def test_a_combination_is_within_the_error_that_it_states(length):
     """By Cauchy-Schwarz the averages of any θ differ by at most error · |p| · |θ|, with norms over time."""

@@ -27,7 +27,6 @@ sets = st.tuples(st.integers(0, 2**32), st.integers(2, 12), st.integers(2, 12), 
 
 
 @given(sets)
-@settings(deadline=None)
 def test_frechet_distance_is_symmetric_and_zero_for_itself(case):
     seed, n, m, length = case
     a, b = normal([seed, 0], n, length), normal([seed, 1], m, length)
@@ -36,7 +35,6 @@ def test_frechet_distance_is_symmetric_and_zero_for_itself(case):
 
 
 @given(sets, st.floats(-100, 100))
-@settings(deadline=None)
 def test_frechet_distance_under_translation_scaling_and_rotation(case, shift):
     seed, n, m, length = case
     a, b = normal([seed, 0], n, length), normal([seed, 1], m, length)
@@ -118,7 +116,7 @@ def test_enlarged_digits_are_scored_among_digits_of_their_size():
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_nearest_training_images_are_the_nearest(seed):
     images = np.random.default_rng(seed).integers(0, 256, (5, 8, 8, 1), np.uint8)
     train = load_source("digits", "train").images.astype(float)

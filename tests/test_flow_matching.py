@@ -185,7 +185,7 @@ def test_the_config_describes_the_process(fields, expected):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"process": "flaw"}, "invalid config.diffusion.process='flaw'; expected ddpm or flow"),
+        ({"process": "flaw"}, "invalid config.diffusion.process='flaw'; expected ddpm, flow or meanflow"),
         ({"prediction": "x"}, "config.diffusion: unsupported prediction of process=ddpm: got 'x'; expected"),
         (
             {"weight": "velocity"},

@@ -213,7 +213,7 @@ def test_noise_and_x0_convert_into_each_other(x64):
 
 
 @given(mean=st.floats(-3, 3), log_variance=st.floats(-5, 5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_kl_of_identical_gaussians_is_zero(mean, log_variance):
     assert normal_kl(*map(jnp.float32, (mean, log_variance, mean, log_variance))) == 0
 
@@ -235,11 +235,11 @@ LOG_LIKELIHOOD = jax.jit(discretized_gaussian_log_likelihood)
 
 
 @given(mean=st.floats(-1.5, 1.5), log_sigma=st.floats(-6, 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_decoder_likelihood_sums_to_one_over_all_levels(mean, log_sigma):
     levels = jnp.linspace(-1, 1, 256)
     log_likelihood = LOG_LIKELIHOOD(levels, jnp.float32(mean), jnp.float32(log_sigma))
-    np.testing.assert_allclose(jnp.exp(log_likelihood).sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.exp(log_likelihood).sum(), 1, rtol=3e-5)
 
 
 def test_the_bound_of_the_true_posterior_is_zero(x64):

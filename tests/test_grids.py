@@ -40,7 +40,7 @@ def find(picture, image):
 
 
 @given(st.integers(1, 7), st.integers(1, 4), st.sampled_from([1, 3]), st.booleans(), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_image_is_in_its_row_and_column_and_uncovered(count, columns, channels, labels, titles):
     """Exact pixels: neither a label nor another image covers any of them."""
     images = random_images(count, 3, 5, channels)

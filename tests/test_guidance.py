@@ -26,7 +26,7 @@ UNCOND = labelled(X, T, jnp.full_like(LABELS, NULL))
 
 
 @given(scale=st.floats(0, 10, width=32))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_noise_is_extrapolated_and_variance_is_conditional(scale):
     epsilon, variance = jnp.split(GUIDED(scale), 2, axis=-1)
     expected = UNCOND[..., :4] + scale * (COND[..., :4] - UNCOND[..., :4])

@@ -108,7 +108,7 @@ def test_invalid_mixers_are_errors_that_say_what_would_be_right(overrides, messa
         st.tuples(st.sampled_from(["gla", "softmax", "local"]), st.integers(1, 20)), min_size=1, max_size=4
     )
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_pattern_lists_each_mixer_as_often_as_its_count_says(parts):
     text = "+".join(f"{name}*{count}" for name, count in parts)
     assert parse_pattern(text) == tuple(name for name, count in parts for _ in range(count))

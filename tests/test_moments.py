@@ -28,7 +28,7 @@ def assert_same(a, b):
 
 
 @given(st.permutations(range(60)), st.lists(st.integers(0, 60), max_size=8), st.sampled_from([0, 3, 1e3]))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_moments_do_not_depend_on_the_order_of_images_or_how_they_are_split(order, cuts, mean):
     x = features(0, 60, mean=mean)
     parts = np.split(x[np.array(order)], sorted(cuts))
@@ -76,7 +76,6 @@ def test_a_set_has_distance_zero_from_itself(count):
 
 
 @given(st.floats(0.1, 3), st.floats(-2, 2))
-@settings(deadline=None)
 def test_isotropic_gaussians_have_a_closed_form(scale, shift):
     a = Gaussian(np.zeros(5), np.eye(5))
     b = Gaussian(np.full(5, shift), scale**2 * np.eye(5))

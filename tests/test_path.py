@@ -48,7 +48,7 @@ def test_float32_times_on_a_device_give_the_coefficients_of_float64(path):
 
 
 @given(name=NAMES, source=KINDS, target=KINDS, t=TIMES, seed=st.integers(0, 99))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_prediction_converts_to_every_other_and_back(name, source, target, t, seed):
     level = Path(name).at(np.float64(t))
     x, noise = np.random.default_rng(seed).standard_normal((2, 5))

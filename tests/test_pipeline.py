@@ -48,7 +48,7 @@ lengths, sizes, seeds = st.integers(1, 40), st.integers(1, 60), st.integers(0, 2
 
 
 @given(lengths, sizes, seeds)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_epoch_is_a_permutation_whatever_the_batch_size(length, batch_size, seed):
     labels, _ = take(Numbered(length), 3 * length, batch_size=batch_size, seed=seed)
     for one_epoch in labels.reshape(3, length):
@@ -56,7 +56,7 @@ def test_every_epoch_is_a_permutation_whatever_the_batch_size(length, batch_size
 
 
 @given(lengths, sizes, sizes, seeds, st.integers(0, 10**12))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_run_goes_on_exactly_from_any_count_of_examples(length, before, after, seed, start):
     source = Numbered(length)
     whole = take(source, 2 * before + after, batch_size=before, seed=seed, start=start)
@@ -66,7 +66,7 @@ def test_a_run_goes_on_exactly_from_any_count_of_examples(length, before, after,
 
 
 @given(lengths, st.integers(1, 15), seeds, st.integers(0, 1000), st.sampled_from([2, 4]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_processes_share_the_batches_of_a_single_process(length, share, seed, start, count):
     source, batch_size = Numbered(length), share * count
     options = {"batch_size": batch_size, "seed": seed, "start": start}
@@ -140,7 +140,7 @@ def test_batches_hold_the_images_of_the_source_in_the_range_of_the_model():
 
 
 @given(lengths, st.integers(1, 15), st.sampled_from([1, 2, 4]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_evaluation_pass_shows_every_example_once_in_batches_of_one_shape(length, share, count):
     passes = [
         list(epoch(Numbered(length), batch_size=share * count, process_index=index, process_count=count))

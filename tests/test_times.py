@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dig_jax.diffusion import Times
@@ -67,7 +67,6 @@ def test_a_time_depends_on_its_key_alone(times):
 
 
 @given(first=SHIFTS, second=SHIFTS, t=st.floats(0, 1))
-@settings(deadline=None)
 def test_shifts_compose_by_multiplication_and_keep_the_ends(first, second, t):
     np.testing.assert_allclose(
         shifted(shifted(t, first), second), shifted(t, first * second), rtol=1e-9, atol=1e-12

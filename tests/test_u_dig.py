@@ -84,7 +84,7 @@ def test_the_depth_of_the_published_figure_and_the_scan_directions_run_over_the_
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3))
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 def test_shuffle_inverts_unshuffle_on_every_grid(rows, columns, channels):
     x = np.arange(2 * 4 * rows * columns * channels, dtype=np.float32).reshape(2, -1, channels)
     merged = unshuffle(jnp.asarray(x), (2 * rows, 2 * columns))

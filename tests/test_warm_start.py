@@ -141,7 +141,7 @@ def pets(tmp_path_factory):
     return written(tmp_path_factory.mktemp("pets"), components(PETS))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.permutations([*PETS, "b", "c"]), st.integers(1, 6))
 def test_known_classes_keep_their_rows_and_new_ones_are_random(pets, order, count):
     path, params, new = *pets, components(order[:count])
