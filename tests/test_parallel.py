@@ -147,7 +147,7 @@ def test_dimensions_that_an_axis_does_not_divide_are_not_split():
         ),
         (
             {"mesh__context": 4},
-            "got 2 rows of tokens; expected a multiple of the 4 devices of mesh axis context",
+            "got 2 rows of tokens; expected a multiple of 4, with 4 devices of mesh axis context",
         ),
     ],
 )

@@ -284,11 +284,12 @@ class DiffusionTransformer(nnx.Module):
         height, width = x.shape[1:3]
         self.options.check_size(height, width)
         grid = (height // self.patch_size, width // self.patch_size)
-        stride = self.options.size_step // self.patch_size
-        if grid[0] // stride % context_size():
+        stride = max(level.stride for level in self.options.levels)
+        if context_size() > 1 and grid[0] % (stride * context_size()):
+            levels = f", for levels with 1/{stride} of the rows" if stride > 1 else ""
             raise ValueError(
-                f"invalid input height {height}: got {grid[0] // stride} rows of tokens; expected a multiple"
-                f" of the {context_size()} devices of mesh axis context"
+                f"invalid input height {height}: got {grid[0]} rows of tokens; expected a multiple of"
+                f" {stride * context_size()}, with {context_size()} devices of mesh axis context{levels}"
             )
         if condition.jump is not None and not self.options.flow_map:
             raise ValueError("unsupported jump without flow_map; expected None")
@@ -317,9 +318,10 @@ class DiffusionTransformer(nnx.Module):
     ) -> Array:
         """Return the prediction of a final layer from tokens of a level, in float32."""
         patches = final(tokens, conditions[level]).astype(jnp.float32)
-        return unpatchify(patches, coarser(grid, level.stride), self.patch_size * level.stride)
+        image = unpatchify(patches, coarser(grid, level.stride), self.patch_size * level.stride)
+        return image[:, : grid[0] * self.patch_size, : grid[1] * self.patch_size]
 
 
 def coarser(grid: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Return (rows, columns) with one token per `stride` × `stride` tokens."""
-    return grid[0] // stride, grid[1] // stride
+    """Return (rows, columns) with one token per `stride` × `stride` tokens, also for a part of them."""
+    return -(-grid[0] // stride), -(-grid[1] // stride)

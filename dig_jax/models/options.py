@@ -144,14 +144,14 @@ class ModelOptions:
     @property
     def size_step(self) -> int:
         """Height and width of an image are multiples of this."""
-        return self.patch_size * max(level.stride for level in self.levels)
+        return self.patch_size
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError for an image size that the model does not support."""
         stride = self.size_step // self.patch_size
         expected = f"patch_size={self.patch_size}"
         if stride > 1:
-            expected = f"{self.size_step}: {expected}, and levels with 1/{stride} of the rows and columns"
+            expected = f"{self.size_step}: {expected}, and a level with 1/{stride} of the rows and columns"
         for name, size in (("height", height), ("width", width)):
             if size < 1 or size % self.size_step:
                 raise ValueError(f"invalid input {name} {size}; expected a multiple of {expected}")

@@ -50,6 +50,11 @@ class UDiGOptions(GLAOptions):
         super().__post_init__()
 
     @property
+    def size_step(self) -> int:
+        """Two tokens of the first level: `Down` fills up the second one."""
+        return 2 * self.patch_size
+
+    @property
     def levels(self) -> tuple[Level, ...]:
         """The levels in the order in which they run: down to the coarsest grid and up again."""
         outer = max(self.depth // 6, 1)
@@ -70,14 +75,23 @@ class UDiGOptions(GLAOptions):
 
 
 class Down(nnx.Module):
-    """Halve the grid and double the channels: a linear map, then 2×2 tokens side by side."""
+    """Halve the grid and double the channels: a linear map, then 2×2 tokens side by side.
+
+    An odd number of rows or columns is filled up with zeros.
+    """
 
     def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.linear = Linear(width, width // 2, use_bias=False, kernel_init=xavier, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b t/4 2*d"]:
+    def __call__(self, x: Float[Array, "b t d"], grid: tuple[int, int]) -> Float[Array, "b merged 2*d"]:
         """Merge the tokens of a grid of (rows, columns)."""
-        return constrain_tokens(unshuffle(self.linear(x), grid))
+        x = self.linear(x)
+        if grid[0] % 2 or grid[1] % 2:
+            x = x.reshape(x.shape[0], *grid, -1)
+            x = jnp.pad(x, ((0, 0), (0, grid[0] % 2), (0, grid[1] % 2), (0, 0)))
+            grid = x.shape[1], x.shape[2]
+            x = x.reshape(x.shape[0], grid[0] * grid[1], -1)
+        return constrain_tokens(unshuffle(x, grid))
 
 
 class Up(nnx.Module):
@@ -89,10 +103,21 @@ class Up(nnx.Module):
         self.join = Linear(width, width_out, **options)
 
     def __call__(
-        self, x: Float[Array, "b t d"], grid: tuple[int, int], skip: Float[Array, "b 4*t d/2"]
-    ) -> Float[Array, "b 4*t out"]:
-        """Divide the tokens of a grid of (rows, columns), and join the tokens of a level before."""
-        x = constrain_tokens(shuffle(self.linear(x), grid))
+        self,
+        x: Float[Array, "b merged d"],
+        grid: tuple[int, int],
+        skip: Float[Array, "b t d/2"],
+        finer: tuple[int, int],
+    ) -> Float[Array, "b t out"]:
+        """Divide the tokens of a grid of (rows, columns), and join the tokens of a level before.
+
+        The finer grid of that level may lack the last row or column.
+        """
+        x = shuffle(self.linear(x), grid)
+        if x.shape[1] > skip.shape[1]:
+            image = x.reshape(x.shape[0], 2 * grid[0], 2 * grid[1], -1)[:, : finer[0], : finer[1]]
+            x = image.reshape(skip.shape[0], skip.shape[1], -1)
+        x = constrain_tokens(x)
         return self.join(jnp.concatenate([x, skip], axis=-1))
 
 
@@ -144,7 +169,7 @@ class UShapedTransformer(DiffusionTransformer):
                 skips.append(x)
                 x = module.down(x, at)
             elif module.up is not None:
-                x = module.up(x, at, skips.pop())
+                x = module.up(x, at, skips.pop(), coarser(grid, level.stride))
             at = coarser(grid, level.stride)
             c = conditions[level] = condition.embedded(module)
             own = [tap - level.start for tap in taps if 0 <= tap - level.start < level.depth]

@@ -232,7 +232,7 @@ def _grid(components: Components) -> tuple[int, int]:
     height, width, _ = components.image_spec.image_shape
     options = model_options(components.config.model)[1]
     side = options.patch_size * options.level_of(components.config.auxiliary.repa_block).stride
-    return height // side, width // side
+    return -(-height // side), -(-width // side)
 
 
 def _check(components: Components, weights: Mapping[str, float]) -> None:
