@@ -236,8 +236,7 @@ class ModelSpec:
         jump: Float[Array, "b 4"] | None = None,
     ) -> Float[Array, "b h w out"]:
         """Call the network with these parameters; see `DiffusionTransformer`."""
-        given = {} if jump is None else {"jump": jump}  # DiS takes none
-        return self._network(params)(x, t, y, drop=drop, **given)
+        return self._network(params)(x, t, y, drop=drop, jump=jump)
 
     def outputs(
         self,
@@ -252,9 +251,9 @@ class ModelSpec:
         jump: Float[Array, "b 4"] | None = None,
     ) -> Outputs:
         """Call the network for its internal outputs too; see `DiffusionTransformer.outputs`."""
-        options = {"drop": drop, "taps": taps, "features": features, "kept": kept}
-        options |= {} if jump is None else {"jump": jump}  # DiS takes none
-        return self._network(params).outputs(x, t, y, **options)
+        return self._network(params).outputs(
+            x, t, y, drop=drop, taps=taps, features=features, kept=kept, jump=jump
+        )
 
     def _network(self, params: Params) -> DiffusionTransformer:
         # Each block gathers its parameters when it runs.

@@ -291,14 +291,17 @@ class DiffusionTransformer(nnx.Module):
                 f"invalid input height {height}: got {grid[0]} rows of tokens; expected a multiple of"
                 f" {stride * context_size()}, with {context_size()} devices of mesh axis context{levels}"
             )
-        if condition.jump is not None and not self.options.flow_map:
-            raise ValueError("unsupported jump without flow_map; expected None")
+        self._check_jump(condition.jump)
         for tap in taps:
             if not 0 <= tap < self.options.depth:
                 raise ValueError(f"block out of range: got {tap}; expected 0 … {self.options.depth - 1}")
         tokens = self.patch_embed(patchify(constrain_rows(x), self.patch_size))
         tokens = tokens + jnp.asarray(self._positions(grid), tokens.dtype)
         return self._run_levels(tokens, condition, grid, taps, features), grid
+
+    def _check_jump(self, jump: Array | None) -> None:
+        if jump is not None and not self.options.flow_map:
+            raise ValueError("unsupported jump without flow_map; expected None")
 
     def _run_levels(
         self, x: Array, condition: Condition, grid: Grid, taps: Collection[int], features: Any

@@ -112,13 +112,14 @@ class DiS(DiffusionTransformer):
         y: Int[Array, " b"] | None = None,
         *,
         drop: Bool[Array, " b"] | None = None,
+        jump: Float[Array, "b 4"] | None = None,
     ) -> Float[Array, "b height width out"]:
         """Predict like `DiffusionTransformer`, for images of the size that the positions were made for.
 
         Raises:
-            ValueError: images of another size, or a mesh with the axis `context`.
+            ValueError: images of another size, a jump, or a mesh with the axis `context`.
         """
-        return self.outputs(x, t, y, drop=drop).output
+        return self.outputs(x, t, y, drop=drop, jump=jump).output
 
     def outputs(
         self,
@@ -130,6 +131,7 @@ class DiS(DiffusionTransformer):
         taps: Collection[int] = (),
         features: StackFeatures | Literal["keep"] | None = None,
         kept: Float[Array, "blocks b"] | None = None,
+        jump: Float[Array, "b 4"] | None = None,
     ) -> Outputs:
         """Also return the internal head's prediction, and the patches' tokens after each block in `taps`.
 
@@ -138,6 +140,7 @@ class DiS(DiffusionTransformer):
         """
         if features is not None:
             raise ValueError("unsupported features of DiS; expected None")
+        self._check_jump(jump)
         self._check_input(x.shape[1:3])
         for tap in taps:
             if not 0 <= tap <= self.options.depth:

@@ -1,6 +1,6 @@
 """The denoising objective: corrupt each image at a random time and train the denoiser on it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +66,27 @@ def losses(components: Components, params: Params, batch: Batch, drawn: Draw) ->
     """Return the loss of each image."""
     process, x0 = components.diffusion, batch["image"]
     x_t = process.corrupt(x0, drawn.noise, drawn.times)
-    condition = (params, x_t, process.timestep_input(drawn.times), batch["label"], drawn.drop)
-    if drawn.kept is None:
-        output = components.denoise(*condition)
-    else:
-        output = components.model_spec.outputs(*condition, kept=drawn.kept).output
+    output = predict(components, params, x_t, process.timestep_input(drawn.times), batch["label"], drawn)
     return process.loss(output, x0=x0, noise=drawn.noise, x_t=x_t, times=drawn.times)["loss"]
+
+
+def predict(
+    components: Components,
+    params: Params,
+    x_t: Float[Array, "b h w c"],
+    timesteps: Num[Array, " b"],
+    labels: Int[Array, " b"],
+    drawn: Draw,
+    **inputs: Any,
+) -> Float[Array, "b h w out"]:
+    """Return the network's output, with the dropped labels and the stochastic depth of the draws.
+
+    `inputs` are further inputs of the network, such as `jump`.
+    """
+    condition = (params, x_t, timesteps, labels, drawn.drop)
+    if drawn.kept is None:
+        return components.denoise(*condition, **inputs)
+    return components.model_spec.outputs(*condition, kept=drawn.kept, **inputs).output
 
 
 def loss(

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dig_jax.components import Components, Params
 from dig_jax.diffusion.mean_flow import Jumps, MeanFlow
 from dig_jax.diffusion.path import combine
-from dig_jax.training.objectives.denoising import Batch, Draw, Metrics, draw, metrics_of
+from dig_jax.training.objectives.denoising import Batch, Draw, Metrics, draw, metrics_of, predict
 
 Images = Float[Array, "b h w c"]
 AverageVelocity = Callable[[Images, Jumps], Images]
@@ -46,17 +46,15 @@ def errors(components: Components, params: Params, batch: Batch, key: Key[Array,
     z = process.corrupt(x0, drawn.noise, jumps.times)
     target = combine(x0, drawn.noise, "velocity", process.level(jumps.times, x0))
 
-    def u(params: Params, z: Images, jumps: Jumps, drop: Bool[Array, " b"] | None = drawn.drop) -> Images:
-        condition = (params, z, process.timestep_input(jumps.times), batch["label"], drop)
-        if drawn.kept is None:
-            output = components.denoise(*condition, jump=jumps.inputs)
-        else:
-            output = components.model_spec.outputs(*condition, kept=drawn.kept, jump=jumps.inputs).output
+    def u(params: Params, z: Images, jumps: Jumps, drawn: Draw = drawn) -> Images:
+        timesteps = process.timestep_input(jumps.times)
+        output = predict(components, params, z, timesteps, batch["label"], drawn, jump=jumps.inputs)
         return process.average_velocity(output, z, jumps.times)
 
     direction = u(frozen, z, jumps.here)
     if process.guidance_max > 1 and components.image_spec.num_classes:
-        weaker = u(frozen, z, jumps.here.unguided, jnp.ones(jumps.times.shape, bool))
+        all_dropped = drawn._replace(drop=jnp.ones(jumps.times.shape, bool))
+        weaker = u(frozen, z, jumps.here.unguided, all_dropped)
         target += jumps.strength_here[:, None, None, None] * (direction - weaker)
     error = compound_velocity(functools.partial(u, params), z, jumps, direction) - target
     return error, drawn._replace(times=jumps.times)
