@@ -82,7 +82,7 @@ def test_no_gradient_flows_through_the_derivative():
 
 
 class Exact(Components):
-    """The exact guided flow map of Gaussian data, whose mean is that of the class."""
+    """The exact guided flow map of Gaussian data with a mean for the class and one for the null class."""
 
     def denoise(self, params, x, t, y, drop, jump):
         length, *guidance = jnp.moveaxis(jump, -1, 0)

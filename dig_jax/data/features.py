@@ -34,13 +34,13 @@ class StoredFeatures:
 
     path: the folder.
     plain: features of the images.
-    mirrored: features of their mirror images, or None.
+    flipped: features of their mirror images, or None.
     images: fingerprint of the images, if it is known.
     """
 
     path: pathlib.Path
     plain: Float16[np.ndarray, "n rows columns c"]
-    mirrored: Float16[np.ndarray, "n rows columns c"] | None
+    flipped: Float16[np.ndarray, "n rows columns c"] | None
     images: str | None
 
     @property
@@ -53,17 +53,17 @@ class StoredFeatures:
     def fingerprint(self) -> str:
         """Hash of the shapes, and of the features of some images."""
         chosen = np.linspace(0, len(self.plain) - 1, min(_COMPARED, len(self.plain))).astype(int)
-        arrays = [array for array in (self.plain, self.mirrored) if array is not None]
+        arrays = [array for array in (self.plain, self.flipped) if array is not None]
         return fingerprint(self.plain.shape, *(array[chosen].tobytes() for array in arrays))
 
     def read(
-        self, indices: Int[np.ndarray, " b"], mirrored: Bool[np.ndarray, " b"]
+        self, indices: Int[np.ndarray, " b"], flip: Bool[np.ndarray, " b"]
     ) -> Float16[np.ndarray, "b rows columns c"]:
         """Return the features of the images at these indices, or of their mirror images."""
         features = self.plain[indices]
-        if mirrored.any():
-            assert self.mirrored is not None
-            features[mirrored] = self.mirrored[indices[mirrored]]
+        if flip.any():
+            assert self.flipped is not None
+            features[flip] = self.flipped[indices[flip]]
         return features
 
     def check(self, source: Source, flip: bool) -> None:
@@ -86,7 +86,7 @@ class StoredFeatures:
                 f"invalid features in {self.path}: got those of images with fingerprint {self.images};"
                 f" expected {source.fingerprint}, as of config.data"
             )
-        if flip and source.flip and self.mirrored is None:
+        if flip and source.flip and self.flipped is None:
             raise UserError(
                 f"missing {self.path / _MIRRORED}; expected the features of the mirror images, or"
                 " config.data.flip=False"
@@ -100,15 +100,15 @@ def open_features(path: str) -> StoredFeatures:
         UserError: the folder is missing, corrupt or in object storage.
     """
     folder = local_folder(path)
-    plain, mirrored = (_open(folder / name) for name in (_PLAIN, _MIRRORED))
+    plain, flipped = (_open(folder / name) for name in (_PLAIN, _MIRRORED))
     if plain is None:
         raise UserError(f"no features in {folder}: {_PLAIN} is missing (docs/concepts/diffusion.md)")
-    if mirrored is not None and mirrored.shape != plain.shape:
+    if flipped is not None and flipped.shape != plain.shape:
         raise UserError(
-            f"invalid {folder / _MIRRORED}: got shape {mirrored.shape}; expected that of {_PLAIN},"
+            f"invalid {folder / _MIRRORED}: got shape {flipped.shape}; expected that of {_PLAIN},"
             f" {plain.shape}"
         )
-    return StoredFeatures(folder, plain, mirrored, _fingerprint_of_images(folder / _ABOUT))
+    return StoredFeatures(folder, plain, flipped, _fingerprint_of_images(folder / _ABOUT))
 
 
 def local_folder(path: str) -> pathlib.Path:

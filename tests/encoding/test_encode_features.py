@@ -42,7 +42,7 @@ def test_the_features_are_those_of_the_latents_images_and_of_their_mirror_images
     stored = Components(config).stored_features
     assert stored is not None
     images = np.stack([picture["image"] for picture in pictures(made, "train")])
-    for array, these in ((stored.plain, images), (stored.mirrored, images[:, :, ::-1])):
+    for array, these in ((stored.plain, images), (stored.flipped, images[:, :, ::-1])):
         expected = network.patch_features(jnp.asarray(these))
         assert array is not None and array.shape == expected.shape == (len(images), 2, 2, 8)
         np.testing.assert_allclose(array, expected, rtol=2e-3, atol=2e-3)
