@@ -1,5 +1,6 @@
 """The comparison of models: its cases, its record and its tables."""
 
+import dataclasses
 import functools
 import json
 
@@ -13,6 +14,7 @@ from benchmarks.compare.record import Record
 from dig_jax.components import Components, param_count
 from dig_jax.hardware.chips import CHIPS
 from dig_jax.models.mixers import softmax
+from dig_jax.models.registry import resolve_options
 from dig_jax.training.state import init_params
 
 
@@ -67,21 +69,30 @@ def row(case, **figures):
     }
 
 
-def peers_row(pixels, phase, threads=2, **seconds):
+def peers_row(pixels, phase, threads=2, device="cpu", **seconds):
     seconds = {"PyTorch": 6.0, "DiT": 4.0, "DiG": 5.0} | seconds
-    median = {name: {"cpu": t, "wall": t / 2} for name, t in seconds.items()}
+    case = peers.Case(device, "S", pixels, threads)
     about = {"PyTorch": {"torch": "2"}, "DiT": {"jax": "1"}, "DiG": {"jax": "1"}}
-    row = {"pixels": pixels, "phase": phase, "threads": threads, "images": 2, "sampling_steps": 20}
-    return row | {"median": median, "about": about, "date": "2026-11-28"}
+    return {
+        **dataclasses.asdict(case),
+        "phase": phase,
+        "images": case.images,
+        "sampling_steps": case.steps,
+        "dtype": case.dtype,
+        "clock": case.clock,
+        "median": {name: {"cpu": t, "wall": t / 2} for name, t in seconds.items()},
+        "about": about,
+        "date": "2026-11-28",
+    }
 
 
 def test_a_cpu_measures_in_turns_what_is_missing_and_again_once_pytorch_is_there(tmp_path, monkeypatch):
     commands, record = [], tmp_path / "peers.json"
 
     class Worker:
-        def __init__(self, command, options, threads):
-            self.name = options.get("model", "PyTorch")
-            self.about = {"torch": "2"} if self.name == "PyTorch" else {"jax": "1"}
+        def __init__(self, command, options, environment):
+            self.name = options.get("model") or options["network"]
+            self.about = {"jax": "1"} if "model" in options else {"torch": "2"}
 
         def __call__(self, command):
             commands.append((self.name, command.partition("=")[0]))
@@ -92,27 +103,72 @@ def test_a_cpu_measures_in_turns_what_is_missing_and_again_once_pytorch_is_there
 
     monkeypatch.setattr(peers, "Worker", Worker)
 
-    def add(python=None, phases=("forward",), again=False):
+    def add(*networks, phases=("forward",), again=False):
         commands.clear()
-        options = {"python": python, "threads": 2, "repeats": 1, "again": again}
-        peers.add_rows(record, ["DiT", "DiG"], [256], phases, **options)
+        options = {"python": "python", "networks": networks, "repeats": 1, "again": again}
+        peers.add_rows(record, [peers.Case("cpu", "S", 256, 2)], ["DiT", "DiG"], phases, **options)
         return commands
 
     pair = [("DiT-S/2", "forward"), ("DiG-S/2", "forward")]
     assert add() == pair * 2 + [("DiG-S/2", "close"), ("DiT-S/2", "close")]
     assert add() == []
     assert add(again=True)[:4] == pair * 2
-    checked = [("PyTorch", "save"), ("DiT-S/2", "check"), ("PyTorch", "forward"), *pair]
-    assert add("python")[: len(checked)] == checked
-    assert add("python", ["forward", "train"])[2] == ("PyTorch", "train")
-    assert [(row["phase"], sorted(row["median"])) for row in peers.read(record)] == [
-        (phase, ["DiG", "DiT", "PyTorch"]) for phase in ("forward", "train")
+    checked = [("DiT", "save"), ("DiT-S/2", "check")]
+    assert add("DiT")[:5] == [*checked, ("DiT", "forward"), *pair]
+    checked += [("diffusers", "save"), ("DiT-S/2", "check")]
+    turn = [("DiT", "forward"), ("diffusers", "forward"), *pair]
+    assert add("DiT", "diffusers")[:8] == [*checked, *turn]
+    assert add("DiT", "diffusers", phases=["forward", "train"])[4] == ("DiT", "train")
+    assert [(row["phase"], sorted(row["median"]), row["differences"]) for row in peers.read(record)] == [
+        (phase, ["DiG", "DiT", "PyTorch", "diffusers"], {"PyTorch": 1e-6, "diffusers": 1e-6})
+        for phase in ("forward", "train")
     ]
 
 
+def test_each_peer_has_the_sizes_of_ours(monkeypatch):
+    started = []
+
+    class Worker:
+        def __init__(self, command, options, environment):
+            started.append(options)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(peers, "Worker", Worker)
+    for size in peers.SIZES:
+        with peers.workers(peers.Case("cpu", size, 256, 1), ["DiT", "DiG"], "python", ["DiT", "DiG"]):
+            pass
+        *networks, dit, dig = started[-4:]
+        for network, own in zip(networks, (dit, dig), strict=True):
+            _, options = resolve_options(own["model"])
+            ours = {"depth": options.depth, "width": options.hidden_size, "heads": options.num_heads}
+            assert ours.items() <= network.items()
+
+
 def test_a_python_without_pytorch_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="error: invalid --pytorch=.*none; expected a Python in which"):
-        peers.find_python(str(tmp_path / "none"))
+    for device, need in (("cpu", "`import torch` works"), ("H100", "PyTorch finds the GPU")):
+        with pytest.raises(SystemExit, match=f"error: invalid --pytorch=.*none; .* in which {need}"):
+            peers.find_networks(str(tmp_path / "none"), device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "model"), [("DiT", "DiT-S/2"), ("diffusers", "DiT-S/2"), ("DiG", "DiG-S/2")]
+)
+def test_a_peer_in_pytorch_gives_the_output_of_ours(tmp_path, monkeypatch, network, model):
+    pytest.importorskip("torch")
+    if network == "diffusers":
+        pytest.importorskip("diffusers")
+    from benchmarks.compare import own_model, pytorch_dig, pytorch_worker
+
+    monkeypatch.setattr(pytorch_dig, "FUSED", False)
+    monkeypatch.setattr(pytorch_worker, "DEVICE", "cpu")
+    sizes = peers.SIZES["S"] | {"side": 8, "batch": 2, "steps": 1}
+    peer = pytorch_worker.Peer(network=network, dtype="float32", **sizes)
+    peer.train()
+    peer.save(tmp_path / "model.npz")
+    assert own_model.difference(str(tmp_path / "model.npz"), model, "float32") < 1e-5
 
 
 def test_rows_of_two_processes_are_kept_and_shown_with_their_versions(tmp_path, monkeypatch):
@@ -137,12 +193,18 @@ def test_rows_of_two_processes_are_kept_and_shown_with_their_versions(tmp_path, 
     (tmp_path / "page.md").write_text(
         f"Before\n{page.BEGIN}old\n{page.END}{page.BEGIN_CPU}{page.END_CPU}After\n"
     )
-    page.write(Record.read(tmp_path / "record.json"), [peers_row(256, "train", threads=1)])
+    rows = [
+        peers_row(256, "train", threads=1),
+        peers_row(512, "sample", device="H100", fla=10.0, diffusers=9.0),
+    ]
+    page.write(Record.read(tmp_path / "record.json"), rows)
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("Before\n") and text.endswith("After\n") and "old" not in text
     assert "| DiG | 0.0312 ms (memory), 1.00 GiB | 0.0312 ms (memory), 0.50 GiB |" in text
     assert "| DiT, flash attention | does not fit: 8.00 GiB |  |  |" in text
     assert "| train step, 256 px | 2 | cpu, 1 thread | 6.00 | 4.00 | 5.00 | 1.50 | 0.80 |" in text
+    assert "| 20 steps of Euler's method, 512 px | 4 | wall | 3.00 | 4.50 | 2.00 | 5.00 | 2.50 | 1.50" in text
+    assert "**Size S, H100, bfloat16**" in text and "| speed of DiG, ours / DiG, PyTorch with fla |" in text
     assert "*PyTorch 2, JAX 1, 2026-11-28.*" in text
     assert "jax 1, 2026-11-28" in text and wrong.model not in text
     assert {path.name for path in tmp_path.glob("*.png")} == {

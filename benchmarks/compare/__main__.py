@@ -2,13 +2,14 @@
 
     python -m benchmarks.compare --chips v6e v5e h200        computed for chips that need not be there
     python -m benchmarks.compare                             measured on this machine's device
-    python -m benchmarks.compare --pytorch=PYTHON            the same on a CPU, PyTorch being elsewhere
+    python -m benchmarks.compare --pytorch=PYTHON            beside PyTorch, which is installed elsewhere
     python -m benchmarks.compare --page                      write docs/benchmarks/compare.md and its figures
 
---models, --sizes, --pixels and --phases select cases. On a CPU the cases are DiT-S/2 and DiG-S/2 at 256 to
-1,024 px with one or two images, in turns with DiT in PyTorch if it is installed; --batch measures those of
-the chips instead. Rows in benchmarks/compare/*.json are skipped, so an interrupted run can be continued;
---again replaces them.
+--models, --sizes, --pixels and --phases select cases. On a CPU, and on a GPU beside PyTorch, the cases are
+DiT and DiG in turns with DiT in PyTorch and in diffusers, and on a GPU with DiG over fla, as far as they are
+installed: size S at 256 to 1,024 px with one or two images on a CPU. --batch measures the cases of the chips
+instead. Rows in benchmarks/compare/*.json are skipped, so an interrupted run can be continued; --again
+replaces them.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from dig_jax.progress import Progress
 RECORD = pathlib.Path(__file__).with_name("record.json")
 VERSIONS = ("jax", "libtpu", "jax-cuda13-plugin")
 THIS = "this"
+_MOST_PIXELS_OF_CPU = 1024  # a step of more takes minutes
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,12 +50,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--batch", type=int, help="images of a batch, in place of the pixels of one of 2,048 px"
     )
     parser.add_argument("--pytorch", metavar="PYTHON", help="a Python with PyTorch, if this one has none")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds on a CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds beside PyTorch")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="on a CPU; 1, by CPU time, if it is not idle"
     )
     parser.add_argument("--record", type=pathlib.Path, default=RECORD)
-    parser.add_argument("--peers", type=pathlib.Path, default=peers.RECORD, help="record of a CPU")
+    parser.add_argument(
+        "--peers", type=pathlib.Path, default=peers.RECORD, help="record of the rows beside PyTorch"
+    )
     parser.add_argument("--again", action="store_true", help="replace rows that are in the record")
     parser.add_argument(
         "--page", action="store_true", help="write the page from the record, and nothing else"
@@ -71,9 +75,8 @@ def main() -> None:
         page.write(record, peers.read(options.peers))
         return
     chips = options.chips
-    if THIS in chips and options.batch is None and measured.device_name() == "cpu":
+    if THIS in chips and options.batch is None and add_peers(options):
         chips = [chip for chip in chips if chip != THIS]
-        add_peers(options)
     phases = [phase for phase in options.phases if phase in PHASES]
     if chips and not phases:
         parser.error(f"--phases={options.phases[0]} is for a CPU; expected one of {', '.join(PHASES)}")
@@ -89,21 +92,28 @@ def main() -> None:
     progress.close()
 
 
-def add_peers(options: argparse.Namespace) -> None:
-    """Add the rows of this machine's CPU, beside PyTorch if it is there."""
-    python = peers.find_python(options.pytorch)
-    if python is None:
+def add_peers(options: argparse.Namespace) -> bool:
+    """Add the rows beside PyTorch, which may be missing on a CPU. Return whether the device has such rows."""
+    device = measured.device_name()
+    python, networks = peers.find_networks(options.pytorch, device)
+    if device != "cpu" and not networks:
+        return False
+    if not networks:
         print("this Python has no PyTorch, and --pytorch names no other one: only our models are measured")
+    is_cpu = device == "cpu"
+    sizes = ["S"] if is_cpu else options.sizes
+    pixels = [number for number in options.pixels if not is_cpu or number <= _MOST_PIXELS_OF_CPU]
     peers.add_rows(
         options.peers,
+        [peers.Case(device, size, number, options.threads) for size in sizes for number in pixels],
         [model for model in peers.MODELS if model in options.models],
-        [number for number in options.pixels if number in peers.CASES],
         [phase for phase in peers.PHASES if phase in options.phases],
         python=python,
-        threads=options.threads,
+        networks=networks,
         repeats=options.repeats,
         again=options.again,
     )
+    return True
 
 
 def device_of(chip: str) -> str:

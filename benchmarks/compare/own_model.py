@@ -1,6 +1,6 @@
-"""A model of this package, as the other side of pytorch_dit.py: the same commands, work and dtype.
+"""A model of this package, as the other side of pytorch_worker.py: the same commands, work and dtype.
 
-python benchmarks/compare/own_model.py '{"model": "DiT-S/2", "side": 32, "batch": 4, "steps": 20}'
+python benchmarks/compare/own_model.py '{"model": "DiT-S/2", "dtype": "float32", "side": 32, "batch": 4, …}'
 """
 
 import json
@@ -21,6 +21,8 @@ from benchmarks.gpu_models import sampling_steps, train_steps  # noqa: E402
 from configs import imagenet  # noqa: E402
 from dig_jax import config, runtime  # noqa: E402
 from dig_jax.convert import load_torch_state_dict  # noqa: E402
+from dig_jax.convert.diffusers import as_upstream  # noqa: E402
+from dig_jax.files.safetensors import StoredArray  # noqa: E402
 from dig_jax.models.registry import create_model  # noqa: E402
 from dig_jax.planning.plan import without_data  # noqa: E402
 from dig_jax.planning.planned_run import PlannedRun, lower_sampler, lower_train_step  # noqa: E402
@@ -28,16 +30,15 @@ from dig_jax.planning.topology import THIS, find_topology  # noqa: E402
 from dig_jax.training.state import init_params  # noqa: E402
 
 
-def settings(model: str, side: int, batch: int, steps: int, scan_layers: bool = True) -> config.Config:
-    """Return the config of the same work: flow matching in float32, AdamW, one average, Euler's method."""
+def settings(model: str, side: int, batch: int, steps: int, dtype: str) -> config.Config:
+    """Return the config of the same work: flow matching, AdamW, one average, Euler's method."""
     c = imagenet.get_config(model, "256", "ours")
     c.data.options.image_size = side
     c.data.batch_size = c.sampling.batch_size = batch
-    c.model.dtype, c.model.learn_sigma = "float32", False
+    c.model.dtype, c.model.learn_sigma = dtype, False
     c.model.remat = (
         "block" if side >= 128 else "none"
     )  # attention's scores of a block take 400 MB at 1,024 px
-    c.model.scan_layers = scan_layers
     c.diffusion.process = "flow"
     c.diffusion.times = "uniform"
     c.sampling.sampler, c.sampling.steps, c.sampling.guidance_scale = "euler", steps, 1.0
@@ -78,15 +79,21 @@ class Own:
         self.ready[phase]()
 
 
-def difference(path: str, model: str) -> float:
-    """Return the greatest difference between our output and that in a file of pytorch_dit.py's `save`."""
+def difference(path: str, model: str, dtype: str) -> float:
+    """Return the greatest difference between our output and that in a file of pytorch_worker.py's `save`.
+
+    It is relative to the greatest output. The file has upstream's or diffusers' names.
+    """
     import flax.nnx as nnx
 
     arrays = dict(np.load(path))
-    x, t, y, expected = (arrays.pop(f"io/{name}") for name in ("x", "t", "y", "output"))
+    x, t, y, expected = (jnp.asarray(arrays.pop(f"io/{name}")) for name in ("x", "t", "y", "output"))
     x, expected = (each.transpose(0, 2, 3, 1) for each in (x, expected))
-    own = create_model(model, input_size=x.shape[1:3], num_classes=1000, learn_sigma=False, rngs=nnx.Rngs(0))
-    output = load_torch_state_dict(own, arrays)(x, t, y)
+    options = {"input_size": x.shape[1:3], "num_classes": 1000, "learn_sigma": False, "dtype": dtype}
+    own = create_model(model, **options, rngs=nnx.Rngs(0))
+    stored = {name: StoredArray(x.shape, "float32", lambda x=x: x) for name, x in arrays.items()}
+    upstream = {name: array.read() for name, array in as_upstream(stored).items()}
+    output = load_torch_state_dict(own, upstream)(x, t, y)
     return float(np.abs(output - expected).max() / np.abs(expected).max())
 
 
@@ -100,7 +107,8 @@ def main() -> None:
     for line in sys.stdin:
         phase, _, argument = line.strip().partition("=")
         if phase == "check":
-            print(json.dumps({"difference": difference(argument, options["model"])}), flush=True)
+            found = difference(argument, options["model"], options["dtype"])
+            print(json.dumps({"difference": found}), flush=True)
             continue
         wall, cpu = time.perf_counter(), time.process_time()
         own(phase)

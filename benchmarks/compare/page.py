@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.compare import peers
+from benchmarks.compare import peers_page
 from benchmarks.compare.cases import MODELS
 from benchmarks.compare.record import Record
 from dig_jax.hardware.chips import CHIPS, Chip
@@ -44,7 +44,7 @@ def write(record: Record, cpu_rows: Sequence[Row]) -> None:
     """Replace the tables of the page, and draw its figures."""
     rows = [row for row in record.rows.values() if "error" not in row]
     text = _replaced(PAGE.read_text(), BEGIN, [*_ratios(rows), *_tables(rows)], END)
-    PAGE.write_text(_replaced(text, BEGIN_CPU, peers.tables(cpu_rows), END_CPU))
+    PAGE.write_text(_replaced(text, BEGIN_CPU, peers_page.tables(cpu_rows), END_CPU))
     for quantity in ("memory", "time"):
         if panels := _panels(rows, "size", "pixels"):
             _figure(panels, quantity, "pixels").savefig(IMAGES / f"compare_{quantity}.png", dpi=130)

@@ -1,11 +1,14 @@
-"""DiT and DiG of size S on the CPU beside DiT in PyTorch: forward, train step and sampling in float32.
+"""DiT and DiG beside DiT and DiG in PyTorch: forward, train step and sampling.
+
+On a CPU: size S in float32. On a GPU: any size in bfloat16, with upstream's DiG over fla's kernels.
 
 Each program is a process of its own; they run one after the other within each round, so that other work on
 the machine slows all of them. PyTorch may be installed elsewhere, as its packages need not fit ours. Rows,
-one per resolution and phase, are stored in peers.json as soon as they are there.
+one per case and phase, are stored in peers.json as soon as they are there.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.util
 import json
@@ -18,49 +21,111 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.compare import peers_page
 from dig_jax.files.atomic import write_json
 
 HERE = pathlib.Path(__file__).resolve().parent
 RECORD = HERE / "peers.json"
+WORKER = HERE / "pytorch_worker.py"
 PHASES = ("forward", "train", "sample")
-# Pixels of an image → images of a batch and sampling steps. Latents have an eighth of the pixels per side.
-CASES = {256: (2, 20), 512: (1, 20), 1024: (1, 1)}
-SIZES = {"depth": 12, "width": 384, "heads": 6}  # S/2
+SIZES = {
+    "S": {"depth": 12, "width": 384, "heads": 6},
+    "B": {"depth": 12, "width": 768, "heads": 12},
+    "XL": {"depth": 28, "width": 1152, "heads": 16},
+}
+HEADS = {("DiG", "XL"): 18}  # where they differ from DiT's
 MODELS = ("DiT", "DiG")
-PYTORCH = "PyTorch"
+# Network of pytorch_worker.py → its name in a row, and our model with the same parameters.
+NETWORKS = {"DiT": ("PyTorch", "DiT"), "diffusers": ("diffusers", "DiT"), "DiG": ("fla", "DiG")}
 Row = Mapping[str, Any]
 
 
-def find_python(path: str | None) -> str | None:
-    """Return a Python with PyTorch: the given one, or this one, or None.
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes to compare on one device.
+
+    device: its kind, as JAX names it.
+    size: a name of `SIZES`.
+    pixels: height and width of the images; latents are an eighth of them.
+    threads: of each program. With one thread of a CPU, the CPU time counts, as other programs may run.
+    """
+
+    device: str
+    size: str
+    pixels: int
+    threads: int
+
+    @property
+    def images(self) -> int:
+        """Images of a batch: on a GPU as many as have the pixels of one image of 1,024 px."""
+        if self.device == "cpu":
+            return 2 if self.pixels <= 256 else 1
+        return max(1024**2 // self.pixels**2, 1)
+
+    @property
+    def steps(self) -> int:
+        """Sampling steps."""
+        return 1 if self.device == "cpu" and self.pixels > 512 else 20
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of products and activations."""
+        return "float32" if self.device == "cpu" else "bfloat16"
+
+    @property
+    def clock(self) -> str:
+        """What a time is of: "cpu" or "wall"."""
+        return "cpu" if self.threads == 1 and self.device == "cpu" else "wall"
+
+
+def case_of(row: Row) -> Case:
+    """Return the case of a row."""
+    return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
+
+
+def find_networks(path: str | None, device: str) -> tuple[str, list[str]]:
+    """Return a Python with PyTorch and the networks that it can run on a device.
+
+    Args:
+        path: the Python; None for this one, which may have no PyTorch and then no networks.
+        device: kind of the device that ours run on.
 
     Raises:
-        SystemExit: the given one has no PyTorch.
+        SystemExit: the given one has no PyTorch, or none for the GPU.
     """
-    if path is None:
-        return sys.executable if importlib.util.find_spec("torch") else None
+    python = path or sys.executable
+    if path is None and not importlib.util.find_spec("torch"):
+        return python, []
     with contextlib.suppress(OSError):
-        if subprocess.run([path, "-c", "import torch"], capture_output=True, check=False).returncode == 0:
-            return path
-    raise SystemExit(f"error: invalid --pytorch={path}; expected a Python in which `import torch` works")
+        command, options = [python, str(WORKER)], {"env": _environment(device), "check": False}
+        process = subprocess.run(command, capture_output=True, text=True, **options)
+        if process.returncode == 0:
+            found = json.loads(process.stdout)
+            if (found["device"] == "cpu") == (device == "cpu"):
+                return python, found["networks"]
+    need = "`import torch` works" if device == "cpu" else "PyTorch finds the GPU"
+    raise SystemExit(f"error: invalid --pytorch={python}; expected a Python in which {need}")
+
+
+def _environment(device: str, threads: int = 1) -> dict[str, str]:
+    """Return the environment of a worker: one device, and threads that do not work while they wait."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    if device == "cpu":
+        environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        if threads == 1:
+            environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+        return environment
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return environment | {"CUDA_VISIBLE_DEVICES": first, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 class Worker:
     """A worker process that runs commands and returns their times."""
 
-    def __init__(self, command: list[str], options: Mapping[str, Any], threads: int):
+    def __init__(self, command: list[str], options: Mapping[str, Any], environment: Mapping[str, str]):
         pipe = subprocess.PIPE
-        # A thread of OpenMP that waits does not count as work.
-        environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "JAX_PLATFORMS": "cpu"}
-        if threads == 1:
-            environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-        self._process = subprocess.Popen(
-            [*command, json.dumps(options)],
-            stdin=pipe,
-            stdout=pipe,
-            text=True,
-            env=os.environ | environment,
-        )
+        command = [*command, json.dumps(options)]
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self.about = self._read()
 
     def __call__(self, command: str) -> dict[str, Any]:
@@ -86,23 +151,36 @@ class Worker:
 
 @contextlib.contextmanager
 def workers(
-    python: str | None, pixels: int, models: Sequence[str], threads: int
+    case: Case, models: Sequence[str], python: str, networks: Sequence[str]
 ) -> Iterator[dict[str, Worker]]:
     """Yield the processes of a case by name, and end them."""
-    batch, steps = CASES[pixels]
-    common = {"side": pixels // 8, "batch": batch, "steps": steps}
+    common = {"side": case.pixels // 8, "batch": case.images, "steps": case.steps, "dtype": case.dtype}
+    environment = _environment(case.device, case.threads)
     with contextlib.ExitStack() as stack:
         started = {}
 
         def start(name: str, command: list[str], options: Mapping[str, Any]) -> None:
-            started[name] = Worker(command, options, threads)
+            started[name] = Worker(command, options | common, environment)
             stack.callback(started[name].close)
 
-        if python:
-            start(PYTORCH, [python, str(HERE / "pytorch_dit.py")], {**SIZES, **common})
+        for network in networks:
+            sizes = SIZES[case.size]
+            heads = HEADS.get((network, case.size), sizes["heads"])
+            start(NETWORKS[network][0], [python, str(WORKER)], {"network": network, **sizes, "heads": heads})
         for model in models:
-            start(model, [sys.executable, str(HERE / "own_model.py")], {"model": f"{model}-S/2", **common})
+            start(model, [sys.executable, str(HERE / "own_model.py")], {"model": f"{model}-{case.size}/2"})
         yield started
+
+
+def checked(running: Mapping[str, Worker]) -> dict[str, float]:
+    """Load the parameters of each network in PyTorch here, and return how much the outputs differ."""
+    differences = {}
+    for name, own in NETWORKS.values():
+        if {name, own} <= running.keys():
+            with tempfile.TemporaryDirectory() as folder:
+                running[name](f"save={folder}/model.npz")
+                differences[name] = running[own](f"check={folder}/model.npz")["difference"]
+    return differences
 
 
 def measured(running: Mapping[str, Worker], phase: str, repeats: int) -> Row:
@@ -129,12 +207,12 @@ def read(record: pathlib.Path) -> list[Row]:
 
 def add_rows(
     record: pathlib.Path,
+    cases: Sequence[Case],
     models: Sequence[str],
-    pixels: Sequence[int],
     phases: Sequence[str],
     *,
-    python: str | None,
-    threads: int,
+    python: str,
+    networks: Sequence[str],
     repeats: int,
     again: bool,
 ) -> None:
@@ -142,91 +220,43 @@ def add_rows(
 
     Args:
         record: the file of the rows.
-        models, pixels, phases: the cases.
-        python: a Python with PyTorch, or None for our models alone.
-        threads: of each program. With one thread the CPU time counts, as other programs may run.
+        cases, models, phases: what is measured of ours.
+        python: a Python with PyTorch.
+        networks: the networks that it runs, of `NETWORKS`.
         repeats: rounds after the first one.
         again: replace rows that are there.
     """
-    names = {*models} | ({PYTORCH} if python else set())
-    done = {
-        (row["pixels"], row["phase"], row["threads"]) for row in read(record) if names <= row["median"].keys()
-    }
-    for number in pixels:
-        missing = [phase for phase in phases if again or (number, phase, threads) not in done]
+    names = {*models, *(NETWORKS[network][0] for network in networks)}
+    done = {(case_of(row), row["phase"]) for row in read(record) if names <= row["median"].keys()}
+    for case in cases:
+        missing = [phase for phase in phases if again or (case, phase) not in done]
         if not missing:
             continue
-        with workers(python, number, models, threads) as running:
+        with workers(case, models, python, networks) as running:
             about: dict[str, Any] = {
-                "images": CASES[number][0],
-                "sampling_steps": CASES[number][1],
-                "threads": threads,
+                **dataclasses.asdict(case),
+                "images": case.images,
+                "sampling_steps": case.steps,
+                "dtype": case.dtype,
+                "clock": case.clock,
+                "differences": checked(running),
+                "about": {name: worker.about for name, worker in running.items()},
             }
-            if {PYTORCH, "DiT"} <= running.keys():
-                with tempfile.TemporaryDirectory() as folder:
-                    running[PYTORCH](f"save={folder}/model.npz")
-                    about |= running["DiT"](f"check={folder}/model.npz")
-            about["about"] = {name: worker.about for name, worker in running.items()}
             for phase in missing:
                 figures = measured(running, phase, repeats)
                 date = datetime.date.today().isoformat()
-                row = {"pixels": number, "phase": phase, **about, **figures, "date": date}
+                row = {"phase": phase, **about, **figures, "date": date}
                 kept = [other for other in read(record) if _key(other) != _key(row)]
                 write_json(record, sorted([*kept, row], key=_key))
-                print(f"{_case(row)}: {describe(row)}", flush=True)
+                print(f"{peers_page.name_of(row)}: {peers_page.describe(row)}", flush=True)
 
 
-def _key(row: Row) -> tuple[int, int, int]:
-    return row["pixels"], PHASES.index(row["phase"]), row["threads"]
-
-
-def _case(row: Row) -> str:
-    """Return the case in words."""
-    steps = row["sampling_steps"]
-    phase = {
-        "forward": "forward",
-        "train": "train step",
-        "sample": f"{steps} step{'s' if steps > 1 else ''} of Euler's method",
-    }
-    return f"{phase[row['phase']]}, {row['pixels']:,} px"
-
-
-def _clock(row: Row) -> str:
-    return "cpu" if row["threads"] == 1 else "wall"
-
-
-def _measure(row: Row) -> str:
-    """Return the clock and the threads in words."""
-    return f"{_clock(row)}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
-
-
-def describe(row: Row) -> str:
-    """Return the medians of a row in words."""
-    times = ", ".join(f"{name} {t[_clock(row)]:.2f}" for name, t in row["median"].items())
-    return f"{times} s ({_measure(row)})"
-
-
-def tables(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of a table of medians, with the speed of our DiT / PyTorch's and of DiG / our DiT.
-
-    Of a case with different numbers of threads, the row with the most is shown.
-    """
-    best = {(row["pixels"], row["phase"]): row for row in sorted(rows, key=_key)}
-    yield (
-        "| | images | clock | DiT, PyTorch, s | DiT, ours, s | DiG, ours, s"
-        " | speed of our DiT / PyTorch's | speed of DiG / DiT, ours |"
+def _key(row: Row) -> tuple:
+    """Return the order of rows. Of a case with different numbers of threads, the most come last."""
+    return (
+        row["device"],
+        [*SIZES].index(row["size"]),
+        row["pixels"],
+        PHASES.index(row["phase"]),
+        row["threads"],
     )
-    yield "|---|---|---|---|---|---|---|---|"
-    for row in best.values():
-        times = {name: median[_clock(row)] for name, median in row["median"].items()}
-        seconds = [f"{times[name]:.2f}" if name in times else "not run" for name in (PYTORCH, *MODELS)]
-        ratios = [
-            f"{times[slow] / times[fast]:.2f}" if {slow, fast} <= times.keys() else "–"
-            for slow, fast in ((PYTORCH, "DiT"), ("DiT", "DiG"))
-        ]
-        yield "| " + " | ".join([_case(row), str(row["images"]), _measure(row), *seconds, *ratios]) + " |"
-    about = [row["about"] for row in best.values()]
-    versions = sorted({f"PyTorch {each[PYTORCH]['torch']}" for each in about if PYTORCH in each})
-    versions += sorted({f"JAX {each[name]['jax']}" for each in about for name in each if name != PYTORCH})
-    dates = sorted({row["date"] for row in best.values()})
-    yield f"\n*{', '.join(versions)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.*\n"

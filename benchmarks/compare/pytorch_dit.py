@@ -1,20 +1,10 @@
-"""DiT (Peebles & Xie 2023) in PyTorch, as a rival to time: a program that another process commands.
+"""DiT (Peebles & Xie 2023) in PyTorch, a peer of the comparison.
 
-It imports PyTorch and NumPy only, so that it runs in an environment of its own. Attention is PyTorch's
-`scaled_dot_product_attention`, the optimizer is AdamW in its fused form, and names of parameters are those of
-the released code, so that `dig_jax.convert` reads them.
-
-    python benchmarks/compare/pytorch_dit.py '{"depth": 12, "width": 384, …}'
-
-Each line of the input names what to run once: forward, train, sample, or save=FILE, which writes parameters,
-inputs and the output as npz. Each line of the output has its seconds, of the wall and of the CPU.
+Attention is PyTorch's `scaled_dot_product_attention`. Names of parameters are those of the released code, so
+that `dig_jax.convert` reads them. SiT has the same network; it computes a variance that it does not use.
 """
 
-import copy
-import json
 import math
-import sys
-import time
 
 import numpy as np
 import torch
@@ -79,7 +69,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t):
         """Embed timesteps [b]."""
-        angles = t[:, None] * torch.exp(-math.log(10000) / 128 * torch.arange(128))
+        angles = t[:, None] * torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
         return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))
 
 
@@ -93,16 +83,16 @@ class Embedder(nn.Module):
 
 
 class DiT(nn.Module):
-    """The network, without learned variance."""
+    """The network, without learned variance, of blocks made by `block(width, heads)`."""
 
-    def __init__(self, depth, width, heads, side, channels=4, classes=1000, patch=2):
+    def __init__(self, depth, width, heads, side, channels=4, classes=1000, patch=2, block=Block):
         super().__init__()
         self.channels, self.patch = channels, patch
         self.x_embedder = Embedder(proj=nn.Conv2d(channels, width, patch, patch))
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = Embedder(embedding_table=nn.Embedding(classes + 1, width))
         self.pos_embed = nn.Parameter(torch.from_numpy(positions(side // patch, width))[None], False)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(block(width, heads) for _ in range(depth))
         self.final_layer = Embedder(
             linear=nn.Linear(width, patch**2 * channels),
             norm=nn.LayerNorm(width, 1e-6, elementwise_affine=False),
@@ -114,13 +104,18 @@ class DiT(nn.Module):
         b, _, h, w = x.shape
         c = self.t_embedder(t) + self.y_embedder.embedding_table(y)
         x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
-        for block in self.blocks:
-            x = block(x, c)
+        x = self.run_blocks(x, c)
         last = self.final_layer
         x = last.linear(modulate(last.norm(x), *last.adaLN_modulation(c).chunk(2, 1)))
         p = self.patch
         x = x.view(b, h // p, w // p, p, p, self.channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(b, self.channels, h, w)
+
+    def run_blocks(self, x, c):
+        """Transform tokens x [b, t, d] under the condition c [b, d]."""
+        for block in self.blocks:
+            x = block(x, c)
+        return x
 
 
 def positions(side, width):
@@ -129,67 +124,3 @@ def positions(side, width):
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
     angles = [each[:, None] * frequencies for each in (column, row)]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
-
-
-class Rival:
-    """A model with its optimizer, average and inputs."""
-
-    def __init__(self, *, batch, steps, compiled=False, **sizes):
-        torch.manual_seed(0)
-        self.model, self.steps = DiT(**sizes), steps
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, weight_decay=0.0, fused=True)
-        self.x = torch.randn(batch, self.model.channels, sizes["side"], sizes["side"])
-        self.t, self.y = torch.full((batch,), 500.0), torch.arange(batch)
-        self.network = torch.compile(self.model) if compiled else self.model
-
-    @torch.no_grad()
-    def forward(self):
-        """Run the network once."""
-        return self.network(self.x, self.t, self.y)
-
-    def train(self):
-        """Make a step of flow matching: loss, gradient, AdamW and average."""
-        t, noise = torch.rand(len(self.x)), torch.randn_like(self.x)
-        x_t = torch.lerp(self.x, noise, t[:, None, None, None])
-        y = torch.where(torch.rand(len(self.y)) < 0.1, 1000, self.y)
-        loss = F.mse_loss(self.network(x_t, 1000 * t, y), noise - self.x)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1e-4)
-
-    @torch.no_grad()
-    def sample(self):
-        """Draw a batch of images by Euler's method."""
-        x, times = torch.randn_like(self.x), np.linspace(1, 0, self.steps + 1)
-        for now, after in zip(times[:-1], times[1:], strict=True):
-            x = x + (after - now) * self.network(x, torch.full((len(x),), 1000 * now), self.y)
-
-    def save(self, path):
-        """Write random parameters with their inputs and output."""
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(0, 0.05)
-        arrays = {name: value.numpy() for name, value in self.model.state_dict().items()}
-        inputs = {"x": self.x.numpy(), "t": self.t.numpy(), "y": self.y.numpy()}
-        output = self.forward().numpy()
-        np.savez(path, **arrays, **{f"io/{k}": v for k, v in inputs.items()}, **{"io/output": output})
-
-
-def main():
-    """Run what the lines of the input name."""
-    rival = Rival(**json.loads(sys.argv[1]))
-    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
-    for line in sys.stdin:
-        phase, _, argument = line.strip().partition("=")
-        wall, cpu = time.perf_counter(), time.process_time()
-        getattr(rival, phase)(*filter(None, [argument]))
-        found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        print(json.dumps(found), flush=True)
-
-
-if __name__ == "__main__":
-    main()
