@@ -187,8 +187,9 @@ def test_without_scan_layers_a_step_has_no_loop_over_layers_and_the_same_result(
     def assert_close(actual, expected):
         assert jnp.linalg.norm(actual - expected) <= 1e-4 * jnp.linalg.norm(expected)
 
-    repeated = value_and_gradient(5, None, None, scan_layers=False)
-    jax.tree.map(assert_close, repeated, value_and_gradient(5, None, None))
+    for remat in (None, "block"):
+        repeated = value_and_gradient(5, None, remat, scan_layers=False)
+        jax.tree.map(assert_close, repeated, value_and_gradient(5, None, None))
     loops = {}
     for scan_layers in (True, False):
         options = {"depth": 4, "dtype": jnp.float32, "rngs": nnx.Rngs(0), "scan_layers": scan_layers}

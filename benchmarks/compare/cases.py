@@ -71,6 +71,10 @@ class Case:
         c.model.remat = "block" if self.pixels >= 1024 else "full"
         if self.size == "S" and self.phase == "sample" and not self.model.startswith("DiS"):
             c.model.mlp_parts = 2  # fits into a TPU's VMEM
+        if self.size == "S" and self.phase == "train" and self.pixels >= 1024 and self.model != "DiS":
+            c.model.scan_layers = False  # less memory (docs/guide/plan.md)
+            if not self.model.startswith("DiT"):
+                c.model.mlp_parts = 4
         if self.model == "hybrid":
             c.model.mixer = "gla*3+softmax"
         return without_data(config.from_dict(c.to_dict()))

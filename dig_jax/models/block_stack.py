@@ -21,17 +21,11 @@ from jaxtyping import Array, Float
 from dig_jax.models.blocks import Block, BlockSpec, Features
 from dig_jax.models.layers import Linear, xavier
 from dig_jax.models.packing import Grid, PackedGrids
-from dig_jax.parallel import axis_sizes, gather_params, save_all_but_gathered
+from dig_jax.models.rematerialization import Remat, rematerialized, rematerialized_block
+from dig_jax.parallel import gather_params
 from dig_jax.rngs import make_rngs
 
 SkipKind = Literal["linear", "identity"]
-Remat = Literal["dots", "full", "block"]
-_REMAT_POLICIES: dict[Remat, Callable] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
-}
-
 
 StackFeatures = list[list[Features]]
 """The features of each piece that runs, block by block; stacked over the iterations of a scan."""
@@ -291,9 +285,9 @@ class BlockStack(nnx.Module):
             for number, graphdef in enumerate(graphdefs):
                 run = functools.partial(run_block, graphdef)
                 own = [None if part is None else part[number] for part in (joins, given, kept)]
-                x, block_features = (rematerialized_block(run) if self.remat == "block" else run)(
-                    x, params[number], *own
-                )
+                if self.remat == "block":
+                    run = rematerialized_block(run, repeated=not self.scan_layers)
+                x, block_features = run(x, params[number], *own)
                 if features == "keep":
                     made.append(block_features)
                 if segment.skip == "store":
@@ -340,25 +334,6 @@ class BlockStack(nnx.Module):
     def _ready(self, graphdef: nnx.GraphDef, params: Any) -> nnx.Module:
         """Return a module with its parameters gathered for computation."""
         return nnx.merge(graphdef, gather_params(nnx.to_pure_dict(params), self.dtype))
-
-
-def rematerialized(function: Callable, remat: Remat | None) -> Callable:
-    """Return the body of a scan over blocks, with what its backward pass recomputes (see `BlockStack`)."""
-    if remat is None and not axis_sizes().keys() & {"fsdp", "tensor"}:
-        return function
-    policy = _REMAT_POLICIES[remat] if remat else save_all_but_gathered
-    # Inside a scan the compiler cannot undo the recomputation, so barriers against CSE are not needed.
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
-
-
-def rematerialized_block(function: Callable) -> Callable:
-    """Return a function of one block (x, …) whose backward pass recomputes everything.
-
-    A barrier on x and on the incoming gradient lets the recomputation wait for the gradient. Without it, the
-    compiler recomputes several blocks at the same time, and keeps the activations of all of them.
-    """
-    policy = jax.checkpoint_policies.nothing_saveable
-    return jax.checkpoint(function, policy=policy, prevent_cse=(True, False, False, False, False))
 
 
 def _layers_of(params: Any, first: int, count: int | None, step: int = 1) -> Any:

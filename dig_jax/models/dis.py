@@ -17,12 +17,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dig_jax.models.backbone import DiffusionTransformer, Outputs
-from dig_jax.models.block_stack import Remat, StackFeatures, rematerialized
+from dig_jax.models.block_stack import StackFeatures
 from dig_jax.models.blocks import FinalLayer
 from dig_jax.models.embeddings import LabelEmbedding, patchify, timestep_features, unpatchify
 from dig_jax.models.layers import Linear, Norm
 from dig_jax.models.mixers.ssm import BidirectionalMamba, pytorch_default
 from dig_jax.models.options import ModelOptions
+from dig_jax.models.rematerialization import Remat, rematerialized
 from dig_jax.parallel import constrain_batch, context_size, gather_params
 
 _EPSILON = 1e-5  # of the RMSNorms

@@ -8,8 +8,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from dig_jax.models.block_stack import BlockPattern, Remat
+from dig_jax.models.block_stack import BlockPattern
 from dig_jax.models.layers import NormKind
+from dig_jax.models.rematerialization import Remat
 
 
 @dataclasses.dataclass(frozen=True)
