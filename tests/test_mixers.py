@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dig_jax import convert, create_model
 from dig_jax.components import Components
 from dig_jax.models.dig import DIRECTIONS, DiGOptions
-from dig_jax.models.mixers import GatedLinearAttention, LocalAttention, SoftmaxAttention
+from dig_jax.models.mixers import GatedLinearAttention, LocalAttention, SoftmaxAttention, softmax
 from dig_jax.models.mixers.gla import half_lives, parse_half_life
 from dig_jax.models.mixers.local import attend_locally
 from dig_jax.models.mixers.pattern import parse_pattern
@@ -147,6 +147,36 @@ def test_local_attention_on_rows_of_several_devices_equals_that_of_one():
     expected = jax.jit(mix)(x)
     with jax.set_mesh(make_mesh(tiny_settings(mesh__data=1, mesh__context=4).mesh, 2)):
         np.testing.assert_allclose(jax.jit(lambda x: mix(x))(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("own", "tokens"), [(7, 7), (256, 256), (257, 257), (600, 600), (300, 900)])
+def test_attention_in_blocks_equals_plain_attention_with_its_gradients(own, tokens):
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (2, n, 3, 8)) for i, n in enumerate((own, tokens, tokens))
+    )
+
+    def run(attend):
+        def function(q, k, v):
+            o = attend(4 * q, k, v)
+            return jnp.square(o).sum(), o
+
+        return jax.grad(function, (0, 1, 2), has_aux=True)(q, k, v), jax.jvp(
+            attend, (q, k, v), (v[:, :own], k, v)
+        )
+
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+        run(softmax.attend_in_blocks),
+        run(jax.nn.dot_product_attention),
+    )
+
+
+@pytest.mark.parametrize("logit", [-1e4, 1e4])
+def test_attention_in_blocks_is_finite_for_large_logits_and_rounds_as_plain_attention(logit):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 300, 2, 16), jnp.bfloat16)
+    found = softmax.attend_in_blocks(logit * q, k, v)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found, jax.nn.dot_product_attention(logit * q, k, v), atol=0.02, rtol=0.02)
 
 
 def test_a_hybrid_is_scanned_and_isolates_the_tokens_of_all_kinds_of_attention():

@@ -16,6 +16,7 @@ from dig_jax.parallel import kernel_platform, shard_map_rows
 
 _LANES = 128  # a TPU kernel's blocks have a multiple of this many tokens
 _LARGEST_BLOCK = 512
+_CPU_BLOCK = 256  # queries whose scores are computed at once on a CPU
 
 
 class SoftmaxAttention(nnx.Module):
@@ -85,6 +86,8 @@ def _attend(
     k, v = _all_tokens(k, v, axis_name)
     if kernel_platform() == "tpu" and q.shape[1] % _LANES == k.shape[1] % _LANES == 0:
         return splash_attention(q, k, v)
+    if kernel_platform() == "cpu":
+        return attend_in_blocks(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, implementation=_implementation(q))
 
 
@@ -95,7 +98,10 @@ def _attend_in_plain_jax(
     axis_name: str | None,
 ) -> Float[Array, "b own h k"]:
     """Attend as `_attend`, differentiable in forward mode."""
-    return jax.nn.dot_product_attention(q, *_all_tokens(k, v, axis_name), implementation="xla")
+    k, v = _all_tokens(k, v, axis_name)
+    if kernel_platform() == "cpu":
+        return attend_in_blocks(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
 
 
 def _all_tokens(k: Array, v: Array, axis_name: str | None) -> tuple[Array, Array]:
@@ -104,6 +110,33 @@ def _all_tokens(k: Array, v: Array, axis_name: str | None) -> tuple[Array, Array
         return k, v
     k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
     return k, v
+
+
+def attend_in_blocks(
+    q: Float[Array, "b own h k"], k: Float[Array, "b t h k"], v: Float[Array, "b t h k"]
+) -> Float[Array, "b own h k"]:
+    """Attend in plain JAX, from one block of queries after the other.
+
+    On a CPU this takes a third to a half of the time of `jax.nn.dot_product_attention`: a head's tokens are
+    contiguous, a block's scores stay in the cache, and the backward pass computes them again.
+    """
+    (b, own, heads, size), dtype = q.shape, jnp.promote_types(q.dtype, jnp.float32)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+
+    @jax.checkpoint
+    def attend(q: Float[Array, "b h block k"]) -> Float[Array, "b h block k"]:
+        scores = jnp.einsum("bhqk,bhtk->bhqt", q, k, preferred_element_type=dtype) * size**-0.5
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        o = jnp.einsum("bhqt,bhtk->bhqk", weights.astype(v.dtype), v, preferred_element_type=dtype)
+        return (o / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+    blocks = -(-own // _CPU_BLOCK)
+    if blocks == 1:
+        return attend(q).swapaxes(1, 2)
+    block = -(-own // blocks)
+    q = jnp.pad(q, [(0, 0), (0, 0), (0, blocks * block - own), (0, 0)])
+    o = jax.lax.map(attend, q.reshape(b, heads, blocks, block, size).transpose(2, 0, 1, 3, 4))
+    return o.transpose(1, 0, 3, 2, 4).reshape(b, -1, heads, size)[:, :own]
 
 
 def splash_attention(
