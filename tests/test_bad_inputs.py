@@ -52,7 +52,7 @@ CASES = {
     "no processes": (["--num_processes=0"], "num_processes"),
     "export without a file": (["--mode=export"], "missing --output"),
     "unknown chip": (["--mode=plan", "--topology=v99:2x2"], "v99"),
-    "a negative price": (["--mode=plan", "--price=-1"], "invalid --price=-1;"),
+    "a negative price": (["--mode=plan", "--config.plan.price=-1"], "invalid config.plan.price=-1"),
     "chips of no shape": (["--mode=plan", "--topology=v5e:0x2"], "v5e:0x2"),
     "workdir that is a file": (["--workdir=file.txt"], "file.txt"),
     "workdir below a file": (["--workdir=file.txt/run"], "file.txt"),

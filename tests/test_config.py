@@ -50,6 +50,7 @@ def test_the_reference_in_the_docs_is_current():
         ("optimizer__clip_norm", 0),
         ("checkpoint__every_minutes", 0.0),
         ("logging__heldout_every_steps", 0),
+        ("plan__price", 0.0),
         ("sampling__ema", ""),
     ],
 )

@@ -160,7 +160,7 @@ def _export(settings: Config, workdir: Path, values: FlagValues) -> None:
 def _plan(settings: Config, _: Path, values: FlagValues) -> None:
     from dig_jax.planning import plan
 
-    plan.show(settings, values.topology or plan.THIS, values.json, values.price)
+    plan.show(settings, values.topology or plan.THIS, values.json)
 
 
 def _demo(settings: Config, workdir: Path, values: FlagValues) -> None:
@@ -249,7 +249,7 @@ COMMANDS = {
     ),
     "plan": Command(
         _plan,
-        ("topology", "json", "price"),
+        ("topology", "json"),
         summary="Report memory, time and price on chips that you may not have.",
         about="It compiles the train step for the chips, which takes seconds to minutes. It needs the extra"
         " compilers for chips that are not present. See docs/guide/plan.md.",

@@ -63,12 +63,6 @@ def define_flags() -> flags.FlagValues:
         "With --mode=plan: chips to plan for, which need not be present, such as v6e:8x8 or h100:8x4; by"
         " default this machine's devices.",
     )
-    flags.DEFINE_float(
-        "price",
-        None,
-        "With --mode=plan: US dollars per chip and hour; by default a list price (docs/guide/plan.md).",
-        flag_values=values,
-    )
     flags.DEFINE_bool("json", False, "With --mode=plan: print JSON instead of text.", flag_values=values)
     text("profile_steps", "With --mode=train: steps to trace with JAX's profiler, such as 100-105.")
     text(

@@ -20,6 +20,7 @@ from dig_jax.config.fields import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    PlanConfig,
     SamplingConfig,
     TrainingConfig,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PlanConfig",
     "SamplingConfig",
     "TrainingConfig",
     "announced_changes",

@@ -23,7 +23,7 @@ _ANNOUNCED += ("optimizer.schedule", "optimizer.final_fraction")
 # is compared too, and latents store the fingerprint of their autoencoder.
 _CHANGEABLE = (*_ANNOUNCED, "training.accumulation", "training.max_skipped_steps")
 _CHANGEABLE += ("model.remat", "model.mlp_parts", "model.implementation")
-_CHANGEABLE += ("logging", "checkpoint", "sampling", "evaluation", "mesh", "autoencoder", "encode")
+_CHANGEABLE += ("logging", "checkpoint", "sampling", "evaluation", "mesh", "autoencoder", "encode", "plan")
 _LOCATIONS = ("path", "heldout_path", "data_dir", "dataset", "cache_dir")
 _CHANGEABLE += tuple(f"data.options.{name}" for name in _LOCATIONS)
 

@@ -302,6 +302,18 @@ class MeshConfig(Group, path="config.mesh"):
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig(Group, path="config.plan"):
+    """Settings of --mode=plan."""
+
+    price: float | None = field(
+        None,
+        "US dollars per chip and hour; 0: the list price, if one is known (docs/guide/plan.md).",
+        none=0.0,
+        bounds="positive",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(Group, path="config"):
     """The seed and the initial parameters; the groups below hold all other fields."""
 
@@ -334,6 +346,7 @@ class Config(Group, path="config"):
     mesh: MeshConfig = group(MeshConfig)
     autoencoder: AutoencoderConfig = group(AutoencoderConfig)
     encode: EncodeConfig = group(EncodeConfig)
+    plan: PlanConfig = group(PlanConfig)
 
     def __post_init__(self):
         super().__post_init__()

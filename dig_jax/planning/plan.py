@@ -32,36 +32,33 @@ __all__ = ["THIS", "plan", "show"]
 log = logging.getLogger(__name__)
 
 
-def show(settings: Config, topology: str, as_json: bool, price: float | None = None) -> None:
+def show(settings: Config, topology: str, as_json: bool) -> None:
     """Write a plan to standard output as text or JSON; arguments as of `plan`.
 
     Raises:
         UserError: as `plan` does.
     """
-    figures = plan(settings, topology, price=price)
+    figures = plan(settings, topology)
     sys.stdout.write((json.dumps(figures, indent=2) if as_json else summary(figures)) + "\n")
 
 
-def plan(
-    settings: Config, topology: str, *, train_only: bool = False, price: float | None = None
-) -> dict[str, Any]:
+def plan(settings: Config, topology: str, *, train_only: bool = False) -> dict[str, Any]:
     """Return the memory and time of the config's train step and sampler on the chips of a topology.
 
     Args:
         settings: the config. Its data need not exist if config.data.options has the image size.
         topology: "this" for the machine's own devices, or a name such as "v5e:16x16" or "h100:8x4".
         train_only: skip the sampler and the search for the largest batch, which take minutes.
-        price: US dollars per chip and hour, in place of the list price.
 
     Returns:
         Nested dicts of numbers in bytes, seconds and FLOPs. Unknown figures are None or omitted.
 
     Raises:
-        ConfigError: an unknown topology, or an invalid config or price.
+        ConfigError: an unknown topology, or an invalid config.
         UserError: the compiler for these chips is not installed.
     """
     target = find_topology(topology)
-    hourly = find_price(target.chip and target.chip.name, price)
+    hourly = find_price(target.chip and target.chip.name, settings.plan.price)
     run = PlannedRun.of(without_data(settings), target)
     parameters = param_count(run.state["params"])
     log.info(

@@ -1,10 +1,7 @@
 """List prices of chips, and what a number of steps costs at such a price."""
 
 import dataclasses
-import math
 from typing import Any
-
-from dig_jax.errors import ConfigError
 
 _SECONDS_PER_HOUR = 3600
 STEPS = 100_000  # the number of steps that costs are given for
@@ -16,7 +13,7 @@ class Price:
 
     Attributes:
         dollars: US dollars per chip and hour.
-        provider: the cloud and its region, or "--price".
+        provider: the cloud and its region, or "config.plan.price".
         date: when `source` was read.
         source: address of the price list.
     """
@@ -49,15 +46,9 @@ PRICES = {
 
 
 def find_price(chip: str | None, dollars: float | None) -> Price | None:
-    """Return the price that was given in dollars per chip and hour, or a chip's list price, or None.
-
-    Raises:
-        ConfigError: the given price is negative, infinite or not a number.
-    """
+    """Return the price that was given in dollars per chip and hour, or a chip's list price, or None."""
     if dollars is not None:
-        if not 0 <= dollars < math.inf:
-            raise ConfigError(f"invalid --price={dollars:g}; expected dollars per chip and hour, at least 0")
-        return Price(dollars, "--price", "", "")
+        return Price(dollars, "config.plan.price", "", "")
     return PRICES.get(chip or "")
 
 

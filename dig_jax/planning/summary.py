@@ -79,7 +79,7 @@ def _cost(cost: dict[str, Any], price: dict[str, Any] | None) -> str:
     """Say what the steps cost at least, at a price per chip and hour."""
     text = f"  {cost['steps']:,} steps take at least {cost['hours']:,.3g} hours"
     if price is None:
-        return f"{text}; no list price is known: --price=DOLLARS per chip and hour gives the cost"
+        return f"{text}; no list price is known: set config.plan.price to dollars per chip and hour"
     about = ", ".join(filter(None, (price["provider"], price["date"])))
     return f"{text} and cost ${cost['dollars']:,.4g} at ${price['dollars']:.2f} per chip and hour ({about})"
 
