@@ -6,7 +6,8 @@ First the CPU time of every family's train step is measured, in turns within one
 for as many steps as fit into the time. Patches have 4 × 4 pixels, so that a line of the 8 × 8 tokens has the
 half-life 8: that is DiG at 256 px with the released half-life of 16. Half-lives of 4 and 2 are, in lines,
 the released one at 512 and 1,024 px. Times are shifted toward noise by 4, because the digits are enlarged by
-4. --write adds the rows that are missing in families.json.
+4. --names=dis@800,dig@800 trains for 800 steps each instead. --write adds the rows that are missing in
+families.json.
 """
 
 import json
@@ -48,6 +49,11 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "gate-spread": {"model.gate_normalizer": "spread"},
 }
 _ROUNDS = 7
+
+
+def family_of(name: str) -> str:
+    """Return the family of a run's name, FAMILY or FAMILY@STEPS."""
+    return name.partition("@")[0]
 
 
 def settings_of(family: str, seed: int, steps: int) -> config.Config:
@@ -100,18 +106,25 @@ def main() -> None:
     parser.add_argument("--times", type=pathlib.Path, help="file that keeps the measured train steps")
     options = parser.parse_args()
     digits.prepare(1)
+    names = options.names.split(",")
     if options.times and options.times.exists():
         measured = json.loads(options.times.read_text())
     else:
-        measured = step_seconds(options.names.split(","))
+        measured = step_seconds(list(dict.fromkeys(family_of(name) for name in names)))
         if options.times:
             options.times.write_text(json.dumps(measured, indent=1) + "\n")
-    steps = {name: int(options.seconds / row["seconds"]) // 10 * 10 for name, row in measured.items()}
+    steps = {
+        name: int(given or options.seconds / measured[family]["seconds"] // 10 * 10)
+        for name in names
+        for family, _, given in [name.partition("@")]
+    }
     print(json.dumps({"measured": measured, "training_steps": steps}), flush=True)
     runs.run_all(
         options,
         RECORD,
-        lambda name, seed, workdir: rows_of(name, seed, steps[name], measured[name], options.images, workdir),
+        lambda name, seed, workdir: rows_of(
+            family_of(name), seed, steps[name], measured[family_of(name)], options.images, workdir
+        ),
     )
 
 
