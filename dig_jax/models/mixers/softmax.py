@@ -115,28 +115,33 @@ def _all_tokens(k: Array, v: Array, axis_name: str | None) -> tuple[Array, Array
 def attend_in_blocks(
     q: Float[Array, "b own h k"], k: Float[Array, "b t h k"], v: Float[Array, "b t h k"]
 ) -> Float[Array, "b own h k"]:
-    """Attend in plain JAX, from one block of queries after the other.
+    """Attend in plain JAX, head by head, from one block of queries after the other.
 
-    On a CPU this takes a third to a half of the time of `jax.nn.dot_product_attention`: a head's tokens are
+    On a CPU this takes 0.25 to 0.4 of the time of `jax.nn.dot_product_attention`: a head's tokens are
     contiguous, a block's scores stay in the cache, and the backward pass computes them again.
     """
     (b, own, heads, size), dtype = q.shape, jnp.promote_types(q.dtype, jnp.float32)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
 
     @jax.checkpoint
-    def attend(q: Float[Array, "b h block k"]) -> Float[Array, "b h block k"]:
-        scores = jnp.einsum("bhqk,bhtk->bhqt", q, k, preferred_element_type=dtype) * size**-0.5
+    def attend(q: Float[Array, "*n q k"], k: Float[Array, "*n t k"], v: Float[Array, "*n t k"]) -> Array:
+        scores = jnp.einsum("...qk,...tk->...qt", q, k, preferred_element_type=dtype) * size**-0.5
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        o = jnp.einsum("bhqt,bhtk->bhqk", weights.astype(v.dtype), v, preferred_element_type=dtype)
+        o = jnp.einsum("...qt,...tk->...qk", weights.astype(v.dtype), v, preferred_element_type=dtype)
         return (o / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
     blocks = -(-own // _CPU_BLOCK)
     if blocks == 1:
-        return attend(q).swapaxes(1, 2)
+        return attend(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
     block = -(-own // blocks)
-    q = jnp.pad(q, [(0, 0), (0, 0), (0, blocks * block - own), (0, 0)])
-    o = jax.lax.map(attend, q.reshape(b, heads, blocks, block, size).transpose(2, 0, 1, 3, 4))
-    return o.transpose(1, 0, 3, 2, 4).reshape(b, -1, heads, size)[:, :own]
+    q = jnp.pad(q, [(0, 0), (0, blocks * block - own), (0, 0), (0, 0)])
+    q = q.reshape(b, blocks, block, heads, size).transpose(3, 1, 0, 2, 4)
+
+    def attend_head(head: tuple[Array, Array, Array]) -> Array:
+        q, k, v = head
+        return jax.lax.map(lambda block: attend(block, k, v), q)
+
+    o = jax.lax.map(attend_head, (q, *(x.transpose(2, 0, 1, 3) for x in (k, v))))
+    return o.transpose(2, 1, 3, 0, 4).reshape(b, -1, heads, size)[:, :own]
 
 
 def splash_attention(
