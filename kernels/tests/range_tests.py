@@ -1,10 +1,12 @@
 """Tests of NaN, infinity and large values, for the classes of implementations that promise them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 from gla_test_base import FLOAT32
+from pallas_gla import gated_gla_2d
 
 
 class NonFiniteTests:
@@ -42,6 +44,36 @@ class NonFiniteTests:
         v, d_o = jnp.where(token < 30, v, value), jnp.where(token < 10, value, d_o)
         kept = np.broadcast_to((token[..., 0, 0] >= 10) & (token[..., 0, 0] < 30), (2, 40))
         self.check_where(kept, (q, k, v, g, state), (d_o, d_state), expected)
+
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("where", ["segment", "later"])
+    def test_nan_in_all_arrays_and_tangents_reaches_no_token_elsewhere(self, where, gated):
+        t = 40
+        (*tokens, state), (d_o, _) = oracle.inputs(16, t=t, h=2)
+        *dots, _ = oracle.inputs(17, t=t, h=2)[0]
+        dots, tokens = (*dots, d_o), (*tokens, dots[2])  # with an output gate
+        after = np.arange(t)[None, :, None, None] >= 25
+        spoiled, ids = after, None
+        if where == "segment":
+            spoiled, ids = ~after, jnp.asarray(after[..., 0, 0], jnp.int32).repeat(2, 0)
+
+        def scan(q, k, v, g, out_gate):
+            options = {"chunk_size": 16, "initial_state": state, "segment_ids": ids} | self.backend
+            if not gated:
+                return self.scan(q, k, v, g, state, segment_ids=ids)[0] * out_gate
+            return gated_gla_2d(
+                q, k, v, 8 * g, out_gate, jnp.ones(16), grid=(1, t), direction="row", **options
+            )
+
+        @jax.jit
+        def results(tokens, dots, d_o):
+            o, o_dot = jax.jvp(scan, tokens, dots)
+            gradients = () if where == "later" else jax.vjp(scan, *tokens)[1](d_o)
+            return [jnp.where(spoiled, 0, x) for x in (o, o_dot, *gradients)]
+
+        expected = results(tokens, dots, d_o)
+        actual = results(*jax.tree.map(lambda x: jnp.where(spoiled, jnp.nan, x), (tokens, dots, d_o)))
+        oracle.assert_close(actual, expected, FLOAT32, ["results"] * len(actual))
 
     def test_nan_reaches_every_token_that_depends_on_it(self):
         (q, k, v, g, state), (d_o, d_state) = oracle.inputs(17, t=40)

@@ -18,6 +18,7 @@ from gla_test_base import SIZES, GLATestBase
 from jax.experimental.pallas import tpu as pltpu
 from pallas_gla.mosaic_tpu import backend, launch, tuning
 from pallas_gla.scan import Gating, Operands, Scan, saved_shape
+from range_tests import NonFiniteTests
 from triton_cases import check_uneven
 
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
@@ -25,7 +26,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 GATING = Gating(normalizer=16.0, eps=1e-6)
 
 
-class TestMosaic(GLATestBase):
+class TestMosaic(NonFiniteTests, GLATestBase):
     implementation = "mosaic"
     interpret = jax.default_backend() != "tpu"
 

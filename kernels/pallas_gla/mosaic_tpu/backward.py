@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_gla.mosaic_tpu import forward as fwd
-from pallas_gla.mosaic_tpu import tiles
+from pallas_gla.mosaic_tpu import nonfinite, tiles
 from pallas_gla.mosaic_tpu.tiles import HeadGroup, TpuTiling
 from pallas_gla.scan import Gating
 
@@ -137,6 +137,8 @@ class _FactorizedStep:
         d_k = tiling.dot(d_scores_t, query_stack) + _write_state(tiling, group, v, left)
         yield
         through = jnp.sum(entered.astype(jnp.float32) * both, axis=0, keepdims=True)
+        # The first depends on all q, d_o and both states, the second on all k and v.
+        self.spans.extend((fwd.check(through, 0), fwd.check(d_q, tiling.scan_rows[2])))
         difference = q.astype(jnp.float32) * d_q - k.astype(jnp.float32) * d_k
         d_g = through - tiling.sums(self.sum_before, difference, parts=3)
         refs["d_q"].store(chunk, group.keys, d_q * fwd.query_factor(total, middle, self.scale))
@@ -173,22 +175,30 @@ def _bisect_chunk(
     gating: Gating | None,
     slot: Int[Array, ""],
 ) -> None:
+    numbers = nonfinite.finite_inputs(refs)
     g = fwd.any_decay(refs, tiling, chunk, group, gating)
-    q = refs["q"].load(chunk, group.keys, jnp.float32) * scale
-    k = refs["k"].load(chunk, group.keys, jnp.float32)
-    v, d_o = (refs[name].load(chunk, group.values) for name in ("v", "d_o"))
+    reach = nonfinite.Reach(tiling, group, refs, chunk, g)
+    q = numbers["q"].load(chunk, group.keys, jnp.float32) * scale
+    k = numbers["k"].load(chunk, group.keys, jnp.float32)
+    v, d_o = (numbers[name].load(chunk, group.values) for name in ("v", "d_o"))
     state = refs["states"][chunk, :, group.keys].astype(jnp.float32)
     d_state = refs["state"][slot, :, group.keys]
+    seen = reach.seen(state)
+    lost = nonfinite.flags(refs["d_o"].load(chunk, group.values))
+    lost += 0.0 if gating is None else reach.lost(seen)
+    readers = reach.readers(lost)
+    needed = reach.needed(readers, d_state)
+    g, state, d_state = map(nonfinite.finite, (g, state, d_state))
     from_start, to_end = fwd.block_sums(tiling, g, tiles.levels(tiling.chunk))
     decay = jnp.exp2(fwd.row(from_start, tiling.scan_rows[2]))
     queries, keys = q * jnp.exp2(from_start), k * jnp.exp2(to_end)
     scores = fwd.bisected_scores(tiling, group, q, k, g)
     if gating is not None:
         o = fwd.attend(tiling, group, scores, v) + fwd.read_state(tiling, group, queries, state)
-        d_o, d_weight = _through_norm(refs, tiling, chunk, group, o, d_o, gating)
+        d_o, d_weight = _through_norm(numbers, tiling, chunk, group, o, d_o, gating, reach.on_values(readers))
         refs["d_norm_weight"][:, group.values] += d_weight
     d_v = _gather(tiling, group, scores, d_o) + fwd.read_state(tiling, group, keys, d_state)
-    refs["d_v"].store(chunk, group.values, d_v)
+    refs["d_v"].store(chunk, group.values, nonfinite.mark(reach.on_values(needed + reach.writers()), d_v))
 
     # First the terms that cross the chunk's ends, then the pairs inside it, by distance.
     d_queries = _write_state(tiling, group, d_o, state)
@@ -212,11 +222,11 @@ def _bisect_chunk(
         return d_q + d_queries * from_start, d_k + d_keys * to_end, d_g
 
     d_q, d_k, d_g = tiles.loop(tiles.levels(tiling.chunk), add, (d_q, d_k, d_g))
-    refs["d_q"].store(chunk, group.keys, d_q * scale)
-    refs["d_k"].store(chunk, group.keys, d_k)
-    _store_decay(refs, chunk, group, d_g, gating)
+    refs["d_q"].store(chunk, group.keys, nonfinite.mark(seen + readers, d_q * scale))
+    refs["d_k"].store(chunk, group.keys, nonfinite.mark(needed + reach.writers(), d_k))
+    _store_decay(refs, chunk, group, nonfinite.mark(seen + needed, d_g), gating)
     update = tiles.fold_heads(tiling.dot(d_o, queries, "tn"), group.heads)
-    refs["state"][slot, :, group.keys] = d_state * decay + update
+    refs["state"][slot, :, group.keys] = nonfinite.mark(reach.incoming(needed), d_state * decay + update)
 
 
 def _pair_products(
@@ -282,8 +292,12 @@ def _through_norm(
     o: Float[Array, "c w"],
     d_out: Float[Array, "c w"],
     gating: Gating,
+    lost: Float[Array, "c w"] | None = None,
 ) -> tuple[Float[Array, "c w"], Float[Array, "1 w"]]:
-    """Store the gradient of the gate; return the gradients of o, in the products' dtype, and norm_weight."""
+    """Store the gradient of the gate; return the gradients of o, in the products' dtype, and norm_weight.
+
+    The gradients of the gate and norm_weight become NaN where o is lost.
+    """
     z = refs["out_gate"].load(chunk, group.values, jnp.float32)
     weight = refs["norm_weight"][:, group.values]
     d_out = d_out.astype(jnp.float32)
@@ -291,6 +305,8 @@ def _through_norm(
     sigmoid = tiles.sigmoid(z)
     normal, gate = o * inverse, z * sigmoid
     d_weight = d_out * normal
+    if lost is not None:
+        d_weight = nonfinite.mark(lost, d_weight)
     refs["d_out_gate"].store(chunk, group.values, d_weight * weight * (sigmoid + gate * (1.0 - sigmoid)))
     d_normal = d_out * weight * gate
     mean = fwd.head_means(tiling, group, d_normal * normal)

@@ -8,9 +8,9 @@ end, S the transposed incoming state, g_0 the decay of the first token, and i >=
 
 A token takes two exponentials; all else is matrix products (Yang et al. 2024, section 4.2). Taking the
 reference in the middle halves the range of the exponents; leaving out g_0, which affects no pair inside the
-chunk, allows it to be a reset. If decays in a step span more than `MAX_SPAN`, the step runs again by
-bisection: pairs (i, j) in neighboring blocks of 1, 2, 4, ... tokens decay by a sum from j to the end of its
-block and a sum from the start of i's block, both <= 0.
+chunk, allows it to be a reset. If decays in a step span more than `MAX_SPAN`, or if a result is NaN or
+infinite, the step runs again by bisection: pairs (i, j) in neighboring blocks of 1, 2, 4, ... tokens decay by
+a sum from j to the end of its block and a sum from the start of i's block, both <= 0.
 """
 
 import math
@@ -22,13 +22,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_gla.mosaic_tpu import tiles
+from pallas_gla.mosaic_tpu import nonfinite, tiles
 from pallas_gla.mosaic_tpu.tiles import HeadGroup, TpuTiling
 from pallas_gla.mosaic_tpu.tokens import LANES
 from pallas_gla.scan import Gating
-
-# A decay of this many bits is zero in float32.
-NO_STATE = -512.0
 
 
 def forward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gating: Gating | None) -> None:
@@ -63,6 +60,7 @@ def forward_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gating
         entered = states[group] * enter
         states[group] = (entered + update) * leave
         o = attend(tiling, group, scores, v) + read_state(tiling, group, q, entered)
+        spans.append(check(o, tiling.scan_rows[2]))
         yield
         finish(refs, tiling, chunk, group, o, gating)
 
@@ -89,26 +87,30 @@ def _bisect_step(
     after: Int[Array, ""],
 ) -> None:
     """Run the step for any decay, overwriting the results of the factorized form."""
-    state_ref = refs["state"]
+    state_ref, numbers = refs["state"], nonfinite.finite_inputs(refs)
     state_ref[after] = state_ref[before]
 
     def run(chunk: Int[Array, ""]) -> None:
         for group in tiling.groups:
             g = any_decay(refs, tiling, chunk, group, gating)
-            q = refs["q"].load(chunk, group.keys, jnp.float32) * scale
-            k = refs["k"].load(chunk, group.keys, jnp.float32)
-            v = refs["v"].load(chunk, group.values)
+            q = numbers["q"].load(chunk, group.keys, jnp.float32) * scale
+            k = numbers["k"].load(chunk, group.keys, jnp.float32)
+            v = numbers["v"].load(chunk, group.values)
             state = state_ref[after, :, group.keys]
             if "states" in refs:
                 refs["states"][chunk, :, group.keys] = state.astype(refs["states"].dtype)
+            reach = nonfinite.Reach(tiling, group, refs, chunk, g)
+            seen = reach.seen(state)
+            g, state = nonfinite.finite(g), nonfinite.finite(state)
             from_start, to_end = block_sums(tiling, g, tiles.levels(tiling.chunk))
             scores = bisected_scores(tiling, group, q, k, g)
             o = attend(tiling, group, scores, v)
             o += read_state(tiling, group, q * jnp.exp2(from_start), state)
-            finish(refs, tiling, chunk, group, o, gating)
+            finish(numbers, tiling, chunk, group, o, gating, reach.lost(seen))
             update = tiles.fold_heads(tiling.dot(v, k * jnp.exp2(to_end), "tn"), group.heads)
-            decayed = state * jnp.exp2(row(from_start, tiling.scan_rows[2]))
-            state_ref[after, :, group.keys] = decayed + update
+            end = tiling.scan_rows[2]
+            decayed = state * jnp.exp2(row(from_start, end))
+            state_ref[after, :, group.keys] = nonfinite.mark(row(seen, end), decayed + update)
 
     tiles.for_chunks(tiling, run)
 
@@ -130,9 +132,9 @@ def decay(
 def any_decay(
     refs: dict[str, Any], tiling: TpuTiling, chunk: Int[Array, ""], group: HeadGroup, gating: Gating | None
 ) -> Float[Array, "c w"]:
-    """Return the chunk's decays in bits, clipped at `NO_STATE` so that sums are finite."""
+    """Return the chunk's decays in bits, at least `NO_STATE` so that sums are finite."""
     g = decay(refs, tiling, chunk, group, gating).astype(jnp.float32) * unit(gating)
-    return jnp.maximum(g, NO_STATE)
+    return jnp.maximum(g, nonfinite.NO_STATE)
 
 
 def unit(gating: Gating | None) -> float:
@@ -192,6 +194,14 @@ def query_factor(
 def row(x: Float[Array, "c w"], index: int) -> Float[Array, "1 w"]:
     """Return one row of x."""
     return x[index : index + 1]
+
+
+def check(results: Float[Array, "c w"], index: int) -> Float[Array, "1 w"]:
+    """Return zeros, or NaN in columns in which a row has NaN or infinities.
+
+    The row of the last token depends on all k and v of the chunk and on the incoming state.
+    """
+    return 0.0 * row(results, index)
 
 
 def largest(spans: list[Float[Array, "1 _"]]) -> Float[Array, ""]:
@@ -271,13 +281,14 @@ def finish(
     group: HeadGroup,
     o: Float[Array, "c w"],
     gating: Gating | None,
+    lost: Float[Array, "c w"] | None = None,
 ) -> None:
-    """Normalize and gate o if the scan is gated, and store it."""
+    """Normalize and gate o if the scan is gated, and store it, with NaN where it is lost."""
     if gating is not None:
         z = refs["out_gate"].load(chunk, group.values, jnp.float32)
         weight = refs["norm_weight"][:, group.values]
         o *= inverse_norm(tiling, group, o, gating) * weight * tiles.silu(z)
-    refs["o"].store(chunk, group.values, o)
+    refs["o"].store(chunk, group.values, o if lost is None else nonfinite.mark(lost, o))
 
 
 def inverse_norm(

@@ -8,9 +8,9 @@ first token, D_M and D_L its value in the middle and at the end, and g_0_dot the
     o_dot = mask(a~ k~^T + q~ b~^T) v + mask(q~ k~^T) v_dot + a~ S~^T + q~ S~_dot^T
     S_dot <- exp(L - M) (S~_dot + v^T b~ + v_dot^T k~ + (D_L - D_M) (S~ + v^T k~))
 
-D starts again in every chunk, so that q D and k D stay small. If decays are strong, the step runs again by
-bisection: a pair (i, j) in neighboring blocks has D_i - D_j = F_i + E_j, a sum from the start of i's block to
-i and a sum from j + 1 to the end of j's block.
+D starts again in every chunk, so that q D and k D stay small. If decays are strong, or if a result is NaN or
+infinite, the step runs again by bisection: a pair (i, j) in neighboring blocks has D_i - D_j = F_i + E_j, a
+sum from the start of i's block to i and a sum from j + 1 to the end of j's block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_gla.mosaic_tpu import tiles
+from pallas_gla.mosaic_tpu import nonfinite, tiles
 from pallas_gla.mosaic_tpu.forward import (
     any_decay,
     attend,
     block_sums,
+    check,
     decay_sums,
     factorized,
     head_means,
@@ -89,6 +90,7 @@ def tangent_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gating
         summed_dot = plus(plus(entered_dot, times(rest, summed)), update_dot)
         states[group] = (summed * leave, summed_dot * leave)
         outputs = results(tiling, group, pairs, (v, v_dot), (q, q_dot), (entered, entered_dot), gating)
+        spans.append(check(outputs[1], tiling.scan_rows[2]))
         yield
         finish(refs, tiling, chunk, group, *outputs, gating)
 
@@ -116,33 +118,39 @@ def _bisect_step(
     after: Int[Array, ""],
 ) -> None:
     """Run the step for any decay, overwriting the results of the factorized form."""
+    numbers = nonfinite.finite_inputs(refs)
     for name in STATES:
         refs[name][after] = refs[name][before]
 
     def run(chunk: Int[Array, ""]) -> None:
         for group in tiling.groups:
             g = any_decay(refs, tiling, chunk, group, gating)
-            change = decay_dot(refs, tiling, chunk, group, gating)
-            q, k = (refs[name].load(chunk, group.keys, jnp.float32) for name in ("q", "k"))
-            v, v_dot = (load(refs, name, chunk, group.values) for name in ("v", "v_dot"))
+            reach = nonfinite.Reach(tiling, group, refs, chunk, g)
+            states = [refs[name][after, :, group.keys] for name in STATES]
+            seen = reach.seen(*states)
+            g, state, state_dot = map(nonfinite.finite, (g, *states))
+            change = decay_dot(numbers, tiling, chunk, group, gating)
+            change = None if change is None else nonfinite.finite(change)
+            q, k = (numbers[name].load(chunk, group.keys, jnp.float32) for name in ("q", "k"))
+            v, v_dot = (load(numbers, name, chunk, group.values) for name in ("v", "v_dot"))
             assert v is not None
-            state, state_dot = (refs[name][after, :, group.keys] for name in STATES)
-            pairs = _bisected_pairs(refs, tiling, chunk, group, (q * scale, k), g, change, scale)
+            pairs = _bisected_pairs(numbers, tiling, chunk, group, (q * scale, k), g, change, scale)
             from_start, to_end = block_sums(tiling, g, tiles.levels(tiling.chunk))
             moved = _moved(tiling, change, tiles.levels(tiling.chunk))
-            q_dot, k_dot = numerators(refs, chunk, group, *moved)
+            q_dot, k_dot = numerators(numbers, chunk, group, *moved)
             leaving = jnp.exp2(to_end)
             reading = jnp.exp2(from_start) * scale
             queries = (q * reading, times(q_dot, reading))
             outputs = results(tiling, group, pairs, (v, v_dot), queries, (state, state_dot), gating)
-            finish(refs, tiling, chunk, group, *outputs, gating)
-            end = row(jnp.exp2(from_start), tiling.scan_rows[2])
-            total = None if moved[0] is None else row(moved[0], tiling.scan_rows[2])
+            finish(numbers, tiling, chunk, group, *outputs, gating, reach.lost(seen))
+            last = tiling.scan_rows[2]
+            end = row(jnp.exp2(from_start), last)
+            total = None if moved[0] is None else row(moved[0], last)
             keys = (k * leaving, times(k_dot, leaving))
             update, update_dot = states_update(tiling, group, (v, v_dot), keys)
             state_dot = plus(plus(state_dot, times(total, state)) * end, update_dot)
-            refs["state"][after, :, group.keys] = state * end + update
-            refs["state_dot"][after, :, group.keys] = state_dot
+            for name, x in zip(STATES, (state * end + update, state_dot), strict=True):
+                refs[name][after, :, group.keys] = nonfinite.mark(row(seen, last), x)
 
     tiles.for_chunks(tiling, run)
 
@@ -302,8 +310,12 @@ def finish(
     o: Tile | None,
     o_dot: Tile,
     gating: Gating | None,
+    lost: Tile | None = None,
 ) -> None:
-    """Store o_dot or, in a gated scan, the tangent of RMSNorm(o) * norm_weight * SiLU(out_gate)."""
+    """Store o_dot or, in a gated scan, the tangent of RMSNorm(o) * norm_weight * SiLU(out_gate).
+
+    It becomes NaN where it is lost.
+    """
     if gating is not None:
         assert o is not None
         z = refs["out_gate"].load(chunk, group.values, jnp.float32)
@@ -321,7 +333,7 @@ def finish(
         if "norm_weight_dot" in refs:
             moved += o * (refs["norm_weight_dot"][:, group.values] * silu)
         o_dot = moved * inverse
-    refs["o_dot"].store(chunk, group.values, o_dot)
+    refs["o_dot"].store(chunk, group.values, o_dot if lost is None else nonfinite.mark(lost, o_dot))
 
 
 def load(

@@ -153,11 +153,16 @@ def fold_heads(x: Float[Array, "rows w"], heads: int) -> Float[Array, "r w"]:
     return folded
 
 
+def used_channels(tiling: TpuTiling, shape: tuple[int, ...]) -> Bool[Array, "r w"]:
+    """Mask the lanes of keys that are no padding."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return (lane & (tiling.key_width - 1)) < tiling.keys
+
+
 def weakest_channels(tiling: TpuTiling, group: HeadGroup, decays: Float[Array, "r w"]) -> Float[Array, ""]:
     """Return the largest, over rows and heads, of the smallest decay of a head's channels."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, decays.shape, 1)
     head = _head_of_lane(decays.shape, group.heads)
-    used = (lane & (tiling.key_width - 1)) < tiling.keys
+    used = used_channels(tiling, decays.shape)
     infinity = jnp.full((), jnp.inf, decays.dtype)  # a plain one has 64 bits with jax_enable_x64
     smallest = [
         jnp.min(jnp.where((head == h) & used, decays, infinity), axis=1, keepdims=True)

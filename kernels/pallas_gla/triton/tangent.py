@@ -9,7 +9,8 @@ the chunk's middle:
     S'_dot = (S~_dot + b~^T v + k~^T v_dot + D_last (S~ + k~^T v)) exp(G_last - m)
 
 where -D_first and D_last are the sums over the first and the second half. D starts again in every chunk, so
-that q D and k D stay small. A chunk whose decay is too strong runs token by token.
+that q D and k D stay small. A chunk whose decay is too strong runs token by token, and so does the whole scan
+if a state is NaN or infinite, as products spread such numbers to tokens that do not depend on them.
 """
 
 from collections.abc import Callable
@@ -17,9 +18,18 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_gla.triton.chunk import ChunkSegments, Decay, causal, chunk_decay, only, token_count, token_decay
+from pallas_gla.triton.chunk import (
+    ChunkSegments,
+    Decay,
+    causal,
+    chunk_decay,
+    is_finite,
+    only,
+    through_token,
+    token_count,
+)
 from pallas_gla.triton.tiling import TritonProgram, TritonTiling, iota, pick
 
 Tile = Float[Array, "_ _"]
@@ -33,7 +43,7 @@ def tangent_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[...
 
     def gla_tangent(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
-        states = program.loop(lambda chunk, states: _chunk(program, chunk, states), _first_states(program))
+        states, _ = _run(program, lambda: _first_states(program))
         program.store_end_state("final_state_dot", states[1], tiling.parts - 1)
 
     return gla_tangent
@@ -45,23 +55,55 @@ def tangent_parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callab
     def gla_tangent_parts(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
 
-        def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
-            states, log2_decay, moved = carry
+        def add(chunk: Int[Array, ""], sums: tuple) -> tuple:
+            log2_decay, moved = sums
             positions = program.positions(chunk)
             g, unit = chunk_decay(program, positions)
             log2_decay += jnp.sum(g.astype(jnp.float32), axis=0) * unit
             change = decay_dot(program, positions)
             if change is not None:
                 moved += jnp.sum(change.astype(jnp.float32), axis=0)
-            return _chunk(program, chunk, states), log2_decay, moved
+            return log2_decay, moved
 
         zero, line = program.zero_state(), jnp.zeros((tiling.key_width,), jnp.float32)
-        (state, state_dot), log2_decay, moved = program.loop(step, ((zero, zero), line, line))
+        (state, state_dot), (log2_decay, moved) = _run(program, lambda: (zero, zero), add, (line, line))
         program.store_part(state, log2_decay)
         program.store_state("local_state_dot", program.local_state(program.part), state_dot)
         program.store_line("local_moved", program.program_index(program.part), moved)
 
     return gla_tangent_parts
+
+
+def _run(
+    program: TritonProgram,
+    first_states: Callable[[], States],
+    add: Callable[[Int[Array, ""], tuple], tuple] = lambda _, sums: sums,
+    sums: tuple = (),
+) -> tuple[States, tuple]:
+    """Run all chunks and store o_dot if the launch has it.
+
+    Returns:
+        The last states, and `sums` after `sums = add(chunk, sums)` for every chunk.
+    """
+
+    def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
+        states, sums, finite = carry
+        states, sums = _chunk(program, chunk, states), add(chunk, sums)
+        # Later segments have finite states again.
+        return states, sums, finite & _are_finite(states) if program.tiling.segmented else finite
+
+    states, sums, finite = program.loop(step, (first_states(), sums, jnp.bool_(True)))
+    states = lax.cond(
+        finite & _are_finite(states),
+        lambda states: states,
+        lambda _: program.loop(lambda chunk, states: _by_token(program, chunk, states), first_states()),
+        states,
+    )
+    return states, sums
+
+
+def _are_finite(states: States) -> Bool[Array, ""]:
+    return is_finite(states[0]) & is_finite(states[1])
 
 
 def _first_states(program: TritonProgram) -> States:
@@ -77,8 +119,9 @@ def _first_states(program: TritonProgram) -> States:
         state, state_dot = states
         index, where = program.program_index(part), program.local_state(part)
         decay, moved = (program.load_line(name, index)[None, :] for name in ("local_decay", "local_moved"))
-        state_dot = (state_dot + moved * state) * decay + program.load_state("local_state_dot", where)
-        return state * decay + program.load_state("local_state", where), state_dot
+        state_dot = jnp.where(decay > 0, (state_dot + moved * state) * decay, 0.0)
+        state_dot += program.load_state("local_state_dot", where)
+        return program.through_part(part, state), state_dot
 
     return lax.fori_loop(jnp.int32(0), program.part, through_part, (first[0], first[1]))
 
@@ -90,13 +133,16 @@ def _chunk(program: TritonProgram, chunk: Int[Array, ""], states: States) -> Sta
     def fast(states: States) -> States:
         return _factorized(program, chunk, decay, states)
 
-    def safe(states: States) -> States:
-        def token(i: Int[Array, ""], states: States) -> States:
-            return _token(program, chunk * program.tiling.chunk + i, states)
+    return lax.cond(decay.bounded, fast, lambda states: _by_token(program, chunk, states), states)
 
-        return lax.fori_loop(jnp.int32(0), token_count(program, chunk), token, states)
 
-    return lax.cond(decay.bounded, fast, safe, states)
+def _by_token(program: TritonProgram, chunk: Int[Array, ""], states: States) -> States:
+    """Run a chunk token by token."""
+
+    def token(i: Int[Array, ""], states: States) -> States:
+        return _token(program, chunk * program.tiling.chunk + i, states)
+
+    return lax.fori_loop(jnp.int32(0), token_count(program, chunk), token, states)
 
 
 def _factorized(program: TritonProgram, chunk: Int[Array, ""], decay: Decay, states: States) -> States:
@@ -177,14 +223,14 @@ def _token(program: TritonProgram, position: Int[Array, ""], states: States) -> 
     def token(name: str) -> Float[Array, " n"] | None:
         return program.load_token(name, position) if name in program.refs else None
 
-    decay = token_decay(program, position)[None, :]
     change = token("g_dot")
     if change is not None:
         change = _decay_dot(tiling, program.load_token("g", position), change)
         state_dot += change[None, :] * state
     k, v, k_dot, v_dot = (token(name) for name in ("k", "v", "k_dot", "v_dot"))
     assert k is not None and v is not None
-    state, state_dot = state * decay + v[:, None] * k[None, :], state_dot * decay
+    state, state_dot = (through_token(program, position, x) for x in (state, state_dot))
+    state += v[:, None] * k[None, :]
     if k_dot is not None:
         state_dot += v[:, None] * k_dot[None, :]
     if v_dot is not None:
