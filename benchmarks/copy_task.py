@@ -164,7 +164,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Draw accuracy by distance, one panel per length and steps, one line per setting."""
+    """Draw accuracy by distance, one panel per length and steps, one line per setting and seed."""
     from matplotlib.figure import Figure
 
     groups = grouped(rows)
@@ -173,17 +173,17 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     handles: dict[str, Any] = {}
     for ((columns, steps), group), axes in zip(groups.items(), panels, strict=True):
         for number, setting in enumerate(SETTINGS):
-            if group[setting]:
+            if group[setting]:  # seeds differ too much for a mean
                 style = {"color": f"C{number}", "linestyle": "-" if setting in GATES else "--"}
-                accuracy = 100 * np.mean(group[setting], axis=0)
-                (handles[setting],) = axes.plot(range(1, columns, 2), accuracy, label=setting, **style)
+                lines = axes.plot(range(1, columns, 2), 100 * np.array(group[setting]).T, **style)
+                handles[setting] = lines[0]
         axes.axhline(100 / SYMBOLS, color="#999999", linewidth=0.8, linestyle=":")
         axes.set(
             title=f"lines of {columns} tokens, {steps:,} steps", xlabel="distance in tokens", ylim=(0, 102)
         )
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy, %")
-    figure.legend(handles=[*handles.values()], loc="outside lower center", ncols=4, frameon=False)
+    figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
 
 
