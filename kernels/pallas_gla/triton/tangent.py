@@ -292,17 +292,17 @@ def gated_dot(program: TritonProgram, o: Tile, o_dot: Tile, gate: Tile | None, g
     assert gating is not None and gate is not None
     weight = program.load_line("norm_weight", program.element)[None, :]
     inverse = lax.rsqrt(jnp.sum(o * o, axis=1, keepdims=True) * (1 / tiling.values) + gating.eps)
-    normed = o * inverse
-    mean = jnp.sum(normed * o_dot, axis=1, keepdims=True) * (1 / tiling.values)
+    along = jnp.sum(o * o_dot, axis=1, keepdims=True) * (inverse * inverse * (1 / tiling.values))
     gate = gate.astype(jnp.float32)
     sigmoid = tiling.sigmoid(gate)
-    out_dot = (o_dot - normed * mean) * inverse * weight * (gate * sigmoid)
+    silu = gate * sigmoid
+    moved = (o_dot - o * along) * silu
     if gate_dot is not None:
-        silu_dot = sigmoid * (1 + gate * (1 - sigmoid)) * gate_dot.astype(jnp.float32)
-        out_dot += normed * weight * silu_dot
+        moved += o * (gate_dot.astype(jnp.float32) * (sigmoid + silu * (1 - sigmoid)))
+    moved *= weight
     if "norm_weight_dot" in program.refs:
-        out_dot += normed * program.load_line("norm_weight_dot", program.element)[None, :] * (gate * sigmoid)
-    return out_dot
+        moved += o * (program.load_line("norm_weight_dot", program.element)[None, :] * silu)
+    return moved * inverse
 
 
 def load(program: TritonProgram, name: str, positions: Int[Array, " c"]) -> Tile | None:
