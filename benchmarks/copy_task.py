@@ -167,7 +167,8 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Draw accuracy by distance, one panel per length and steps, one line per setting and seed."""
     from matplotlib.figure import Figure
 
-    groups = grouped(rows)
+    # A setting alone, such as one that needed more steps, has nothing to be compared with.
+    groups = {key: group for key, group in grouped(rows).items() if len(group) > 1}
     figure = Figure(figsize=(max(4 * len(groups), 6), 4.2), dpi=130, layout="constrained")
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     handles: dict[str, Any] = {}
