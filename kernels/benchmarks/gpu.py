@@ -4,7 +4,7 @@
 
 Every part runs in its own process, and every row is written to DIR/gpu.json immediately. A peer that cannot
 be imported, or a kernel that crashes its process, becomes a row with the reason, and the next job runs.
-`gpu_jobs.py` and `gpu_peers.py` explain how results are checked and times measured.
+`gpu_checks.py`, `gpu_jobs.py` and `gpu_peers.py` explain how results are checked and times measured.
 """
 
 import argparse
@@ -23,8 +23,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Shares of the time limit. A part that ends early leaves its time to the next ones. fla autotunes slowly.
-PARTS = {"check": 3.0, "time": 4.0, "jla": 1.5, "fla": 4.0, "jax_triton": 0.8}
+# Estimated minutes, and shares of the time limit. A part that ends early leaves its time to the next ones.
+# All rows would take longer (check 3 minutes, time 6, fla 4, which autotunes slowly), but the most valuable
+# ones come first: those of --quick take about two minutes each.
+PARTS = {"check": 2.5, "time": 2.5, "jla": 0.5, "fla": 1.2, "jax_triton": 0.3}
 PEERS = ("jla", "fla", "jax_triton")
 PACKAGES = ("jax", "jaxlib", "torch", "triton", "fla-core", "jax-linear-attention", "jax-triton", "numpy")
 # A job without output for this long is killed.
@@ -59,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer checks, two shapes")
     parser.add_argument("--tune", action="store_true", help="time the candidates for tuning.py only")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU in interpret mode")
-    parser.add_argument("--seconds", type=float, default=540, help="time limit; later jobs are skipped")
+    parser.add_argument("--seconds", type=float, default=420, help="time limit; later jobs are skipped")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--end", type=float, default=math.inf, help=argparse.SUPPRESS)
@@ -199,20 +201,23 @@ def jobs_of(options: argparse.Namespace) -> Jobs:
         os.environ["JAX_PLATFORMS"] = "cpu"
     if options.part in PEERS:
         return peer_jobs(options)
+    import gpu_checks
     import gpu_jobs
 
     if options.part == "check":
-        jobs, lower = gpu_jobs.checks(options.quick), gpu_jobs.CheckRun
+        jobs, lower = gpu_checks.checks(options.quick), gpu_checks.lower
         if options.dry_run:
-            jobs = [gpu_jobs.Check((2, 9), k=16, v=16, batch=1), gpu_jobs.Check((3, 7), gated=True, heads=1)]
+            jobs = gpu_checks.small_checks()
     else:
         jobs, lower = gpu_jobs.timings(options.quick, options.tune), gpu_jobs.TimingRun
         if options.dry_run:
             small = {"batch": 1, "tokens": 16, "heads": 1}
             ops = (("loop", None), ("copy", None), ("gla", "xla"), ("gated_gla_2d", "triton"))
             jobs = [gpu_jobs.Timing(op, implementation=name, **small) for op, name in ops]
-            jobs += [gpu_jobs.Timing("gla", implementation="xla", backward=True, **small)]
-            jobs += [gpu_jobs.Timing("copy", backward=True, **small)]
+            small |= {"implementation": "xla"}
+            jobs += [gpu_jobs.Timing("gla", tangent=True, **small)]
+            ops = ("copy", "gla", "selective_scan")
+            jobs += [gpu_jobs.Timing(op, backward=True, **small) for op in ops]
     return len(jobs), compiled_jobs(jobs[options.start :], lambda job: lower(job, interpret=options.dry_run))
 
 

@@ -3,16 +3,44 @@ import pathlib
 import subprocess
 import sys
 
+import gpu_checks
 import gpu_jobs
+import numpy as np
 import pytest
 
 
 def test_every_check_and_timing_has_its_own_name():
-    checks = [check.name for check in gpu_jobs.checks(quick=False)]
+    checks = [check.name for check in gpu_checks.checks(quick=False)]
     assert len(checks) == len(set(checks))
     for tune in (False, True):
         timings = [(x.name, x.batch, x.tokens, x.heads, x.backward) for x in gpu_jobs.timings(False, tune)]
         assert len(timings) == len(set(timings))
+
+
+@pytest.mark.parametrize("check", gpu_checks.small_checks(), ids=lambda check: check.name)
+def test_every_kind_of_check_passes_in_interpret_mode(check):
+    run = gpu_checks.lower(check, interpret=True)
+    row = run.row(run.lowered.compile())
+    assert row["ok"], row
+    assert row["repeatable"]
+
+
+def test_an_error_in_a_small_channel_is_found():
+    expected = np.ones((1, 4, 1, 2)) * [1.0, 1e-6]
+    runs = [[expected * [1.0, 1.1]]] * 2
+    assert gpu_checks.compared(runs, {"dg": expected}, 1e-3)["ok"]
+    assert not gpu_checks.compared(runs, {"dg": expected}, 1e-3, by_channel=("dg",))["ok"]
+
+
+def test_timings_count_the_bytes_of_the_minimum():
+    tangent = gpu_jobs.Timing(tangent=True)
+    gated = gpu_jobs.Timing("gated_gla_2d", tangent=True)
+    scan = gpu_jobs.Timing("selective_scan", backward=True)
+    # In bfloat16: inputs and their tangents, and the output's tangent.
+    assert tangent.bytes == 2 * (2 * (32 + 32 + 64 + 32) + 64)
+    assert gated.bytes == tangent.bytes + 2 * 2 * 64
+    # x, dt, z and y, then x, dt, z, the gradient of y and those of x, dt, z, of 64 channels.
+    assert scan.bytes == 2 * 64 * (4 + 7)
 
 
 @pytest.mark.slow
