@@ -23,7 +23,8 @@ BEGIN_CPU, END_CPU = "<!-- CPU -->\n", "<!-- end of CPU -->\n"
 PHASES = {"train": "train step", "sample": "guided sampling step", "meanflow": "train step of MeanFlow"}
 _ATTENTION = {"DiT": "DiT, flash attention", "DiT, plain": "DiT, plain attention"}
 _LINE = 3  # a panel has points of at least this many resolutions
-_CHIPS = ("v5e", "v6e", "tpu7x", "h100", "h200")
+# Chips of the table of ratios → those whose programs stand in for missing ones, the most similar first.
+_SIMILAR = {"v5e": ("v6e",), "v6e": (), "tpu7x": ("v6e",), "h100": ("h200", "v6e"), "h200": ("v6e",)}
 Row = Mapping[str, Any]
 
 
@@ -59,28 +60,31 @@ def _replaced(text: str, begin: str, lines: Iterable[str], end: str) -> str:
 
 
 def _ratios(rows: Sequence[Row]) -> Iterator[str]:
-    """Compare DiG-XL with the faster attention of DiT-XL on all chips, by the programs for the v6e."""
-    timed = [row for row in rows if row["device"] == "v6e" and row["size"] == "XL" and "traffic" in row]
+    """Compare DiG-XL with the faster attention of DiT-XL on all chips."""
+    timed = [row for row in rows if row["size"] == "XL" and "traffic" in row]
     pixels = sorted({row["pixels"] for row in timed})
     yield "**Speed of DiG-XL/2 / speed of DiT-XL/2 with its faster attention, computed**\n"
     yield f"| step | chip | {' | '.join(f'{number:,} px' for number in pixels)} |"
     yield "|" + "---|" * (2 + len(pixels))
-    for phase, chip in itertools.product(PHASES, _CHIPS):
-        cells = []
-        for number in pixels:
-            seconds = {
-                model: [_seconds(row, CHIPS[chip]) for row in timed if _is(row, model, phase, number)]
-                for model in ("DiG", "DiT", "DiT, plain")
-            }
-            dit = seconds["DiT"] + seconds["DiT, plain"]
-            cells.append(f"{min(dit) / seconds['DiG'][0]:.2f}" if dit and seconds["DiG"] else "")
+    for phase, chip in itertools.product(PHASES, _SIMILAR):
+        cells = [_ratio(timed, phase, number, chip) for number in pixels]
         if any(cells):
             yield f"| {PHASES[phase]} | {chip} | {' | '.join(cells)} |"
-    yield "\n*The programs for the v6e at the peak rates of each chip.*\n"
+    yield "\n*Programs for the chip itself; with a star, for the most similar chip, at the rates of this one.*\n"
 
 
-def _is(row: Row, model: str, phase: str, pixels: int) -> bool:
-    return (row["model"], row["phase"], row["pixels"]) == (model, phase, pixels)
+def _ratio(rows: Sequence[Row], phase: str, pixels: int, chip: str) -> str:
+    """Return a ratio from the programs for a chip, or else for the most similar one that has both models."""
+    for device in (chip, *_SIMILAR[chip]):
+        seconds = {
+            row["model"]: _seconds(row, CHIPS[chip])
+            for row in rows
+            if (row["device"], row["phase"], row["pixels"]) == (device, phase, pixels)
+        }
+        dit = [seconds[model] for model in ("DiT", "DiT, plain") if model in seconds]
+        if dit and "DiG" in seconds:
+            return f"{min(dit) / seconds['DiG']:.2f}{'' if device == chip else '*'}"
+    return ""
 
 
 def _seconds(row: Row, chip: Chip) -> float:
