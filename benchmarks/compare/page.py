@@ -70,7 +70,7 @@ def _ratios(rows: Sequence[Row]) -> Iterator[str]:
         cells = [_ratio(timed, phase, number, chip) for number in pixels]
         if any(cells):
             yield f"| {PHASES[phase]} | {chip} | {' | '.join(cells)} |"
-    yield "\n*Programs for the chip itself; with a star, for the most similar chip, at the rates of this one.*\n"
+    yield "\n*Programs for the chip itself; a star: for the most similar chip, at the rates of this one.*\n"
 
 
 def _ratio(rows: Sequence[Row], phase: str, pixels: int, chip: str) -> str:

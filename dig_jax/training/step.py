@@ -6,6 +6,7 @@ micro-batches.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Key
 
 from dig_jax.components import Params
-from dig_jax.parallel import constrain_batch
+from dig_jax.parallel import constrain_batch, kernel_platform
 from dig_jax.training.objectives.auxiliary import AuxiliaryObjective
 from dig_jax.training.objectives.denoising import Batch, Metrics
 from dig_jax.training.optimizer import may_overflow
@@ -42,17 +43,20 @@ def train_step(
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     if may_overflow(setup.components.config.optimizer):
         finite &= _update_is_finite(setup, grads, state)
-    updates, opt_state = setup.optimizer.update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
-    ema = {
-        name: average.update(state["ema"][name], params, updates_before)
-        for name, average in setup.averages.items()
-    }
-    updated = {"params": params, "ema": ema, "opt_state": opt_state}
-    kept = {name: state[name] for name in updated}
+    kept = {name: state[name] for name in ("params", "ema", "opt_state")}
+
+    def update() -> State:
+        updates, opt_state = setup.optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        ema = {
+            name: average.update(state["ema"][name], params, updates_before)
+            for name, average in setup.averages.items()
+        }
+        return {"params": params, "ema": ema, "opt_state": opt_state}
+
     skipped = 1 - finite.astype(jnp.int32)
     new_state = {
-        **jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept),
+        **_if_finite(finite, update, kept),
         "step": state["step"] + 1,
         "skipped_steps": state["skipped_steps"] + skipped,
     }
@@ -62,6 +66,17 @@ def train_step(
         "learning_rate": jnp.asarray(setup.schedule(updates_before), jnp.float32),
         "skipped": skipped,
     }
+
+
+def _if_finite(finite: Bool[Array, ""], update: Callable[[], State], kept: State) -> State:
+    """Return `update()`, or `kept` if something is not finite.
+
+    XLA selects without a copy on accelerators, where a branch needs more memory. On CPUs it copies parameters
+    and moments before a select.
+    """
+    if kernel_platform() == "cpu":
+        return jax.lax.cond(finite, update, lambda: kept)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(), kept)
 
 
 def _update_is_finite(setup: TrainSetup, grads: Params, state: State) -> Bool[Array, ""]:
