@@ -4,6 +4,9 @@ import subprocess
 import sys
 import time
 
+import jax
+import pytest
+
 from benchmarks import gpu_models
 
 COMPILED = "print('COMPILED {\"plan_ms\": 1.0}', flush=True); "
@@ -34,6 +37,26 @@ def test_cases_past_the_time_limit_are_rows_too(monkeypatch):
     assert row["error"] == "out of time"
     [row] = measured(monkeypatch, ["not started"], -1)
     assert row["error"] == "out of time"
+
+
+class Refused:
+    """A lowered program that compiles only without Triton's products."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self, options=None):
+        if options != {"xla_gpu_enable_triton_gemm": False}:
+            raise jax.errors.JaxRuntimeError(self.message)
+        return "compiled"
+
+
+def test_a_product_without_tiles_is_compiled_without_triton():
+    compiled, options = gpu_models.compile_program(Refused("Couldn't find output tile sizes that satisfy"))
+    assert compiled == "compiled"
+    assert options == {"xla_gpu_enable_triton_gemm": False}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        gpu_models.compile_program(Refused("out of memory"))
 
 
 def test_every_case_has_its_own_name_and_the_first_group_has_the_train_steps_of_each_recipe():

@@ -26,7 +26,7 @@ from typing import Any
 # Estimated minutes, and shares of the time limit. A part that ends early leaves its time to the next ones.
 # All rows would take longer (check 3 minutes, time 6, fla 4, which autotunes slowly), but the most valuable
 # ones come first: those of --quick take about two minutes each.
-PARTS = {"check": 2.5, "time": 2.5, "jla": 0.5, "fla": 1.2, "jax_triton": 0.3}
+PARTS = {"check": 2.5, "time": 2.5, "jla": 0.5, "fla": 0.7, "jax_triton": 0.3}
 PEERS = ("jla", "fla", "jax_triton")
 PACKAGES = ("jax", "jaxlib", "torch", "triton", "fla-core", "jax-linear-attention", "jax-triton", "numpy")
 # A job without output for this long is killed.
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer checks, two shapes")
     parser.add_argument("--tune", action="store_true", help="time the candidates for tuning.py only")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU in interpret mode")
-    parser.add_argument("--seconds", type=float, default=420, help="time limit; later jobs are skipped")
+    parser.add_argument("--seconds", type=float, default=390, help="time limit; later jobs are skipped")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--end", type=float, default=math.inf, help=argparse.SUPPRESS)
