@@ -38,8 +38,8 @@ def settings(model: str, side: int, batch: int, steps: int, dtype: str) -> confi
     c.model.dtype, c.model.learn_sigma = dtype, False
     # What is fastest. On a CPU, recomputing DiG's blocks at 1,024 px costs less than keeping activations.
     is_cpu = jax.default_backend() == "cpu"
-    c.model.remat = "block" if is_cpu and side >= 128 and model.startswith("DiG") else "none"
-    c.model.scan_layers = False
+    recomputes = is_cpu and side >= 128 and model.startswith("DiG")
+    c.model.remat, c.model.scan_layers = ("block", True) if recomputes else ("none", False)
     c.diffusion.process = "flow"
     c.diffusion.times = "uniform"
     c.sampling.sampler, c.sampling.steps, c.sampling.guidance_scale = "euler", steps, 1.0

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.compare import peers_page
-from benchmarks.compare.cases import MODELS
+from benchmarks.compare.cases import MODELS, SIZES
 from benchmarks.compare.record import Record
 from dig_jax.hardware.chips import CHIPS, Chip
 
@@ -93,23 +93,36 @@ def _seconds(row: Row, chip: Chip) -> float:
 
 
 def _tables(rows: Sequence[Row]) -> Iterator[str]:
-    def key(row: Row) -> tuple:
-        return row["kind"], row["device"], row["size"], row["phase"]
+    """Yield a section for each device, with a table for each size and phase."""
+    sections = collections.defaultdict(list)
+    for row in rows:
+        sections[row["kind"], row["device"]].append(row)
+    chips = [*_SIMILAR]
+    for kind, device in sorted(sections, key=lambda x: chips.index(x[1]) if x[1] in chips else -1):
+        found = sections[kind, device]
+        yield f"### One {device}, {kind}\n"
+        for size, phase in itertools.product(SIZES, PHASES):
+            group = [row for row in found if (row["size"], row["phase"]) == (size, phase)]
+            yield from _table(f"{PHASES[phase][0].upper()}{PHASES[phase][1:]}, size {size}", group)
+        versions = {f"{name} {version}" for row in found for name, version in row["versions"].items()}
+        dates = sorted({row["date"] for row in found})
+        yield f"*{', '.join(sorted(versions))}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.*\n"
 
-    for (kind, device, size, phase), group in itertools.groupby(sorted(rows, key=key), key):
-        group = list(group)
-        versions = ", ".join(f"{name} {version}" for name, version in group[0]["versions"].items())
-        pixels = sorted({row["pixels"] for row in group})
-        yield f"**{PHASES[phase][0].upper()}{PHASES[phase][1:]}, size {size}, one {device}, {kind}**\n"
-        yield f"| model | {' | '.join(f'{number:,} px' for number in pixels)} |"
-        yield "|" + "---|" * (1 + len(pixels))
-        found = {(row["model"], row["pixels"]): row for row in group}
-        for model in MODELS:
-            cells = [_cell(found.get((model, number))) for number in pixels]
-            if any(cells):
-                yield f"| {_ATTENTION.get(model, model)} | {' | '.join(cells)} |"
-        dates = sorted({row["date"] for row in group})
-        yield f"\n*{versions}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.*\n"
+
+def _table(title: str, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a table of models by resolution, or nothing without rows."""
+    if not rows:
+        return
+    pixels = sorted({row["pixels"] for row in rows})
+    yield f"**{title}**\n"
+    yield f"| model | {' | '.join(f'{number:,} px' for number in pixels)} |"
+    yield "|" + "---|" * (1 + len(pixels))
+    found = {(row["model"], row["pixels"]): row for row in rows}
+    for model in MODELS:
+        cells = [_cell(found.get((model, number))) for number in pixels]
+        if any(cells):
+            yield f"| {_ATTENTION.get(model, model)} | {' | '.join(cells)} |"
+    yield ""
 
 
 def _cell(row: Row | None) -> str:
@@ -120,7 +133,9 @@ def _cell(row: Row | None) -> str:
     if "images_per_second" not in row:
         return f"does not fit: {memory}"
     bound = f" ({row['bound']})" if "bound" in row else ""
-    return f"{1e3 / row['images_per_second']:.3g} ms{bound}, {memory}"
+    milliseconds = 1e3 / row["images_per_second"]
+    time = f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+    return f"{time} ms{bound}, {memory}"
 
 
 def _panels(rows: Sequence[Row], fixed: str, varied: str) -> dict[tuple[Any, str], list[Row]]:
