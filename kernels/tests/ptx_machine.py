@@ -58,8 +58,8 @@ COMPARISONS = {
     "gt": np.greater,
     "ge": np.greater_equal,
     "eq": np.equal,
-    "ne": np.not_equal,
-    # Unordered: true for NaN.
+    "ne": lambda x, y: (x < y) | (x > y),
+    # Unordered: true for NaN, unlike the others.
     "equ": lambda x, y: ~((x < y) | (x > y)),
     "neu": np.not_equal,
     "ltu": lambda x, y: ~(x >= y),

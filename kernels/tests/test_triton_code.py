@@ -64,7 +64,6 @@ def test_the_decay_gradient_of_every_channel_and_token_is_accurate(gpu, dtype):
     check_uneven(compiled(gpu), dtype)
 
 
-@pytest.mark.slow
 def test_nan_does_not_reach_earlier_tokens_or_other_segments():
     check_irregular(compiled("sm_90a"), "bfloat16", float("nan"))
 
