@@ -134,7 +134,8 @@ def any_decay(
 ) -> Float[Array, "c w"]:
     """Return the chunk's decays in bits, at least `NO_STATE` so that sums are finite."""
     g = decay(refs, tiling, chunk, group, gating).astype(jnp.float32) * unit(gating)
-    return jnp.maximum(g, nonfinite.NO_STATE)
+    # Not a maximum, which may ignore NaN.
+    return jnp.where(g < nonfinite.NO_STATE, jnp.full((), nonfinite.NO_STATE, g.dtype), g)
 
 
 def unit(gating: Gating | None) -> float:
@@ -197,15 +198,16 @@ def row(x: Float[Array, "c w"], index: int) -> Float[Array, "1 w"]:
 
 
 def check(results: Float[Array, "c w"], index: int) -> Float[Array, "1 w"]:
-    """Return zeros, or NaN in columns in which a row has NaN or infinities.
+    """Return zeros, or the largest number in columns in which a row has NaN or infinities.
 
-    The row of the last token depends on all k and v of the chunk and on the incoming state.
+    The row of the last token depends on all k and v of the chunk and on the incoming state. A maximum that
+    ignores NaN shows the largest number.
     """
-    return 0.0 * row(results, index)
+    return nonfinite.flags(row(results, index)) * jnp.finfo(jnp.float32).max
 
 
 def largest(spans: list[Float[Array, "1 _"]]) -> Float[Array, ""]:
-    """Return the largest number, or NaN if any is NaN."""
+    """Return the largest number. NaN are ignored or returned, depending on the chip."""
     widest: dict[int, Any] = {}
     for span in spans:
         width = span.shape[1]
