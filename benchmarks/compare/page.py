@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks.compare import peers_page
 from benchmarks.compare.cases import MODELS, SIZES
@@ -153,14 +154,21 @@ def _panels(rows: Sequence[Row], fixed: str, varied: str) -> dict[tuple[Any, str
 
 def _figure(panels: Mapping[tuple[Any, str], Sequence[Row]], quantity: str, varied: str) -> Figure:
     """Draw memory or time against the resolution ("pixels") or the parameters ("size")."""
-    size = (3 + 4 * len(panels), 4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for ((fixed, phase), rows), axis in zip(panels.items(), axes[0], strict=True):
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2 + 4 * columns, 1 + 3 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    used = axes.flat[: len(panels)]
+    for ((fixed, phase), rows), axis in zip(panels.items(), used, strict=True):
         _panel(axis, rows, quantity, varied)
         fixed = f"size {fixed}" if varied == "pixels" else f"{fixed:,} px"
         axis.set_title(f"{PHASES[phase]}, {fixed}", fontsize=10)
-    axes[0][0].set_ylabel("GiB of memory" if quantity == "memory" else "ms for 2,048² pixels, roofline")
-    handles = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+    for axis in axes[:, 0]:
+        axis.set_ylabel("GiB of memory" if quantity == "memory" else "ms for 2,048² pixels, roofline")
+    handles = {line.get_label(): line for axis in used for line in axis.lines}
     figure.legend(
         handles.values(), handles.keys(), fontsize=9, loc="outside lower center", ncols=len(handles)
     )
@@ -189,12 +197,14 @@ def _panel(axis: Axes, rows: Sequence[Row], quantity: str, varied: str) -> None:
         axis.axhline(rows[0]["limit"] / 2**30, color="gray", linestyle=":", label="memory of the chip")
     # Models of a size have nearly the same parameters: one tick for them.
     ticks = sorted({row[varied]: row[x] for row in rows}.values())
+    ticks = [tick for tick, after in itertools.pairwise([*ticks, 2 * ticks[-1]]) if after > 1.2 * tick]
     if varied == "pixels":
         labels, name = [f"{tick:,}" for tick in ticks], "pixels along a side"
     else:
         labels, name = [f"{tick / 1e6:.0f}" for tick in ticks], "parameters, millions"
-    axis.set(xscale="log", xlabel=name)
-    axis.set_ylim(bottom=0)
+    axis.set(xscale="log", yscale="log", xlabel=name)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:,g}")
     axis.set_xticks(ticks, labels, fontsize=8)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
