@@ -13,7 +13,7 @@ _COLUMNS = {
     "DiG": "DiG, ours",
 }
 _PACKAGES = {"torch": "PyTorch", "diffusers": "diffusers", "fla": "fla", "jax": "JAX"}
-# The speed of the first / that of the second.
+# Pairs of programs whose speeds are divided, the first by the second.
 _RATIOS = (("DiT", "PyTorch"), ("DiT", "diffusers"), ("DiG", "fla"), ("DiG", "DiT"))
 Row = Mapping[str, Any]
 

@@ -1,7 +1,7 @@
 """DiG (Zhu et al. 2025) in PyTorch, a peer of the comparison: its scans run on fla's kernels on a GPU.
 
 As in the released code, the tokens are reversed after each block and transposed after every second one, so
-that every block scans forward and its convolution acts in the turned image. Names of parameters are those of
+that every block scans forward and its convolution acts in the turned image. Parameters have the names of
 the released code. Without a GPU a plain recurrence takes the place of fla's kernels, to compare outputs.
 """
 

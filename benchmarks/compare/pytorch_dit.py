@@ -1,6 +1,6 @@
 """DiT (Peebles & Xie 2023) in PyTorch, a peer of the comparison.
 
-Attention is PyTorch's `scaled_dot_product_attention`. Names of parameters are those of the released code, so
+Attention is PyTorch's `scaled_dot_product_attention`. Parameters have the names of the released code, so
 that `dig_jax.convert` reads them. SiT has the same network; it computes a variance that it does not use.
 """
 

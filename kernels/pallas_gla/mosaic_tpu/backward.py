@@ -198,7 +198,7 @@ def _bisect_chunk(
         d_o, d_weight = _through_norm(numbers, tiling, chunk, group, o, d_o, gating, reach.on_values(readers))
         refs["d_norm_weight"][:, group.values] += d_weight
     d_v = _gather(tiling, group, scores, d_o) + fwd.read_state(tiling, group, keys, d_state)
-    refs["d_v"].store(chunk, group.values, nonfinite.mark(reach.on_values(needed + reach.writers()), d_v))
+    refs["d_v"].store(chunk, group.values, nonfinite.mark(reach.on_values(needed + reach.writers), d_v))
 
     # First the terms that cross the chunk's ends, then the pairs inside it, by distance.
     d_queries = _write_state(tiling, group, d_o, state)
@@ -223,7 +223,7 @@ def _bisect_chunk(
 
     d_q, d_k, d_g = tiles.loop(tiles.levels(tiling.chunk), add, (d_q, d_k, d_g))
     refs["d_q"].store(chunk, group.keys, nonfinite.mark(seen + readers, d_q * scale))
-    refs["d_k"].store(chunk, group.keys, nonfinite.mark(needed + reach.writers(), d_k))
+    refs["d_k"].store(chunk, group.keys, nonfinite.mark(needed + reach.writers, d_k))
     _store_decay(refs, chunk, group, nonfinite.mark(seen + needed, d_g), gating)
     update = tiles.fold_heads(tiling.dot(d_o, queries, "tn"), group.heads)
     refs["state"][slot, :, group.keys] = nonfinite.mark(reach.incoming(needed), d_state * decay + update)

@@ -78,6 +78,7 @@ class Reach:
     chunk: Int[Array, ""]
     g: Float[Array, "c w"]
 
+    @functools.cached_property
     def writers(self) -> Float[Array, "c w"]:
         """Flag the keys of tokens that write such a number to the state."""
         keys = self._flags(("k", "k_dot", "g_dot"), self.group.keys) + flags(self.g)
@@ -87,7 +88,7 @@ class Reach:
         """Flag the tokens that see a writer, themselves or earlier, or such a number in the states."""
         entering = functools.reduce(jnp.maximum, map(_any_row, states)) * self._passes
         step = -1 if self.tiling.reverse else 1
-        return self._spread(self.writers(), entering, self._passes, self.tiling.scan_rows[0], step)
+        return self._spread(self.writers, entering, self._passes, self.tiling.scan_rows[0], step)
 
     def lost(self, seen: Float[Array, "c w"]) -> Float[Array, "c vw"]:
         """Flag the outputs that see such a number, by their own query or gate too."""
@@ -117,12 +118,12 @@ class Reach:
         """Flag all keys of a head if any of its values has a flag."""
         return self.tiling.dot(flags, self._ones)
 
-    @property
+    @functools.cached_property
     def _ones(self) -> Float[Array, "vw w"]:
         shape = (self.tiling.value_width, self.g.shape[1])
         return tiles.stack_heads(jnp.ones(shape, jnp.float32), self.group.heads)
 
-    @property
+    @functools.cached_property
     def _passes(self) -> Float[Array, "c w"]:
         """0 where a decay ends the state of a channel, and in padding, which has no decay, else 1."""
         passes = tiles.used_channels(self.tiling, self.g.shape) & jnp.logical_not(self.g <= NO_STATE)
