@@ -117,7 +117,9 @@ def compile_for(gpu: str, function: Callable[..., Any], *arguments: Any) -> Comp
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(gpu))
 
-    lowered = jax.jit(function).lower(*jax.tree.map(placed, arguments))
+    # Kernels that are traced here, not in a lowering rule, find their chip in the context.
+    with jax.sharding.use_abstract_mesh(sharding(gpu).mesh.abstract_mesh):
+        lowered = jax.jit(function).lower(*jax.tree.map(placed, arguments))
     with tempfile.TemporaryDirectory() as directory:
         lowered.compile(compiler_options=OPTIONS | {"xla_dump_to": directory})
         dump = pathlib.Path(directory)

@@ -101,8 +101,7 @@ def main() -> None:
     """Measure the selected cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
-    gpus = list(gpu_compiler.GPUS)
-    parser.add_argument("--gpus", nargs="*", default=gpus, choices=gpus)
+    parser.add_argument("--gpus", nargs="*", default=("sm_90a", "sm_80"), choices=[*gpu_compiler.GPUS])
     parser.add_argument("--only", nargs="*", default=[], help="words that a case's name must contain")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
