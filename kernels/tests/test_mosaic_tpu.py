@@ -280,11 +280,9 @@ def test_reaches_the_recorded_floors():
 
 
 @pytest.mark.parametrize("direction", ["row", "column"])
-@pytest.mark.parametrize(
-    ("chip", "gated", "limit"),
-    [("v5e", False, 2.2), ("v5e", True, 2.2), ("v6e", False, 2.2), ("v6e", True, 2.5)],
-)
-def test_recorded_tangents_cost_few_forward_passes(chip, direction, gated, limit):
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_recorded_tangents_cost_few_forward_passes(chip, gated, direction):
     record = json.loads(static_tpu.RECORD.read_text())
     _, clock, bandwidth = static_tpu.CHIPS[chip]
 
@@ -292,4 +290,4 @@ def test_recorded_tangents_cost_few_forward_passes(chip, direction, gated, limit
         figures = record[static_tpu.Case(chip, kind, direction=direction, gated=gated).name]
         return max(figures["bundles"] / clock, figures["bytes"] / bandwidth * 1e9)
 
-    assert nanoseconds("tangent") <= limit * nanoseconds("forward")
+    assert nanoseconds("tangent") <= 2.2 * nanoseconds("forward")

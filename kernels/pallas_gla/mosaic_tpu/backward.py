@@ -240,7 +240,7 @@ def _pair_products(
         lanes = slice(start * tiling.value_width, (start + heads) * tiling.value_width)
         stack = tiles.stack_heads(y[:, lanes].astype(tiling.dtype), heads)
         parts.append(tiling.dot(x[:, lanes], stack, "nt"))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    return fwd.side_by_side(parts)
 
 
 def _write_state(
@@ -279,8 +279,7 @@ def _store_decay(
 ) -> None:
     """Store the gradient of the decay or, in a gated scan, of its logits."""
     if gating is not None:
-        logits = refs["g"].load(chunk, group.keys, jnp.float32)
-        d_g *= tiles.sigmoid(-logits) * (1.0 / gating.normalizer)
+        d_g *= fwd.decay_slope(refs, chunk, group, gating)
     refs["d_g"].store(chunk, group.keys, d_g)
 
 

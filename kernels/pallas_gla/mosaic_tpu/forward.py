@@ -14,7 +14,7 @@ a sum from j to the end of its block and a sum from the start of i's block, both
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -126,7 +126,7 @@ def decay(
     if gating is None:
         return refs["g"].load(chunk, group.keys)
     # Rounding once to bfloat16 changes exp(-x) by at most 0.1 % and halves the products in its sums.
-    return tiles.softplus_bits(-refs["g"].load(chunk, group.keys, jnp.float32)).astype(tiling.dtype)
+    return tiles.sigmoid_bits(refs["g"].load(chunk, group.keys, jnp.float32)).astype(tiling.dtype)
 
 
 def any_decay(
@@ -141,6 +141,14 @@ def any_decay(
 def unit(gating: Gating | None) -> float:
     """Return the factor that converts `decay` to bits."""
     return tiles.BITS if gating is None else -1.0 / gating.normalizer
+
+
+def decay_slope(
+    refs: dict[str, Any], chunk: int | Int[Array, ""], group: HeadGroup, gating: Gating
+) -> Float[Array, "c w"]:
+    """Return the derivative of the log decay with respect to its logit, sigmoid(-logit) / normalizer."""
+    half = 0.5 / gating.normalizer
+    return half - half * jnp.tanh(0.5 * refs["g"].load(chunk, group.keys, jnp.float32))
 
 
 def decay_sums(
@@ -222,13 +230,25 @@ def attend(
     tiling: TpuTiling, group: HeadGroup, scores: Float[Array, "c n"], v: Float[Array, "c w"]
 ) -> Float[Array, "c w"]:
     """Multiply every head's scores by its values, for `heads_together` heads at a time."""
-    together = heads_together(tiling, group)
+    return attend_to_all(tiling, group, scores, [v])[0]
+
+
+def attend_to_all(
+    tiling: TpuTiling, group: HeadGroup, scores: Float[Array, "c n"], values: Sequence[Float[Array, "c w"]]
+) -> list[Float[Array, "c w"]]:
+    """Multiply every head's scores by its values in several arrays, which are side by side in a product."""
+    together, width = heads_together(tiling, group), tiling.value_width
     parts = []
     for start in range(0, group.heads, together):
-        heads = min(together, group.heads - start)
-        these = scores[:, start * tiling.chunk : (start + heads) * tiling.chunk]
-        values = v[:, start * tiling.value_width : (start + heads) * tiling.value_width]
-        parts.append(tiling.dot(these, tiles.stack_heads(values, heads)))
+        stop = min(start + together, group.heads)
+        these = scores[:, start * tiling.chunk : stop * tiling.chunk]
+        stacks = [tiles.stack_heads(v[:, start * width : stop * width], stop - start) for v in values]
+        parts.append(jnp.split(tiling.dot(these, side_by_side(stacks)), len(values), axis=1))
+    return [side_by_side(part) for part in zip(*parts, strict=True)]
+
+
+def side_by_side(parts: Sequence[Any]) -> Any:
+    """Concatenate the lanes of tiles."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
@@ -302,7 +322,8 @@ def inverse_norm(
 
 def head_means(tiling: TpuTiling, group: HeadGroup, x: Float[Array, "c w"]) -> Float[Array, "c w"]:
     """Return every head's mean, on all its lanes, by a product with blocks of ones."""
-    width = max(min(LANES, x.shape[1]), tiling.value_width)
+    # A product as wide as the matrix unit, which is twice a chunk.
+    width = max(min(max(LANES, 2 * tiling.chunk), x.shape[1]), tiling.value_width)
     shift = tiling.value_width.bit_length() - 1
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (width, width), axis) for axis in (0, 1))
     # 1 / width is exact in bfloat16; 1 / values may not be.
@@ -311,5 +332,5 @@ def head_means(tiling: TpuTiling, group: HeadGroup, x: Float[Array, "c w"]) -> F
         tiling.dot(x[:, start : start + width], same[: x.shape[1] - start, : x.shape[1] - start])
         for start in range(0, x.shape[1], width)
     ]
-    means = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    means = side_by_side(parts)
     return means if tiling.values == tiling.value_width else means * (tiling.value_width / tiling.values)

@@ -25,14 +25,17 @@ from pallas_gla.mosaic_tpu import nonfinite, tiles
 from pallas_gla.mosaic_tpu.forward import (
     any_decay,
     attend,
+    attend_to_all,
     block_sums,
     check,
+    decay_slope,
     decay_sums,
     factorized,
     head_means,
     largest,
     query_factor,
     row,
+    side_by_side,
     to_token,
 )
 from pallas_gla.mosaic_tpu.tiles import HeadGroup, TpuTiling
@@ -210,9 +213,7 @@ def decay_dot(
     change = load(refs, "g_dot", chunk, group.keys)
     if change is None or gating is None:
         return change
-    logits = refs["g"].load(chunk, group.keys, jnp.float32)
-    change = change.astype(jnp.float32) * tiles.sigmoid(-logits) * (1.0 / gating.normalizer)
-    return change.astype(tiling.dtype)
+    return (change.astype(jnp.float32) * decay_slope(refs, chunk, group, gating)).astype(tiling.dtype)
 
 
 def numerators(
@@ -224,9 +225,9 @@ def numerators(
 ) -> tuple[Tile | None, Tile | None]:
     """Return q_dot + q D and k_dot - k D in float32, or None for zero."""
     results = []
-    for name, sums in (("q", for_queries), ("k", None if for_keys is None else -for_keys)):
+    for name, sums, combine in (("q", for_queries, plus), ("k", for_keys, minus)):
         moved = None if sums is None else refs[name].load(chunk, group.keys, jnp.float32) * sums
-        results.append(plus(load(refs, f"{name}_dot", chunk, group.keys, jnp.float32), moved))
+        results.append(combine(load(refs, f"{name}_dot", chunk, group.keys, jnp.float32), moved))
     return results[0], results[1]
 
 
@@ -249,29 +250,29 @@ def product_dot(
     tiling: TpuTiling, one: tuple[Tile | None, Tile | None], two: tuple[Tile | None, Tile | None]
 ) -> Float[Array, "c n"] | None:
     """Return the sum of two products x y^T as one, which fills deep matrix units; None if all are zero."""
-    pairs = [
-        (x.astype(tiling.dtype), y.astype(tiling.dtype))
-        for x, y in (one, two)
-        if x is not None and y is not None
-    ]
+    pairs = [(x, y) for x, y in (one, two) if x is not None and y is not None]
     if not pairs:
         return None
-    x, y = (side[0] if len(side) == 1 else jnp.concatenate(side, axis=1) for side in zip(*pairs, strict=True))
+    x, y = (side_by_side(side) for side in zip(*pairs, strict=True))
     return tiling.dot(x, y, "nt")
 
 
 def states_update(
     tiling: TpuTiling, group: HeadGroup, values: tuple[Tile, Tile | None], keys: tuple[Tile, Tile | None]
 ) -> tuple[Float[Array, "v w"], Float[Array, "v w"] | None]:
-    """Return the sum of the chunk's v^T k and its tangent, or None if it is zero."""
+    """Return the sum of the chunk's v^T k and its tangent, or None if it is zero, from one product."""
     v, v_dot, k, k_dot = (None if x is None else x.astype(tiling.dtype) for x in (*values, *keys))
     assert v is not None and k is not None
-    update = tiles.fold_heads(tiling.dot(v, k, "tn"), group.heads)
-    pairs = [(x, y) for x, y in ((v, k_dot), (v_dot, k)) if x is not None and y is not None]
-    if not pairs:
-        return update, None
-    x, y = (side[0] if len(side) == 1 else jnp.concatenate(side) for side in zip(*pairs, strict=True))
-    return update, tiles.fold_heads(tiling.dot(x, y, "tn"), group.heads)
+    if k_dot is None and v_dot is None:
+        return tiles.fold_heads(tiling.dot(v, k, "tn"), group.heads), None
+    zeros = jnp.zeros_like(k)
+    rows = [side_by_side([k, zeros if k_dot is None else k_dot])]
+    if v_dot is not None:
+        rows.append(side_by_side([zeros, k]))
+        v = jnp.concatenate([v, v_dot])
+    both = tiling.dot(v, jnp.concatenate(rows), "tn")
+    width = k.shape[1]
+    return tiles.fold_heads(both[:, :width], group.heads), tiles.fold_heads(both[:, width:], group.heads)
 
 
 def results(
@@ -290,16 +291,16 @@ def results(
     )
     o_dot = product_dot(tiling, (q_dot, stacked), (q, stacked_dot))
     assert o_dot is not None
-    o = None
-    if gating is not None:
-        assert scores is not None
-        o = attend(tiling, group, scores, v) + tiling.dot(q, stacked, "nt")
     if scores_dot is not None:
         o_dot += attend(tiling, group, scores_dot, v)
+    attending = [x for x in (None if gating is None else v, v_dot) if x is not None]
+    if not attending:
+        return None, o_dot
+    assert scores is not None
+    attended = attend_to_all(tiling, group, scores, attending)
     if v_dot is not None:
-        assert scores is not None
-        o_dot += attend(tiling, group, scores, v_dot)
-    return o, o_dot
+        o_dot += attended[-1]
+    return None if gating is None else attended[0] + tiling.dot(q, stacked, "nt"), o_dot
 
 
 def finish(
@@ -346,6 +347,11 @@ def load(
 def plus(x: Tile | None, y: Tile | None) -> Any:
     """Return x + y, where None is zero."""
     return y if x is None else x if y is None else x + y
+
+
+def minus(x: Tile | None, y: Tile | None) -> Any:
+    """Return x - y, where None is zero."""
+    return x if y is None else -y if x is None else x - y
 
 
 def times(x: Tile | None, factor: Any, tiling: TpuTiling | None = None) -> Any:

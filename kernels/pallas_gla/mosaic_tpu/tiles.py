@@ -8,7 +8,6 @@ an operand that keeps heads apart in a matrix product.
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -107,8 +106,8 @@ class TpuTiling:
             for _ in range(parts - 1):
                 terms.append(_truncate_to_bfloat16(rest))
                 rest = rest - terms[-1]
-            products = (_dot(marks, term.astype(jnp.bfloat16), (1, 0)) for term in (*terms, rest))
-            total: Any = functools.reduce(operator.add, products)
+            tall = jnp.concatenate([*terms, rest]).astype(jnp.bfloat16)
+            total = _dot(jnp.concatenate([marks] * parts, axis=1), tall, (1, 0))
         return total if mark == unit else total * unit
 
 
@@ -140,6 +139,8 @@ def stack_heads(x: Float[Array, "r w"], heads: int) -> Float[Array, "rows w"]:
     if heads == 1:
         return x
     head = _head_of_lane(x.shape, heads)
+    # The compiler makes a mask of float32 part of the product. A mask of bfloat16 takes instructions.
+    x = x.astype(jnp.float32)
     return jnp.concatenate([keep(head == h, x) for h in range(heads)])
 
 
@@ -171,10 +172,10 @@ def weakest_channels(tiling: TpuTiling, group: HeadGroup, decays: Float[Array, "
     return jnp.max(functools.reduce(jnp.maximum, smallest))
 
 
-def softplus_bits(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return log2(1 + exp(x)), at least x in bits."""
-    x = x * BITS
-    return jnp.maximum(jnp.log2(1.0 + jnp.exp2(jnp.minimum(x, 126.0))), x)
+def sigmoid_bits(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return -log2(sigmoid(x)) = log2(1 + exp(-x)), at least -x in bits."""
+    bits = x * -BITS
+    return jnp.maximum(jnp.log(1.0 + jnp.exp2(jnp.minimum(bits, 126.0))) * BITS, bits)
 
 
 def sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
