@@ -1,7 +1,9 @@
 """Settings for the whole process: the compilation cache, LLVM."""
 
+import ctypes
 import logging
 import os
+import subprocess
 import sys
 import time
 
@@ -121,3 +123,28 @@ def test_a_second_start_in_a_notebook_cannot_change_the_number_of_cpu_devices():
     ):
         patch.delenv("XLA_FLAGS", raising=False)
         runtime.prepare_cpu(3)
+
+
+_FAULTS = """
+import resource
+from dig_jax.runtime import prepare_cpu
+prepare_cpu(1)
+import jax, jax.numpy as jnp
+x = jnp.ones((4096, 4096))
+total = jax.jit(lambda x: jax.lax.fori_loop(0, 2, lambda _, x: x + 1, x).sum())
+assert total.lower(x).compile().memory_analysis().temp_size_in_bytes >= 2**26
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    total(x).block_until_ready()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(min(faults() for _ in range(10)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_buffers_of_more_than_64_mib_stay_in_the_process():
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True)
+    # A new buffer of 64 MiB has 16,384 pages.
+    assert int(done.stdout) < 1000, done.stderr
