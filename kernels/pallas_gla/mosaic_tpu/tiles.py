@@ -135,11 +135,11 @@ def keep(where: Bool[Array, "r w"], x: Float[Array, "r w"]) -> Float[Array, "r w
 
 
 def stack_heads(x: Float[Array, "r w"], heads: int) -> Float[Array, "rows w"]:
-    """Stack one copy of x per head, each with the other heads' lanes set to zero."""
+    """Stack a copy of x per head, with the other heads' lanes set to zero; float32 if there are several."""
     if heads == 1:
         return x
     head = _head_of_lane(x.shape, heads)
-    # The compiler makes a mask of float32 part of the product. A mask of bfloat16 takes instructions.
+    # The compiler makes a mask of float32 part of the product. A mask of bfloat16 takes selects.
     x = x.astype(jnp.float32)
     return jnp.concatenate([keep(head == h, x) for h in range(heads)])
 
