@@ -238,16 +238,16 @@ def _pair_products(
     for start in range(0, group.heads, together):
         heads = min(together, group.heads - start)
         lanes = slice(start * tiling.value_width, (start + heads) * tiling.value_width)
-        stack = tiles.stack_heads(y[:, lanes].astype(tiling.dtype), heads)
+        stack = tiles.stack_heads(y[:, lanes], heads)
         parts.append(tiling.dot(x[:, lanes], stack, "nt"))
-    return fwd.side_by_side(parts)
+    return tiles.side_by_side(parts)
 
 
 def _write_state(
     tiling: TpuTiling, group: HeadGroup, x: Float[Array, "c vw"], state: Float[Array, "v w"]
 ) -> Float[Array, "c w"]:
     """Multiply every head's values by its transposed state."""
-    return tiling.dot(x, tiles.stack_heads(state.astype(tiling.dtype), group.heads))
+    return tiling.dot(x, tiles.stack_heads(state, group.heads))
 
 
 def _gather(

@@ -243,13 +243,8 @@ def attend_to_all(
         stop = min(start + together, group.heads)
         these = scores[:, start * tiling.chunk : stop * tiling.chunk]
         stacks = [tiles.stack_heads(v[:, start * width : stop * width], stop - start) for v in values]
-        parts.append(jnp.split(tiling.dot(these, side_by_side(stacks)), len(values), axis=1))
-    return [side_by_side(part) for part in zip(*parts, strict=True)]
-
-
-def side_by_side(parts: Sequence[Any]) -> Any:
-    """Concatenate the lanes of tiles."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        parts.append(jnp.split(tiling.dot(these, tiles.side_by_side(stacks)), len(values), axis=1))
+    return [tiles.side_by_side(part) for part in zip(*parts, strict=True)]
 
 
 def heads_together(tiling: TpuTiling, group: HeadGroup) -> int:
@@ -262,7 +257,7 @@ def read_state(
     tiling: TpuTiling, group: HeadGroup, q: Float[Array, "c w"], state: Float[Array, "v w"]
 ) -> Float[Array, "c vw"]:
     """Multiply every head's queries by its state."""
-    return tiling.dot(q, tiles.stack_heads(state.astype(tiling.dtype), group.heads), "nt")
+    return tiling.dot(q, tiles.stack_heads(state, group.heads), "nt")
 
 
 def block_sums(
@@ -332,5 +327,5 @@ def head_means(tiling: TpuTiling, group: HeadGroup, x: Float[Array, "c w"]) -> F
         tiling.dot(x[:, start : start + width], same[: x.shape[1] - start, : x.shape[1] - start])
         for start in range(0, x.shape[1], width)
     ]
-    means = side_by_side(parts)
+    means = tiles.side_by_side(parts)
     return means if tiling.values == tiling.value_width else means * (tiling.value_width / tiling.values)

@@ -35,7 +35,6 @@ from pallas_gla.mosaic_tpu.forward import (
     largest,
     query_factor,
     row,
-    side_by_side,
     to_token,
 )
 from pallas_gla.mosaic_tpu.tiles import HeadGroup, TpuTiling
@@ -253,7 +252,7 @@ def product_dot(
     pairs = [(x, y) for x, y in (one, two) if x is not None and y is not None]
     if not pairs:
         return None
-    x, y = (side_by_side(side) for side in zip(*pairs, strict=True))
+    x, y = (tiles.side_by_side(side) for side in zip(*pairs, strict=True))
     return tiling.dot(x, y, "nt")
 
 
@@ -266,9 +265,9 @@ def states_update(
     if k_dot is None and v_dot is None:
         return tiles.fold_heads(tiling.dot(v, k, "tn"), group.heads), None
     zeros = jnp.zeros_like(k)
-    rows = [side_by_side([k, zeros if k_dot is None else k_dot])]
+    rows = [tiles.side_by_side([k, zeros if k_dot is None else k_dot])]
     if v_dot is not None:
-        rows.append(side_by_side([zeros, k]))
+        rows.append(tiles.side_by_side([zeros, k]))
         v = jnp.concatenate([v, v_dot])
     both = tiling.dot(v, jnp.concatenate(rows), "tn")
     width = k.shape[1]
@@ -286,9 +285,7 @@ def results(
 ) -> tuple[Tile | None, Tile]:
     """Return o, if the scan is gated, and o_dot."""
     (scores, scores_dot), (v, v_dot), (q, q_dot), (state, state_dot) = pairs, values, queries, states
-    stacked, stacked_dot = (
-        tiles.stack_heads(x.astype(tiling.dtype), group.heads) for x in (state, state_dot)
-    )
+    stacked, stacked_dot = (tiles.stack_heads(x, group.heads) for x in (state, state_dot))
     o_dot = product_dot(tiling, (q_dot, stacked), (q, stacked_dot))
     assert o_dot is not None
     if scores_dot is not None:

@@ -8,7 +8,7 @@ an operand that keeps heads apart in a matrix product.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -152,6 +152,11 @@ def fold_heads(x: Float[Array, "rows w"], heads: int) -> Float[Array, "r w"]:
     for h in range(1, heads):
         folded = jnp.where(head == h, x[h * rows : (h + 1) * rows], folded)
     return folded
+
+
+def side_by_side(parts: Sequence[Any]) -> Any:
+    """Concatenate the lanes of tiles."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def used_channels(tiling: TpuTiling, shape: tuple[int, ...]) -> Bool[Array, "r w"]:
