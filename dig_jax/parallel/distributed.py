@@ -24,8 +24,8 @@ from jax._src.clusters import SlurmCluster
 from jax.experimental import multihost_utils
 
 from dig_jax.errors import ConfigError, UserError, naming_directory
+from dig_jax.files.local_folder import LocalFolder, local_folder
 from dig_jax.files.lock import writer_lock
-from dig_jax.files.mirror import Mirror, mirror
 from dig_jax.files.paths import Path
 
 # Checksums that every process contributes in `check_agreement`: the size must not depend on the settings.
@@ -237,14 +237,14 @@ def own_share(start: int, stop: int) -> range:
 
 
 @contextlib.contextmanager
-def output_folder(workdir: Path) -> Iterator[Mirror]:
-    """Yield the workdir or its mirror on process 0, and a temporary folder on other processes."""
+def output_folder(workdir: Path) -> Iterator[LocalFolder]:
+    """Yield the workdir or its local folder on process 0, and a temporary folder on other processes."""
     if jax.process_index() == 0:
-        with mirror(workdir) as mirrored:
-            yield mirrored
+        with local_folder(workdir) as local:
+            yield local
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield Mirror(pathlib.Path(folder), pathlib.Path(folder))
+        yield LocalFolder(pathlib.Path(folder), pathlib.Path(folder))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ _CONTINUED = (
 )
 
 
-class Mirror:
+class LocalFolder:
     """A local folder that stands for a workdir.
 
     Attributes:
@@ -69,17 +69,17 @@ class Mirror:
 
 
 @contextlib.contextmanager
-def mirror(workdir: Path) -> Iterator[Mirror]:
-    """Yield the mirror of a workdir; upload what changed at the end, also after an error."""
+def local_folder(workdir: Path) -> Iterator[LocalFolder]:
+    """Yield the local folder of a workdir; upload what changed at the end, also after an error."""
     if not paths.is_remote(workdir):
-        yield Mirror(workdir, pathlib.Path(workdir))
+        yield LocalFolder(workdir, pathlib.Path(workdir))
         return
     with tempfile.TemporaryDirectory() as folder:
-        mirrored = Mirror(workdir, pathlib.Path(folder))
+        local = LocalFolder(workdir, pathlib.Path(folder))
         try:
-            yield mirrored
+            yield local
         except BaseException:
             with contextlib.suppress(OSError):  # the first error counts
-                mirrored.push()
+                local.push()
             raise
-        mirrored.push()
+        local.push()
