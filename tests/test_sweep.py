@@ -3,11 +3,13 @@ import logging
 import re
 
 import pytest
+from object_storage import bucket, directed, storage_servers  # noqa: F401 (fixtures)
 from PIL import Image
 
 from dig_jax import ConfigError
 from dig_jax.evaluation import sweep as sweeps
 from dig_jax.evaluation.sweep import best_row, parse_points, save_plot, sweep, table
+from dig_jax.files.paths import to_path
 from dig_jax.sampling.sampler import Sampler
 from dig_jax.testing import PlainComponents, tiny_settings
 
@@ -115,6 +117,45 @@ def test_a_sweep_scores_every_point_with_the_same_seeds_and_resumes(tmp_path, ca
     draws.clear()
     assert sweep(settings, tmp_path, ["guidance_scale=3,5", "steps=2"]) is not None
     assert [scale for scale, _ in draws] == [5.0]  # the other point is known
+
+
+@pytest.fixture
+def drawn(plain_model, monkeypatch):
+    """The guidance scales of the points that were scored; a point with 1.25 is interrupted."""
+    scales = []
+
+    def scored(sampler, folder, *, resume):
+        scale = sampler.components.config.sampling.guidance_scale
+        if scale == 1.25:
+            raise KeyboardInterrupt
+        scales.append(scale)
+        return {"frechet_distance": scale, "accuracy": 1.0}
+
+    monkeypatch.setattr(sweeps, "score", scored)
+    return scales
+
+
+def stored_scales(folder):
+    points = json.loads((folder / "sweep.json").read_text())["points"]
+    return sorted(point["scores"]["frechet_distance"] for point in points)
+
+
+def test_sweep_json_keeps_the_points_of_earlier_and_interrupted_sweeps(tmp_path, drawn):
+    settings = tiny_settings(**DIGITS)
+    sweep(settings, tmp_path, ["guidance_scale=1.5,2"])
+    with pytest.raises(KeyboardInterrupt):
+        sweep(settings, tmp_path, ["guidance_scale=1,1.25,1.5,2"])
+    assert stored_scales(tmp_path) == [1, 1.5, 2]
+    best = sweep(settings, tmp_path, ["guidance_scale=2,3", "steps=2"])  # the best of these, not of all
+    assert best["frechet_distance"] == 2
+    assert stored_scales(tmp_path) == sorted(drawn) == [1, 1.5, 2, 3]
+
+
+def test_sweep_json_in_object_storage_is_continued(bucket, drawn):  # noqa: F811
+    folder = to_path(f"{bucket}/run")
+    for values in ("1,2", "2,3"):
+        sweep(tiny_settings(**DIGITS), folder, [f"guidance_scale={values}"])
+    assert stored_scales(folder) == sorted(drawn) == [1, 2, 3]
 
 
 def test_a_sweep_without_scores_or_with_an_invalid_value_fails_before_it_starts(tmp_path):

@@ -68,14 +68,15 @@ def sweep(settings: Config, workdir: Path, texts: Sequence[str], output: Path | 
         known = on_process_0(lambda: _read(mirrored.folder / "sweep.json"))
         for number, (point, sampler) in enumerate(zip(points, samplers, strict=True), 1):
             identity = _identity(sampler)
-            row = next((row for row in known if row.get("identity") == identity), None)
-            done = ", already scored" if row else ""
+            found = next((row for row in known if row.get("identity") == identity), None)
+            done = ", already scored" if found else ""
             log.info("point %d of %d: %s%s", number, len(points), _text(point), done)
-            if row is None:
-                scores = score(sampler, mirrored.folder, resume=True)
-                row = {"options": point, "identity": identity, "scores": scores}
-            rows.append(row)
-            write_json(mirrored.folder / "sweep.json", {"best_by": by, "points": rows})
+            scores = found["scores"] if found else score(sampler, mirrored.folder, resume=True)
+            # The same point may have been swept by other options.
+            rows.append({"options": point, "identity": identity, "scores": scores})
+            scored = [row["identity"] for row in rows]
+            others = [row for row in known if row.get("identity") not in scored]
+            write_json(mirrored.folder / "sweep.json", {"best_by": by, "points": rows + others})
         best = best_row(rows, by, higher_is_better=figures[by])
         for line in table(rows, list(figures), best):
             log.info(line)

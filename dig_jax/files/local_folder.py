@@ -19,6 +19,7 @@ _CONTINUED = (
     "samples",
     "scores.json",
     "starts.jsonl",
+    "sweep.json",
     "wandb_id.txt",
 )
 
