@@ -105,6 +105,14 @@ def test_features_are_not_read_after_their_loss_has_ended(tmp_path):
     assert used == [[1.0] * 8, [1.0] * 8, [0.0] * 8]
 
 
+def test_features_end_with_their_loss_after_the_batch_size_has_changed(folder, tmp_path):
+    """Two steps with batches of 4, then steps with batches of 8; the loss ends after step 4."""
+    mesh = jax.make_mesh((1, 1, 1, 1), ("data", "fsdp", "context", "tensor"))
+    run = Run(with_features(folder, data__batch_size=8, auxiliary__until=4), mesh, tmp_path, tmp_path)
+    with closing(run.batches(2, 8)) as stream:
+        assert [bool(next(stream)["features"].any()) for _ in range(4)] == [True, True, False, False]
+
+
 def test_features_of_another_grid_are_resized_in_place():
     """A linear ramp stays one, except at the border, where a coarser grid ends."""
     ramp = jnp.broadcast_to(jnp.arange(8.0)[:, None, None], (8, 4, 1))[None].astype(jnp.float16)

@@ -47,7 +47,7 @@ def loop(
     """
     first, last = int(state["step"]), run.settings.training.steps
     with contextlib.ExitStack() as stack:
-        data = stack.enter_context(contextlib.closing(run.batches(examples)))
+        data = stack.enter_context(contextlib.closing(run.batches(first, examples)))
         is_preempted = stack.enter_context(preemption_notice())
         # Several processes save the same step, on which one that waits cannot agree with the others.
         must_exit = (lambda: is_preempted(first)) if jax.process_count() == 1 else lambda: False

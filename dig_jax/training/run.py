@@ -55,8 +55,8 @@ class Run:
         """The run's config."""
         return self.components.config
 
-    def batches(self, examples: int) -> grain.DatasetIterator:
-        """Return this process's shards of all batches after the first `examples` training examples."""
+    def batches(self, step: int, examples: int) -> grain.DatasetIterator:
+        """Return this process's shards of all batches after `step` steps, which took `examples` examples."""
         data, shard = self.settings.data, process_shard(self.mesh)
         until = self.settings.auxiliary.until
         return batches(
@@ -66,7 +66,8 @@ class Run:
             start=examples,
             flip=data.flip,
             features=self.components.stored_features,
-            features_end=None if until is None else until * data.batch_size,
+            # The steps so far may have had another batch size.
+            features_end=None if until is None else examples + (until - step) * data.batch_size,
             buckets=self.components.buckets,
             process_index=shard.index,
             process_count=shard.count,
