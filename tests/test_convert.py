@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from dig_jax import create_model
-from dig_jax.convert import load_torch_state_dict
+from dig_jax.convert import load_torch_state_dict, to_torch_state_dict
+from dig_jax.convert.names import torch_arrays
 from dig_jax.diffusion import classifier_free
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -139,3 +140,16 @@ def test_a_family_without_released_code_is_an_error():
     model.family = "U-DiG"
     with pytest.raises(ValueError, match="unsupported model family: got U-DiG; expected DiG or DiT or DiS"):
         load_torch_state_dict(model, {})
+
+
+@pytest.mark.parametrize("case", ["dig_plain", "dit"])
+def test_flow_maps_have_no_names_elsewhere(case):
+    model = fresh(case, flow_map=True)
+    with pytest.raises(ValueError, match="unsupported flow_map=True; expected False, as in upstream's code"):
+        to_torch_state_dict(model)
+
+
+def test_a_parameter_without_a_name_elsewhere_is_an_error():
+    model = nnx.eval_shape(lambda: fresh("dit"))
+    with pytest.raises(ValueError, match="unsupported parameter: got experts.kernel; expected those of"):
+        torch_arrays(model, {("experts", "kernel"): np.zeros((2, 2))})

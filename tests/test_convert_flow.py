@@ -17,6 +17,7 @@ from dig_jax.convert.diffusers import config_of
 from dig_jax.convert.names import read_params, torch_arrays
 from dig_jax.files.safetensors import StoredArray
 from dig_jax.models.embeddings import sincos_positions
+from dig_jax.testing import tiny_settings, write_checkpoint
 
 WIDTH, HEADS, CHANNELS, SIDE = 32, 2, 8, 4
 
@@ -161,7 +162,15 @@ def test_class_tokens_have_no_names_elsewhere():
 def test_diffusers_has_no_modern_dits(option):
     model = nnx.eval_shape(lambda: fresh("dit", **{"num_heads": 2, **option}))
     with pytest.raises(ValueError, match=f"unsupported {next(iter(option))}=.* for diffusers"):
-        config_of(model)
+        config_of(model, "ddpm")
+
+
+def test_diffusers_does_not_get_a_model_that_its_pipeline_samples_wrongly(tmp_path):
+    settings = tiny_settings(model__name="DiT-S/2", diffusion__process="flow", model__learn_sigma=False)
+    write_checkpoint(tmp_path / "run", settings)
+    line = refused(tmp_path / "run", tmp_path / "theirs", status=1)
+    assert "unsupported diffusion.process='flow' for diffusers; expected 'ddpm'" in line
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_rotary_models_keep_their_values_in_both_directions():

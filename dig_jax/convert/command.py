@@ -132,7 +132,7 @@ def _from_ours(source: Path, target: Path, tree: str | None) -> None:
     flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params).items()}
     model = components.abstract_model
     try:
-        about = None if target.suffix else diffusers.config_of(model)
+        about = None if target.suffix else diffusers.config_of(model, components.config.diffusion.process)
         arrays = torch_arrays(model, flat)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error

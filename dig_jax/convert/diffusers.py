@@ -68,16 +68,25 @@ def from_upstream(arrays: Mapping[str, np.ndarray], depth: int) -> dict[str, np.
     return {name: array for item in arrays.items() for name, array in _renamed(*item, depth)}
 
 
-def config_of(model: DiffusionTransformer) -> dict[str, Any]:
+def config_of(model: DiffusionTransformer, process: str) -> dict[str, Any]:
     """Return diffusers' config.json of a model.
 
+    Args:
+        model: may be abstract.
+        process: `config.diffusion.process`, with which the model was trained.
+
     Raises:
-        ValueError: the model is not a DiT with classes and the options of the paper.
+        ValueError: the model is not a DiT with classes and the options of the paper, or not of DDPM.
     """
     if model.family not in _CLASSES or not model.num_classes:
         raise ValueError(
             "unsupported model for diffusers' DiTTransformer2DModel; expected a DiT with classes (upstream's"
             " names in FILE.safetensors or FILE.pt support every model)"
+        )
+    if process != "ddpm":
+        raise ValueError(
+            f"unsupported diffusion.process={process!r} for diffusers; expected 'ddpm', which its DiTPipeline"
+            " samples"
         )
     options = model.options
     assert isinstance(options, DiTOptions)

@@ -13,7 +13,12 @@ TOP = {
     "final.modulation.linear": "final_layer.adaLN_modulation.1",
     "final.linear": "final_layer.linear",
 }
-BLOCK: Mapping[str, str] = {"skip": "skip_linear"} | {
+BLOCK: Mapping[str, str] = {
+    "norm": "norm",
+    "skip": "skip_linear",
+    "mixer.in_proj": "mixer.in_proj",
+    "mixer.out_proj": "mixer.out_proj",
+} | {
     f"mixer.{direction}.{ours}": f"mixer.{theirs}"
     for direction, suffix in (("forward", ""), ("backward", "_b"))
     for ours, theirs in (

@@ -43,6 +43,7 @@ _BLOCK = {
     "norm1": "norm1",
     "norm2": "norm2",
     "modulation.linear": "adaLN_modulation.1",
+    "skip_linear": "skip_linear",
 }
 _DIT_BLOCK = _BLOCK | {
     "mixer.qkv_proj": "attn.qkv",
@@ -57,7 +58,13 @@ _DIT_BLOCK = _BLOCK | {
 }
 _BLOCKS = {"DiG": _BLOCK, "DiT": _DIT_BLOCK, "DiS": dis.BLOCK}  # by model family
 # Options that shapes do not show, or that upstream's code does not have.
-_UPSTREAM = {"mixer": "gla", "gate_normalizer": 16.0, "class_tokens": 0, "patch_bottleneck": None}
+_UPSTREAM = {
+    "mixer": "gla",
+    "gate_normalizer": 16.0,
+    "class_tokens": 0,
+    "patch_bottleneck": None,
+    "flow_map": False,
+}
 _ROTATED = (("mixer", "qkv_proj"), ("mixer", "q_norm"), ("mixer", "k_norm"))
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
 # Tables that depend only on the sizes of the model.
@@ -274,7 +281,11 @@ def _pieces(model: DiffusionTransformer, path: tuple, shape: tuple[int, ...]) ->
 
 def _torch_name(names: Mapping[str, str], path: tuple) -> str:
     whole, stem, leaf = ".".join(path), ".".join(path[:-1]), path[-1]
-    return names.get(whole) or f"{names.get(stem, stem)}.{_LEAVES[leaf]}"
+    if whole in names:
+        return names[whole]
+    if stem not in names or leaf not in _LEAVES:
+        raise ValueError(f"unsupported parameter: got {whole}; expected those of upstream's models")
+    return f"{names[stem]}.{_LEAVES[leaf]}"
 
 
 def _piece(model: DiffusionTransformer, name: str, path: tuple, shape: tuple[int, ...], block: int) -> _Piece:
