@@ -182,6 +182,12 @@ class Components:
         flow = {"path": Path(d.path, scale), "prediction": d.prediction, "times": times, "weight": d.weight}
         if d.process == "flow":
             return FlowMatching(**flow)
+        given = self.config.model.time_input
+        if given != "steps" and d.time_range != 1000:  # DiT would divide by 1000
+            raise ValueError(
+                f"unsupported model.time_input={given} of process=meanflow: got time_range={d.time_range:g};"
+                " expected time_range=1000 or model.time_input=steps"
+            )
         return MeanFlow(
             **flow,
             instant_fraction=d.instant_fraction,

@@ -111,6 +111,16 @@ def test_settings_that_do_not_fit_meanflow_are_refused(changes, message):
         TrainSetup.of(Components(mean_flow_settings(**{"model__depth": 4} | changes)))
 
 
+@pytest.mark.parametrize("given", ["data", "noise"])
+def test_times_that_the_network_would_hardly_see_are_refused_also_in_sampling(given):
+    changes = {"model__name": "DiT-S/2", "model__time_input": given}
+    message = f"config.diffusion: unsupported model.time_input={given} of process=meanflow: got time_range=10"
+    with pytest.raises(ConfigError, match=message):
+        GenerationSpec.of(Components(mean_flow_settings(**changes)))
+    components = Components(mean_flow_settings(**changes, diffusion__time_range=1000.0))  # as in SiT and REPA
+    assert GenerationSpec.of(components).evaluations == 1
+
+
 def test_the_other_processes_refuse_its_fields_and_its_sampler():
     with pytest.raises(ConfigError, match="unsupported guidance_max of process=flow"):
         _ = Components(tiny_settings(diffusion__process="flow", diffusion__guidance_max=2.0)).diffusion
