@@ -114,10 +114,10 @@ class Components:
 
     @functools.cached_property
     def stored_features(self) -> StoredFeatures | None:
-        """Features of the training images on disk, if `auxiliary.repa_weight` needs them.
+        """Features on disk, if `auxiliary.repa_weight` needs them; only training checks whose they are.
 
         Raises:
-            ConfigError: they are unreadable, or not of the training images.
+            ConfigError: they are unreadable.
         """
         settings = self.config.auxiliary
         if settings.repa_features is None or not settings.repa_weight:
@@ -125,9 +125,7 @@ class Components:
         with naming_setting("config.auxiliary.repa_features"):
             if self.features is not None:
                 raise ValueError("unsupported together with an encoder; expected one of the two")
-            features = open_features(settings.repa_features)
-            features.check(self.train_source, self.config.data.flip)
-            return features
+            return open_features(settings.repa_features)
 
     @property
     def stored_spec(self) -> ImageSpec | None:

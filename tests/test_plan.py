@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tpu_programs import lower_loop, lower_too_large
 
 from configs import dig_s
 from dig_jax import config
+from dig_jax.data.features import new_features
 from dig_jax.errors import ConfigError, UserError
 from dig_jax.hardware.chips import CHIPS, chip_of_kind
 from dig_jax.hardware.hlo_cost import count
@@ -134,6 +136,17 @@ def test_the_largest_bucket_is_planned_on_this_machine_without_a_workdir_or_data
     assert devices * train["memory"]["batch"] == train["batch_size"] * 4 * (6 * 12 + 1)
     assert f"{train['batch_size']} images of 6x12 (the largest bucket)" in summary(figures)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_takes_the_shape_of_stored_features_without_their_images(tmp_path):
+    with new_features(tmp_path / "features", 7, True, {"images": "of another machine"}) as append:
+        append(*[np.zeros((7, 2, 2, 3), np.float16)] * 2)
+    data = {"data__name": "not_there", "data__batch_size": 4 * jax.device_count()}
+    repa = {"auxiliary__repa_weight": 0.5, "auxiliary__repa_features": str(tmp_path / "features")}
+    settings = plan.without_data(tiny_settings(model__name="DiT-S/2", **data, **repa))
+    run = planned_run.PlannedRun.of(settings, topology.find_topology(plan.THIS))
+    (_, batch), _ = planned_run.lower_train_step(run).args_info
+    assert batch["features"].shape == (4 * jax.device_count(), 2, 2, 3)
 
 
 @pytest.fixture(scope="module")

@@ -217,8 +217,10 @@ def test_bad_features_end_with_one_line(folder, tmp_path, name):
     for file in folder.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     change(copy)
+    fields = {"auxiliary__repa_weight": 0.5, "auxiliary__repa_features": str(copy), "data__flip": True}
     with pytest.raises(ConfigError, match=message) as raised:
-        TrainSetup.of(with_features(copy))
+        train(tiny_settings(model__patch_size=2, **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     assert str(raised.value).startswith("config.auxiliary") and "\n" not in str(raised.value)
 
 

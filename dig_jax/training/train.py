@@ -170,6 +170,9 @@ def _check_settings(components: Components) -> None:
     decoder, _, _ = components.autoencoder, components.heldout_source, components.buckets
     if isinstance(source, LatentSource):
         check_latents(source, components.config, decoder.fingerprint() if decoder else None)
+    if (features := components.stored_features) is not None:
+        with naming_setting("config.auxiliary.repa_features"):
+            features.check(source, components.config.data.flip)
     for evaluator in evaluators_for(components.config):
         evaluator.check(components)
     with naming_setting("config.sampling"):
