@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 
@@ -5,9 +6,13 @@ import numpy as np
 import pytest
 
 from dig_jax import ConfigError, Sampler
+from dig_jax.config import EvaluationConfig
+from dig_jax.errors import UserError
 from dig_jax.evaluation import digits, evaluate, registry
 from dig_jax.evaluation.evaluate import draw_neighbors, score
 from dig_jax.evaluation.evaluator import Accumulator, Evaluator
+from dig_jax.evaluation.sweep import sweep
+from dig_jax.files.lock import LOCK_FILE, writer_lock
 from dig_jax.reporting import sample_grids
 from dig_jax.reporting.sample_grids import draw_samples
 from dig_jax.testing import PlainComponents, tiny_settings, write_checkpoint
@@ -121,6 +126,30 @@ def test_a_checkpoint_without_metrics_is_evaluated(tmp_path):
     files = {"checkpoints", "samples.png", "samples", "neighbors.png", "scores.json", "report.html"}
     assert written == files
     assert "frechet_distance" in (tmp_path / "report.html").read_text()
+
+
+def test_one_evaluation_at_a_time_writes_to_a_directory_also_while_its_run_trains(tmp_path):
+    settings, message = tiny_settings(**DIGITS), f"the folder of scores {tmp_path} is in use by process"
+    write_checkpoint(tmp_path, settings)
+    np.savez(tmp_path / "fake.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    of_images = dataclasses.replace(settings, evaluation=EvaluationConfig(scores="kid"))
+    with writer_lock(tmp_path / LOCK_FILE, tmp_path), evaluate.writing_scores(tmp_path):
+        for call in (
+            lambda: evaluate.evaluate(settings, tmp_path),
+            lambda: sweep(settings, tmp_path, ["steps=2"]),
+            lambda: evaluate.evaluate_images(of_images, tmp_path / "fake.npz", tmp_path, tmp_path),
+        ):
+            with pytest.raises(UserError, match=message):
+                call()
+        assert not (tmp_path / "scores.json").exists()
+
+
+def test_scores_of_images_do_not_replace_those_of_a_run(tmp_path):
+    settings = tiny_settings(evaluation__scores="kid")
+    write_checkpoint(tmp_path, settings)
+    np.savez(tmp_path / "fake.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    with pytest.raises(ConfigError, match="missing --output: the scores of --images would replace those of"):
+        evaluate.evaluate_images(settings, tmp_path / "fake.npz", tmp_path)
 
 
 def test_data_without_an_evaluator_cannot_be_evaluated(tmp_path, only_digits):

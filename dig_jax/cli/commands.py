@@ -122,7 +122,7 @@ def _evaluate(settings: Config, workdir: Path, values: FlagValues) -> None:
     if values.images and values.sweep:
         raise ConfigError("--sweep does not apply to --images; expected a model in --workdir")
     if values.images:
-        evaluate_images(settings, to_path(values.images), output or workdir)
+        evaluate_images(settings, to_path(values.images), workdir, output)
     elif values.sweep:
         from dig_jax.evaluation.sweep import sweep
 

@@ -1,13 +1,15 @@
 """--mode=evaluate: score a model or a set of images, and show samples next to the nearest training images."""
 
+import contextlib
 import datetime
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
+from dig_jax.checkpoints.reader import has_checkpoints
 from dig_jax.components import Components
 from dig_jax.config import Config
 from dig_jax.errors import ConfigError, naming_setting
@@ -16,8 +18,8 @@ from dig_jax.evaluation.generated import GeneratedImages, provenance
 from dig_jax.evaluation.image_sets import open_images
 from dig_jax.evaluation.registry import EVALUATORS, evaluators_for
 from dig_jax.files.atomic import write_json
-from dig_jax.files.paths import Path, make_folder
-from dig_jax.parallel import barrier, local_mesh, output_folder
+from dig_jax.files.paths import Path
+from dig_jax.parallel import barrier, local_mesh, on_process_0, one_writer, output_folder
 from dig_jax.progress import Progress
 from dig_jax.reporting.grids import save_pair_grid
 from dig_jax.reporting.html import write_report
@@ -43,33 +45,42 @@ def evaluate(settings: Config, workdir: Path, output: Path | None = None) -> Sco
         output: the folder of the results; by default the workdir.
 
     Raises:
-        UserError: there is no checkpoint, its settings differ, or no evaluator applies to the data.
+        UserError: there is no checkpoint, its settings differ, no evaluator applies to the data, or another
+            evaluation writes to the folder.
     """
     output = results_folder(workdir, output)
     sampler = load(workdir, settings=settings, mesh=local_mesh())
-    with output_folder(output) as mirrored:
-        scores = score(sampler, mirrored.folder, resume=True)
+    with writing_scores(output) as folder:
+        scores = score(sampler, folder, resume=True)
         if not scores:
             raise nothing_to_evaluate(settings)
         if jax.process_index() == 0:
-            draw_samples(sampler, mirrored.folder)
-            draw_neighbors(sampler, mirrored.folder)
-            write_report(mirrored.folder)
+            draw_samples(sampler, folder)
+            draw_neighbors(sampler, folder)
+            write_report(folder)
         barrier("the report is written")
     return scores
 
 
-def evaluate_images(settings: Config, path: Path, output: Path) -> Scores:
-    """Score the images of a folder or an npz file, without a model; write scores.json to `output`.
+def evaluate_images(settings: Config, path: Path, workdir: Path, output: Path | None = None) -> Scores:
+    """Score the images of a folder or an npz file, without a model; write scores.json.
 
     Args:
         settings: `evaluation` names scores and reference. `evaluation.num_images` does not apply.
         path: the folder or file.
-        output: the folder of the results.
+        workdir: the folder of the results, without `output`.
+        output: the folder of the results; required if the workdir is a run's.
 
     Raises:
-        UserError: invalid images or an invalid reference, or no scores are named.
+        UserError: invalid images or an invalid reference, no scores are named, the workdir is a run's, or
+            another evaluation writes to the folder.
     """
+    if output is None and on_process_0(lambda: has_checkpoints(workdir)):
+        raise ConfigError(
+            f"missing --output: the scores of --images would replace those of the run in {workdir}; expected"
+            " --output=DIRECTORY"
+        )
+    output = results_folder(workdir, output)
     with naming_setting("--images"):
         images = open_images(path)
         count = len(images)
@@ -78,13 +89,26 @@ def evaluate_images(settings: Config, path: Path, output: Path) -> Scores:
         raise ConfigError(
             "nothing to evaluate: got config.evaluation.scores=''; expected scores such as fid,kid"
         )
-    make_folder(output)
-    with output_folder(output) as mirrored:
-        task = Task(Components(settings), images, count, folder=mirrored.folder)
+    with writing_scores(output) as folder:
+        task = Task(Components(settings), images, count, folder=folder)
         scores = _scores(task, evaluators, _PART * jax.process_count())
         scores |= {"images": images.name, "images_hash": images.fingerprint, "time": _now()}
-        write_json(mirrored.folder / "scores.json", scores)
+        write_json(folder / "scores.json", scores)
     return scores
+
+
+@contextlib.contextmanager
+def writing_scores(output: Path) -> Iterator[pathlib.Path]:
+    """Yield the local folder of the results, to which no other evaluation writes. All processes call this.
+
+    The lock is not the run's, so that a run can be evaluated while it trains.
+
+    Raises:
+        UserError: another evaluation holds the lock, or the folder is not writable.
+    """
+    lock = output / ".evaluate.lock"
+    with one_writer(lock, f"the folder of scores {output}"), output_folder(output) as local:
+        yield local.folder
 
 
 def score(sampler: Sampler, folder: pathlib.Path, *, resume: bool = False) -> Scores:
@@ -160,7 +184,6 @@ def results_folder(workdir: Path, output: Path | None) -> Path:
     if output is not None:
         if output.is_file():
             raise ConfigError(f"invalid --output={output}: got a file; expected a directory for the scores")
-        make_folder(output)
         return output
     if workdir.is_file():
         raise ConfigError(f"missing --output: --workdir={workdir} is a file; expected --output=DIRECTORY")

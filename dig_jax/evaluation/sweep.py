@@ -12,14 +12,14 @@ from typing import Any
 
 from dig_jax.config import Config, from_dict, to_dict
 from dig_jax.errors import ConfigError, InvalidFile, alternatives, naming_setting, suggest
-from dig_jax.evaluation.evaluate import nothing_to_evaluate, results_folder, score
+from dig_jax.evaluation.evaluate import nothing_to_evaluate, results_folder, score, writing_scores
 from dig_jax.evaluation.evaluator import Scores
 from dig_jax.evaluation.generated import GeneratedImages
 from dig_jax.evaluation.registry import rankings
 from dig_jax.files.atomic import replacing, write_json
 from dig_jax.files.json_file import read_json
 from dig_jax.files.paths import Path
-from dig_jax.parallel import local_mesh, on_process_0, output_folder
+from dig_jax.parallel import local_mesh, on_process_0
 from dig_jax.reporting.pictures import warning_of_failure
 from dig_jax.sampling.sampler import Sampler, load
 
@@ -64,25 +64,25 @@ def sweep(settings: Config, workdir: Path, texts: Sequence[str], output: Path | 
     samplers = _samplers(workdir, [_with(settings, point) for point in points])
     output = results_folder(workdir, output)
     rows: list[Point] = []
-    with output_folder(output) as mirrored:
-        known = on_process_0(lambda: _read(mirrored.folder / "sweep.json"))
+    with writing_scores(output) as folder:
+        known = on_process_0(lambda: _read(folder / "sweep.json"))
         for number, (point, sampler) in enumerate(zip(points, samplers, strict=True), 1):
             identity = _identity(sampler)
             found = next((row for row in known if row.get("identity") == identity), None)
             done = ", already scored" if found else ""
             log.info("point %d of %d: %s%s", number, len(points), _text(point), done)
-            scores = found["scores"] if found else score(sampler, mirrored.folder, resume=True)
+            scores = found["scores"] if found else score(sampler, folder, resume=True)
             # The same point may have been swept by other options.
             rows.append({"options": point, "identity": identity, "scores": scores})
             scored = [row["identity"] for row in rows]
             others = [row for row in known if row.get("identity") not in scored]
-            write_json(mirrored.folder / "sweep.json", {"best_by": by, "points": rows + others})
+            write_json(folder / "sweep.json", {"best_by": by, "points": rows + others})
         best = best_row(rows, by, higher_is_better=figures[by])
         for line in table(rows, list(figures), best):
             log.info(line)
-        write_json(mirrored.folder / "scores.json", best["scores"])
-        with warning_of_failure(mirrored.folder / "sweep.png"):
-            save_plot(mirrored.folder / "sweep.png", rows, list(figures), best)
+        write_json(folder / "scores.json", best["scores"])
+        with warning_of_failure(folder / "sweep.png"):
+            save_plot(folder / "sweep.png", rows, list(figures), best)
     return best["scores"]
 
 
