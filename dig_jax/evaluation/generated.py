@@ -85,8 +85,8 @@ class GeneratedImages(Images):
             if bad.any():
                 raise UserError(
                     f"the image of seed {seeds[bad][0]} is not finite: got NaN or infinity from step"
-                    f" {self.sampler.step}; expected a model that has not diverged, or set"
-                    " config.model.dtype=float32"
+                    f" {self.sampler.step}; expected a model that has not diverged, such as an older one in"
+                    " WORKDIR/checkpoints"
                 )
             x = x[own - seeds[0]]
             yield own, self.sampler.decode(x) if len(x) else np.zeros((0, *self.shape), np.uint8)
