@@ -46,6 +46,20 @@ def test_splits_without_images_are_an_error(golden, splits):
         inception_score(golden["logits"], splits=splits)
 
 
+def test_adms_protocol_gives_the_splits_that_were_asked_for_or_names_those_that_it_gives():
+    logits = np.random.default_rng(0).standard_normal((10, 3))
+    for splits in (1, 2, 3, 4, 5, 10):
+        parts = [logits[i : i + -(-10 // splits)] for i in range(0, 10, -(-10 // splits))]
+        assert len(parts) == splits
+        expected = np.mean([inception_score(part) for part in parts])
+        assert inception_score(logits, splits=splits) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="invalid splits=6 of 10 images: got 5 splits of at most 2 each"):
+        inception_score(logits, splits=6)
+    assert inception_score(logits, splits=6, protocol="torch_fidelity") > 1
+    many = np.tile(logits, (5000, 1))
+    assert inception_score(many) == inception_score(many, splits=10)  # 50,000 images, as published
+
+
 def test_an_unknown_protocol_is_an_error(golden):
     with pytest.raises(ValueError, match="unknown protocol 'fid'; expected adm or torch_fidelity"):
         inception_score(golden["logits"], protocol="fid")

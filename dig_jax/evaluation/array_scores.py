@@ -23,14 +23,22 @@ def inception_score(
         protocol: "adm" splits the images in order, "torch_fidelity" after a permutation of seed 2020.
 
     Raises:
-        ValueError: an unknown protocol, or fewer images than splits.
+        ValueError: an unknown protocol, fewer images than splits, or a number of splits in order that the
+            images do not give.
     """
     if protocol not in ("adm", "torch_fidelity"):
         raise ValueError(f"unknown protocol {protocol!r}; expected adm or torch_fidelity")
     if splits is not None and not 1 <= splits <= len(logits):
         raise ValueError(f"invalid splits={splits} of {len(logits)} images; expected 1 to {len(logits)}")
     if protocol == "adm":
-        score = InceptionScore(split_size=5000 if splits is None else -(-len(logits) // splits))
+        size = 5000 if splits is None else -(-len(logits) // splits)
+        given = -(-len(logits) // size)
+        if splits not in (None, given):
+            raise ValueError(
+                f"invalid splits={splits} of {len(logits)} images: got {given} splits of at most {size} each;"
+                f" expected splits={given} or another number of images"
+            )
+        score = InceptionScore(split_size=size)
     else:
         score = InceptionScore(splits=10 if splits is None else splits)
     return score(_set(logits=logits), None)[""]
