@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from dig_jax.errors import ConfigError, UserError
 from dig_jax.parallel import (
     barrier,
     check_agreement,
+    distributed,
     exit_process,
     gather_arrays,
     initialize_distributed,
@@ -23,6 +25,13 @@ from dig_jax.testing import tiny_settings
 from dig_jax.training.workdir import claim_workdir
 
 OWN_FOLDER = 100  # a file descriptor
+
+
+def in_parts(arrays):
+    """Gather 64 bytes at a time; return the lengths if the values are right."""
+    with mock.patch.object(distributed, "_PART", 64):
+        gathered = [part["x"] for part in gather_arrays(arrays)]
+    return [len(x) for x in gathered if (x == np.arange(len(x))).all()]
 
 
 def main(port, number, folder):
@@ -41,6 +50,8 @@ def main(port, number, folder):
         "broadcast": lambda: on_process_0(lambda: {"index": jax.process_index()}),
         "rejection": lambda: on_process_0(reject),
         "gather": lambda: [part["x"].tolist() for part in gather_arrays({"x": np.arange(number + 2) / 3})],
+        "gather in parts": lambda: in_parts({"x": np.arange(number * 100)}),
+        "sizes beyond int32": lambda: distributed._gathered_sizes(3 * 2**31 + number),
         "without": lambda: processes_without(number == 0),
         "shared workdir": lambda: claim(tiny_settings(), folder / "run"),
         "workdir of different settings": lambda: claim(

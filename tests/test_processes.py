@@ -257,6 +257,8 @@ def test_processes_take_steps_together_and_fail_together(directory):
         ]
         assert outcomes["broadcast"] == {"index": 0}
         assert outcomes["gather"] == [[0, 1 / 3], [0, 1 / 3, 2 / 3]]
+        assert outcomes["gather in parts"] == [0, 100]
+        assert outcomes["sizes beyond int32"] == [3 * 2**31, 3 * 2**31 + 1]
         assert outcomes["rejection"] == ["rejected by process 0", True]
         assert outcomes["without"] == [1]
         assert outcomes["shared workdir"] is None

@@ -30,6 +30,8 @@ from dig_jax.files.paths import Path
 
 # Checksums that every process contributes in `check_agreement`: the size must not depend on the settings.
 _SLOTS = 256
+# Bytes of a process that `gather_arrays` sends at once: every device holds those of all processes.
+_PART = 2**28
 
 _EXIT_SECONDS = 10
 _BARRIER_SECONDS = 7 * 24 * 3600
@@ -214,13 +216,23 @@ def gather_arrays(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray
     named: dict[str, Any] = dict(arrays)
     np.savez(buffer, **named)
     content = np.frombuffer(buffer.getvalue(), np.uint8)  # JAX would make float32 of float64
-    sizes = multihost_utils.process_allgather(np.int32(content.size))
-    gathered = multihost_utils.process_allgather(np.resize(content, int(sizes.max())))
+    sizes = _gathered_sizes(content.size)
+    parts = []
+    for start in range(0, max(sizes), _PART):
+        length = min(_PART, max(sizes) - start)
+        parts.append(multihost_utils.process_allgather(np.resize(content[start : start + length], length)))
     result = []
-    for part, size in zip(gathered, sizes.tolist(), strict=True):
-        with np.load(io.BytesIO(part[:size].tobytes())) as loaded:
+    for number, size in enumerate(sizes):
+        with np.load(io.BytesIO(np.concatenate([part[number] for part in parts])[:size].tobytes())) as loaded:
             result.append({name: loaded[name] for name in loaded.files})
     return result
+
+
+def _gathered_sizes(size: int) -> list[int]:
+    """Return the numbers of bytes of all processes."""
+    # As bytes, because JAX would make int32 of int64.
+    digits = multihost_utils.process_allgather(np.array([size], np.int64).view(np.uint8))
+    return np.ascontiguousarray(digits).view(np.int64)[:, 0].tolist()
 
 
 def barrier(name: str) -> None:
