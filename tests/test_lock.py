@@ -196,6 +196,18 @@ def test_a_directory_that_is_a_file_is_one_line(tmp_path):
         assert_refused(folder / ".lock", f"invalid directory {folder}: it is a file or in a file")
 
 
+def test_a_dangling_link_is_one_line(path):
+    path.parent.mkdir()
+    path.symlink_to("missing")
+    timer = threading.Timer(20, lambda: path.unlink(missing_ok=True))  # ends an endless loop
+    timer.start()
+    try:
+        assert_refused(path, f"{path} is a symbolic link to a missing file; expected no link: delete it")
+        assert path.is_symlink()
+    finally:
+        timer.cancel()
+
+
 def test_running_processes_are_told_from_others():
     assert is_running(os.getpid()) and is_running(os.getpid(), start_time(os.getpid()))
     assert not is_running(os.getpid(), "1")

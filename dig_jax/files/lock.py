@@ -104,6 +104,8 @@ def _acquire(path: Path, owner: _Owner, what: str | os.PathLike) -> None:
     while not _create(path, owner):
         found = _read(path)
         if found is None:
+            if not is_remote(path) and os.path.islink(path):  # it exists, but nothing can be read
+                raise UserError(f"{path} is a symbolic link to a missing file; expected no link: delete it")
             continue
         other = _owner(found)
         runs = other.runs_here() if other else None
