@@ -79,6 +79,10 @@ def test_a_new_model_predicts_zero_and_its_blocks_are_the_identity():
     np.testing.assert_array_equal(out, tokens)
 
 
+def test_an_input_size_may_be_a_number_of_numpy():
+    assert nnx.split(tiny(input_size=np.int64(8)))[0] == nnx.split(tiny(input_size=8))[0]
+
+
 @pytest.mark.parametrize("name", ["DiG-S/2", "DiT-S/2"])
 def test_non_square_inputs_give_outputs_of_their_shape(name):
     model = tiny(name, depth=1, input_size=(4, 12), num_classes=0, in_channels=3, learn_sigma=False)

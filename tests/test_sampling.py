@@ -150,6 +150,15 @@ def test_images_have_the_requested_size():
     assert plain_sampler()(size=8).shape == (1, 8, 8, 1)
 
 
+def test_numbers_of_numpy_are_numbers():
+    components = tiny_components(diffusion__process="flow", model__learn_sigma=False)
+    requests = [
+        Sampler(components, {}, step=0).request(integer(8), sampler="euler", steps=integer(STEPS))
+        for integer in (int, np.int64)
+    ]
+    assert repr(requests[0]) == repr(requests[1])
+
+
 def batches_denoised(monkeypatch):
     """The batch sizes that a `PlainModel` is traced with, from now on."""
     seen, denoise = [], PlainModel.denoise
@@ -218,6 +227,14 @@ def test_the_trajectory_has_every_step_and_ends_at_the_image(name):
     assert np.abs(trajectory[-1].astype(int) - plain_sampler()(**arguments)).max() <= 1
     assert len(np.unique(trajectory[-1])) > 10
     assert np.abs(trajectory[0].astype(int) - trajectory[-1]).max() > 1
+
+
+def test_a_trajectory_takes_the_arguments_of_a_call():
+    arguments = {"labels": 2, "seeds": SEEDS, "size": (4, 8), "steps": STEPS, "guidance_scale": 2.0}
+    latents = plain_sampler().trajectory(**arguments, return_latents=True)
+    assert latents.shape == (STEPS, 5, 4, 8, 1)
+    np.testing.assert_array_equal(to_pixels(latents), plain_sampler().trajectory(**arguments))
+    np.testing.assert_allclose(latents[-1], plain_sampler()(**arguments, return_latents=True), atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 from flax import nnx
 
 from dig_jax.errors import suggest
@@ -147,7 +148,7 @@ def accepted_options(name: str) -> frozenset[str]:
 def create_model(
     name: str,
     *,
-    input_size: int | tuple[int, int],
+    input_size: int | np.integer | tuple[int, int],
     num_classes: int,
     rngs: nnx.Rngs,
     **overrides,
@@ -165,11 +166,12 @@ def create_model(
         ValueError: an unknown name or option, an invalid value, or sizes that do not fit together.
     """
     family, options = resolve_options(name, **overrides)
-    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    square = isinstance(input_size, int | np.integer)
+    height, width = (input_size, input_size) if square else input_size
     return family.constructor(
         family.name,
         options,
-        input_size=(height, width),
+        input_size=(int(height), int(width)),
         num_classes=num_classes,
         rngs=rngs,
     )

@@ -51,7 +51,8 @@ OPTIONS = (
 def with_options(settings: SamplingConfig, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `sampling` with the options that are not None in place of the config's.
 
-    Another sampler or guidance rule starts without the config's options for the first one.
+    Another sampler or guidance rule starts without the config's options for the first one. Numbers of NumPy
+    become Python's.
 
     Raises:
         ValueError: an unknown option.
@@ -61,7 +62,11 @@ def with_options(settings: SamplingConfig, options: Mapping[str, Any]) -> dict[s
             raise ValueError(
                 f"unknown option: got {name!r}; expected one of {', '.join(OPTIONS)}{suggest(name, OPTIONS)}"
             )
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in options.items()
+        if value is not None
+    }
     fields = vars(settings)
     for name in ("sampler", "guidance"):
         if given.get(name, fields[name]) != fields[name]:

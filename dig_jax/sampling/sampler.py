@@ -34,6 +34,7 @@ from dig_jax.sampling.generation_spec import GenerationSpec, needs_weak_model, w
 
 Numbers = int | Sequence[int] | np.ndarray | None
 Labels = Numbers | str | Sequence[str]
+Size = int | np.integer | tuple[int, int] | None
 
 # Latent pixels that each device decodes at once: 4 images of 256×256 pixels or one of 512×512. They take
 # about 1 GB, in addition to what training keeps on the device.
@@ -76,9 +77,9 @@ class Sampler:
         *,
         seeds: Numbers = None,
         sampler: str | None = None,
-        steps: int | None = None,
+        steps: int | np.integer | None = None,
         guidance_scale: float | None = None,
-        size: int | tuple[int, int] | None = None,
+        size: Size = None,
         return_latents: bool = False,
         **options: Any,
     ) -> UInt8[np.ndarray, "n height width c"] | Float[np.ndarray, "n height width c"]:
@@ -110,7 +111,7 @@ class Sampler:
         labels: Labels = None,
         *,
         seeds: Numbers = None,
-        size: int | tuple[int, int] | None = None,
+        size: Size = None,
         return_latents: bool = False,
         **options: Any,
     ) -> tuple[np.ndarray, Int32[np.ndarray, " n"]]:
@@ -123,15 +124,16 @@ class Sampler:
         labels: Labels = None,
         *,
         seeds: Numbers = None,
-        sampler: str | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
+        size: Size = None,
+        return_latents: bool = False,
         **options: Any,
-    ) -> UInt8[np.ndarray, "steps n height width c"]:
+    ) -> UInt8[np.ndarray, "steps n height width c"] | Float[np.ndarray, "steps n height width c"]:
         """Return the model's prediction of the final images at each step; arguments as in a call."""
-        options |= {"sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
-        x, _ = self._draw(labels, seeds, options, trajectory=True)
-        return self.decode(x.reshape(-1, *x.shape[2:])).reshape(*x.shape[:2], *self.output_shape)
+        x, _ = self._draw(labels, seeds, options, size, trajectory=True)
+        if return_latents:
+            return x
+        pixels = self.decode(x.reshape(-1, *x.shape[2:]))
+        return pixels.reshape(*x.shape[:2], *pixels.shape[1:])
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
@@ -204,9 +206,7 @@ class Sampler:
         labels, seeds = np.broadcast_arrays(labels, seeds)
         return labels.astype(np.int32), seeds.astype(np.int32)
 
-    def request(
-        self, size: int | tuple[int, int] | None = None, *, trajectory: bool = False, **options: Any
-    ) -> Request:
+    def request(self, size: Size = None, *, trajectory: bool = False, **options: Any) -> Request:
         """Return what a call with this size and these options passes to `generate`.
 
         Raises:
@@ -227,7 +227,7 @@ class Sampler:
         labels: Labels,
         seeds: Numbers,
         options: dict[str, Any],
-        size: int | tuple[int, int] | None = None,
+        size: Size = None,
         *,
         trajectory: bool = False,
     ) -> tuple[Float[np.ndarray, "*leading n h w c"], Int32[np.ndarray, " n"]]:
@@ -276,14 +276,14 @@ class Sampler:
             self._weak_models[path] = read_frozen_model("weak_model", path, self.components, self._mesh)
         return self._weak_models[path]
 
-    def _model_size(self, size: int | tuple[int, int]) -> tuple[int, int]:
+    def _model_size(self, size: int | np.integer | tuple[int, int]) -> tuple[int, int]:
         """Return (height, width) in the model's space of images of a size in pixels."""
         factor = decoder.config.downsampling if (decoder := self.components.autoencoder) else 1
         step = factor * self.components.abstract_model.options.size_step
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = (size, size) if isinstance(size, int | np.integer) else size
         if min(height, width) < 1 or height % step or width % step:
             raise ValueError(f"invalid size={size}; expected positive multiples of {step} pixels")
-        return height // factor, width // factor
+        return int(height) // factor, int(width) // factor
 
     def decode(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:
         """Convert images in the model's space to pixels, on all devices of this process."""
