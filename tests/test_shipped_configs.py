@@ -1,16 +1,22 @@
 """The shipped configs and their recipes."""
 
+import importlib
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from dig_jax.cli.command_line import load_config
+from dig_jax.components import Components, model_options
 from dig_jax.config import Config, flattened, from_dict, to_dict
+from dig_jax.data import ImageSpec
 from dig_jax.data.registry import loader
 from dig_jax.errors import ConfigError
 from dig_jax.models.registry import find_model
+from dig_jax.sampling.generation_spec import GenerationSpec
+from dig_jax.training.train_setup import TrainSetup
 
 IMAGENET = [f"{family}_{size}" for family in ("dig", "dit", "udig") for size in ("s", "b", "l", "xl")]
 DIS = [f"dis_{size}" for size in ("s", "b", "m", "l", "h", "xl")]
@@ -48,6 +54,39 @@ def test_every_shipped_config_is_valid_and_survives_json(name):
     settings = from_dict(shipped(name).to_dict())
     assert isinstance(settings, Config)
     assert from_dict(json.loads(json.dumps(to_dict(settings)))) == settings
+
+
+def arguments_before_recipe(file):
+    """Default arguments of a config before its recipe, or None if it has no recipe."""
+    parameters = inspect.signature(importlib.import_module(f"configs.{file}").get_config).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return (
+        "".join(f"{defaults[name]}," for name in defaults if name != "recipe")
+        if "recipe" in defaults
+        else None
+    )
+
+
+FILES = {name.partition(":")[0]: None for name in SHIPPED}
+WITH_RECIPES = [file for file in FILES if arguments_before_recipe(file) is not None]
+
+
+@pytest.mark.parametrize("file", WITH_RECIPES)
+def test_every_recipe_that_a_config_offers_can_be_trained_and_sampled(file):
+    before = arguments_before_recipe(file)
+    with pytest.raises(ConfigError) as error:
+        shipped(f"{file}:{before}none")
+    recipes = re.split(", | or ", str(error.value).rpartition("expected ")[2])
+    assert len(recipes) > 1
+    for recipe in recipes:
+        settings = from_dict(shipped(f"{file}:{before}{recipe}").to_dict())
+        options = {"image_size": 8, "channels": 3, "num_classes": 10, **settings.data.options}
+        classes = tuple(map(str, range(options["num_classes"])))
+        spec = ImageSpec((options["image_size"], options["image_size"], options["channels"]), classes)
+        components = Components(settings, spec)
+        model_options(settings.model)
+        TrainSetup.of(components)
+        GenerationSpec.of(components)
 
 
 # Zhu et al. 2025, section 4.1, and the released trainer and sampler.
@@ -192,9 +231,10 @@ def test_sources_accept_the_options_of_shipped_configs(name):
     ("text", "message"),
     [
         ("dig_s.py:128", "invalid resolution '128'; expected 256, 512 or 1024"),
-        ("dig_s.py:256,papr", "invalid recipe 'papr'; expected modern, meanflow, ours or paper"),
-        ("dig_s.py:256,paper,3", "invalid recipe 'paper,3'; expected modern, meanflow, ours or paper"),
-        ("celeba64.py:64", "invalid recipe '64'; expected modern, meanflow, ours or paper"),
+        ("dig_s.py:256,papr", "invalid recipe 'papr' for DiG-S/2; expected modern, meanflow, ours or paper"),
+        ("dig_s.py:256,paper,3", "invalid recipe 'paper,3' for DiG-S/2; expected modern, meanflow, ours or"),
+        ("celeba64.py:64", "invalid recipe '64' for DiG-S/2; expected modern, meanflow, ours or paper"),
+        ("dis_m.py:256,meanflow", "invalid recipe 'meanflow' for DiS-M/2; expected modern, ours or paper"),
     ],
 )
 def test_an_invalid_argument_of_a_config_raises_one_line(text, message):
