@@ -29,7 +29,7 @@ def define_flags() -> flags.FlagValues:
     text(
         "workdir",
         "Directory of the run; by default runs/NAME_OF_CONFIG. Modes that read a model also accept an"
-        " exported file or hf://OWNER/NAME.",
+        " exported file or folder, or hf://OWNER/NAME.",
     )
     parser, serializer = _ModeParser(list(COMMANDS)), flags.ArgumentSerializer()
     flags.DEFINE(parser, "mode", "train", "The command to run.", values, serializer)

@@ -15,7 +15,11 @@ from dig_jax.program import program
 _MAX_WIDTH = 100
 _COMMON = (
     ("--config=FILE", "configs/NAME.py, configs/NAME.py:ARGUMENT, or config.json of a run's workdir."),
-    ("--workdir=DIR", "Directory of the run; by default runs/NAME, or the folder of config.json."),
+    (
+        "--workdir=DIR",
+        "Directory of the run; by default runs/NAME, or the folder of config.json. Modes that read a model"
+        " also accept an exported file or folder, or hf://OWNER/NAME.",
+    ),
     (
         "--config.FIELD=VALUE",
         "Set a field, such as --config.training.steps=4000. docs/reference/config_reference.md lists all.",

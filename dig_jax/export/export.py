@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dig_jax.checkpoints.parameter_file import write_parameter_file, writing_to
-from dig_jax.checkpoints.reader import holds, read_checkpoint
+from dig_jax.checkpoints.reader import holds, read_model
 from dig_jax.components import Components, Params
 from dig_jax.config import Config, check_same
 from dig_jax.errors import ConfigError, alternatives
@@ -23,13 +23,14 @@ log = logging.getLogger(__name__)
 
 
 def export(settings: Config, workdir: Path, output: Path, license: str | None = None) -> None:
-    """Write a workdir's newest intact checkpoint in the format that the suffix of `output` names.
+    """Write a trained model in the format that the suffix of `output` names.
 
     The parameters are those of `sampling.ema`. A program samples with the options of `sampling`.
 
     Args:
         settings: the config to store; fields that may not change must equal the workdir's.
-        workdir: the run's directory; for a program also a file of parameters.
+        workdir: the run's directory, whose newest intact checkpoint is taken, or a file or folder that
+            --mode=export or the converter wrote.
         output: FILE.safetensors for the parameters, FILE.stablehlo or FILE.onnx for the sampler, or a name
             without a suffix for a folder with parameters and a model card. It must not exist, or hold exactly
             this: then nothing is written.
@@ -37,7 +38,7 @@ def export(settings: Config, workdir: Path, output: Path, license: str | None = 
 
     Raises:
         ConfigError: an invalid or existing `output`, or settings that differ from the workdir's.
-        CheckpointError: no readable checkpoint, or `output` could not be written.
+        CheckpointError: no readable model, or `output` could not be written.
     """
     if not output.suffix:
         _export_folder(settings, workdir, output, license)
@@ -74,7 +75,7 @@ def _export_folder(settings: Config, workdir: Path, output: Path, license: str |
 
 
 def push(settings: Config, workdir: Path, url: str, license: str | None = None) -> None:
-    """Upload a workdir's newest intact checkpoint with a model card to the Hugging Face Hub, as one commit.
+    """Upload a trained model with a model card to the Hugging Face Hub, as one commit.
 
     A new repository is created. A card that is there is kept.
 
@@ -84,7 +85,7 @@ def push(settings: Config, workdir: Path, url: str, license: str | None = None) 
 
     Raises:
         ConfigError: settings that differ from the workdir's.
-        CheckpointError: an invalid `url`, no readable checkpoint, or the upload failed.
+        CheckpointError: an invalid `url`, no readable model, or the upload failed.
     """
     repository = repository_of(url)
     components, step, params = _read(settings, workdir)
@@ -96,7 +97,7 @@ def push(settings: Config, workdir: Path, url: str, license: str | None = None) 
 
 
 def _read(settings: Config, workdir: Path) -> tuple[Components, int, Params]:
-    stored, step, params = read_checkpoint(workdir, settings.sampled_ema)
+    stored, step, params = read_model(workdir, settings.sampled_ema)
     check_same(stored.config, settings, workdir)
     return stored.with_config(settings), step, params
 

@@ -37,7 +37,7 @@ def write_model_folder(
         components: the model.
         step: the number of steps the parameters were trained for.
         params: the parameters.
-        workdir: the run, whose scores, starts and samples the card shows.
+        workdir: the run, whose scores, starts and samples the card shows if there are any.
         license: license of the parameters, as the Hub names it, such as apache-2.0.
 
     Raises:
@@ -99,10 +99,11 @@ def model_card(
         "steps": step,
         "images seen": f"{step * config.data.batch_size:,}",
         "batch size": config.data.batch_size,
-        "parameters": "of the last step"
-        if config.sampled_ema == "params"
-        else f"average {config.sampled_ema}",
     }
+    if not step:  # converted parameters: their config has synthetic data
+        training = {"steps": "0; trained by other code, or not at all"}
+    is_average = config.sampled_ema != "params"
+    training["parameters"] = f"average {config.sampled_ema}" if is_average else "of the last step"
     lines.append(_section("Training", training | _changed(config, ("diffusion", "optimizer"))))
     named = {"model.name": config.model.name}
     lines.append(_section("Model", named | _changed(config, ("model",))))
@@ -134,11 +135,10 @@ def _summary(components: Components, num_params: int) -> str:
     spec = components.image_spec
     height, width, _ = spec.image_shape
     classes = f" of {spec.num_classes} classes" if spec.num_classes else ""
-    is_latent = components.config.autoencoder.path and components.config.data.name != "fake"
+    space = "latents" if components.config.autoencoder.path else "pixels"
     return (
         f"A {components.abstract_model.family} with {num_params:,} parameters that generates images{classes}"
-        f" in {height}×{width} {'latents' if is_latent else 'pixels'}. `--mode=export` of DiG-JAX wrote this"
-        " card from the files of the run."
+        f" in {height}×{width} {space}. `--mode=export` of DiG-JAX wrote this card."
     )
 
 

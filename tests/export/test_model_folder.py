@@ -13,6 +13,7 @@ from fake_hub import TOKEN, running_hub
 
 import dig_jax
 from dig_jax import CheckpointError, ConfigError, config
+from dig_jax.checkpoints.parameter_file import write_parameter_file
 from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components
 from dig_jax.export.export import export, push
@@ -113,6 +114,23 @@ def test_a_folder_loads_and_is_never_overwritten(run, exported, caplog):
     assert f"{exported} already holds step 7 (0.9)" in caplog.messages
     with pytest.raises(ConfigError, match=f"--output={exported} exists and holds something else"):
         export(tiny_settings(sampling__ema="params"), run[0], exported)
+
+
+def test_a_converted_file_and_an_exported_folder_are_exported_with_a_card(exported, tmp_path):
+    settings = tiny_settings(autoencoder__path="somewhere", data__batch_size=2)
+    source = tmp_path / "converted.safetensors"
+    components, _, params = read_model(exported)
+    write_parameter_file(source, components.with_config(settings), 0, params)
+    export(settings, source, tmp_path / "model")
+    card = (tmp_path / "model/README.md").read_text()
+    assert "in 4×4 latents" in card and "| steps | 0; trained by other code, or not at all |" in card
+    assert "fake" not in card and "Not evaluated." in card
+    export(tiny_settings(), exported, tmp_path / "again")
+    for path, expected in ((tmp_path / "model", settings), (tmp_path / "again", tiny_settings())):
+        components, _, found = read_model(path)
+        assert components.config == expected
+        assert_equal(found, params)
+    assert (tmp_path / "again/samples.png").read_bytes() == b"picture"
 
 
 def test_a_license_needs_a_card(run, tmp_path):
