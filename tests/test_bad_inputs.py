@@ -43,7 +43,7 @@ def source(name, /, **values):
 CASES = {
     # Flags
     "unknown flag": (["--stpes=3"], "unknown flag --stpes"),
-    "unknown mode": (["--mode=trian"], "flag --mode=trian: expected train, "),
+    "unknown mode": (["--mode=trian"], "invalid --mode='trian'; expected train, "),
     "flag of another mode": (["--labels=3"], "--labels does not apply to --mode=train"),
     "argument without a flag": (["sample"], "unexpected argument 'sample'"),
     "no number": (["--mode=sample", "--seeds=a"], "invalid --seeds='a'"),

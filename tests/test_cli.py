@@ -109,7 +109,7 @@ def broken_config(tmp_path):
         ),
         ([SMOKE, "--config.model.learn_sigma=perhaps"], "--config.model.learn_sigma=perhaps: "),
         ([SMOKE, "--config.seed"], "Missing value for flag --config.seed"),
-        ([SMOKE, "--mode=trian"], "flag --mode=trian: expected train, sample, "),
+        ([SMOKE, "--mode=trian"], "invalid --mode='trian'; expected train, sample, "),
         ([SMOKE, "--mode=trian"], "; did you mean 'train'?"),
         (["--mode=trian", "--help"], "invalid --mode='trian'; expected train, sample, "),
         ([SMOKE, "--mod=train"], "unknown flag --mod; did you mean '--mode'?"),
@@ -349,10 +349,11 @@ def test_an_environment_that_jax_cannot_use_is_one_line(tmp_path, variable, valu
 
 def test_the_doctor_needs_no_config(command):
     seen = []
-    status, stderr = command("--mode=doctor", main=lambda *given: seen.append(given))
-    assert (status, stderr) == (0, "") and seen[0][0] == config.Config()
-    status, stderr = command("--mode=doctor", SMOKE, main=lambda *given: seen.append(given))
-    assert (status, stderr) == (0, "") and seen[1][0].data.name == "fake"
+    for mode in (["--mode=doctor"], ["--mode", "doctor"]):
+        status, stderr = command(*mode, main=lambda *given: seen.append(given))
+        assert (status, stderr) == (0, "") and seen.pop()[0] == config.Config()
+        status, stderr = command(*mode, SMOKE, main=lambda *given: seen.append(given))
+        assert (status, stderr) == (0, "") and seen.pop()[0].data.name == "fake"
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,14 @@ def test_the_help_of_a_mode_explains_its_flags_and_its_examples_parse(mode, monk
         commands._check_flags(values, mode)
 
 
+def test_the_help_of_a_flag_names_all_modes_that_take_it():
+    values = define_flags()
+    for name in {name for row in commands.COMMANDS.values() for name in row.flags}:
+        if texts := re.findall("With --mode=([^:]*):", values[name].help):
+            named = set(re.findall(r"\w+", " ".join(texts))) & set(commands.COMMANDS)
+            assert named == {mode for mode, row in commands.COMMANDS.items() if name in row.flags}, name
+
+
 def test_lines_that_tell_to_start_again_name_the_program_that_was_started(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--a"])
     assert program.restart() == ["python", "main.py", "--a"]

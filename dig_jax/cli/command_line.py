@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dig_jax.cli.commands import COMMANDS
+from dig_jax.cli.commands import COMMANDS, mode_of
 from dig_jax.cli.logging_setup import start_logging
 from dig_jax.config import Config, check_field, from_dict, read_settings, to_dict
 from dig_jax.errors import ConfigError, StalledRead, UserError, naming_environment, one_line, suggest
@@ -32,8 +32,6 @@ _OUT_OF_MEMORY = (
     " config.model.remat=full, config.training.accumulation or config.mesh.fsdp;"
     " docs/guide/plan.md shows what fits"
 )
-
-_CONFIG_IS_OPTIONAL = {"--mode=doctor", "-mode=doctor"}
 
 
 def run(
@@ -120,7 +118,7 @@ def _parse(argv: list[str], values: flags.FlagValues) -> tuple[Config, Path]:
 
     absl parses the other flags.
     """
-    if _CONFIG_IS_OPTIONAL & set(argv) and not any(re.match(r"--?config(=|$)", word) for word in argv):
+    if mode_of(argv[1:]) == "doctor" and not any(re.match(r"--?config(=|$)", word) for word in argv):
         text, settings = "default", ConfigDict(to_dict(Config()))
     else:
         text, argv = _take_config_flag(argv)

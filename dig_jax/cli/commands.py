@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl.flags import FlagValues
 
 from dig_jax.config import Config
-from dig_jax.errors import ConfigError, alternatives, naming_environment
+from dig_jax.errors import ConfigError, alternatives, naming_environment, suggest
 from dig_jax.files.paths import Path, to_path
 from dig_jax.program import restart
 
@@ -42,6 +43,20 @@ class Command:
     summary: str = ""
     about: str = ""
     examples: tuple[str, ...] = ()
+
+
+def mode_of(arguments: Sequence[str]) -> str | None:
+    """Return the mode that a command line names, as --mode=MODE or --mode MODE, before its flags are parsed.
+
+    Raises:
+        ConfigError: unknown mode.
+    """
+    modes = re.findall(r"(?:^| )--?mode[= ](\S+)", " ".join(arguments))
+    for mode in modes:
+        if mode not in COMMANDS:
+            expected = alternatives(list(COMMANDS))
+            raise ConfigError(f"invalid --mode={mode!r}; expected {expected}{suggest(mode, COMMANDS)}")
+    return modes[-1] if modes else None
 
 
 def run(values: FlagValues, settings: Config, default_workdir: Path) -> None:

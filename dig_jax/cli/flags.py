@@ -5,18 +5,6 @@ import functools
 from absl import flags
 
 from dig_jax.cli.commands import COMMANDS
-from dig_jax.errors import alternatives, suggest
-
-
-class _ModeParser(flags.EnumParser):
-    """The parser of --mode; an unknown mode is an error with a suggestion."""
-
-    def parse(self, argument: str) -> str:
-        """Return a mode that exists."""
-        if argument not in self.enum_values:
-            expected = alternatives(self.enum_values)
-            raise ValueError(f"expected {expected}{suggest(argument, self.enum_values)}")
-        return argument
 
 
 def define_flags() -> flags.FlagValues:
@@ -31,8 +19,7 @@ def define_flags() -> flags.FlagValues:
         "Directory of the run; by default runs/NAME_OF_CONFIG. Modes that read a model also accept an"
         " exported file or folder, or hf://OWNER/NAME.",
     )
-    parser, serializer = _ModeParser(list(COMMANDS)), flags.ArgumentSerializer()
-    flags.DEFINE(parser, "mode", "train", "The command to run.", values, serializer)
+    flags.DEFINE_enum("mode", "train", list(COMMANDS), "The command to run.", flag_values=values)
     text(
         "labels",
         "With --mode=sample: classes, such as 0,5-7 or tabby,goldfish; by default all. A name of"
@@ -67,8 +54,8 @@ def define_flags() -> flags.FlagValues:
     text("profile_steps", "With --mode=train: steps to trace with JAX's profiler, such as 100-105.")
     text(
         "coordinator",
-        "With --mode=train, encode or sample, and several processes: ADDRESS:PORT of process 0. Not needed on"
-        " TPU pods or under SLURM.",
+        "With --mode=train, sample, evaluate or encode, and several processes: ADDRESS:PORT of process 0. Not"
+        " needed on TPU pods or under SLURM.",
     )
     number = functools.partial(flags.DEFINE_integer, flag_values=values)
     number("num_processes", None, "With --coordinator: number of processes.", lower_bound=1)

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from absl.flags import FlagValues
 
-from dig_jax.cli.commands import COMMANDS, PROCESSES
-from dig_jax.errors import ConfigError, alternatives, suggest
+from dig_jax.cli.commands import COMMANDS, PROCESSES, mode_of
 from dig_jax.program import program
 
 _MAX_WIDTH = 100
@@ -37,18 +36,8 @@ def text(arguments: Sequence[str], values: FlagValues) -> str:
     Raises:
         ConfigError: --mode is unknown.
     """
-    mode = _mode(arguments)
+    mode = mode_of(arguments)
     return _overview() if mode is None else _about(mode, values)
-
-
-def _mode(arguments: Sequence[str]) -> str | None:
-    match = re.search(r"(?:^| )--?mode[= ](\S+)", " ".join(arguments))
-    if match is None:
-        return None
-    if match[1] not in COMMANDS:
-        expected = alternatives(list(COMMANDS))
-        raise ConfigError(f"invalid --mode={match[1]!r}; expected {expected}{suggest(match[1], COMMANDS)}")
-    return match[1]
 
 
 def _overview() -> str:
