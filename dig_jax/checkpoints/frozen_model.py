@@ -5,9 +5,8 @@ import dataclasses
 import jax
 from jax.sharding import Mesh
 
-from dig_jax.checkpoints.reader import read_model
+from dig_jax.checkpoints.reader import model_path, read_model
 from dig_jax.components import Components, ModelSpec, Params
-from dig_jax.files.paths import to_path
 from dig_jax.parallel import state_sharding
 
 
@@ -18,15 +17,16 @@ def read_frozen_model(
 
     Args:
         name: the field that names the path, for messages.
-        path: workdir, checkpoint or exported file.
+        path: workdir, checkpoint, exported file, or hf://OWNER/NAME.
         components: images and process that it must have been trained on.
         mesh: the devices; None leaves the parameters where they are.
 
     Raises:
         CheckpointError: it does not exist or is unreadable.
+        ConfigError: an invalid path, or a failed download.
         ValueError: it was trained on other images or to predict something else.
     """
-    other, _, params = read_model(to_path(path))
+    other, _, params = read_model(model_path(path))
     sizes = [(c.image_spec.image_shape, c.image_spec.num_classes) for c in (other, components)]
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -118,7 +118,9 @@ class AuxiliaryConfig(Group, path="config.auxiliary"):
         bounds="nonnegative",
     )
     distill_from: str | None = field(
-        None, "Workdir, checkpoint or parameter file of the model to distill; empty: none.", none=""
+        None,
+        "Workdir, checkpoint or exported file of the model to distill, or hf://OWNER/NAME; empty: none.",
+        none="",
     )
     until: int | None = field(
         None,

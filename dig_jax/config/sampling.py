@@ -66,7 +66,8 @@ class SamplingConfig(Group, path="config.sampling"):
     )
     weak_model: str | None = field(
         None,
-        "Workdir, checkpoint or file of the weaker model of guidance=autoguidance; empty: none.",
+        "Workdir, checkpoint or exported file of the weaker model of guidance=autoguidance, or"
+        " hf://OWNER/NAME; empty: none.",
         none="",
     )
     guidance_channels: int | None = field(

@@ -13,6 +13,7 @@ from fake_hub import TOKEN, running_hub
 
 import dig_jax
 from dig_jax import CheckpointError, ConfigError, config
+from dig_jax.checkpoints.frozen_model import read_frozen_model
 from dig_jax.checkpoints.parameter_file import write_parameter_file
 from dig_jax.checkpoints.reader import read_model
 from dig_jax.components import Components
@@ -167,6 +168,14 @@ def test_training_starts_from_a_model_of_the_hub(run, exported, hub):
         "hf://someone/digits", components, abstract_state(components, mesh_of(1))["params"]
     )
     assert_equal(complete(init_params(components), start.arrays, start.known_rows), run[1]["0.9"])
+
+
+def test_a_weaker_model_and_a_teacher_come_from_the_hub(exported, hub):
+    hub.repositories["someone/digits"] = {"model.safetensors": (exported / "model.safetensors").read_bytes()}
+    components, _, params = read_model(exported)
+    spec, found = read_frozen_model("weak_model", "hf://someone/digits", components, None)
+    assert spec == components.model_spec
+    assert_equal(found, params)
 
 
 def test_errors_of_the_hub_are_one_line(run, hub, monkeypatch):
