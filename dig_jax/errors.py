@@ -116,8 +116,8 @@ def one_line(error: BaseException, *, name_type: bool = False) -> str:
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs an extra, a group of optional dependencies in pyproject.toml."""
-    return f"pip install 'dig-jax[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+    """Return the command that installs an extra of pyproject.toml in a clone; there are no releases."""
+    return f"pip install -e '.[{extra}]'"
 
 
 def alternatives(choices: Sequence[str]) -> str:

@@ -258,5 +258,5 @@ def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch):
     with pytest.raises(CheckpointError, match=r"ft-mse, .* \(no route to the host\); .* use a folder"):
         load("stabilityai/sd-vae-ft-mse")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'dig-jax\[latents\]'"):
+    with pytest.raises(CheckpointError, match=r"pip install -e '.\[latents\]'"):
         load("stabilityai/sd-vae-ft-mse")

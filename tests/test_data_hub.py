@@ -303,5 +303,5 @@ def test_invalid_and_missing_shards_are_reported_in_one_line(root, tmp_path, cap
 
 def test_without_the_library_the_error_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'dig-jax\[hub\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[hub\]'"):
         load_source("hub", "train", dataset="a/b")

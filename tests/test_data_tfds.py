@@ -236,5 +236,5 @@ def test_reading_imports_no_tensorflow(data_dir):
 
 def test_without_the_library_the_error_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'dig-jax\[tfds\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[tfds\]'"):
         load_source("tfds", "train", dataset="cifar10")

@@ -50,6 +50,17 @@ def test_the_check_of_links_finds_headings_as_github_names_them(tmp_path):
     assert anchors(tmp_path / "page.md") == {"a-b--cs-d", "f", "f-1"}
 
 
+def test_packages_are_installed_from_a_clone_or_from_git():
+    """There is no release of them on PyPI."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    release = re.compile(
+        r"""pip install [^`\n]*?(?<=[ '"])(?:dig-jax|pallas-gla)(?:\[[^]]+\])?(?! @|[-/\w[])"""
+    )
+    for name in files.stdout.split("\0"):
+        if Path(name).suffix in (".md", ".py", ".ipynb", ".toml", ".txt", ".yml"):
+            assert not release.search((ROOT / name).read_text()), name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_describes_every_public_name(name):
     pages = [ROOT / "docs" / "reference" / page for page in ("api.md", "pallas_gla_api.md")]

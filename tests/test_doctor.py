@@ -70,7 +70,7 @@ def test_a_chip_that_jax_does_not_use_is_a_problem(monkeypatch, tmp_path):
     assert finding.is_problem
     assert finding.lines[-1] == "there is a GPU that JAX does not use: JAX_PLATFORMS=cpu"
     monkeypatch.delenv("JAX_PLATFORMS")
-    assert "pip install 'dig-jax[gpu]'" in machine.devices().lines[-1]
+    assert "pip install -e '.[gpu]'" in machine.devices().lines[-1]
 
 
 def test_no_device_is_a_problem(monkeypatch):
@@ -126,7 +126,7 @@ def test_extras_that_are_missing_are_named_with_the_command_that_installs_them(m
     monkeypatch.setattr(machine, "_EXTRAS", {"hub": ("os", "shards"), "demo": ("no_such_module", "a page")})
     first, second = machine.extras().lines
     assert first == "installed: hub"
-    assert second.startswith("not installed: demo (a page); pip install 'dig-jax[demo]'")
+    assert second.startswith("not installed: demo (a page); pip install -e '.[demo]'")
 
 
 def test_every_optional_package_is_an_extra():

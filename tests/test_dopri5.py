@@ -99,7 +99,7 @@ def test_what_dopri5_does_not_support_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="unsupported guidance with momentum for dopri5"):
         Dopri5()(process, momentum, start(), no_noise)
     monkeypatch.setitem(sys.modules, "diffrax", None)
-    with pytest.raises(ValueError, match=r"needs the package diffrax: pip install 'dig-jax\[ode\]'"):
+    with pytest.raises(ValueError, match=r"needs the package diffrax: pip install -e '.\[ode\]'"):
         Dopri5().check(process)
 
 

@@ -125,7 +125,7 @@ def test_wandb_needs_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ConfigError,
-        match=r"config.logging.wandb='digits' needs the package wandb: pip install 'dig-jax\[wandb\]'",
+        match=r"config.logging.wandb='digits' needs the package wandb: pip install -e '.\[wandb\]'",
     ):
         require_wandb("digits")
 

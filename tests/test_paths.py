@@ -53,7 +53,7 @@ def test_what_is_no_path_is_refused_in_one_line(text):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs the package gcsfs: pip install 'dig-jax\[storage\]'"):
+    with pytest.raises(ConfigError, match=r"needs the package gcsfs: pip install -e '.\[storage\]'"):
         to_path("gs://bucket/x")
 
 

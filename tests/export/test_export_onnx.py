@@ -82,7 +82,7 @@ def test_samplers_without_an_onnx_form_and_a_missing_package_are_one_line(workdi
         patch.delitem(jaxpr_to_onnx.TRANSLATIONS, "dot_general")
         export(tiny_settings(**GUIDED), workdir, path)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"needs the package onnx: pip install 'dig-jax\[export\]'"):
+    with pytest.raises(UserError, match=r"needs the package onnx: pip install -e '.\[export\]'"):
         export(tiny_settings(), workdir, path)
     assert not path.exists()
 

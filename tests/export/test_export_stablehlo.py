@@ -85,7 +85,7 @@ def test_a_missing_package_and_a_kernel_of_one_platform_are_one_line(workdir, tm
     with pytest.raises(UserError, match="no portable form .*'triton' does not run on this platform"):
         export(settings, tmp_path / "run", tmp_path / "x.stablehlo")
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
-    with pytest.raises(UserError, match=r"needs the package flatbuffers: pip install 'dig-jax\[export\]'"):
+    with pytest.raises(UserError, match=r"needs the package flatbuffers: pip install -e '.\[export\]'"):
         export(tiny_settings(), workdir, tmp_path / "x.stablehlo")
     assert not (tmp_path / "x.stablehlo").exists()
 
