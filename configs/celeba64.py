@@ -1,4 +1,6 @@
-"""CelebA in pixels, as in the released code: faces cropped to 64 × 64, without classes: celeba64.py[:paper]
+"""CelebA in pixels, as in the released code: faces cropped to 64 × 64, without classes.
+
+The argument is the recipe (recipes.py): ours by default, modern, meanflow or paper.
 
 Needs `pip install -e '.[tfds]'` and the dataset as array_record (docs/guide/data.md). celeba64.py:paper is
 the released recipe exactly (recipes.py), with 889,000 steps; its authors published no scores.

@@ -1,5 +1,7 @@
 """CIFAR-10 in pixels, as in the released code: 32 × 32, ten classes, one token per 2 × 2 pixels.
 
+The argument is the recipe (recipes.py): ours by default, modern, meanflow or paper.
+
 Needs `pip install -e '.[tfds]'` and the dataset as array_record (docs/guide/data.md). cifar10.py:paper is the
 released recipe exactly (recipes.py); its authors published no scores.
 

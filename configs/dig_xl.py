@@ -1,4 +1,4 @@
-"""DiG-XL/2 on ImageNet latents: dig_xl.py[:256|512|1024[,ours|paper]] or dig_xl.py:256|512,fast
+"""DiG-XL/2 on ImageNet latents: dig_xl.py[:256|512|1024[,meanflow|ours|paper]] or dig_xl.py:256|512,fast
 
 The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 "fast" is for 256 chips of TPU v5e (docs/guide/pods.md).

@@ -1,4 +1,4 @@
-"""DiT-L/2, the baseline of DiG's paper, on ImageNet latents: dit_l.py[:256|512|1024[,ours|paper]]
+"""DiT-L/2, the baseline of DiG's paper, on ImageNet latents: dit_l.py[:256|512|1024[,meanflow|ours|paper]]
 
 The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 

@@ -1,4 +1,4 @@
-"""DiT-S/2, the baseline of DiG's paper, on ImageNet latents: dit_s.py[:256|512|1024[,ours|paper]]
+"""DiT-S/2, the baseline of DiG's paper, on ImageNet latents: dit_s.py[:256|512|1024[,meanflow|ours|paper]]
 
 The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data.
 

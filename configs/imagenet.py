@@ -3,7 +3,7 @@
     python main.py --config=configs/dig_xl.py --mode=encode --config.encode.options.path=/data/imagenet/train
     python main.py --config=configs/dig_xl.py
 
-The first command reads one folder per class and writes latents/imagenet_256, which all models and both
+The first command reads one folder per class and writes latents/imagenet_256, which all models and
 recipes use. Add `--config.encode.options.heldout_path=/data/imagenet/val`, a folder of the same layout, to
 measure a held-out loss. docs/reference/configs.md describes how to read ImageNet from TFDS instead.
 """

@@ -1,4 +1,4 @@
-"""U-DiG-S on ImageNet latents: udig_s.py[:256|512|1024[,ours|paper]]
+"""U-DiG-S on ImageNet latents: udig_s.py[:256|512|1024[,meanflow|ours|paper]]
 
 The arguments are the resolution in pixels and the recipe (recipes.py). imagenet.py describes the data. The
 paper draws U-DiG without sizes; the sizes are ours (models/u_dig.py).

@@ -77,7 +77,9 @@ def test_every_recipe_that_a_config_offers_can_be_trained_and_sampled(file):
     with pytest.raises(ConfigError) as error:
         shipped(f"{file}:{before}none")
     recipes = re.split(", | or ", str(error.value).rpartition("expected ")[2])
-    assert len(recipes) > 1
+    config = importlib.import_module(f"configs.{file}")
+    default = inspect.signature(config.get_config).parameters["recipe"].default
+    assert default in recipes and set(recipes) - {default} <= set(re.findall(r"\w+", config.__doc__))
     for recipe in recipes:
         settings = from_dict(shipped(f"{file}:{before}{recipe}").to_dict())
         options = {"image_size": 8, "channels": 3, "num_classes": 10, **settings.data.options}
