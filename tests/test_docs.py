@@ -61,6 +61,20 @@ def test_packages_are_installed_from_a_clone_or_from_git():
             assert not release.search((ROOT / name).read_text()), name
 
 
+def test_pages_agree_on_the_plans_that_they_share():
+    tables = [
+        {
+            (cells[0].strip("`").replace(".py:", ":"), cells[1].strip("`")): [cells[3], cells[4], cells[5]]
+            for line in (ROOT / "docs/guide" / page).read_text().splitlines()
+            if len(cells := line.strip("| ").split(" | ")) == 8
+        }
+        for page in ("plan.md", "pods.md")
+    ]
+    shared = tables[0].keys() & tables[1].keys()
+    assert len(shared) > 2
+    assert {key: tables[1][key] for key in shared} == {key: tables[0][key] for key in shared}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_reference_describes_every_public_name(name):
     pages = [ROOT / "docs" / "reference" / page for page in ("api.md", "pallas_gla_api.md")]
