@@ -61,6 +61,23 @@ def test_packages_are_installed_from_a_clone_or_from_git():
             assert not release.search((ROOT / name).read_text()), name
 
 
+def test_decisions_count_the_lines_that_the_files_have():
+    counted = {}
+    for line in (ROOT / "docs/concepts/decisions.md").read_text().splitlines():
+        if match := re.match(r"\| [^|]*\((`[^|)]*)\) \| (\d+) \|", line):
+            named = [path for name in re.findall("`(.*?)`", match[1]) for path in lines_of(name)]
+            assert named, line
+            counted[line] = int(match[2]), sum(named)
+    assert len(counted) > 8
+    assert [line for line, (stated, found) in counted.items() if abs(stated - found) > found / 10] == []
+
+
+def lines_of(pattern: str) -> list[int]:
+    """Return the numbers of lines of files below the repository or the package."""
+    files = [*ROOT.glob(pattern), *(ROOT / "dig_jax").glob(pattern)]
+    return [len(path.read_text().splitlines()) for path in files]
+
+
 def test_pages_agree_on_the_plans_that_they_share():
     tables = [
         {
