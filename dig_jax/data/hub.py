@@ -96,7 +96,7 @@ def hub(
         label: the column of classes: a ClassLabel, or integers from 0; "": the only ClassLabel, else the
             only integer column called label, labels, class, cls or target. Without such a column, the model
             is unconditional.
-        num_classes: expected number of classes, or for integer labels the minimum number of classes; -1: from
+        num_classes: expected number of classes, of which integer labels may leave the last ones out; -1: from
             the data.
         cache_dir: directory for the Arrow files, which are as large as the shards; "":
             $HF_DATASETS_CACHE, else ~/.cache/huggingface/datasets.

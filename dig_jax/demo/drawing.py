@@ -210,7 +210,8 @@ def _menu(sampler: Sampler) -> Menu:
     trained = tuple(dict.fromkeys([(height, width), *buckets]))
     scaled = [(int(scale * height), int(scale * width)) for scale in _SCALES]
     untrained = [size for size in scaled if size not in trained and draws(size, sampler=default)]
-    min_scale, max_scale = _scales(components.diffusion)
+    scale = float(defaults.guidance_scale)
+    min_scale, max_scale = _scales(components.diffusion, scale)
     return Menu(
         class_names=components.image_spec.class_names,
         samplers=(default, *(name for name in samplers if name != default)),
@@ -218,12 +219,14 @@ def _menu(sampler: Sampler) -> Menu:
         default_steps=defaults.steps,
         sizes=(*trained, *untrained),
         trained=len(trained),
-        default_scale=float(defaults.guidance_scale),
+        default_scale=scale,
         min_scale=min_scale,
         max_scale=max_scale,
     )
 
 
-def _scales(process: Process) -> tuple[float, float]:
-    """Return the least and the greatest scale of guidance."""
-    return (1.0, process.guidance_max) if isinstance(process, MeanFlow) else (Menu.min_scale, Menu.max_scale)
+def _scales(process: Process, default: float) -> tuple[float, float]:
+    """Return the least and the greatest scale of guidance, with the config's between them."""
+    if isinstance(process, MeanFlow):
+        return 1.0, process.guidance_max
+    return Menu.min_scale, max(Menu.max_scale, default)

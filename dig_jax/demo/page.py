@@ -109,8 +109,7 @@ def _form(menu: Menu) -> tuple[list[Any], gr.Number, gr.Button, gr.Button]:
         other.click(lambda: random.randrange(2**31), None, seed, api_visibility="private", queue=False)
     count = gr.Slider(1, menu.max_images, 4, step=1, label="Images", info="One per seed, counting up.")
     scale = gr.Slider(
-        1,
-        min(menu.max_scale, 10.0),
+        *menu.usual_scales,
         menu.default_scale,
         step=0.1,
         label="Guidance",

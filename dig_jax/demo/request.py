@@ -75,6 +75,11 @@ class Menu:
     max_scale: float = 20.0
     max_images: int = 8
 
+    @property
+    def usual_scales(self) -> tuple[float, float]:
+        """The least and the greatest scale of guidance of a slider, which shows the default."""
+        return min(1.0, self.default_scale), max(min(self.max_scale, 10.0), self.default_scale)
+
     def read(self, fields: Mapping[str, Any]) -> ImageRequest:
         """Return the request that JSON fields describe.
 
@@ -122,6 +127,7 @@ class Menu:
             "steps": list(self.steps),
             "sizes": [_plain_size(size) for size in self.sizes],
             "trained_sizes": [_plain_size(size) for size in self.sizes[: self.trained]],
+            "min_guidance_scale": self.min_scale,
             "max_guidance_scale": self.max_scale,
             "max_images": self.max_images,
             "defaults": fields,

@@ -53,6 +53,15 @@ def test_images_are_those_of_the_sampler_up_to_one_gray_level(plain, scale):
     assert len(np.unique(images)) > 10
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.5, 12.0, 25.0])
+def test_the_menu_and_the_page_have_the_scale_of_the_config(scale):
+    settings = tiny_settings(sampling__steps=2, sampling__guidance_scale=scale)
+    menu = Drawer(Sampler(PlainComponents(settings), {}, step=0), batch_size=3).menu
+    assert menu.to_json()["defaults"]["guidance_scale"] == scale
+    least, greatest = menu.usual_scales
+    assert menu.min_scale <= least <= menu.default_scale == scale <= greatest <= menu.max_scale
+
+
 def test_images_of_a_batch_may_have_different_scales_of_guidance(plain):
     together = plain(program(plain), [2, 2], [3, 3], [1.5, 6.0], None)
     assert not np.array_equal(together[0], together[1])
