@@ -50,6 +50,12 @@ def test_the_check_of_links_finds_headings_as_github_names_them(tmp_path):
     assert anchors(tmp_path / "page.md") == {"a-b--cs-d", "f", "f-1"}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_the_scripts_that_a_page_runs_lie_where_it_says_from_the_root(page):
+    scripts = re.findall(r"python ([\w./-]+\.py)\b", (ROOT / page).read_text())
+    assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
 def test_packages_are_installed_from_a_clone_or_from_git():
     """There is no release of them on PyPI."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
