@@ -90,8 +90,9 @@ def write_checkpoint(
         "params": trees["params"],
         "ema": {name: trees[name] for name in names[1:]},
     }
+    data = {"examples": step * settings.data.batch_size, **components.image_spec.to_dict()}
     with contextlib.closing(Checkpoints(workdir, settings.checkpoint)) as checkpoints:
-        checkpoints.save(step, state, {"examples": 0, **components.image_spec.to_dict()}, settings)
+        checkpoints.save(step, state, data, settings)
     return trees
 
 

@@ -71,6 +71,29 @@ def test_a_ramp_up_shortens_the_half_life_to_a_fraction_of_the_images_seen():
     assert averaged(average, values, start)[-1] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_ramp_up_counts_the_images_of_steps_with_another_batch_size():
+    """Ten steps with batches of 32, then 70 with batches of 128."""
+    values = np.random.default_rng(0).standard_normal(80)
+    expected, images = 0.0, 0
+    for number, value in enumerate(values):
+        size = 32 if number < 10 else 128
+        decay = 0.5 ** (size / (0.5 * images)) if images else 0
+        expected, images = decay * expected + (1 - decay) * value, images + size
+    before = HalfLifeAverage(10**6, rampup=0.5, batch_size=32)
+    after = HalfLifeAverage(10**6, rampup=0.5, batch_size=128, images_offset=10 * (32 - 128))
+    history = jnp.float32(0)
+    for number, value in enumerate(values):
+        average = before if number < 10 else after
+        history = average.update(history, jnp.float32(value), jnp.int32(number))
+    assert float(history) == pytest.approx(expected, rel=1e-5)
+
+
+def test_skipped_steps_before_the_batch_size_grew_do_not_lengthen_the_half_life_below_zero():
+    """Nine of ten steps were skipped; an average that grows would be off by orders of magnitude."""
+    average = HalfLifeAverage(10**6, rampup=0.5, batch_size=128, images_offset=10 * (32 - 128))
+    assert average.update(jnp.float32(5), jnp.float32(1), jnp.int32(1)) == 1
+
+
 def test_a_long_half_life_is_as_exact_as_a_short_one():
     """1 - decay is 1.4e-6 here: computed from a float32 decay, it would be off by 4 %."""
     average = HalfLifeAverage(half_life=500_000, rampup=None, batch_size=1)

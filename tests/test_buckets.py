@@ -154,9 +154,9 @@ def test_buckets_that_cannot_be_trained_on_are_refused_in_one_line(
 def test_an_interrupted_run_with_buckets_resumes_bit_identically(folder, tmp_path):
     compile_step, compiled = train.compile_train_step, {}
 
-    def compile_once(components, mesh, state, distilled, shape):
+    def compile_once(components, mesh, state, distilled, shape, offset):
         if shape not in compiled:
-            compiled[shape] = compile_step(components, mesh, state, distilled, shape)
+            compiled[shape] = compile_step(components, mesh, state, distilled, shape, offset)
         return compiled[shape]
 
     with pytest.MonkeyPatch.context() as patch, unoptimized():

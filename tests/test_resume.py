@@ -37,14 +37,14 @@ def compiled_once(patch):
     """Runs share their compiled programs, which are not optimized."""
     compile_step, compiled = train.compile_train_step, {}
 
-    def compile_once(components, mesh, state, distilled, shape):
+    def compile_once(components, mesh, state, *others):
         fields = config.to_dict(components.config)
         fields["training"].pop("steps")  # the learning rate is constant
         for name in ("init_from", "checkpoint", "logging", "sampling"):
             fields.pop(name)
-        key = (str(fields), mesh)
+        key = (str(fields), mesh, others)
         if key not in compiled:
-            compiled[key] = compile_step(components, mesh, state, distilled, shape)
+            compiled[key] = compile_step(components, mesh, state, *others)
         return compiled[key]
 
     patch.setattr(train, "compile_train_step", compile_once)
@@ -144,6 +144,18 @@ def test_a_resumed_run_may_change_its_batch_size_and_goes_on_where_the_data_ende
     train.train(settings(training__steps=8, data__batch_size=16), copied)
     data = json.loads((copied / "checkpoints" / "8" / "data" / "metadata").read_text())
     assert data["examples"] == 6 * 8 + 2 * 16
+
+
+def test_a_resumed_run_ramps_an_average_up_by_the_images_of_all_batch_sizes(tmp_path):
+    """The half-life of step 3 is the number of images before it, 2 · 8."""
+    half_life = {"training__ema_half_lives": (10**6,), "training__ema_rampup": 1.0}
+    train.train(settings(training__steps=2, **half_life), tmp_path)
+    train.train(settings(training__steps=3, data__batch_size=16, **half_life), tmp_path)
+    before, after = (state_at(tmp_path, step) for step in (2, 3))
+    jax.tree.map(
+        lambda old, params, new: np.testing.assert_allclose(new, (old + params) / 2, rtol=1e-4, atol=1e-7),
+        *(before["ema"]["half-life-1000000"], after["params"], after["ema"]["half-life-1000000"]),
+    )
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 
 from dig_jax.checkpoints.description import config_and_versions
 from dig_jax.checkpoints.parameter_file import HUB_FILE, write_parameter_file
+from dig_jax.checkpoints.reader import read_description
 from dig_jax.components import Components, Params, param_count
 from dig_jax.config import to_dict
 from dig_jax.errors import InvalidFile
@@ -54,6 +55,7 @@ def write_model_folder(
         components,
         step,
         param_count(params),
+        images=_images_seen(workdir, step),
         scores=_scores(workdir, step),
         start=_last_start(workdir),
         license=license,
@@ -68,6 +70,7 @@ def model_card(
     step: int,
     num_params: int,
     *,
+    images: int | None,
     scores: Mapping[str, Any],
     start: Mapping[str, Any],
     license: str | None,
@@ -80,6 +83,7 @@ def model_card(
         components: the model.
         step: number of training steps.
         num_params: number of parameters.
+        images: number of images of these steps, or None if it is unknown.
         scores: scores of these parameters by name, possibly none.
         start: the row of starts.jsonl that tells where the run was trained, or {}.
         license: as in `write_model_folder`.
@@ -94,12 +98,9 @@ def model_card(
         f"## Use\n\n```python\nimport dig_jax\n\nsampler = dig_jax.load({json.dumps(name)})\n"
         f"images = sampler({label}seeds=[0, 1, 2, 3])  # uint8 [4, height, width, C]\n```"
     )
-    training = {
-        "data": config.data.name,
-        "steps": step,
-        "images seen": f"{step * config.data.batch_size:,}",
-        "batch size": config.data.batch_size,
-    }
+    training = {"data": config.data.name, "steps": step, "batch size": config.data.batch_size}
+    if images is not None:
+        training["images seen"] = f"{images:,}"
     if not step:  # converted parameters: their config has synthetic data
         training = {"steps": "0; trained by other code, or not at all"}
     is_average = config.sampled_ema != "params"
@@ -176,6 +177,14 @@ def _scores(workdir: Path, step: int) -> dict[str, float]:
         return {}
     before = itertools.takewhile(lambda entry: entry[0] != "step", content.items())
     return {key: value for key, value in before if type(value) in (int, float)}
+
+
+def _images_seen(workdir: Path, step: int) -> int | None:
+    """Return the number of images of a checkpoint's steps; None if the workdir is an exported model."""
+    for directory in (workdir, workdir / "checkpoints" / str(step)):
+        if (directory / "state").is_dir():
+            return read_description(directory)[0].get("examples")
+    return None
 
 
 def _last_start(workdir: Path) -> dict[str, Any]:

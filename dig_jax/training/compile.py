@@ -51,6 +51,7 @@ def lower_train_step(
     state: State,
     distilled: Frozen | None = None,
     shape: Shape | None = None,
+    images_offset: int = 0,
 ) -> jax.stages.Lowered:
     """Lower the step (state, batch) -> (state, metrics), which donates the state's memory.
 
@@ -60,13 +61,14 @@ def lower_train_step(
         state: arrays, or an `abstract_state`.
         distilled: the model of `auxiliary.distill_from`, whose parameters are a third argument of the step.
         shape: as for `abstract_batch`.
+        images_offset: as for `TrainSetup.of`.
 
     Raises:
         ConfigError: `model.implementation` does not run on these devices.
     """
     spec, *params = distilled or [None]
     step = jax.jit(
-        functools.partial(train_step, TrainSetup.of(components, spec)),
+        functools.partial(train_step, TrainSetup.of(components, spec, images_offset)),
         donate_argnums=0,
         out_shardings=(state_sharding(state, mesh), replicated(mesh)),
     )
@@ -80,11 +82,12 @@ def compile_train_step(
     state: State,
     distilled: Frozen | None = None,
     shape: Shape | None = None,
+    images_offset: int = 0,
 ) -> jax.stages.Compiled:
     """Compile the train step ahead of the first step, and log how long that took; see `lower_train_step`."""
     began = time.monotonic()
     with cache_hits() as hits:
-        compiled = lower_train_step(components, mesh, state, distilled, shape).compile()
+        compiled = lower_train_step(components, mesh, state, distilled, shape, images_offset).compile()
     how = "loaded the train step from the compilation cache" if hits else "compiled the train step"
     log.info("%s in %s", how, duration(time.monotonic() - began))
     return compiled

@@ -49,17 +49,23 @@ class HalfLifeAverage:
 
     With a ramp-up, the half-life is at most that fraction of the images seen before, so that the first update
     replaces the initial parameters.
+
+    images_offset: the images seen are updates · batch_size + images_offset, see `TrainSetup.of`.
     """
 
     half_life: int
     rampup: float | None
     batch_size: int
+    images_offset: int = 0
 
     def update(self, average: PyTree, params: PyTree, updates: Int[Array, ""]) -> PyTree:
         """Return the average after one more update of the parameters."""
         half_life = jnp.float32(self.half_life)
         if self.rampup is not None:
-            half_life = jnp.minimum(half_life, self.rampup * self.batch_size * updates.astype(jnp.float32))
+            longest = self.rampup * self.batch_size * updates.astype(jnp.float32)
+            longest += self.rampup * self.images_offset
+            # Skipped steps count with the current batch size, so this may be negative.
+            half_life = jnp.minimum(half_life, jnp.maximum(longest, 0))
         # 1 - decay by expm1: the decay itself rounds to 1 in float32 for long half-lives.
         return optax.incremental_update(
             params, average, -jnp.expm1(-math.log(2) * self.batch_size / half_life)
@@ -86,12 +92,13 @@ class PowerFunctionAverage:
         return optax.incremental_update(params, average, -jnp.expm1(log_decay))
 
 
-def make_averages(settings: Config) -> dict[str, Average]:
-    """Return the averages that a config asks for, by name."""
-    training, batch_size = settings.training, settings.data.batch_size
+def make_averages(settings: Config, images_offset: int = 0) -> dict[str, Average]:
+    """Return the averages that a config asks for, by name; `images_offset` as in `TrainSetup.of`."""
+    training = settings.training
+    images = training.ema_rampup, settings.data.batch_size, images_offset
     kinds = (
         *map(ExponentialAverage, training.ema_decays),
-        *(HalfLifeAverage(images, training.ema_rampup, batch_size) for images in training.ema_half_lives),
+        *(HalfLifeAverage(half_life, *images) for half_life in training.ema_half_lives),
         *map(PowerFunctionAverage, training.ema_lengths),
     )
     return dict(zip(training.average_names, kinds, strict=True))

@@ -108,8 +108,9 @@ def _train(
     writer: MetricWriter,
 ) -> State:
     distilled = _read_distilled(run)
+    offset = examples - int(state["step"]) * run.settings.data.batch_size
     compiled: dict[tuple[int, ...], jax.stages.Compiled] = {
-        shape: compile_train_step(run.components, run.mesh, state, distilled, shape)
+        shape: compile_train_step(run.components, run.mesh, state, distilled, shape, offset)
         for shape in run.components.training_shapes
     }
     bounds = best_times(run.components, run.mesh, next(iter(compiled.values())))

@@ -48,14 +48,23 @@ class TrainSetup:
     distilled: ModelSpec | None = None
 
     @classmethod
-    def of(cls, components: Components, distilled: ModelSpec | None = None) -> "TrainSetup":
-        """Return the setup that a config describes."""
+    def of(
+        cls, components: Components, distilled: ModelSpec | None = None, images_offset: int = 0
+    ) -> "TrainSetup":
+        """Return the setup that a config describes.
+
+        Args:
+            components: model and diffusion process.
+            distilled: the trained model to distill.
+            images_offset: the number of images so far, less the number that all steps so far would have had
+                with the current batch size; 0 unless the batch size has changed.
+        """
         settings = components.config
         return cls(
             components,
             make_optimizer(settings.optimizer, settings.training.steps),
             make_schedule(settings.optimizer, settings.training.steps),
-            make_averages(settings),
+            make_averages(settings, images_offset),
             _objective(components),
             *make_auxiliary(components),
             settings.training.average_names[0],

@@ -80,7 +80,7 @@ def test_the_card_tells_model_data_training_scores_environment_and_license(expor
         "generates images of 5 classes in 4×4 pixels",
         "![Samples](samples.png)",
         "| data | fake |",
-        "| steps | 7 |",
+        "| steps | 7 |\n| batch size | 8 |\n| images seen | 56 |",
         "| parameters | average 0.9 |",
         "| optimizer.learning_rate | 0.001 |",
         "| model.name | DiG-S/2 |\n| model.depth | 1 |",
@@ -95,6 +95,16 @@ def test_the_card_tells_model_data_training_scores_environment_and_license(expor
     ]  # fmt: skip
     stored = json.loads((exported / "config.json").read_text())
     assert config.from_dict(stored["config"]) == tiny_settings()
+
+
+def test_the_card_counts_the_images_of_all_batch_sizes(run, exported, tmp_path):
+    """The last steps of the run had batches of 16; an exported file does not know the number of images."""
+    settings, checkpoint = tiny_settings(data__batch_size=16), run[0] / "checkpoints" / "7"
+    for number, source in enumerate((run[0], checkpoint, exported)):
+        export(settings, source, tmp_path / f"{number}")
+    cards = [(tmp_path / f"{number}" / "README.md").read_text() for number in range(3)]
+    assert ["| images seen | 56 |" in card for card in cards] == [True, True, False]
+    assert "images seen" not in cards[2]
 
 
 def test_scores_of_other_parameters_are_left_out(run, tmp_path):
