@@ -25,7 +25,7 @@ def main(folder: Path, fields: dict, parts: int, port: int, count: int, number: 
         die_after(parts)
     sampler = Sampler(PlainComponents(tiny_settings(**fields)), {}, step=7, mesh=local_mesh())
     with output_folder(folder) as mirrored:
-        score(sampler, mirrored.folder, resume=True)
+        score(sampler, mirrored.folder, resume=folder)
     (folder / f"devices {number}").write_text(f"{jax.device_count()}")
 
 

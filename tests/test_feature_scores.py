@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from ended_runs import GLOO, free_port
 from fake_features import random_images, use_fake_networks
+from object_storage import bucket, directed, storage_servers  # noqa: F401 (fixtures)
 
 from dig_jax import ConfigError, Sampler, UserError
 from dig_jax.checkpoints.manager import Checkpoints
 from dig_jax.evaluation import evaluate, feature_scores
 from dig_jax.evaluation.evaluate import evaluate_images, score
 from dig_jax.evaluation.generated import GeneratedImages
+from dig_jax.files.local_folder import LocalFolder
+from dig_jax.files.paths import children, to_path
 from dig_jax.sampling.sampler import to_pixels
 from dig_jax.testing import PixelComponents, PlainComponents, tiny_settings, write_checkpoint
 from dig_jax.training import train as training
@@ -85,7 +88,9 @@ def test_the_batch_size_of_sampling_changes_no_score(scored, tmp_path):
     assert_same_figures(score(plain_sampler(sampling__batch_size=7), tmp_path), scored)
 
 
-def test_a_killed_evaluation_resumes_and_gives_the_same_scores(scored, tmp_path, monkeypatch, caplog):
+@pytest.fixture
+def interrupted(monkeypatch):
+    """The first images of the parts that were drawn; the third part is interrupted."""
     monkeypatch.setattr("dig_jax.evaluation.store._SAVE_EVERY", -1)
     drawn, parts = [], GeneratedImages.parts
 
@@ -97,14 +102,32 @@ def test_a_killed_evaluation_resumes_and_gives_the_same_scores(scored, tmp_path,
             yield indices, images
 
     monkeypatch.setattr(GeneratedImages, "parts", some)
+    return drawn
+
+
+def test_a_killed_evaluation_resumes_and_gives_the_same_scores(scored, tmp_path, interrupted, caplog):
     with pytest.raises(KeyboardInterrupt):
-        score(plain_sampler(), tmp_path, resume=True)
+        score(plain_sampler(), tmp_path, resume=tmp_path)
     with caplog.at_level(logging.INFO, "dig_jax"):
-        scores = score(plain_sampler(), tmp_path, resume=True)
+        scores = score(plain_sampler(), tmp_path, resume=tmp_path)
     assert "resuming: the features of 10 of 30 images already exist" in caplog.messages
-    assert drawn == [0, 10, 20, 10, 20]
+    assert interrupted == [0, 10, 20, 10, 20]
     assert_same_figures(scores, scored)
     assert {path.name for path in tmp_path.iterdir()} == {"scores.json", "reference.npz"}
+
+
+def test_a_killed_evaluation_resumes_in_object_storage(scored, bucket, interrupted, monkeypatch, caplog):  # noqa: F811
+    settings, folder = tiny_settings(**FEW), to_path(f"{bucket}/run")
+    monkeypatch.setattr(evaluate, "load", lambda *arguments, **options: plain_sampler())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalFolder, "push", lambda self: None)  # a killed process uploads nothing at its end
+        evaluate.evaluate(settings, folder)
+    with caplog.at_level(logging.INFO, "dig_jax"):
+        assert_same_figures(evaluate.evaluate(settings, folder), scored)
+    assert interrupted == [0, 10, 20, 10, 20]
+    assert "images of the reference" not in caplog.text
+    names = {path.name for path in children(folder)}
+    assert names >= {"scores.json", "reference.npz"} and not any("features" in name for name in names)
 
 
 def test_two_processes_of_four_devices_that_were_killed_resume_and_score_like_one(scored, tmp_path):

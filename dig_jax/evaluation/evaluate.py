@@ -51,7 +51,7 @@ def evaluate(settings: Config, workdir: Path, output: Path | None = None) -> Sco
     output = results_folder(workdir, output)
     sampler = load(workdir, settings=settings, mesh=local_mesh())
     with writing_scores(output) as folder:
-        scores = score(sampler, folder, resume=True)
+        scores = score(sampler, folder, resume=output)
         if not scores:
             raise nothing_to_evaluate(settings)
         if jax.process_index() == 0:
@@ -90,7 +90,7 @@ def evaluate_images(settings: Config, path: Path, workdir: Path, output: Path | 
             "nothing to evaluate: got config.evaluation.scores=''; expected scores such as fid,kid"
         )
     with writing_scores(output) as folder:
-        task = Task(Components(settings), images, count, folder=folder)
+        task = Task(Components(settings), images, count, folder=output)
         scores = _scores(task, evaluators, _PART * jax.process_count())
         scores |= {"images": images.name, "images_hash": images.fingerprint, "time": _now()}
         write_json(folder / "scores.json", scores)
@@ -111,13 +111,14 @@ def writing_scores(output: Path) -> Iterator[pathlib.Path]:
         yield local.folder
 
 
-def score(sampler: Sampler, folder: pathlib.Path, *, resume: bool = False) -> Scores:
+def score(sampler: Sampler, folder: pathlib.Path, *, resume: Path | None = None) -> Scores:
     """Score images of seeds 0, 1, …; log a summary and write scores.json.
 
     Args:
         sampler: what draws the images.
         folder: where scores.json is written.
-        resume: keep features in the folder, so that the same call continues after an interruption.
+        resume: where features are kept, so that the same call continues after an interruption; unlike
+            `folder`, it may be in object storage. None: nowhere.
 
     Returns:
         The scores and what they depend on; empty if no evaluator applies.
@@ -127,7 +128,7 @@ def score(sampler: Sampler, folder: pathlib.Path, *, resume: bool = False) -> Sc
     if not evaluators:
         return {}
     images = GeneratedImages(sampler, settings.evaluation.num_images)
-    task = Task(sampler.components, images, images.count, images.labels, folder if resume else None)
+    task = Task(sampler.components, images, images.count, images.labels, resume)
     processes = 1 if sampler.spans_processes else jax.process_count()
     scores = _scores(task, evaluators, settings.sampling.batch_size * processes)
     scores |= provenance(images) | {"time": _now()}

@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from jaxtyping import Int, UInt8
 from dig_jax.components import Components
 from dig_jax.config import Config
 from dig_jax.evaluation.image_sets import Images
+from dig_jax.files.paths import Path
 
 Scores = dict[str, Any]
 
@@ -25,14 +25,14 @@ class Task:
         images: the images.
         count: how many of them to score.
         labels: the class that each image was generated for; None if the images are not from a model.
-        folder: where files are kept with which an interrupted evaluation resumes; None: nowhere.
+        folder: where process 0 keeps the files with which an interrupted evaluation resumes; None: nowhere.
     """
 
     components: Components
     images: Images
     count: int
     labels: Int[np.ndarray, " n"] | None = None
-    folder: pathlib.Path | None = None
+    folder: Path | None = None
 
 
 class Accumulator(abc.ABC):

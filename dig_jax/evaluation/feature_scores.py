@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from dig_jax.evaluation.image_sets import Images
 from dig_jax.evaluation.references import Needs, Networks, Reference, check_reference, read_reference
 from dig_jax.evaluation.scores import Score, scores_named
 from dig_jax.evaluation.store import Store
+from dig_jax.files.paths import Path
 from dig_jax.parallel import on_process_0
 from dig_jax.progress import Progress
 
@@ -143,9 +143,7 @@ class FeatureAccumulator(Accumulator):
 _RECORDED = ("name", "images", "hash")
 
 
-def collect(
-    images: Images, networks: Networks, needs: Needs, folder: pathlib.Path | None
-) -> dict[str, Collection]:
+def collect(images: Images, networks: Networks, needs: Needs, folder: Path | None) -> dict[str, Collection]:
     """Return the features of all images of a set; show progress, and resume if `folder` is given.
 
     All processes call it; each computes a share and gets all features.

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -66,7 +65,7 @@ def read_reference(
     networks: Networks,
     needs: Needs,
     collect: Collect,
-    cache: pathlib.Path | None = None,
+    cache: Path | None = None,
 ) -> Reference:
     """Return the reference that a config names. All processes call it.
 
@@ -124,7 +123,7 @@ def _computed(
     networks: Networks,
     needs: Needs,
     collect: Collect,
-    cache: pathlib.Path | None,
+    cache: Path | None,
 ) -> Reference:
     _check_shape(images.shape, shape, images.name)
     identity = _identity(images, networks, needs)

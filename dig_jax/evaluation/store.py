@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pathlib
 import time
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import numpy as np
 
 from dig_jax.evaluation.collection import Collection, Collector, gathered
 from dig_jax.files.atomic import replacing
+from dig_jax.files.paths import Path, delete, local_copy
 from dig_jax.parallel import on_process_0
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,11 @@ class Store:
     Process 0 writes the features of all processes, so that any number of processes can resume.
 
     Args:
-        path: the file; only process 0 uses it.
+        path: the file, possibly in object storage; only process 0 uses it.
         identity: what the features depend on; a file of another identity is ignored and replaced.
     """
 
-    def __init__(self, path: pathlib.Path, identity: Mapping[str, Any]):
+    def __init__(self, path: Path, identity: Mapping[str, Any]):
         self._path, self._identity = path, json.dumps(identity, sort_keys=True)
         self._saved = time.monotonic()
 
@@ -49,7 +49,7 @@ class Store:
 
     def _read(self) -> dict[str, Collection]:
         try:
-            with self._path.open("rb") as file, np.load(file) as arrays:
+            with local_copy(self._path) as copy, copy.open("rb") as file, np.load(file) as arrays:
                 if str(arrays["identity"]) != self._identity:
                     return {}
                 by_network: dict[str, dict[str, np.ndarray]] = {}
@@ -84,7 +84,8 @@ class Store:
 
     def delete(self) -> None:
         """Delete the file."""
-        self._path.unlink(missing_ok=True)
+        if jax.process_index() == 0:
+            delete(self._path)
 
 
 def _first_missing(indices: list[int]) -> int:

@@ -71,7 +71,7 @@ def sweep(settings: Config, workdir: Path, texts: Sequence[str], output: Path | 
             found = next((row for row in known if row.get("identity") == identity), None)
             done = ", already scored" if found else ""
             log.info("point %d of %d: %s%s", number, len(points), _text(point), done)
-            scores = found["scores"] if found else score(sampler, folder, resume=True)
+            scores = found["scores"] if found else score(sampler, folder, resume=output)
             # The same point may have been swept by other options.
             rows.append({"options": point, "identity": identity, "scores": scores})
             scored = [row["identity"] for row in rows]

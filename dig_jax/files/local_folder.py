@@ -1,7 +1,7 @@
 """The files of a run whose workdir is in object storage, where nothing can be appended to.
 
-They are written to a local folder, and `push` uploads those that changed. Only the checkpoints and the sets
-of images are written to object storage directly.
+They are written to a local folder, and `push` uploads those that changed. Only the checkpoints, the sets of
+images and the features of an evaluation are written to object storage directly.
 """
 
 import contextlib
