@@ -1,5 +1,6 @@
 """The documentation: its links, its site, its reference of public names."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -82,6 +83,36 @@ def lines_of(pattern: str) -> list[int]:
     """Return the numbers of lines of files below the repository or the package."""
     files = [*ROOT.glob(pattern), *(ROOT / "dig_jax").glob(pattern)]
     return [len(path.read_text().splitlines()) for path in files]
+
+
+def lines_of_functions(code: str) -> dict[str, int]:
+    """Return the greatest number of lines of the functions of each name, without their docstrings."""
+    found: dict[str, int] = {}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = node.body[0] if ast.get_docstring(node) is not None else None
+            ignored = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
+            lines = node.end_lineno - node.lineno + 1 - ignored
+            found[node.name] = max(lines, found.get(node.name, 0))
+    return found
+
+
+def test_files_and_functions_are_as_short_as_contributing_says():
+    parts = ("dig_jax", "kernels/pallas_gla", "configs")
+    files = {path: path.read_text() for part in parts for path in ROOT.glob(f"{part}/**/*.py")}
+    files[ROOT / "main.py"] = (ROOT / "main.py").read_text()
+    assert [path for path, code in files.items() if len(code.splitlines()) > 400] == []
+    functions = {
+        (path.name, name): n for path, c in files.items() for name, n in lines_of_functions(c).items()
+    }
+    assert len(functions) > 1000
+    long = {function for function, lines in functions.items() if lines > 60}
+    assert long <= {("tangent.py", "_factorized")}  # of Triton
+
+
+def test_the_lines_of_a_function_are_counted_without_its_docstring():
+    code = 'class A:\n    def f(\n        x\n    ):\n        """One.\n\n        Two."""\n        return x\n'
+    assert lines_of_functions(code) == {"f": 4}
 
 
 def test_pages_agree_on_the_plans_that_they_share():

@@ -6,38 +6,43 @@ from absl import flags
 
 from dig_jax.cli.commands import COMMANDS
 
+# Flags that are texts without a default.
+_TEXTS = {
+    "workdir": (
+        "Directory of the run; by default runs/NAME_OF_CONFIG. Modes that read a model also accept an"
+        " exported file or folder, or hf://OWNER/NAME."
+    ),
+    "labels": (
+        "With --mode=sample: classes, such as 0,5-7 or tabby,goldfish; by default all. A name of"
+        ' digits or with a comma needs double quotes: --labels=\'"7","cat, tabby"\'.'
+    ),
+    "seeds": "With --mode=sample: seeds, such as 0-15; by default 0, 1, …",
+    "output": (
+        "The file to write. With --mode=export: FILE.safetensors for the parameters, FILE.stablehlo or"
+        " FILE.onnx for the sampler as a program, FOLDER or hf://OWNER/NAME for parameters with a model card."
+        " With --mode=sample: FILE.npz, by default"
+        " WORKDIR/generated.npz. With --mode=evaluate: a directory for the scores, by default the workdir."
+    ),
+    "license": "With --mode=export and a model card: its license, as the Hub names it.",
+    "images": "With --mode=evaluate: a folder of images or FILE.npz to score instead of a model.",
+    "topology": (
+        "With --mode=plan: chips to plan for, which need not be present, such as v6e:8x8 or h100:8x4; by"
+        " default this machine's devices."
+    ),
+    "profile_steps": "With --mode=train: steps to trace with JAX's profiler, such as 100-105.",
+    "coordinator": (
+        "With --mode=train, sample, evaluate or encode, and several processes: ADDRESS:PORT of process 0. Not"
+        " needed on TPU pods or under SLURM."
+    ),
+}
+
 
 def define_flags() -> flags.FlagValues:
     """Return new flags with their defaults: absl's global flags could not be defined twice in a notebook."""
     values = flags.FlagValues()
-
-    def text(name: str, help: str) -> None:
+    for name, help in _TEXTS.items():
         flags.DEFINE_string(name, None, help, flag_values=values)
-
-    text(
-        "workdir",
-        "Directory of the run; by default runs/NAME_OF_CONFIG. Modes that read a model also accept an"
-        " exported file or folder, or hf://OWNER/NAME.",
-    )
     flags.DEFINE_enum("mode", "train", list(COMMANDS), "The command to run.", flag_values=values)
-    text(
-        "labels",
-        "With --mode=sample: classes, such as 0,5-7 or tabby,goldfish; by default all. A name of"
-        ' digits or with a comma needs double quotes: --labels=\'"7","cat, tabby"\'.',
-    )
-    text("seeds", "With --mode=sample: seeds, such as 0-15; by default 0, 1, …")
-    text(
-        "output",
-        "The file to write. With --mode=export: FILE.safetensors for the parameters, FILE.stablehlo or"
-        " FILE.onnx for the sampler as a program, FOLDER or hf://OWNER/NAME for parameters with a model card."
-        " With --mode=sample: FILE.npz, by default"
-        " WORKDIR/generated.npz. With --mode=evaluate: a directory for the scores, by default the workdir.",
-    )
-    text("license", "With --mode=export and a model card: its license, as the Hub names it.")
-    text(
-        "images",
-        "With --mode=evaluate: a folder of images or FILE.npz to score instead of a model.",
-    )
     flags.DEFINE_multi_string(
         "sweep",
         None,
@@ -45,18 +50,7 @@ def define_flags() -> flags.FlagValues:
         " guidance_interval=0:1,0.2:0.8. Repeat the flag for all combinations with another option.",
         flag_values=values,
     )
-    text(
-        "topology",
-        "With --mode=plan: chips to plan for, which need not be present, such as v6e:8x8 or h100:8x4; by"
-        " default this machine's devices.",
-    )
     flags.DEFINE_bool("json", False, "With --mode=plan: print JSON instead of text.", flag_values=values)
-    text("profile_steps", "With --mode=train: steps to trace with JAX's profiler, such as 100-105.")
-    text(
-        "coordinator",
-        "With --mode=train, sample, evaluate or encode, and several processes: ADDRESS:PORT of process 0. Not"
-        " needed on TPU pods or under SLURM.",
-    )
     number = functools.partial(flags.DEFINE_integer, flag_values=values)
     number("num_processes", None, "With --coordinator: number of processes.", lower_bound=1)
     number("process_id", None, "With --coordinator: index of this process, from 0.", lower_bound=0)

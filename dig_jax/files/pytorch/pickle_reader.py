@@ -28,6 +28,11 @@ _VALUES = {
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 }
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_EMPTY: Mapping[str, Callable[[], Any]] = {
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_SET": lambda: Opaque("set"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +97,10 @@ def _run(data: bytes, builders: Builders, persistent: Callable[[Any], Any]) -> A
     memo: dict[int, Any] = {}
     argument: Any
     for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+        _check_argument(opcode.name, argument)
         match opcode.name:
             case name if name in _VALUES:
-                if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
-                    raise InvalidFile(
-                        f"integer too large: got {argument.bit_length()} bits; expected at most {_MAX_BITS}"
-                    )
                 stack.append(argument)
-            case name if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "MEMOIZE":
@@ -110,71 +110,77 @@ def _run(data: bytes, builders: Builders, persistent: Callable[[Any], Any]) -> A
             case "MARK":
                 outer.append(stack)
                 stack = []
-            case "TUPLE":
+            case "TUPLE" | "FROZENSET" | "SETITEMS" | "APPENDS" | "ADDITEMS" | "POP_MARK":
                 items, stack = stack, outer.pop()
-                stack.append(tuple(items))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                items = [stack.pop() for _ in range(count)]
-                stack.append(tuple(reversed(items)))
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_SET":
-                stack.append(Opaque("set"))
-            case "FROZENSET":
-                stack = outer.pop()
-                stack.append(Opaque("frozenset"))
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                insert(stack[-1], key, value)
-            case "SETITEMS":
-                items, stack = stack, outer.pop()
-                for key, value in zip(items[::2], items[1::2], strict=True):
-                    insert(stack[-1], key, value)
-            case "APPEND":
-                _extend(stack[-2], [stack.pop()])
-            case "APPENDS" | "ADDITEMS":
-                items, stack = stack, outer.pop()
-                _extend(stack[-1], items)
-            case "GLOBAL":
-                stack.append(_name(*argument.split(" ", 1)))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(_name(module, name))
-            case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
-                if opcode.name == "NEWOBJ_EX":
-                    stack.pop()
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_call(function, arguments, builders))
-            case "BUILD":
-                state = stack.pop()
-                match stack[-1]:
-                    case Opaque() as target if isinstance(state, dict):
-                        target.state = state
-                    case Stateful() as target:
-                        target.set_state(state)
+                _take_items(opcode.name, items, stack)
             case "BINPERSID":
                 stack.append(persistent(stack.pop()))
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                stack = outer.pop()
-            case "DUP":
-                stack.append(stack[-1])
-            case "PROTO":
-                if argument > _MAX_PROTOCOL:
-                    raise InvalidFile(
-                        f"unsupported pickle protocol: got {argument}; expected at most {_MAX_PROTOCOL}"
-                    )
-            case "FRAME":
+            case "GLOBAL":
+                stack.append(_name(*argument.split(" ", 1)))
+            case "PROTO" | "FRAME":
                 pass
             case "STOP":
                 return stack.pop()
-            case _:
-                raise InvalidFile(f"unsupported pickle opcode {opcode.name}, which PyTorch does not write")
+            case name:
+                _step(name, stack, builders)
     raise InvalidFile("corrupt pickle: no STOP opcode")
+
+
+def _check_argument(name: str, argument: Any) -> None:
+    if isinstance(argument, int) and argument.bit_length() > _MAX_BITS:
+        raise InvalidFile(
+            f"integer too large: got {argument.bit_length()} bits; expected at most {_MAX_BITS}"
+        )
+    if name == "PROTO" and argument > _MAX_PROTOCOL:
+        raise InvalidFile(f"unsupported pickle protocol: got {argument}; expected at most {_MAX_PROTOCOL}")
+
+
+def _take_items(name: str, items: list[Any], stack: list[Any]) -> None:
+    """Run an opcode that takes all items above the last mark."""
+    match name:
+        case "TUPLE":
+            stack.append(tuple(items))
+        case "FROZENSET":
+            stack.append(Opaque("frozenset"))
+        case "SETITEMS":
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                insert(stack[-1], key, value)
+        case "APPENDS" | "ADDITEMS":
+            _extend(stack[-1], items)
+
+
+def _step(name: str, stack: list[Any], builders: Builders) -> None:
+    """Run an opcode that has no argument and needs only the stack above the last mark."""
+    match name:
+        case name if name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        case "TUPLE1" | "TUPLE2" | "TUPLE3":
+            items = [stack.pop() for _ in range(int(name[-1]))]
+            stack.append(tuple(reversed(items)))
+        case name if name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        case "SETITEM":
+            value, key = stack.pop(), stack.pop()
+            insert(stack[-1], key, value)
+        case "APPEND":
+            _extend(stack[-2], [stack.pop()])
+        case "STACK_GLOBAL":
+            named, module = stack.pop(), stack.pop()
+            stack.append(_name(module, named))
+        case "REDUCE" | "NEWOBJ" | "NEWOBJ_EX":
+            if name == "NEWOBJ_EX":
+                stack.pop()
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(_call(function, arguments, builders))
+        case "BUILD":
+            state = stack.pop()
+            _set_state(stack[-1], state)
+        case "POP":
+            stack.pop()
+        case "DUP":
+            stack.append(stack[-1])
+        case _:
+            raise InvalidFile(f"unsupported pickle opcode {name}, which PyTorch does not write")
 
 
 def _name(module: Any, name: Any) -> Name:
@@ -207,6 +213,14 @@ def insert(target: Any, key: Any, value: Any) -> None:
     if key in target:
         raise InvalidFile(f"duplicate name {reprlib.repr(key)}")
     target[key] = value
+
+
+def _set_state(target: Any, state: Any) -> None:
+    match target:
+        case Opaque() if isinstance(state, dict):
+            target.state = state
+        case Stateful():
+            target.set_state(state)
 
 
 def _extend(target: Any, items: list[Any]) -> None:

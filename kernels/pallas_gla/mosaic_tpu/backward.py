@@ -206,10 +206,29 @@ def _bisect_chunk(
     d_g = _sum_gradients(tiling, tiles.levels(tiling.chunk), queries * d_queries, keys * d_keys)
     d_g += jnp.sum(state * d_state, axis=0, keepdims=True) * decay
     d_scores = _pair_products(tiling, group, d_o, v)
+    d_q, d_k = d_queries * jnp.exp2(from_start), d_keys * jnp.exp2(to_end)
+    d_q, d_k, d_g = _add_pairs(tiling, group, (q, k, g), d_scores, (d_q, d_k, d_g))
+    refs["d_q"].store(chunk, group.keys, nonfinite.mark(seen + readers, d_q * scale))
+    refs["d_k"].store(chunk, group.keys, nonfinite.mark(needed + reach.writers, d_k))
+    _store_decay(refs, chunk, group, nonfinite.mark(seen + needed, d_g), gating)
+    update = tiles.fold_heads(tiling.dot(d_o, queries, "tn"), group.heads)
+    refs["state"][slot, :, group.keys] = nonfinite.mark(reach.incoming(needed), d_state * decay + update)
+
+
+def _add_pairs(
+    tiling: TpuTiling,
+    group: HeadGroup,
+    inputs: tuple[Float[Array, "c w"], ...],
+    d_scores: Float[Array, "c n"],
+    sums: tuple[Float[Array, "c w"], ...],
+) -> tuple[Float[Array, "c w"], ...]:
+    """Add the gradients of (q, k, g) through the pairs inside the chunk."""
+    q, k, g = inputs
+    d_q, d_k, d_g = sums
     i, j = tiling.positions(group.heads)
     diagonal = tiles.keep(i == j, d_scores)
-    d_q = d_queries * jnp.exp2(from_start) + tiling.dot(diagonal, tiles.stack_heads(k, group.heads))
-    d_k = d_keys * jnp.exp2(to_end) + tiles.fold_heads(tiling.dot(diagonal, q, "tn"), group.heads)
+    d_q += tiling.dot(diagonal, tiles.stack_heads(k, group.heads))
+    d_k += tiles.fold_heads(tiling.dot(diagonal, q, "tn"), group.heads)
 
     def add(level: Int[Array, ""], sums: tuple[Float[Array, "c w"], ...]) -> tuple[Float[Array, "c w"], ...]:
         d_q, d_k, d_g = sums
@@ -221,12 +240,7 @@ def _bisect_chunk(
         d_g += _sum_gradients(tiling, level, queries * d_queries, keys * d_keys)
         return d_q + d_queries * from_start, d_k + d_keys * to_end, d_g
 
-    d_q, d_k, d_g = tiles.loop(tiles.levels(tiling.chunk), add, (d_q, d_k, d_g))
-    refs["d_q"].store(chunk, group.keys, nonfinite.mark(seen + readers, d_q * scale))
-    refs["d_k"].store(chunk, group.keys, nonfinite.mark(needed + reach.writers, d_k))
-    _store_decay(refs, chunk, group, nonfinite.mark(seen + needed, d_g), gating)
-    update = tiles.fold_heads(tiling.dot(d_o, queries, "tn"), group.heads)
-    refs["state"][slot, :, group.keys] = nonfinite.mark(reach.incoming(needed), d_state * decay + update)
+    return tiles.loop(tiles.levels(tiling.chunk), add, (d_q, d_k, d_g))
 
 
 def _pair_products(

@@ -53,9 +53,7 @@ def tangent_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gating
 
     @pl.when(step == 0)
     def _() -> None:
-        for name, initial in zip(STATES, ("initial_state", "initial_state_dot"), strict=True):
-            ref, start = refs[name], refs.get(initial)
-            ref[0] = jnp.zeros(ref.shape[1:], jnp.float32) if start is None else start[...]
+        _set_initial_states(refs)
 
     states = {group: tuple(refs[name][before, :, group.keys] for name in STATES) for group in tiling.groups}
     spans = []
@@ -109,6 +107,12 @@ def tangent_kernel(refs: dict[str, Any], tiling: TpuTiling, scale: float, gating
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
         refs["final_state_dot"][...] = refs["state_dot"][after]
+
+
+def _set_initial_states(refs: dict[str, Any]) -> None:
+    for name, initial in zip(STATES, ("initial_state", "initial_state_dot"), strict=True):
+        ref, start = refs[name], refs.get(initial)
+        ref[0] = jnp.zeros(ref.shape[1:], jnp.float32) if start is None else start[...]
 
 
 def _bisect_step(
