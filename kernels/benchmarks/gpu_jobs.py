@@ -59,7 +59,7 @@ class Timing:
     direction: str = "row"
     implementation: str | None = "triton"
     chunk_size: int | None = None
-    tuning: tuple[tuple[str, int], ...] = ()
+    tuning: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -128,19 +128,23 @@ def tuning_timings() -> list[Timing]:
             add = functools.partial(Timing, batch=batch, tokens=tokens, backward=backward)
             jobs += [add("copy"), *(add(tuning=candidate) for candidate in candidates(batch))]
             jobs += [add(chunk_size=size) for size in (16, 32)]
+            if backward:
+                few = [(("ungate_chunks", n),) for n in (1, 2, 4, 8)]
+                jobs += [add("gated_gla_2d", tuning=candidate) for candidate in few]
         jobs += [Timing("loop", batch=batch, tokens=tokens)]
     return jobs
 
 
-def candidates(batch: int) -> list[tuple[tuple[str, int], ...]]:
+def candidates(batch: int) -> list[tuple[tuple[str, Any], ...]]:
     """Return alternative values for `tuning.GpuTuning`, as pairs of field and value."""
-    blocks = [(("warps", warps), ("stages", stages)) for warps in (2, 4, 8) for stages in (1, 2, 3)]
+    blocks = [(("stages", ((n, tuning.GpuTuning.large_state),)),) for n in (1, 2, 3, 4)]
+    blocks += [(("warps", warps),) for warps in (2, 8)]
     splits = [(("cores", n), ("least_chunks", chunks)) for n in (132, 264, 528, 1056) for chunks in (4, 8)]
     return (blocks if batch > 1 else []) + (splits if batch < 32 else [])
 
 
 @contextlib.contextmanager
-def tuned(changes: tuple[tuple[str, int], ...]) -> Iterator[None]:
+def tuned(changes: tuple[tuple[str, Any], ...]) -> Iterator[None]:
     """Change fields of the device's `GpuTuning` while lowering."""
     own = tuning.gpu
     tuning.gpu = lambda kind: dataclasses.replace(own(kind), **dict(changes))

@@ -25,6 +25,7 @@ import tempfile
 import gpu_compiler
 import jax
 import jax.numpy as jnp
+import sass_schedule
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 DIRECTIONS = ("row", "row_reversed", "column", "column_reversed")
@@ -170,20 +171,18 @@ def assemble(ptx: str, gpu: str) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         command = [gpu_compiler.tool("ptxas"), "-v", f"-arch={gpu}", "/dev/stdin", "-o", binary.name]
         report = subprocess.run(command, check=True, input=ptx, capture_output=True, text=True).stderr
-        command = [gpu_compiler.tool("nvdisasm"), "-c", binary.name]
+        command = [gpu_compiler.tool("nvdisasm"), "-c", "-hex", binary.name]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # Each line is an address with an instruction, or the label of a branch target.
-    lines = re.findall(r"^(\.L_\w+):|^\s+/\*([0-9a-f]{4,})\*/\s+(.*)$", sass, re.MULTILINE)
-    code = [text for _, address, text in lines if address]
-    labels, index = {}, 0
-    for label, address, _ in lines:
-        if label:
-            labels[label] = index
-        elif address:
-            index += 1
+    code: list[sass_schedule.Instruction] = []
+    labels: dict[str, int] = {}
+    for item in sass_schedule.instructions(sass):
+        if isinstance(item, str):
+            labels[item] = len(code)
+        else:
+            code.append(item)
 
-    def count(pattern: str, code: list[str] = code) -> int:
-        return sum(bool(re.search(pattern, text)) for text in code)
+    def count(pattern: str, code: list[sass_schedule.Instruction] = code) -> int:
+        return sum(bool(re.search(pattern, instruction.text)) for instruction in code)
 
     loop = fast_loop(code, labels)
     return {
@@ -192,6 +191,8 @@ def assemble(ptx: str, gpu: str) -> dict[str, int]:
         "instructions": len(code),
         "loop": len(loop),
         "loop_spills": count(r"\b(STL|LDL)\b", loop),
+        "loop_barriers": count(r"\bBAR\b", loop),
+        "loop_cycles": sass_schedule.cycles(loop),
         "wgmma": count(r"\bHGMMA"),
         "mma": count(r"\bHMMA"),
         "loads_128": count(r"LDG(?:STS)?\.E\.(?:BYPASS\.)?(?:LTC128B\.)?128"),
@@ -199,15 +200,17 @@ def assemble(ptx: str, gpu: str) -> dict[str, int]:
     }
 
 
-def fast_loop(code: list[str], labels: dict[str, int]) -> list[str]:
+def fast_loop(
+    code: list[sass_schedule.Instruction], labels: dict[str, int]
+) -> list[sass_schedule.Instruction]:
     """Return the first loop with tensor cores, without its inner loops that use none.
 
     It runs the chunks in the fast form; a loop in the slow form may follow.
     """
-    branches = [(i, re.search(r"\bBRA\b.*?(\.L_\w+)", text)) for i, text in enumerate(code)]
+    branches = [(i, re.search(r"\bBRA\b.*?(\.L_\w+)", x.text)) for i, x in enumerate(code)]
     loops = [(labels.get(found.group(1), i), i) for i, found in branches if found]
     loops = [(first, last) for first, last in loops if first < last]
-    tensor = [i for i, text in enumerate(code) if re.search(r"\bHG?MMA", text)]
+    tensor = [i for i, x in enumerate(code) if re.search(r"\bHG?MMA", x.text)]
 
     def uses_tensor_cores(loop: tuple[int, int]) -> bool:
         return any(loop[0] <= i <= loop[1] for i in tensor)
@@ -218,7 +221,7 @@ def fast_loop(code: list[str], labels: dict[str, int]) -> list[str]:
     for first, last in loops:
         if start <= first and last <= end and not uses_tensor_cores((first, last)):
             skipped.update(range(first, last + 1))
-    return [text for i, text in enumerate(code[start : end + 1], start) if i not in skipped]
+    return [x for i, x in enumerate(code[start : end + 1], start) if i not in skipped]
 
 
 def kernel_bytes(hlo: str) -> dict[str, int]:

@@ -7,6 +7,7 @@ import gpu_checks
 import gpu_jobs
 import numpy as np
 import pytest
+from sass_schedule import LATENCY, WARPS, Instruction, cycles
 
 
 def test_every_check_and_timing_has_its_own_name():
@@ -55,3 +56,17 @@ def test_a_dry_run_checks_times_and_records_without_a_gpu(tmp_path):
     assert not [row for row in rows if "error" in row]
     assert all(row["ok"] for row in rows if row["part"] == "check")
     assert "of copy" in run.stdout
+
+
+def test_a_loop_takes_its_stalls_and_waits_for_loads_and_products():
+    def instruction(text, stall, sets=7, waits_for=0):
+        return Instruction(text, stall << 41 | sets << 46 | 7 << 49 | waits_for << 52)
+
+    add = instruction("FADD R1, R1, R2 ;", stall=4)
+    assert cycles([add, add, add]) == 12
+    load = instruction("LDS R2, [R3] ;", stall=1, sets=0)
+    use = instruction("FADD R1, R1, R2 ;", stall=4, waits_for=0b1)
+    assert cycles([load, add, use]) == LATENCY["LDS"] + WARPS + use.stall
+    product = instruction("HGMMA.64x64x16.F32.BF16 R24, R40, gdesc[UR8], R24 ;", stall=1)
+    wait = instruction("WARPGROUP.DEPBAR.LE gsb0, 0x0 ;", stall=1)
+    assert cycles([product, product, wait]) - cycles([product, wait]) == 64 / 2

@@ -118,11 +118,11 @@ def test_lowers_for_a_gpu_without_a_gpu_or_a_warning():
 
 def test_long_scans_of_few_heads_are_split():
     h200 = tuning.gpu("NVIDIA H200")
-    assert [h200.parts(18 * batch, 16) for batch in (32, 1)] == [1, 1]
-    assert h200.parts(18, 256) == 14
-    assert h200.parts(18 * 8, 64) == 8
+    assert [h200.part_chunks(18 * batch, 16) for batch in (32, 1)] == [16, 16]
+    assert h200.part_chunks(18, 256) == 19
+    assert h200.part_chunks(18 * 8, 64) == 8
     # Fewer than 8 parts would not pay for the second pass; nor does a split with two programs per core.
-    assert h200.parts(18 * 8, 32) == h200.parts(18 * 16, 256) == 1
+    assert (h200.part_chunks(18 * 8, 32), h200.part_chunks(18 * 16, 256)) == (32, 256)
 
 
 def test_float32_gradients_take_several_launches_only_before_sm_90():
@@ -134,9 +134,9 @@ def test_float32_gradients_take_several_launches_only_before_sm_90():
     assert program.count("gla_triton_call") == 3  # one of them forward
 
 
-def test_two_stages_where_the_tiles_fit_into_shared_memory_twice():
+def test_as_many_stages_as_tiles_fit_into_shared_memory():
     h200, other = tuning.gpu("NVIDIA H200"), tuning.gpu("NVIDIA L4")
     assert other == tuning.gpu(None)
-    assert (h200.num_stages(32 * 64, 2), other.num_stages(32 * 64, 2)) == (2, 2)
+    assert (h200.num_stages(32 * 64, 2), other.num_stages(32 * 64, 2)) == (3, 2)
     assert (h200.num_stages(64 * 128, 2), other.num_stages(64 * 64, 2)) == (2, 1)
     assert h200.num_stages(128 * 128, 2) == h200.num_stages(16 * 16, 4) == 1

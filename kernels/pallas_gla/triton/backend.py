@@ -25,7 +25,7 @@ from pallas_gla.triton import call, tuning
 from pallas_gla.triton.backward import backward_kernel, backward_parts_kernel, ungate_kernel
 from pallas_gla.triton.forward import forward_kernel, parts_kernel
 from pallas_gla.triton.tangent import tangent_kernel, tangent_parts_kernel
-from pallas_gla.triton.tiling import LARGEST_STATE, TritonTiling
+from pallas_gla.triton.tiling import LARGEST_STATE, SHORTEST_CHUNK, TritonTiling
 from pallas_gla.validation import one_of
 
 WIDTHS = (16, 128)
@@ -34,8 +34,6 @@ DTYPES = ("bfloat16", "float16", "float32")
 OLDEST_GPU = (8, 0)
 # Compute capabilities with 99 KiB of shared memory, too little for a backward pass with wide keys and values.
 SMALL_GPUS = ((8, 6), (8, 9), (12, 0), (12, 1))
-# The smallest tile of a tensor core.
-SHORTEST_CHUNK = 16
 # Shape and dtype of a result.
 Result = tuple[tuple[int, ...], Any]
 
@@ -71,12 +69,12 @@ def forward(
     tiling, arrays = _prepare(operands, scan)
     if tiling.parts > 1:
         inputs = {name: arrays[name] for name in ("k", "v", "g", "segments") if name in arrays}
-        arrays |= _launch(parts_kernel, tiling, inputs, _part_results(tiling))
+        arrays |= _launch(parts_kernel, tiling, inputs, _part_results(tiling), programs=3)
     results = {"o": _like(arrays["v"]), "final_state": _end_state(tiling)}
     states, dtype = saved_shape(operands, scan)
     if save:
         results["states"] = ((math.prod(states[:3]), states[3]), dtype)
-    results = _launch(forward_kernel, tiling, arrays, results)
+    results = _launch(forward_kernel, tiling, arrays, results, programs=3)
     final_state = results["final_state"].reshape(tiling.batch, tiling.heads, tiling.keys, tiling.values)
     return (
         results["o"].reshape(operands.v.shape),
@@ -104,9 +102,12 @@ def backward(
         # Not float16, which a gradient may overflow.
         d_o = (arrays["v"].shape, states.dtype)
         results = {"d_o": d_o, "d_out_gate": _like(arrays["out_gate"])}
-        by_chunk = dataclasses.replace(tiling, parts=tiling.chunks)
-        results["d_norm_weight"] = ((by_chunk.programs, tiling.values), jnp.float32)
-        gradients = _launch(ungate_kernel, by_chunk, arrays | {"d_out": _flat(d_out)}, results)
+        device = tuning.gpu(None if scan.interpret else chip.current().kind)
+        short = dataclasses.replace(tiling, part_chunks=device.ungate_chunks)
+        results["d_norm_weight"] = ((short.programs, tiling.values), jnp.float32)
+        gradients = _launch(
+            ungate_kernel, short, arrays | {"d_out": _flat(d_out)}, results, programs=3, size=2
+        )
         d_weight = gradients["d_norm_weight"].reshape(tiling.batch, -1, tiling.values).sum(axis=1)
         gradients["d_norm_weight"] = d_weight.astype(operands.norm_weight.dtype)
         arrays["d_o"] = gradients.pop("d_o")
@@ -148,11 +149,11 @@ def _scan_gradients(
 ) -> dict[str, Shaped[Array, "..."]]:
     """Return the gradients of q, k, v, g and, `with_state`, of the initial state."""
     if tiling.parts > 1:
-        arrays = arrays | _launch(backward_parts_kernel, tiling, arrays, _part_results(tiling))
+        arrays = arrays | _launch(backward_parts_kernel, tiling, arrays, _part_results(tiling), programs=3)
     results = {f"d_{name}": _like(arrays[name]) for name in ("q", "k", "v", "g")}
     if with_state:
         results["d_initial_state"] = _end_state(tiling)
-    return _launch(backward_kernel, tiling, arrays, results)
+    return _launch(backward_kernel, tiling, arrays, results, programs=2)
 
 
 def _prepare(operands: Operands, scan: Scan) -> tuple[TritonTiling, dict[str, Shaped[Array, "..."]]]:
@@ -169,9 +170,10 @@ def _prepare(operands: Operands, scan: Scan) -> tuple[TritonTiling, dict[str, Sh
         keys=keys,
         values=operands.v.shape[3],
         chunk=chunk,
-        parts=device.parts(batch * heads, -(-tokens // chunk)),
+        part_chunks=device.part_chunks(batch * heads, -(-tokens // chunk)),
         dtype=operands.v.dtype,
         segmented=operands.segment_ids is not None,
+        shared_operands=device.shared_operands,
     )
     special = ("norm_weight", "segment_ids")
     arrays = {
@@ -209,9 +211,16 @@ def _launch(
     tiling: TritonTiling,
     arrays: dict[str, Shaped[Array, "..."]],
     results: dict[str, Result],
-    carried: int = 1,
+    *,
+    programs: int,
+    size: int = 1,
 ) -> dict[str, Shaped[Array, "..."]]:
-    """Launch a kernel that carries this many states from chunk to chunk; return its results by name."""
+    """Launch a kernel and return its results by name.
+
+    Args:
+        programs: the programs that should share a core.
+        size: how many times as large as those of the forward kernel its tiles are together.
+    """
     device = tuning.gpu(None if tiling.scan.interpret else chip.current().kind)
     # Per token: products with a state, and products with half the tokens of its chunk.
     states, pairs = (5, 6) if "states" in arrays else (2, 2)
@@ -220,14 +229,15 @@ def _launch(
     )
     tokens = tiling.batch * tiling.tokens * tiling.heads
     sizes = [(x.shape, x.dtype) for x in arrays.values()] + list(results.values())
-    state_size = carried * tiling.key_width * tiling.value_width
+    state_size = size * tiling.key_width * tiling.value_width
     cost = pl.CostEstimate(
         flops=tokens * flops,
         transcendentals=2 * tokens * tiling.keys,
         bytes_accessed=sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in sizes),
     )
+    registers = device.registers(programs, tiling.key_width * tiling.value_width, tiling.dtype.itemsize)
     outputs = call.call(
-        kernel(tiling, (*arrays, *results)),
+        kernel(dataclasses.replace(tiling, registers=registers), (*arrays, *results)),
         list(arrays.values()),
         list(results.values()),
         programs=tiling.programs,
@@ -254,9 +264,9 @@ def tangent(
         inputs = {name: arrays[name] for name in used if name in arrays}
         results = _part_results(tiling)
         results |= {"local_state_dot": results["local_state"], "local_moved": results["local_decay"]}
-        arrays |= _launch(tangent_parts_kernel, tiling, inputs, results, 2)
+        arrays |= _launch(tangent_parts_kernel, tiling, inputs, results, programs=2, size=2)
     results = {"o_dot": _like(arrays["v"]), "final_state_dot": _end_state(tiling)}
-    results = _launch(tangent_kernel, tiling, arrays, results, 2)
+    results = _launch(tangent_kernel, tiling, arrays, results, programs=2, size=2)
     return (
         results["o_dot"].reshape(operands.v.shape),
         results["final_state_dot"].reshape(tiling.batch, tiling.heads, tiling.keys, tiling.values),

@@ -1,8 +1,8 @@
 """The backward kernels for GPUs.
 
 A program follows one head from its last chunk to its first. It keeps the gradient D of the transposed state
-in registers and reads the states that entered the chunks. With q~, k~, S~ and the middle m of `forward`,
-A = tril(q~ k~^T), P = tril(dO v^T) and D~ = D exp(G_last - m):
+in registers and reads the states that entered the chunks. With q~, k~, S~ and m of `forward`,
+A = tril(q~ k~^T), P = tril(dO v^T) and D~ = D exp(m):
 
     dv = A^T dO + k~ D~      dq = (P k~ + dO S~) scale exp(G - m)      dk = (P^T q~ + v D~) exp(m - G)
     dS~ = D~ + dO^T q~       dS = dS~ exp(m)
@@ -22,16 +22,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_gla.triton.chunk import (
     ChunkSegments,
     Decay,
+    Fitness,
     causal,
-    is_finite,
     next_state,
     only,
-    part_decay,
     through_token,
     token_count,
 )
@@ -39,6 +38,8 @@ from pallas_gla.triton.levels import Levels, regular
 from pallas_gla.triton.tiling import TritonProgram, TritonTiling
 
 State = Float[Array, "v k"]
+# A sum per value, in one or more equal columns.
+Column = Float[Array, "v _"]
 
 
 def backward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
@@ -46,7 +47,7 @@ def backward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..
 
     def gla_backward(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
-        d_state = _run(program, lambda: _last_gradient(program))
+        d_state, _ = _run(program, lambda: _last_gradient(program))
         if "d_initial_state" in names:
             program.store_end_state("d_initial_state", d_state, 0)
 
@@ -58,21 +59,36 @@ def backward_parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Calla
 
     def gla_backward_parts(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
-        program.store_part(_run(program, program.zero_state), part_decay(program))
+        d_state, log2_decay = _run(program, program.zero_state)
+        assert log2_decay is not None
+        program.store_part(d_state, log2_decay)
 
     return gla_backward_parts
 
 
 def ungate_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., None]:
-    """Return the first launch of a gated scan: the gradient of o from "d_out", one program per chunk.
+    """Return the first launch of a gated scan: the gradient of o from "d_out", a few chunks per program.
 
     Inside `backward_kernel`, the tiles of o, the gate and their gradients would not fit in registers.
     """
 
     def gla_ungate(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
-        here = _Chunk.at(program, program.part)
-        lax.cond(here.decay.bounded, here.ungate, here.ungate_safe)
+
+        def step(chunk: Int[Array, ""], carry: tuple[Column, Fitness]) -> tuple[Column, Fitness]:
+            d_weight, fitness = carry
+            here = _Chunk.at(program, chunk)
+            return d_weight + here.ungate(), fitness.after(here.decay)
+
+        def by_token(chunk: Int[Array, ""], d_weight: Column) -> Column:
+            return d_weight + _Chunk.at(program, chunk).ungate_by_token()[:, None]
+
+        nothing = tiling.sum_tokens(jnp.zeros((tiling.chunk, tiling.value_width), jnp.float32))
+        d_weight, fitness = program.loop(step, (nothing, Fitness.of(tiling)))
+        d_weight = lax.cond(
+            fitness.bounded, lambda fast: fast, lambda _: program.loop(by_token, nothing), d_weight
+        )
+        program.store_line("d_norm_weight", program.program_index(program.part), jnp.max(d_weight, axis=1))
 
     return gla_ungate
 
@@ -88,29 +104,42 @@ def _last_gradient(program: TritonProgram) -> State:
     )
 
 
-def _run(program: TritonProgram, last_gradient: Callable[[], State]) -> State:
-    """Run all chunks, store the gradients that the launch has, and return that of the first state.
+def _run(
+    program: TritonProgram, last_gradient: Callable[[], State]
+) -> tuple[State, Float[Array, "_ k"] | None]:
+    """Run all chunks, and store the gradients that the launch has.
 
     If a chunk turns out to be unfit for the fast form, all chunks run again. In one loop with both forms, the
     slow one's constants would occupy registers of the fast one, and Triton copies the tiles of the next chunk
     to shared memory in advance only if their loads are not in a branch.
+
+    Returns:
+        The gradient of the first state and, in the first pass over a split scan, the total decay in rows.
     """
+    tiling, with_gradients = program.tiling, "d_q" in program.refs
 
     def slow() -> State:
         return program.loop(
             lambda i, d_state: _slow_chunk(program, i, d_state), last_gradient(), backward=True
         )
 
-    if program.tiling.dtype == jnp.float32 and "d_q" in program.refs:
-        return slow()
+    if tiling.dtype == jnp.float32 and with_gradients:
+        return slow(), None
 
-    def step(i: Int[Array, ""], carry: tuple[State, Bool[Array, ""]]) -> tuple[State, Bool[Array, ""]]:
-        d_state, accurate = carry
-        d_state, accurate_here = _Chunk.at(program, i).fast(d_state)
-        return d_state, accurate & accurate_here
+    def step(i: Int[Array, ""], carry: tuple) -> tuple:
+        d_state, total, fitness = carry
+        here = _Chunk.at(program, i)
+        d_state, checked = here.fast(d_state)
+        return (
+            d_state,
+            None if total is None else total + here.decay.total,
+            fitness.after(here.decay, checked),
+        )
 
-    d_state, accurate = program.loop(step, (last_gradient(), jnp.bool_(True)), backward=True)
-    return lax.cond(accurate, lambda fast: fast, lambda _: slow(), d_state)
+    total = None if with_gradients else Decay.none(tiling)
+    fitness = Fitness.of(tiling, tiling.chunk if with_gradients else tiling.value_width, with_gradients)
+    d_state, total, fitness = program.loop(step, (last_gradient(), total, fitness), backward=True)
+    return lax.cond(fitness.of_all(d_state), lambda fast: fast, lambda _: slow(), d_state), total
 
 
 def _slow_chunk(program: TritonProgram, chunk: Int[Array, ""], d_state: State) -> State:
@@ -172,23 +201,24 @@ class _Chunk:
         state = tiling.times_exp2(self.state(), decay.before)
         return tiling.operand(q_tilde), tiling.operand(k_tilde), tiling.operand(state)
 
-    def ungate(self) -> None:
-        """Recompute o; store the gradients of o, the gate and norm_weight."""
+    def ungate(self) -> Column:
+        """Recompute o, store the gradients of o and the gate, and return that of norm_weight."""
         program, tiling = self.program, self.program.tiling
         segments = ChunkSegments.of(program, self.chunk)
         q_tilde, k_tilde, state = self.decayed()
+        state = tiling.fixed(state)
         scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments)
         # In a product a NaN or infinity would reach the other tokens of o. `backward_kernel` reports it.
         v = regular(program.load("v", self.positions))
         o = tiling.dot(scores, v) + only(tiling.dot(q_tilde, state, (1, 1)), segments and segments.first)
         gate, d_out = program.load("out_gate", self.positions), program.load("d_out", self.positions)
         d_o, d_gate, d_weight = gated_gradients(program, o, gate, d_out)
-        # In this order the launch takes 168 registers, the most that allow three programs per core.
+        # The launch takes 168 registers, the most that allow three programs per core.
         program.store("d_out_gate", self.positions, d_gate)
         program.store("d_o", self.positions, d_o)
-        program.store_line("d_norm_weight", program.program_index(program.part), d_weight)
+        return tiling.sum_tokens(d_weight)
 
-    def ungate_safe(self) -> None:
+    def ungate_by_token(self) -> Float[Array, " v"]:
         """Run `ungate` token by token."""
         program, tiling = self.program, self.program.tiling
         start = self.chunk * tiling.chunk
@@ -201,33 +231,37 @@ class _Chunk:
             d_o, d_gate, d_weight_here = gated_gradients(program, o[None, :], gate, d_out)
             program.store_token("d_o", start + i, d_o[0])
             program.store_token("d_out_gate", start + i, d_gate[0])
-            return state, d_weight + d_weight_here
+            return state, d_weight + d_weight_here[0]
 
         carry = (self.state(), jnp.zeros((tiling.value_width,), jnp.float32))
-        _, d_weight = lax.fori_loop(jnp.int32(0), token_count(program, self.chunk), token, carry)
-        program.store_line("d_norm_weight", program.program_index(program.part), d_weight)
+        return lax.fori_loop(jnp.int32(0), token_count(program, self.chunk), token, carry)[1]
 
-    def fast(self, d_state: State) -> tuple[State, Bool[Array, ""]]:
-        """Store the gradients of a chunk; return the gradient of its state and whether all are accurate."""
+    def fast(self, d_state: State) -> tuple[State, Float[Array, "_ k"]]:
+        """Store the gradients of a chunk; return the gradient of its state and a tile that must be finite."""
         program, positions, decay = self.program, self.positions, self.decay
         tiling = program.tiling
         segments = ChunkSegments.of(program, self.chunk)
         first, last = (None, None) if segments is None else (segments.first, segments.last)
         q_tilde, k_tilde, state = self.decayed()
+        q_tilde = tiling.fixed(q_tilde)
         d_o = program.load("d_o", positions)
+        if self.with_gradients:
+            d_q = only(tiling.dot(d_o, state), first)
         d_state = tiling.times_exp2(d_state, decay.after)
         if self.with_gradients:
-            weak = decay.weak
+            d_leaving = tiling.fixed(tiling.operand(d_state))
             scores = causal(tiling.dot(k_tilde, q_tilde, (1, 1)), segments, query_axis=1)
-            d_v = tiling.dot(scores, d_o) + tiling.dot(only(k_tilde, last), d_state, (1, 1))
+            d_v = tiling.dot(only(k_tilde, last), d_leaving, (1, 1))
+            d_v += tiling.dot(scores, d_o)
             program.store("d_v", positions, d_v)
             v = program.load("v", positions)
             d_scores = causal(tiling.dot(d_o, v, (1, 1)), segments)
-            d_q = tiling.dot(d_scores, k_tilde) + only(tiling.dot(d_o, state), first)
+            d_q += tiling.dot(d_scores, k_tilde)
             d_query = tiling.times_exp2(d_q * tiling.scan.scale, decay.relative)
             program.store("d_q", positions, d_query)
             terms = tiling.widen(q_tilde) * d_q
-            d_k = tiling.dot(d_scores, q_tilde, (0, 0)) + only(tiling.dot(v, d_state), last)
+            d_k = only(tiling.dot(v, d_leaving), last)
+            d_k += tiling.dot(d_scores, q_tilde, (0, 0))
             program.store("d_k", positions, tiling.times_exp2(d_k, -decay.relative))
             terms -= tiling.widen(k_tilde) * d_k
         if segments is not None:
@@ -236,14 +270,14 @@ class _Chunk:
         if self.with_gradients:
             through = tiling.widen(state) * d_state
             d_g = -tiling.sum_before(terms) + tiling.sum_values(through)
-            accurate = weak & is_finite(d_g)
+            checked = d_g
             # Decays at segment starts have no effect; set their gradient to exactly zero.
             d_g = only(d_g, segments and segments.continues)
             d_g = logit_gradients(program, d_g, program.load("g", positions))
             program.store("d_g", positions, d_g)
         else:
-            accurate = decay.bounded & is_finite(d_state)
-        return tiling.times_exp2(d_state, decay.before), accurate
+            checked = d_state
+        return tiling.times_exp2(d_state, decay.before), checked
 
 
 def logit_gradients(
@@ -258,8 +292,8 @@ def logit_gradients(
 
 def gated_gradients(
     program: TritonProgram, o: Float[Array, "c v"], gate: Float[Array, "c v"], d_out: Float[Array, "c v"]
-) -> tuple[Float[Array, "c v"], Float[Array, "c v"], Float[Array, " v"]]:
-    """Return the gradients of `forward.gated` for o, the gate and norm_weight."""
+) -> tuple[Float[Array, "c v"], Float[Array, "c v"], Float[Array, "c v"]]:
+    """Return the gradients of `forward.gated` for o, the gate and, not summed over tokens, norm_weight."""
     tiling, gating = program.tiling, program.tiling.scan.gating
     assert gating is not None
     weight = program.load_line("norm_weight", program.element)[None, :]
@@ -272,4 +306,4 @@ def gated_gradients(
     d_scaled = d_out * (gate * sigmoid)
     d_normed = d_scaled * weight
     d_o = factor * (d_normed - normed * (jnp.sum(d_normed * normed, axis=1, keepdims=True) * mean))
-    return d_o, d_gate * weight, jnp.sum(d_scaled * normed, axis=0)
+    return d_o, d_gate * weight, d_scaled * normed

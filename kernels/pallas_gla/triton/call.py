@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.extend.core import Primitive
+from jax.extend.mlir import ir
 from jax.interpreters import mlir
 from jaxtyping import Array, BFloat16, Bool, Float, Int, Shaped
 
@@ -26,6 +27,10 @@ with contextlib.suppress(ImportError):
     triton = importlib.import_module("jax.experimental.pallas.triton")
 
 available = triton is not None
+# Pallas does not pass `maxnreg` to Triton, which reads it from the module that Pallas's lowering rules build.
+lowering: Any = None
+with contextlib.suppress(ImportError):
+    lowering = importlib.import_module("jax._src.pallas.triton.lowering")
 program_id = pl.program_id
 
 
@@ -69,6 +74,33 @@ def _inline(code: str, constraints: str, *arrays: Float[Array, "..."], pack: int
         code, args=arrays, constraints=constraints, pack=pack, result_shape_dtypes=[result]
     )
     return y
+
+
+def limit_registers(x: Int[Array, ""], count: int | None) -> Int[Array, ""]:
+    """Return x, in a kernel whose threads take at most this many registers.
+
+    Without a limit the compiler takes what it can use, and fewer programs share a core. It is a hint, without
+    effect in a JAX whose Pallas lacks the private function that it needs.
+    """
+    return x if count is None else limit_registers_p.bind(x, count=count)
+
+
+limit_registers_p = Primitive("gla_limit_registers")
+limit_registers_p.def_abstract_eval(lambda x, *, count: x)
+mlir.register_lowering(limit_registers_p, lambda ctx, x, *, count: [x])
+
+
+def _limit_registers(ctx: Any, x: Any, *, count: int) -> Any:
+    here: Any = ir.InsertionPoint.current
+    module = here.block.owner
+    while module.name != "builtin.module":
+        module = module.parent
+    module.attributes["ttg.maxnreg"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), count)
+    return x
+
+
+if hasattr(lowering, "register_lowering"):
+    lowering.register_lowering(limit_registers_p)(_limit_registers)
 
 
 triton_call_p = Primitive("gla_triton_call")

@@ -2,18 +2,21 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_gla.triton.tiling import LOG2_E, TritonProgram, iota, pick
+from pallas_gla.triton.tiling import LOG2_E, TritonProgram, TritonTiling, iota, pick
 
-# Largest decay of half a chunk, in bits, for which the factors relative to the chunk's middle, and sums of
-# their products with keys and values, stay finite.
+# Largest half of a chunk's decay, in bits, for which the factors relative to it, and sums of their products
+# with keys and values, stay finite.
 SPAN = 64.0
-# Largest decay of half a chunk, in bits, of the channel that decays least, for which a running sum gives dg.
-# If all channels decay strongly at a token, its dg is small, and other tokens' rounding errors would hide it.
-WEAK = 6.0
+# The bits of an infinite float32.
+INFINITE = 0x7F800000
+# Largest half of a chunk's decay, in bits, in the channel that decays least, for which a running sum gives
+# dg. If all channels decay strongly at a token, its dg is small, and errors of other tokens would hide it.
+WEAK = 4.5
 
 
 def chunk_decay(program: TritonProgram, positions: Int[Array, " c"]) -> tuple[Float[Array, "c k"], float]:
@@ -28,10 +31,11 @@ def chunk_decay(program: TritonProgram, positions: Int[Array, " c"]) -> tuple[Fl
 
 @dataclasses.dataclass(frozen=True)
 class Decay:
-    """The decay inside a chunk, in base-2 logarithms.
+    """The decay inside a chunk, in base-2 logarithms, relative to half its total in every channel.
 
-    relative: decay from the chunk's middle to every token, without the first token's, which may be a reset.
-    before, after: decay of the first and of the second half, in one row or in one row per value of a state.
+    relative: the decay until every token without that half, which falls from minus the half to the half.
+    before, after: the half, in one row or in one row per value of a state. In float32 they have the rounding
+        errors of `relative` at the first and the last token.
     """
 
     relative: Float[Array, "c k"]
@@ -42,36 +46,101 @@ class Decay:
     @classmethod
     def of(cls, program: TritonProgram, positions: Int[Array, " c"]) -> "Decay":
         """Return the decay of the chunk at these positions."""
-        tiling = program.tiling
         g, unit = chunk_decay(program, positions)
-        half = tiling.chunk // 2
-        if not tiling.by_products:
-            g, row = g.astype(jnp.float32) * unit, iota(g.shape, 0)
-            # One running sum from the middle, so that rounding errors of its parts cancel in differences.
-            first_half = jnp.sum(jnp.where((row > 0) & (row < half), g, 0.0), axis=0)[None, :]
-            relative = jnp.cumsum(jnp.where(row > 0, g, -first_half), axis=0)
-            before, after = first_half + pick(g, 0)[None, :], pick(relative, tiling.chunk - 1)[None, :]
-            return cls(relative, before, after, tiling.keys)
-        i, j = (iota((tiling.chunk, tiling.chunk), axis) for axis in (0, 1))
-        from_middle = jnp.where(j < half, jnp.where(j > i, -1.0, 0.0), jnp.where(j <= i, 1.0, 0.0))
-        j = iota((tiling.value_width, tiling.chunk), 1)
-        before, after = (jnp.where(tokens, 1.0, 0.0) for tokens in (j < half, j >= half))
-        relative, before, after = (tiling.sums(marks, g) * unit for marks in (from_middle, before, after))
-        return cls(relative, before, after, tiling.keys)
+        relative, before, after = sums_from_half(program.tiling, g)
+        return cls(relative * unit, before * unit, after * unit, program.tiling.keys)
+
+    @classmethod
+    def none(cls, tiling: TritonTiling) -> Float[Array, "_ k"]:
+        """Return `total` of no chunks."""
+        return jnp.zeros((tiling.value_width if tiling.by_products else 1, tiling.key_width), jnp.float32)
+
+    @property
+    def total(self) -> Float[Array, "_ k"]:
+        """The decay of the whole chunk, in the rows of `after`."""
+        return self.before + self.after
+
+    @property
+    def largest(self) -> Float[Array, " c"]:
+        """The largest magnitude of `relative` in every token."""
+        return jnp.max(jnp.abs(self.relative), axis=1)
 
     @property
     def bounded(self) -> Bool[Array, ""]:
-        """Whether the factors relative to the middle are at most 2**SPAN."""
-        return jnp.max(jnp.abs(self.relative)) <= SPAN
+        """Whether the factors relative to the half are at most 2**SPAN."""
+        return jnp.max(self.largest) <= SPAN
 
     @property
-    def weak(self) -> Bool[Array, ""]:
-        """Whether it is also weak enough for a running sum of dg, in every token in at least one channel."""
-        first = iota(self.relative.shape, 0) == 0
-        halves = jnp.where(first, -self.relative, -jnp.inf), self.after
-        if self.keys != self.after.shape[1]:
-            halves = [jnp.where(iota(x.shape, 1) < self.keys, x, -jnp.inf) for x in halves]
-        return self.bounded & (jnp.max(halves[0]) >= -WEAK) & (jnp.max(halves[1]) >= -WEAK)
+    def least(self) -> Float[Array, " n"]:
+        """Half the total of the channel that decays least, in every row of `after`."""
+        after = self.after
+        if self.keys != after.shape[1]:
+            after = jnp.where(iota(after.shape, 1) < self.keys, after, -jnp.inf)
+        return jnp.max(after, axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fitness:
+    """Whether the chunks so far fit the form in products, in one number per row of a tile.
+
+    A sum over rows costs barriers, so that it comes after the last chunk.
+
+    span: the largest magnitude of `Decay.relative`.
+    weak: the strongest `Decay.least`.
+    size: the largest magnitude of the tiles that must be finite, as bits.
+    """
+
+    span: Float[Array, " c"]
+    weak: Float[Array, " n"] | None
+    size: Int[Array, " m"] | None
+
+    @classmethod
+    def of(cls, tiling: TritonTiling, checked: int | None = None, weak: bool = False) -> "Fitness":
+        """Return the fitness before the first chunk, whose checked tiles have this many rows."""
+        rows = tiling.value_width if tiling.by_products else 1
+        return cls(
+            jnp.zeros((tiling.chunk,), jnp.float32),
+            jnp.zeros((rows,), jnp.float32) if weak else None,
+            None if checked is None else jnp.zeros((checked,), jnp.int32),
+        )
+
+    def after(self, decay: Decay, checked: Float[Array, "_ k"] | None = None) -> "Fitness":
+        """Return the fitness after a chunk with this decay."""
+        weak, size = self.weak, self.size
+        if weak is not None:
+            weak = jnp.minimum(weak, decay.least)
+        if size is not None:
+            assert checked is not None
+            size = jnp.maximum(size, jnp.max(magnitude(checked), axis=1))
+        return Fitness(jnp.maximum(self.span, decay.largest), weak, size)
+
+    @property
+    def bounded(self) -> Bool[Array, ""]:
+        """Whether the factors of all chunks relative to half the total were at most 2**SPAN."""
+        return jnp.max(self.span) <= SPAN
+
+    def of_all(self, state: Float[Array, "v k"]) -> Bool[Array, ""]:
+        """Return whether all chunks were fit, given the last state."""
+        fit = is_finite(state) & self.bounded
+        if self.weak is not None:
+            fit &= jnp.min(self.weak) >= -WEAK
+        return fit if self.size is None else fit & (jnp.max(self.size) < INFINITE)
+
+
+def sums_from_half(
+    tiling: TritonTiling, x: Float[Array, "c k"]
+) -> tuple[Float[Array, "c k"], Float[Array, "_ k"], Float[Array, "_ k"]]:
+    """Return the sums until every token minus half the total, and the half for the first and last token."""
+    if tiling.by_products:
+        i, j = (iota((tiling.chunk, tiling.chunk), axis) for axis in (0, 1))
+        half = tiling.sums(jnp.full((tiling.value_width, tiling.chunk), 0.5), x)
+        return tiling.sums(jnp.where(j <= i, 0.5, -0.5), x), half, half
+    x = x.astype(jnp.float32)
+    half = 0.5 * jnp.sum(x, axis=0)[None, :]
+    # One running sum, so that rounding errors of its parts cancel in differences.
+    relative = jnp.cumsum(jnp.where(iota(x.shape, 0) == 0, x - half, x), axis=0)
+    return relative, half, pick(relative, tiling.chunk - 1)[None, :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +177,14 @@ def only(x: Float[Array, "c n"], rows: Bool[Array, " c"] | None) -> Float[Array,
     return x if rows is None else jnp.where(rows[:, None], x, 0.0)
 
 
+def magnitude(x: Float[Array, "m n"]) -> Int[Array, "m n"]:
+    """Return the bits of a float32 without the sign: the chip's maximum of two floats ignores NaN."""
+    return lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+
+
 def is_finite(x: Float[Array, "m n"]) -> Bool[Array, ""]:
     """Return whether a tile of float32 has neither NaN nor infinities."""
-    # As integers, because the chip's maximum of two floats ignores NaN.
-    magnitude = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-    return jnp.max(magnitude) < 0x7F800000
+    return jnp.max(magnitude(x)) < INFINITE
 
 
 def causal(
@@ -121,16 +193,6 @@ def causal(
     """Keep the pairs of a query and a key that is not after it and in the same segment."""
     pairs = iota(x.shape, query_axis) >= iota(x.shape, 1 - query_axis)
     return jnp.where(pairs if segments is None else pairs & segments.same, x, 0.0)
-
-
-def part_decay(program: TritonProgram) -> Float[Array, " k"]:
-    """Return the sum of the log decays of a part of a split scan, in bits."""
-
-    def step(chunk: Int[Array, ""], log2_decay: Float[Array, " k"]) -> Float[Array, " k"]:
-        g, unit = chunk_decay(program, program.positions(chunk))
-        return log2_decay + jnp.sum(g.astype(jnp.float32), axis=0) * unit
-
-    return program.loop(step, jnp.zeros((program.tiling.key_width,), jnp.float32))
 
 
 def token_count(program: TritonProgram, chunk: Int[Array, ""]) -> Int[Array, ""]:

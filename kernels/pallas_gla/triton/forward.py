@@ -1,14 +1,14 @@
 """The forward kernels for GPUs.
 
 A program follows one head through its chunks and keeps the transposed state [V, K] in registers. Inside a
-chunk with cumulative log decays G, token i sees token j through exp(G_i - G_j), which is factorized relative
-to the chunk's middle m (Yang et al. 2024, section 4.3):
+chunk with cumulative log decays G, token i sees token j through exp(G_i - G_j), which is factorized (Yang et
+al. 2024, section 4.3), here relative to half the chunk's decay, m = G_last / 2:
 
     q~ = scale q exp(G - m)           k~ = k exp(m - G)         S~ = S exp(m)
-    o  = tril(q~ k~^T) v + q~ S~      S' = (S~ + k~^T v) exp(G_last - m)
+    o  = tril(q~ k~^T) v + q~ S~      S' = (S~ + k~^T v) exp(m)
 
-If a chunk's decay is too strong for this form, which is checked per chunk, the chunk runs again, token by
-token.
+So the state needs no other sum than m. If a chunk's decay is too strong for this form, the scan runs
+again, in short chunks and token by token.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from jaxtyping import Array, Float, Int
 from pallas_gla.triton.chunk import (
     ChunkSegments,
     Decay,
+    Fitness,
     causal,
     is_finite,
     next_state,
     only,
-    part_decay,
     token_count,
 )
-from pallas_gla.triton.tiling import TritonProgram, TritonTiling
+from pallas_gla.triton.tiling import SHORTEST_CHUNK, TritonProgram, TritonTiling, divide
 
 State = Float[Array, "v k"]
 
@@ -38,7 +38,7 @@ def forward_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[...
 
     def gla_forward(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
-        state = _run(program, lambda: _first_state(program))
+        state, _ = _run(program, lambda: _first_state(program))
         program.store_end_state("final_state", state, tiling.parts - 1)
 
     return gla_forward
@@ -49,7 +49,9 @@ def parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callable[..., 
 
     def gla_forward_parts(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
-        program.store_part(_run(program, program.zero_state), part_decay(program))
+        state, log2_decay = _run(program, program.zero_state)
+        assert log2_decay is not None
+        program.store_part(state, log2_decay)
 
     return gla_forward_parts
 
@@ -64,85 +66,99 @@ def _first_state(program: TritonProgram) -> Float[Array, "v k"]:
     return lax.fori_loop(jnp.int32(0), program.part, program.through_part, state)
 
 
-def _run(program: TritonProgram, first_state: Callable[[], State]) -> State:
-    """Run all chunks, store o if the launch has it, and return the last state.
+def _run(
+    program: TritonProgram, first_state: Callable[[], State]
+) -> tuple[State, Float[Array, "_ k"] | None]:
+    """Run all chunks, and store o if the launch has it.
 
-    In the products of a chunk, a NaN or infinity in v reaches all tokens of o, and the state, where a NaN
-    remains until a segment ends. Unless each chunk is checked, all chunks then run again, token by token.
+    If a chunk turns out to be unfit for products, all chunks run again in `_run_slowly`: its decay is too
+    strong, or a NaN or infinity in v has reached all tokens of o, and the state. A branch in the loop would
+    add barriers, and Triton copies tiles in advance only if their loads are not in a branch.
+
+    Returns:
+        The last state and, in the first pass over a split scan, the total decay in equal rows.
     """
-    state = program.loop(lambda chunk, state: _chunk(program, chunk, state), first_state())
-    if _checks_each_chunk(program):
-        return state
+    tiling = program.tiling
 
-    def by_token(chunk: Int[Array, ""], state: State) -> State:
-        if "states" in program.refs:
-            program.store_state("states", program.chunk_state(chunk), state)
-        return _safe(program, chunk, state)
+    def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
+        state, total, fitness = carry
+        _save(program, chunk, state)
+        decay = Decay.of(program, program.positions(chunk))
+        state = _by_products(program, chunk, decay, state)
+        return state, None if total is None else total + decay.total, fitness.after(decay, state)
 
-    return lax.cond(
-        is_finite(state), lambda state: state, lambda _: program.loop(by_token, first_state()), state
+    total = None if "o" in program.refs else Decay.none(tiling)
+    # A later segment may hide that a state was not finite.
+    fitness = Fitness.of(tiling, tiling.value_width if tiling.segmented else None)
+    state, total, fitness = program.loop(step, (first_state(), total, fitness))
+    state = lax.cond(
+        fitness.of_all(state), lambda state: state, lambda _: _run_slowly(program, first_state()), state
     )
+    return state, total
 
 
-def _checks_each_chunk(program: TritonProgram) -> bool:
-    """Whether each chunk's state is checked for NaN.
+def _run_slowly(program: TritonProgram, state: State) -> State:
+    """Run all chunks for any decay and any values, and return the last state.
 
-    This costs gated scans 4 % more instructions, but a second loop costs them 76 registers. Segments end NaN.
+    Short chunks fit stronger decays. The remaining ones run token by token, and so do all in gated scans and
+    in float32, where short chunks would take more registers than the first run.
     """
-    return program.tiling.segmented or program.tiling.scan.gating is not None
+    only_tokens = program.tiling.scan.gating is not None or program.tiling.dtype == jnp.float32
+    short = program if only_tokens else program.of_chunks(SHORTEST_CHUNK)
+    per_chunk = program.tiling.chunk // short.tiling.chunk
+
+    def step(i: Int[Array, ""], state: State) -> State:
+        chunk, rest = divide(i, per_chunk)
+        lax.cond(rest == 0, lambda: _save(program, chunk, state), lambda: None)
+        if only_tokens:
+            return _by_token(program, i, state)
+        decay = Decay.of(short, short.positions(i))
+        after = _by_products(short, i, decay, state)
+        return lax.cond(
+            decay.bounded & is_finite(after),
+            lambda _, after: after,
+            lambda state, _: _by_token(short, i, state),
+            *(state, after),
+        )
+
+    return short.loop(step, state)
 
 
-def _chunk(program: TritonProgram, chunk: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
-    """Run a chunk, store o if the launch has it, and return the next state.
-
-    The fast form always runs, because Triton copies the tiles of the next chunk to shared memory in advance
-    only if their loads are not in a branch.
-    """
-    positions = program.positions(chunk)
-    decay = Decay.of(program, positions)
+def _save(program: TritonProgram, chunk: Int[Array, ""], state: State) -> None:
+    """Store the state that enters a chunk, if the launch saves it."""
     if "states" in program.refs:
         program.store_state("states", program.chunk_state(chunk), state)
-    after, o = _fast(program, chunk, decay, state)
-
-    def keep(_: Array, after: Float[Array, "v k"], o: Float[Array, "c v"] | None) -> Float[Array, "v k"]:
-        if o is not None:
-            if program.tiling.scan.gating is not None:
-                # In the branch, so that o and the gate occupy registers after the state update only.
-                o = gated(program, o, program.load("out_gate", positions).astype(jnp.float32))
-            program.store("o", positions, o)
-        return after
-
-    def replace(state: Float[Array, "v k"], *_: Array | None) -> Float[Array, "v k"]:
-        return _safe(program, chunk, state)
-
-    regular = decay.bounded
-    if _checks_each_chunk(program):
-        regular &= is_finite(after)
-    return lax.cond(regular, keep, replace, state, after, o)
 
 
-def _fast(
-    program: TritonProgram, chunk: Int[Array, ""], decay: Decay, state: Float[Array, "v k"]
-) -> tuple[Float[Array, "v k"], Float[Array, "c v"] | None]:
-    """Return the next state and, if the launch has it, o; arbitrary if the decay is not bounded."""
+def _by_products(program: TritonProgram, chunk: Int[Array, ""], decay: Decay, state: State) -> State:
+    """Run a chunk by matrix products, store o if the launch has it, and return the next state."""
     tiling, positions = program.tiling, program.positions(chunk)
     segments = ChunkSegments.of(program, chunk)
-    o, first, last = (None, None, None) if segments is None else (None, segments.first, segments.last)
+    first, last = (None, None) if segments is None else (segments.first, segments.last)
     k, v = program.load("k", positions), program.load("v", positions)
-    k_tilde = k.astype(jnp.float32) * tiling.exp2(-decay.relative)
+    k_tilde = tiling.operand(k.astype(jnp.float32) * tiling.exp2(-decay.relative))
     state = state * tiling.exp2(decay.before)
+    o = None
     if "o" in program.refs:
-        q = program.load("q", positions)
-        q_tilde = q.astype(jnp.float32) * (tiling.exp2(decay.relative) * tiling.scan.scale)
+        q = program.load("q", positions).astype(jnp.float32)
+        q_tilde = tiling.operand(q * (tiling.exp2(decay.relative) * tiling.scan.scale))
+        k_tilde = tiling.fixed(k_tilde)
+        o = only(tiling.dot(q_tilde, state, (1, 1)), first)
         scores = causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments)
-        o = tiling.dot(scores, v) + only(tiling.dot(q_tilde, state, (1, 1)), first)
+        o += tiling.dot(scores, v)
     if segments is not None:
         state = jnp.where(segments.passes, state, 0.0)
     state += tiling.dot(v, only(k_tilde, last), (0, 0))
-    return state * tiling.exp2(decay.after), o
+    state = state * tiling.exp2(decay.after)
+    if o is not None:
+        # After the state, so that the gate occupies no registers before.
+        if tiling.scan.gating is not None:
+            o = gated(program, o, program.load("out_gate", positions).astype(jnp.float32))
+        program.store("o", positions, o)
+    return state
 
 
-def _safe(program: TritonProgram, chunk: Int[Array, ""], state: Float[Array, "v k"]) -> Float[Array, "v k"]:
+def _by_token(program: TritonProgram, chunk: Int[Array, ""], state: State) -> State:
     """Run a chunk token by token, store o if the launch has it, and return the next state."""
     tiling = program.tiling
 

@@ -1,16 +1,15 @@
 """The tangent kernel for GPUs: the forward pass and its derivative in one launch.
 
-With the names of `pallas_gla.triton.forward`, a dot for tangents, and D the sum of g_dot, taken relative to
-the chunk's middle:
+With the names of `pallas_gla.triton.forward`, a dot for tangents, and D the sum of g_dot until a token, minus
+half its total 2 D_half in the chunk:
 
     a~ = scale (q_dot + q D) exp(G - m)         b~ = (k_dot - k D) exp(m - G)
-    S~_dot = (S_dot - D_first S) exp(m)
+    S~_dot = (S_dot + D_half S) exp(m)
     o_dot  = tril(a~ k~^T + q~ b~^T) v + tril(q~ k~^T) v_dot + a~ S~ + q~ S~_dot
-    S'_dot = (S~_dot + b~^T v + k~^T v_dot + D_last (S~ + k~^T v)) exp(G_last - m)
+    S'_dot = (S~_dot + b~^T v + k~^T v_dot + D_half (S~ + k~^T v)) exp(m)
 
-where -D_first and D_last are the sums over the first and the second half. D starts again in every chunk, so
-that q D and k D stay small. A chunk whose decay is too strong runs token by token, and so does the whole scan
-if a state is NaN or infinite, as products spread such numbers to tokens that do not depend on them.
+D starts again in every chunk, so that q D and k D stay small. If the decay of a chunk is too strong, or if a
+state is NaN or infinite, the whole scan runs again, as in the forward pass.
 """
 
 from collections.abc import Callable
@@ -18,19 +17,20 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_gla.triton.chunk import (
     ChunkSegments,
     Decay,
+    Fitness,
     causal,
-    chunk_decay,
     is_finite,
     only,
+    sums_from_half,
     through_token,
     token_count,
 )
-from pallas_gla.triton.tiling import TritonProgram, TritonTiling, iota, pick
+from pallas_gla.triton.tiling import SHORTEST_CHUNK, TritonProgram, TritonTiling
 
 Tile = Float[Array, "_ _"]
 # A state and its tangent.
@@ -55,21 +55,19 @@ def tangent_parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callab
     def gla_tangent_parts(*refs: Any) -> None:
         program = TritonProgram.current(tiling, dict(zip(names, refs, strict=True)))
 
-        def add(chunk: Int[Array, ""], sums: tuple) -> tuple:
+        def add(chunk: Int[Array, ""], decay: Decay, sums: tuple) -> tuple:
             log2_decay, moved = sums
-            positions = program.positions(chunk)
-            g, unit = chunk_decay(program, positions)
-            log2_decay += jnp.sum(g.astype(jnp.float32), axis=0) * unit
-            change = decay_dot(program, positions)
+            change = decay_dot(program, program.positions(chunk))
             if change is not None:
-                moved += jnp.sum(change.astype(jnp.float32), axis=0)
-            return log2_decay, moved
+                _, before, after = sums_from_half(tiling, change)
+                moved += before + after
+            return log2_decay + decay.total, moved
 
-        zero, line = program.zero_state(), jnp.zeros((tiling.key_width,), jnp.float32)
-        (state, state_dot), (log2_decay, moved) = _run(program, lambda: (zero, zero), add, (line, line))
+        zero, none = program.zero_state(), Decay.none(tiling)
+        (state, state_dot), (log2_decay, moved) = _run(program, lambda: (zero, zero), add, (none, none))
         program.store_part(state, log2_decay)
         program.store_state("local_state_dot", program.local_state(program.part), state_dot)
-        program.store_line("local_moved", program.program_index(program.part), moved)
+        program.store_line("local_moved", program.program_index(program.part), jnp.max(moved, axis=0))
 
     return gla_tangent_parts
 
@@ -77,33 +75,55 @@ def tangent_parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callab
 def _run(
     program: TritonProgram,
     first_states: Callable[[], States],
-    add: Callable[[Int[Array, ""], tuple], tuple] = lambda _, sums: sums,
+    add: Callable[[Int[Array, ""], Decay, tuple], tuple] = lambda *args: args[-1],
     sums: tuple = (),
 ) -> tuple[States, tuple]:
     """Run all chunks and store o_dot if the launch has it.
 
     Returns:
-        The last states, and `sums` after `sums = add(chunk, sums)` for every chunk.
+        The last states, and `sums` after `sums = add(chunk, decay, sums)` for every chunk.
     """
 
     def step(chunk: Int[Array, ""], carry: tuple) -> tuple:
-        states, sums, finite = carry
-        states, sums = _chunk(program, chunk, states), add(chunk, sums)
-        # Later segments have finite states again.
-        return states, sums, finite & _are_finite(states) if program.tiling.segmented else finite
+        states, sums, fitness = carry
+        decay = Decay.of(program, program.positions(chunk))
+        states, sums = _by_products(program, chunk, decay, states), add(chunk, decay, sums)
+        return states, sums, fitness.after(decay, _both(states))
 
-    states, sums, finite = program.loop(step, (first_states(), sums, jnp.bool_(True)))
+    # A later segment may hide that a state was not finite.
+    fitness = Fitness.of(program.tiling, program.tiling.value_width if program.tiling.segmented else None)
+    states, sums, fitness = program.loop(step, (first_states(), sums, fitness))
     states = lax.cond(
-        finite & _are_finite(states),
+        fitness.of_all(_both(states)),
         lambda states: states,
-        lambda _: program.loop(lambda chunk, states: _by_token(program, chunk, states), first_states()),
+        lambda _: _run_slowly(program, first_states()),
         states,
     )
     return states, sums
 
 
-def _are_finite(states: States) -> Bool[Array, ""]:
-    return is_finite(states[0]) & is_finite(states[1])
+def _run_slowly(program: TritonProgram, states: States) -> States:
+    """Run all chunks for any decay and any values, as in the forward pass."""
+    if program.tiling.scan.gating is not None:
+        return program.loop(lambda chunk, states: _by_token(program, chunk, states), states)
+    short = program.of_chunks(SHORTEST_CHUNK)
+
+    def step(chunk: Int[Array, ""], states: States) -> States:
+        decay = Decay.of(short, short.positions(chunk))
+        after = _by_products(short, chunk, decay, states)
+        return lax.cond(
+            decay.bounded & is_finite(_both(after)),
+            lambda _, after: after,
+            lambda states, _: _by_token(short, chunk, states),
+            *(states, after),
+        )
+
+    return short.loop(step, states)
+
+
+def _both(states: States) -> Float[Array, "v k"]:
+    """Return a tile that is not finite if one of the states is not."""
+    return states[0] + states[1]
 
 
 def _first_states(program: TritonProgram) -> States:
@@ -126,16 +146,6 @@ def _first_states(program: TritonProgram) -> States:
     return lax.fori_loop(jnp.int32(0), program.part, through_part, (first[0], first[1]))
 
 
-def _chunk(program: TritonProgram, chunk: Int[Array, ""], states: States) -> States:
-    """Run a chunk, store o_dot if the launch has it, and return the next states."""
-    decay = Decay.of(program, program.positions(chunk))
-
-    def fast(states: States) -> States:
-        return _factorized(program, chunk, decay, states)
-
-    return lax.cond(decay.bounded, fast, lambda states: _by_token(program, chunk, states), states)
-
-
 def _by_token(program: TritonProgram, chunk: Int[Array, ""], states: States) -> States:
     """Run a chunk token by token."""
 
@@ -145,59 +155,34 @@ def _by_token(program: TritonProgram, chunk: Int[Array, ""], states: States) -> 
     return lax.fori_loop(jnp.int32(0), token_count(program, chunk), token, states)
 
 
-def _factorized(program: TritonProgram, chunk: Int[Array, ""], decay: Decay, states: States) -> States:
-    """Run a chunk by matrix products."""
+def _by_products(program: TritonProgram, chunk: Int[Array, ""], decay: Decay, states: States) -> States:
+    """Run a chunk by matrix products, store o_dot if the launch has it, and return the next states."""
     tiling, positions = program.tiling, program.positions(chunk)
     segments = ChunkSegments.of(program, chunk)
     change = decay_dot(program, positions)
-    relative = before = after = None
-    if change is not None:
-        relative, before, after = half_sums(tiling, change)
-    with_output, gated = "o_dot" in program.refs, tiling.scan.gating is not None
+    moved = (None, None, None) if change is None else sums_from_half(tiling, change)
+    relative, before, after = moved
 
     k, v, v_dot = (load(program, name, positions) for name in ("k", "v", "v_dot"))
     assert k is not None and v is not None
     k = k.astype(jnp.float32)
     fade = tiling.exp2(-decay.relative)
     k_dot = plus(load(program, "k_dot", positions), None if relative is None else k * -relative)
-    k_tilde = tiling.operand(k * fade)
-    k_tilde_dot = None if k_dot is None else tiling.operand(k_dot * fade)
-
+    keys = (
+        tiling.fixed(tiling.operand(k * fade)),
+        None if k_dot is None else tiling.fixed(tiling.operand(k_dot * fade)),
+    )
     state, state_dot = states
     enter = tiling.exp2(decay.before)
     state_dot = plus(state_dot, None if before is None else before * state) * enter
     state = state * enter
+    outputs = None
+    if "o_dot" in program.refs:
+        outputs = _outputs(program, positions, decay, relative, segments, keys, (state, state_dot))
+        if tiling.scan.gating is None:
+            program.store("o_dot", positions, outputs[1])
 
-    o: Any = None
-    o_dot: Any = None
-    if with_output:
-        q = program.load("q", positions).astype(jnp.float32)
-        grow = tiling.exp2(decay.relative) * tiling.scan.scale
-        q_dot = plus(load(program, "q_dot", positions), None if relative is None else q * relative)
-        q_tilde, q_tilde_dot = (
-            tiling.operand(q * grow),
-            None if q_dot is None else tiling.operand(q_dot * grow),
-        )
-        first = segments and segments.first
-        o_dot = tiling.dot(only(q_tilde, first), state_dot, (1, 1))
-        scores_dot = None
-        if q_tilde_dot is not None:
-            o_dot += tiling.dot(only(q_tilde_dot, first), state, (1, 1))
-            scores_dot = tiling.dot(q_tilde_dot, k_tilde, (1, 1))
-        if k_tilde_dot is not None:
-            scores_dot = plus(scores_dot, tiling.dot(q_tilde, k_tilde_dot, (1, 1)))
-        if scores_dot is not None:
-            o_dot += tiling.dot(causal(scores_dot, segments), v)
-        if gated or v_dot is not None:
-            scores = tiling.operand(causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments))
-            if v_dot is not None:
-                o_dot += tiling.dot(scores, v_dot)
-            if gated:
-                o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, first), state, (1, 1))
-        if not gated:
-            program.store("o_dot", positions, o_dot)
-
-    last = None
+    (k_tilde, k_tilde_dot), last = keys, None
     if segments is not None:
         last = segments.last
         state, state_dot = (jnp.where(segments.passes, x, 0.0) for x in (state, state_dot))
@@ -209,10 +194,52 @@ def _factorized(program: TritonProgram, chunk: Int[Array, ""], decay: Decay, sta
     if after is not None:
         state_dot += after * state
     leave = tiling.exp2(decay.after)
-    if with_output and gated:
+    if outputs is not None and tiling.scan.gating is not None:
         gates = (load(program, name, positions) for name in ("out_gate", "out_gate_dot"))
-        program.store("o_dot", positions, gated_dot(program, o, o_dot, *gates))
+        program.store("o_dot", positions, gated_dot(program, *outputs, *gates))
     return state * leave, state_dot * leave
+
+
+def _outputs(
+    program: TritonProgram,
+    positions: Int[Array, " c"],
+    decay: Decay,
+    relative: Tile | None,
+    segments: ChunkSegments | None,
+    keys: tuple[Tile, Tile | None],
+    states: States,
+) -> tuple[Any, Any]:
+    """Return o, which only a gate needs, and o_dot, from k~ and its tangent and S~ and its tangent.
+
+    `relative` is the tangent of the decay until every token, without half the total.
+    """
+    tiling, (k_tilde, k_tilde_dot), (state, state_dot) = program.tiling, keys, states
+    first = segments and segments.first
+    q = program.load("q", positions).astype(jnp.float32)
+    v, v_dot = (load(program, name, positions) for name in ("v", "v_dot"))
+    assert v is not None
+    grow = tiling.exp2(decay.relative) * tiling.scan.scale
+    q_dot = plus(load(program, "q_dot", positions), None if relative is None else q * relative)
+    q_tilde = tiling.operand(q * grow)
+    q_tilde_dot = None if q_dot is None else tiling.operand(q_dot * grow)
+    o: Any = None
+    o_dot = tiling.dot(only(q_tilde, first), state_dot, (1, 1))
+    scores_dot = None
+    if q_tilde_dot is not None:
+        o_dot += tiling.dot(only(q_tilde_dot, first), state, (1, 1))
+        scores_dot = tiling.dot(q_tilde_dot, k_tilde, (1, 1))
+    if k_tilde_dot is not None:
+        scores_dot = plus(scores_dot, tiling.dot(q_tilde, k_tilde_dot, (1, 1)))
+    if scores_dot is not None:
+        o_dot += tiling.dot(causal(scores_dot, segments), v)
+    gated = tiling.scan.gating is not None
+    if gated or v_dot is not None:
+        scores = tiling.operand(causal(tiling.dot(q_tilde, k_tilde, (1, 1)), segments))
+        if v_dot is not None:
+            o_dot += tiling.dot(scores, v_dot)
+        if gated:
+            o = tiling.dot(scores, v) + tiling.dot(only(q_tilde, first), state, (1, 1))
+    return o, o_dot
 
 
 def _token(program: TritonProgram, position: Int[Array, ""], states: States) -> States:
@@ -249,23 +276,6 @@ def _token(program: TritonProgram, position: Int[Array, ""], states: States) -> 
             o_dot = gated_dot(program, o[None, :], o_dot[None, :], *gates)[0]
         program.store_token("o_dot", position, o_dot)
     return state, state_dot
-
-
-def half_sums(tiling: TritonTiling, x: Tile) -> tuple[Tile, Tile, Tile]:
-    """Return sums over a chunk, as in `Decay`: from its middle to every token, and of both halves."""
-    half = tiling.chunk // 2
-    if not tiling.by_products:
-        x, row = x.astype(jnp.float32), iota(x.shape, 0)
-        total = jnp.cumsum(jnp.where(row > 0, x, 0.0), axis=0)
-        before, after = (
-            jnp.sum(jnp.where(rows, x, 0.0), axis=0)[None, :] for rows in (row < half, row >= half)
-        )
-        return total - pick(total, half - 1)[None, :], before, after
-    i, j = (iota((tiling.chunk, tiling.chunk), axis) for axis in (0, 1))
-    from_middle = jnp.where(j < half, jnp.where(j > i, -1.0, 0.0), jnp.where(j <= i, 1.0, 0.0))
-    j = iota((tiling.value_width, tiling.chunk), 1)
-    before, after = (jnp.where(tokens, 1.0, 0.0) for tokens in (j < half, j >= half))
-    return tiling.sums(from_middle, x), tiling.sums(before, x), tiling.sums(after, x)
 
 
 def decay_dot(program: TritonProgram, positions: Int[Array, " c"]) -> Tile | None:

@@ -1,7 +1,9 @@
 """How programs share a scan on a GPU, how they address memory, and arithmetic on tiles."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,13 +14,15 @@ from pallas_gla.scan import Scan
 from pallas_gla.triton import call
 
 LOG2_E = 1.4426950408889634
+# The smallest tile of a tensor core.
+SHORTEST_CHUNK = 16
 # The most entries in a padded state for which sums along a chunk are matrix products.
 LARGEST_STATE = 64 * 64
 
 
 @dataclasses.dataclass(frozen=True)
 class TritonTiling:
-    """How programs share a scan: each runs one of `parts` parts of the chunks of one head."""
+    """How programs share a scan: each runs a part of one head, of `part_chunks` chunks except in the last."""
 
     scan: Scan
     batch: int
@@ -27,9 +31,11 @@ class TritonTiling:
     keys: int
     values: int
     chunk: int
-    parts: int
+    part_chunks: int
     dtype: jnp.dtype
     segmented: bool
+    registers: int | None = None
+    shared_operands: bool = False
 
     @property
     def programs(self) -> int:
@@ -42,9 +48,13 @@ class TritonTiling:
         return -(-self.tokens // self.chunk)
 
     @property
-    def part_chunks(self) -> int:
-        """Number of chunks in a part; the last part may have fewer."""
-        return -(-self.chunks // self.parts)
+    def parts(self) -> int:
+        """Number of parts."""
+        return -(-self.chunks // self.part_chunks)
+
+    def of_chunks(self, chunk: int) -> "TritonTiling":
+        """Return the same parts in shorter chunks."""
+        return dataclasses.replace(self, chunk=chunk, part_chunks=self.part_chunks * self.chunk // chunk)
 
     @property
     def key_width(self) -> int:
@@ -94,17 +104,10 @@ class TritonTiling:
 
         Three parts have all bits of a float32; with two, sums are accurate to 16 bits.
         """
+        marks = marks.astype(jnp.bfloat16)
         if x.dtype == jnp.bfloat16:
-            return _product(marks.astype(jnp.bfloat16), x)
-        marks, rest = marks.astype(jnp.bfloat16), x.astype(jnp.float32)
-        total: Any = None
-        for last in [False] * (parts - 1) + [True]:
-            # Truncate by bits, because the compiler may remove a cast to bfloat16 and back.
-            bits = lax.bitcast_convert_type(rest, jnp.int32) & jnp.int32(-(2**16))
-            part = rest if last else lax.bitcast_convert_type(bits, jnp.float32)
-            product = _product(marks, part.astype(jnp.bfloat16))
-            total, rest = product if total is None else total + product, rest - part
-        return total
+            return _product(marks, x)
+        return functools.reduce(operator.add, (_product(marks, part) for part in _parts(x, parts)))
 
     def sum_before(self, x: Float[Array, "c n"]) -> Float[Array, "c n"]:
         """Return, for every token, the sum over all tokens before it."""
@@ -117,6 +120,21 @@ class TritonTiling:
         if not self.by_products:
             return jnp.sum(x, axis=0)[None, :]
         return self.sums(jnp.ones((self.chunk, x.shape[0]), jnp.float32), x, 3)
+
+    def sum_tokens(self, x: Float[Array, "c v"]) -> Float[Array, "v _"]:
+        """Sum a tile over its tokens, into one column or 16 equal ones."""
+        if not self.by_products:
+            return jnp.sum(x, axis=0)[:, None]
+        ones = jnp.ones((x.shape[0], 16), jnp.bfloat16)
+        return functools.reduce(operator.add, (_product(part, ones, 0) for part in _parts(x, 2)))
+
+    def fixed(self, x: Float[Array, "m n"]) -> Float[Array, "m n"]:
+        """Return x, which is then computed and stored to shared memory once, if products read it there.
+
+        XLA moves a transpose of an operand to the loads behind it, so that Triton would compute a tile twice
+        that other products use as it is. It moves none through tiles that were joined and split.
+        """
+        return jnp.unstack(jnp.stack([x, x], axis=-1), axis=-1)[0] if self.shared_operands else x
 
     def exp2(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return 2**x, or zero below 2**-126, because denormals take three more instructions each."""
@@ -146,8 +164,20 @@ class TritonTiling:
         return (jnp.minimum(g, 0) * LOG2_E - log2) * (1 / self.scan.gating.normalizer)
 
 
-def _product(x: BFloat16[Array, "m c"], y: BFloat16[Array, "c n"]) -> Float[Array, "m n"]:
-    return lax.dot_general(x, y, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+def _parts(x: Float[Array, "m n"], count: int) -> Iterator[BFloat16[Array, "m n"]]:
+    """Yield tiles of bfloat16 whose sum is x, to 8 bits each."""
+    x = x.astype(jnp.float32)
+    for _ in range(count - 1):
+        # Truncate by bits, because the compiler may remove a cast to bfloat16 and back.
+        bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
+        part = lax.bitcast_convert_type(bits, jnp.float32)
+        yield part.astype(jnp.bfloat16)
+        x = x - part
+    yield x.astype(jnp.bfloat16)
+
+
+def _product(x: BFloat16[Array, "_ _"], y: BFloat16[Array, "c n"], axis: int = 1) -> Float[Array, "m n"]:
+    return lax.dot_general(x, y, (((axis,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def iota(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
@@ -186,13 +216,17 @@ class TritonProgram:
     @classmethod
     def current(cls, tiling: TritonTiling, refs: dict[str, Any]) -> "TritonProgram":
         """Return the running program. Heads vary fastest, so that concurrent programs share cache lines."""
-        rest, head = divide(call.program_id(0), tiling.heads)
+        rest, head = divide(call.limit_registers(call.program_id(0), tiling.registers), tiling.heads)
         element, part = divide(rest, tiling.parts)
         return cls(tiling, refs, head, part, element)
 
     def positions(self, chunk: Int[Array, ""]) -> Int[Array, " c"]:
         """Return the positions of a chunk's tokens; some may be beyond the end of the scan."""
         return chunk * self.tiling.chunk + iota((self.tiling.chunk,), 0)
+
+    def of_chunks(self, chunk: int) -> "TritonProgram":
+        """Return the program with the same part in shorter chunks."""
+        return dataclasses.replace(self, tiling=self.tiling.of_chunks(chunk))
 
     def inside(self, positions: Int[Array, " c"]) -> Bool[Array, " c"] | None:
         """Return which positions are inside the scan, or None if all are."""
@@ -325,10 +359,14 @@ class TritonProgram:
         else:
             lax.cond(self.part == part, store, lambda: None)
 
-    def store_part(self, state: Float[Array, "v k"], log2_decay: Float[Array, " k"]) -> None:
-        """Store this part's final state from zero, and the factor by which it decays an initial state."""
+    def store_part(self, state: Float[Array, "v k"], log2_decay: Float[Array, "_ k"]) -> None:
+        """Store this part's final state from zero, and the factor by which it decays an initial state.
+
+        Args:
+            log2_decay: the total decay of the part in bits, in equal rows.
+        """
         size = self.tiling.part_chunks * self.tiling.chunk
-        decay = self.tiling.exp2(log2_decay)
+        decay = self.tiling.exp2(jnp.max(log2_decay, axis=0))
         if self.tiling.segmented:
             passes = self.segment(self.part * size - 1) == self.segment(self.part * size + size - 1)
             decay = jnp.where(passes, decay, 0.0)
@@ -351,7 +389,7 @@ class TritonProgram:
         """Run `carry = body(chunk, carry)` over the chunks of this part."""
         tiling = self.tiling
         first, count = self.part * tiling.part_chunks, tiling.part_chunks
-        if tiling.chunks % tiling.parts:
+        if tiling.chunks % tiling.part_chunks:
             count = jnp.minimum(tiling.part_chunks, tiling.chunks - first)
 
         def step(i: Int[Array, ""], carry: Any) -> Any:
