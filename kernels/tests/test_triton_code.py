@@ -147,10 +147,12 @@ def test_shared_memory_has_few_bank_conflicts_and_global_memory_is_read_and_writ
 
     case = ((4, 16), 32, 64, "bfloat16", "column_reversed", False)
     check_gated(compiled("sm_90a", Remembered), *case, strengths=(0.5,), batch=1, tolerance=1e-2)
-    assert len(machines) == 3
+    forward, ungate, backward = machines
+    assert forward.wavefronts == forward.least_wavefronts > 0
+    assert backward.wavefronts == backward.least_wavefronts > 0
+    # Triton's layout of the gate and of the gradient of its product has two lanes per bank.
+    assert 1.07 * ungate.least_wavefronts > ungate.wavefronts > 0
     for machine in machines:
-        # Triton's layout of the gate and of the gradient of its product has two lanes per bank.
-        assert 1.07 * machine.least_wavefronts > machine.wavefronts > 0
         # Only the initial and final states are stored across rows.
         assert machine.bytes > 0.98 * 32 * machine.sectors > 0
 

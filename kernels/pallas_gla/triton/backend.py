@@ -102,7 +102,7 @@ def backward(
         # Not float16, which a gradient may overflow.
         d_o = (arrays["v"].shape, states.dtype)
         results = {"d_o": d_o, "d_out_gate": _like(arrays["out_gate"])}
-        device = tuning.gpu(None if scan.interpret else chip.current().kind)
+        device = _tuning(scan)
         short = dataclasses.replace(tiling, part_chunks=device.ungate_chunks)
         results["d_norm_weight"] = ((short.programs, tiling.values), jnp.float32)
         gradients = _launch(
@@ -132,7 +132,7 @@ def _by_values(
 
     The output of a value depends on no other value. So the gradients of q, k and g are sums over the scans.
     """
-    device = tuning.gpu(None if tiling.scan.interpret else chip.current().kind)
+    device = _tuning(tiling.scan)
     width = device.float32_values if tiling.dtype == jnp.float32 else tiling.values
     pieces = -(-tiling.values // width)
     width = -(-tiling.values // pieces)
@@ -161,7 +161,7 @@ def _prepare(operands: Operands, scan: Scan) -> tuple[TritonTiling, dict[str, Sh
     batch, tokens, heads, keys = operands.q.shape
     chunk = min(scan.chunk_size or STATE_INTERVAL, STATE_INTERVAL)
     chunk = min(chunk, max(SHORTEST_CHUNK, 1 << (tokens - 1).bit_length()))
-    device = tuning.gpu(None if scan.interpret else chip.current().kind)
+    device = _tuning(scan)
     tiling = TritonTiling(
         scan=scan,
         batch=batch,
@@ -185,6 +185,11 @@ def _prepare(operands: Operands, scan: Scan) -> tuple[TritonTiling, dict[str, Sh
         starts = segment_starts(to_scan_order(operands.segment_ids, scan.grid, scan.direction))
         arrays["segments"] = jnp.cumsum(starts, axis=1, dtype=jnp.int32).reshape(-1)
     return tiling, arrays
+
+
+def _tuning(scan: Scan) -> tuning.GpuTuning:
+    """Return the tuning parameters for the GPU that a scan is compiled for."""
+    return tuning.gpu(None if scan.interpret else chip.current().kind)
 
 
 def _flat(x: Float[Array, "... n"]) -> Float[Array, "m n"]:
@@ -219,9 +224,9 @@ def _launch(
 
     Args:
         programs: the programs that should share a core.
-        size: how many times as large as those of the forward kernel its tiles are together.
+        size: the total size of its tiles, as a multiple of the forward kernel's.
     """
-    device = tuning.gpu(None if tiling.scan.interpret else chip.current().kind)
+    device = _tuning(tiling.scan)
     # Per token: products with a state, and products with half the tokens of its chunk.
     states, pairs = (5, 6) if "states" in arrays else (2, 2)
     flops = (

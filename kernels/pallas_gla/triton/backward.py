@@ -136,7 +136,7 @@ def _run(
             fitness.after(here.decay, checked),
         )
 
-    total = None if with_gradients else Decay.none(tiling)
+    total = None if with_gradients else Decay.zero_total(tiling)
     fitness = Fitness.of(tiling, tiling.chunk if with_gradients else tiling.value_width, with_gradients)
     d_state, total, fitness = program.loop(step, (last_gradient(), total, fitness), backward=True)
     return lax.cond(fitness.of_all(d_state), lambda fast: fast, lambda _: slow(), d_state), total

@@ -1,6 +1,8 @@
 """Operations on one chunk that the GPU kernels share: decay, segments, masks and the recurrence."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,7 @@ class Decay:
         return cls(relative * unit, before * unit, after * unit, program.tiling.keys)
 
     @classmethod
-    def none(cls, tiling: TritonTiling) -> Float[Array, "_ k"]:
+    def zero_total(cls, tiling: TritonTiling) -> Float[Array, "_ k"]:
         """Return `total` of no chunks."""
         return jnp.zeros((tiling.value_width if tiling.by_products else 1, tiling.key_width), jnp.float32)
 
@@ -126,6 +128,32 @@ class Fitness:
         if self.weak is not None:
             fit &= jnp.min(self.weak) >= -WEAK
         return fit if self.size is None else fit & (jnp.max(self.size) < INFINITE)
+
+
+def checked_chunk(
+    program: TritonProgram,
+    chunk: Int[Array, ""],
+    carry: Any,
+    by_products: Callable,
+    by_token: Callable,
+    must_be_finite: Callable,
+) -> Any:
+    """Run a chunk by products or, if it is unfit for them, token by token, and return the next carry.
+
+    Args:
+        carry: the state or states that enter the chunk.
+        by_products: called with the program, the chunk, its decay and the carry; returns the next carry.
+        by_token: the same without the decay, for any decay and any values.
+        must_be_finite: returns the tile of a carry that shows whether it is finite.
+    """
+    decay = Decay.of(program, program.positions(chunk))
+    after = by_products(program, chunk, decay, carry)
+    return lax.cond(
+        decay.bounded & is_finite(must_be_finite(after)),
+        lambda _, after: after,
+        lambda carry, _: by_token(program, chunk, carry),
+        *(carry, after),
+    )
 
 
 def sums_from_half(

@@ -23,7 +23,7 @@ from pallas_gla.triton.chunk import (
     Decay,
     Fitness,
     causal,
-    is_finite,
+    checked_chunk,
     next_state,
     only,
     token_count,
@@ -87,7 +87,7 @@ def _run(
         state = _by_products(program, chunk, decay, state)
         return state, None if total is None else total + decay.total, fitness.after(decay, state)
 
-    total = None if "o" in program.refs else Decay.none(tiling)
+    total = None if "o" in program.refs else Decay.zero_total(tiling)
     # A later segment may hide that a state was not finite.
     fitness = Fitness.of(tiling, tiling.value_width if tiling.segmented else None)
     state, total, fitness = program.loop(step, (first_state(), total, fitness))
@@ -112,14 +112,7 @@ def _run_slowly(program: TritonProgram, state: State) -> State:
         lax.cond(rest == 0, lambda: _save(program, chunk, state), lambda: None)
         if only_tokens:
             return _by_token(program, i, state)
-        decay = Decay.of(short, short.positions(i))
-        after = _by_products(short, i, decay, state)
-        return lax.cond(
-            decay.bounded & is_finite(after),
-            lambda _, after: after,
-            lambda state, _: _by_token(short, i, state),
-            *(state, after),
-        )
+        return checked_chunk(short, i, state, _by_products, _by_token, lambda state: state)
 
     return short.loop(step, state)
 

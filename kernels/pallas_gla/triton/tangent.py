@@ -24,7 +24,7 @@ from pallas_gla.triton.chunk import (
     Decay,
     Fitness,
     causal,
-    is_finite,
+    checked_chunk,
     only,
     sums_from_half,
     through_token,
@@ -63,7 +63,7 @@ def tangent_parts_kernel(tiling: TritonTiling, names: tuple[str, ...]) -> Callab
                 moved += before + after
             return log2_decay + decay.total, moved
 
-        zero, none = program.zero_state(), Decay.none(tiling)
+        zero, none = program.zero_state(), Decay.zero_total(tiling)
         (state, state_dot), (log2_decay, moved) = _run(program, lambda: (zero, zero), add, (none, none))
         program.store_part(state, log2_decay)
         program.store_state("local_state_dot", program.local_state(program.part), state_dot)
@@ -109,14 +109,7 @@ def _run_slowly(program: TritonProgram, states: States) -> States:
     short = program.of_chunks(SHORTEST_CHUNK)
 
     def step(chunk: Int[Array, ""], states: States) -> States:
-        decay = Decay.of(short, short.positions(chunk))
-        after = _by_products(short, chunk, decay, states)
-        return lax.cond(
-            decay.bounded & is_finite(_both(after)),
-            lambda _, after: after,
-            lambda states, _: _by_token(short, chunk, states),
-            *(states, after),
-        )
+        return checked_chunk(short, chunk, states, _by_products, _by_token, _both)
 
     return short.loop(step, states)
 
