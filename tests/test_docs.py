@@ -58,7 +58,7 @@ def test_the_scripts_that_a_page_runs_lie_where_it_says_from_the_root(page):
 
 
 def test_packages_are_installed_from_a_clone_or_from_git():
-    """There is no release of them on PyPI."""
+    """PyPI has no release of either package."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     release = re.compile(
         r"""pip install [^`\n]*?(?<=[ '"])(?:dig-jax|pallas-gla)(?:\[[^]]+\])?(?! @|[-/\w[])"""

@@ -148,7 +148,9 @@ def test_scores_of_images_do_not_replace_those_of_a_run(tmp_path):
     settings = tiny_settings(evaluation__scores="kid")
     write_checkpoint(tmp_path, settings)
     np.savez(tmp_path / "fake.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
-    with pytest.raises(ConfigError, match="missing --output: the scores of --images would replace those of"):
+    with pytest.raises(
+        ConfigError, match="missing --output: --images would overwrite the scores of the run in "
+    ):
         evaluate.evaluate_images(settings, tmp_path / "fake.npz", tmp_path)
 
 

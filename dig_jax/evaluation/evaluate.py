@@ -77,7 +77,7 @@ def evaluate_images(settings: Config, path: Path, workdir: Path, output: Path | 
     """
     if output is None and on_process_0(lambda: has_checkpoints(workdir)):
         raise ConfigError(
-            f"missing --output: the scores of --images would replace those of the run in {workdir}; expected"
+            f"missing --output: --images would overwrite the scores of the run in {workdir}; expected"
             " --output=DIRECTORY"
         )
     output = results_folder(workdir, output)
