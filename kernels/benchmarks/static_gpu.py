@@ -85,7 +85,8 @@ def compiler_changed() -> str | None:
 def regressions(measured: dict[str, dict[str, dict[str, float]]], tolerance: float = 0.05) -> list[str]:
     """Return the figures that differ from the record by more than a tolerance, as text.
 
-    `measured` maps the name of a case to the result of `measure`.
+    `measured` maps the name of a case to the result of `measure`. Spills may differ by another 8, since
+    they depend on the addresses at which ptxas happens to run.
     """
     record = json.loads(RECORD.read_text())
     return [
@@ -94,7 +95,7 @@ def regressions(measured: dict[str, dict[str, dict[str, float]]], tolerance: flo
         for kernel, figures in kernels.items()
         for key, value in figures.items()
         for was in [record[name][kernel][key]]
-        if abs(value - was) > tolerance * was
+        if abs(value - was) > tolerance * was + (8 if "spills" in key else 0)
     ]
 
 
