@@ -2,7 +2,6 @@ import contextlib
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import time
@@ -130,10 +129,11 @@ def test_a_run_that_is_stopped_many_times_ends_bit_identical(tmp_path, processes
     assert_ended_alike(workdir, tmp_path / "uninterrupted", steps)
 
 
-def test_a_full_disk_ends_the_run_with_one_line(uninterrupted):
-    workdir = shutil.copytree(uninterrupted, uninterrupted.with_name("full_disk"))
+def test_a_full_disk_ends_the_run_with_one_line(tmp_path):
+    workdir, model = tmp_path / "run", "--config.model.name=DiT-S/2"  # compiles fast
+    finish(start(workdir, model))
     limit = (30_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    run = start(workdir, "--config.training.steps=30")
+    run = start(workdir, model, "--config.training.steps=30")
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, limit)
     _, stderr = run.communicate()
     errors = [line for line in stderr.splitlines() if "loss" not in line]

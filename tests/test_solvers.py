@@ -129,8 +129,8 @@ def assert_moments(drawn):
     [*((form, "linear") for form in FORMS), ("sigma", "trigonometric"), ("sbdm", "vp")],
 )
 def test_euler_maruyama_reproduces_the_moments_of_the_data(form, path):
-    process, noise = FlowMatching(Path(path)), noise_of((4096, 1, 1, 1))
-    sampler = EulerMaruyama(steps=2000, form=form, last_size=0.002)
+    process, noise = FlowMatching(Path(path)), noise_of((2048, 1, 1, 1))
+    sampler = EulerMaruyama(steps=1000, form=form, last_size=0.002)
     assert_moments(sampler(process, denoiser(process), noise(10**6), noise))
 
 
