@@ -82,7 +82,8 @@ from dig_jax.training import batch_reader
 
 def get_config():
     c = smoke.get_config()
-    c.training.steps, c.data.batch_size, c.checkpoint.every_steps = 1000, 4, 1000
+    c.model.name, c.model.depth, c.training.steps = "DiT-S/2", 1, 1000
+    c.data.batch_size, c.checkpoint.every_steps = 4, 1000
     c.logging.heldout_every_steps = 1 if SPLIT == "heldout" else 0
     c.sampling.every_steps = c.evaluation.num_images = 0
     batch_reader._FIRST_LINE = 0.5
