@@ -149,6 +149,11 @@ def test_the_scale_of_guidance_has_the_density_of_the_power_law(power):
     assert distance < 1.95 / len(w) ** 0.5  # Kolmogorov-Smirnov, probability 0.001
 
 
+def test_velocities_are_taken_at_the_guidance_that_training_has_for_steps_of_length_zero():
+    jumps = jumps_of([0.2, 0.7, 0.9], [0.1, 0.7, 0.3], 0.5, 0.3, 0.7)
+    np.testing.assert_array_equal(jumps.here.inputs, [[0, 0, 0, 1], [0, 0.5, 0, 1], [0, 0, 0, 1]])
+
+
 def test_a_dropped_label_is_not_guided():
     process = MeanFlow()
     jumps = process.sample_jumps(KEYS[:6], process.sample_times(KEYS[:6]), jnp.arange(6) < 3)

@@ -73,8 +73,16 @@ def test_one_step_takes_one_evaluation_with_the_scale_of_guidance_as_an_input(tr
 
 def test_every_other_sampler_uses_the_velocity(trained):
     components, params = trained
-    images = Sampler(components, params, step=0)([1], sampler="heun", steps=3, return_latents=True)
-    assert np.isfinite(images).all()
+    sampler = Sampler(components, params, step=0)
+
+    def draw(scale, interval):
+        options = {"sampler": "euler", "steps": 1, "return_latents": True}
+        return sampler([1], guidance_scale=scale, guidance_interval=interval, **options)
+
+    assert np.isfinite(draw(2.0, (0.0, 1.0))).all()
+    # Training has steps of length 0 with guidance at all times or at none.
+    np.testing.assert_array_equal(draw(2.0, (0.4, 1.0)), draw(2.0, (0.0, 1.0)))
+    np.testing.assert_array_equal(draw(2.0, (0.0, 0.3)), draw(1.0, (0.0, 1.0)))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +92,7 @@ def test_every_other_sampler_uses_the_velocity(trained):
         ({"guidance_scale": 0.5}, "unsupported guidance_scale=0.5"),
         ({"guidance": "apg"}, "unsupported guidance=apg of process=meanflow"),
         ({"guidance_rescale": 0.5}, "unsupported guidance_rescale=0.5 of process=meanflow"),
+        ({"guidance_interval": (0.6, 0.9)}, "unsupported guidance_interval=0.6,0.9 of sampler=meanflow"),
         ({"cache_interval": 2}, "unsupported cache_interval=2 of a flow map"),
         ({"clip": True}, "unsupported clip of meanflow"),
         ({"steps": 0}, "invalid steps"),

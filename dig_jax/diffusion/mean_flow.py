@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dig_jax.diffusion.flow_matching import FlowMatching
+from dig_jax.diffusion.piecewise import TOLERANCE
 from dig_jax.diffusion.process import Images, PerImage, Process
 
 _FLOOR = 0.05  # of the divisor σ of x predictions, as in JiT's loss
@@ -61,8 +62,9 @@ class Jumps(NamedTuple):
 
     @property
     def here(self) -> "Jumps":
-        """Steps of length 0: the velocity at t."""
-        return self._replace(lengths=jnp.zeros_like(self.lengths))
+        """Steps of length 0, the velocity at t: as in training, guided everywhere or not at all."""
+        zeros = jnp.zeros_like(self.lengths)
+        return self._replace(lengths=zeros, strength=self.strength_here, low=zeros, high=zeros + 1)
 
     @property
     def unguided(self) -> "Jumps":
@@ -73,7 +75,8 @@ class Jumps(NamedTuple):
     @property
     def strength_here(self) -> PerImage:
         """1 - 1/w at the times, 0 outside of the interval."""
-        return self.strength * ((self.low <= self.times) & (self.times <= self.high))
+        times = self.times
+        return self.strength * ((self.low <= times + TOLERANCE) & (times <= self.high + TOLERANCE))
 
 
 @dataclasses.dataclass(frozen=True)

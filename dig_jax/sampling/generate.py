@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dig_jax.components import ModelSpec, Params
+from dig_jax.diffusion import MeanFlow
 from dig_jax.diffusion.guidance import LabeledDenoiser, Perturbed, null_pair
+from dig_jax.diffusion.mean_flow import Jumps
 from dig_jax.diffusion.piecewise import AnyDenoiser
 from dig_jax.diffusion.process import Denoiser
 from dig_jax.diffusion.samplers import Dopri5
@@ -126,14 +128,17 @@ def _flow_map(
     scale: Float[Array, ""] | Float[Array, "b 1 1 1"],
 ) -> Denoiser:
     """Return a flow map as a function of timesteps [b], for steps of length 0, or with lengths [b, 2]."""
-    assert spec.learned is not None
+    assert spec.learned is not None and isinstance(spec.process, MeanFlow)
+    time_range = spec.process.time_range
     strength = jnp.broadcast_to(1 - 1 / jnp.reshape(scale, -1), labels.shape) * spec.guided
     low, high = (jnp.full(labels.shape, end) for end in spec.learned)
 
     def denoise(x: Array, t: Array) -> Array:
-        t, length = (t[:, 0], t[:, 1]) if t.ndim == 2 else (t, jnp.zeros(labels.shape))
-        jump = jnp.stack([length, strength, low, high], axis=-1)
-        return spec.model.denoise(params, x, t, labels, jump=jump)
+        is_step = t.ndim == 2
+        t, lengths = (t[:, 0], t[:, 1]) if is_step else (t, jnp.zeros(labels.shape))
+        jumps = Jumps(t / time_range, lengths, strength, low, high)
+        inputs = jumps.inputs if is_step else jumps.here.inputs
+        return spec.model.denoise(params, x, t, labels, jump=inputs)
 
     return denoise
 

@@ -24,6 +24,7 @@ from dig_jax.diffusion import (
 from dig_jax.diffusion.guidance import GUIDED, PLAIN, ZERO, Perturbed
 from dig_jax.diffusion.samplers import LoopSampler
 from dig_jax.diffusion.samplers.dopri5 import MOMENTUM
+from dig_jax.diffusion.samplers.mean_flow import MeanFlowSampler
 from dig_jax.errors import suggest
 from dig_jax.models.isolation import isolate_tokens
 from dig_jax.sampling.feature_cache import CacheSpec
@@ -189,7 +190,7 @@ class GenerationSpec:
             sampler=sampler,
             shape=shape,
             guidance=guidance,
-            learned=_learned(fields, components),
+            learned=_learned(fields, sampler, components),
             weak=weak if needs_weak else None,
             internal_scale=scale,
             cache=_cache(fields, sampler, components),
@@ -245,7 +246,9 @@ def _cache(fields: Mapping[str, Any], sampler: BaseSampler, components: Componen
     return CacheSpec(fields["cache_interval"], fields["cache_order"])
 
 
-def _learned(fields: Mapping[str, Any], components: Components) -> tuple[float, float] | None:
+def _learned(
+    fields: Mapping[str, Any], sampler: BaseSampler, components: Components
+) -> tuple[float, float] | None:
     """Return the interval of times with the guidance that a flow map has learned; None for other models.
 
     Raises:
@@ -268,6 +271,11 @@ def _learned(fields: Mapping[str, Any], components: Components) -> tuple[float, 
                 " input of the network"
             )
     low, high = fields["guidance_interval"]
+    if isinstance(sampler, MeanFlowSampler) and not low <= 0.5 <= high:
+        raise ValueError(
+            f"unsupported guidance_interval={low:g},{high:g} of sampler=meanflow; expected an interval around"
+            " 0.5, as in training"
+        )
     return float(low), float(high)
 
 
