@@ -166,3 +166,23 @@ def test_predictions_of_images_give_the_average_velocity_with_a_limited_divisor(
     t = jnp.array([0.01, 0.05, 0.5, 1.0])
     found = process.average_velocity(image, z, t)
     np.testing.assert_allclose(found, (z - image) / wide(jnp.maximum(t, 0.05)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("path", ["linear", "trigonometric"])
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
+def test_other_samplers_follow_the_flow_of_image_predictions_to_its_end(sampler, path):
+    process = MeanFlow(path, prediction="x")
+
+    def denoise(z, timesteps):
+        """The minimum of the objective: the prediction whose velocity, with the limited divisor, is exact."""
+        level = process.level(timesteps / 10, z)
+        velocity = denoiser(MeanFlow(path))(z, 100 * timesteps)
+        return (level.sigma_dot * z - jnp.maximum(level.sigma, 0.05) * velocity) / level.omega
+
+    images = make_sampler(sampler, steps=100)(process, denoise, start(), no_noise)
+    np.testing.assert_allclose(images, flow(process.path, start(), 1, 0), atol=4e-3)
+    t, noise = jnp.array([0.01, 0.05, 0.5, 1.0]), start(1)
+    exact = process.average_velocity(noise, start(), t)
+    given = {"x0": start(2), "noise": noise, "x_t": start(), "times": t}
+    error = MeanFlow(path).loss(exact, **given)["loss"]
+    np.testing.assert_allclose(process.loss(noise, **given)["loss"], error, rtol=1e-12)

@@ -169,9 +169,13 @@ class FlowMatching:
         self, output: Float[Array, "b h w d"], x_t: Images, times: PerImage, *, clip: bool = False
     ) -> Images:
         """Return the denoiser's estimate of x_0 given its output at x_t."""
-        prediction = output[..., : x_t.shape[-1]].astype(x_t.dtype)
-        x0 = convert(prediction, self.prediction, "x", x_t, self.level(times, x_t))
+        x0 = self.predict(output, "x", x_t, times)
         return jnp.clip(x0, -1, 1) if clip else x0
+
+    def predict(self, output: Float[Array, "b h w d"], kind: str, x_t: Images, times: PerImage) -> Images:
+        """Return the denoiser's estimate of a quantity, one of PREDICTIONS, given its output at x_t."""
+        prediction = output[..., : x_t.shape[-1]].astype(x_t.dtype)
+        return convert(prediction, self.prediction, kind, x_t, self.level(times, x_t))
 
     def level(self, times: PerImage, x: Images) -> Level:
         """Return the path's coefficients in the dtype of x, shaped to broadcast over images."""

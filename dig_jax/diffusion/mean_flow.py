@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dig_jax.diffusion.flow_matching import FlowMatching
+from dig_jax.diffusion.path import combine, convert
 from dig_jax.diffusion.piecewise import TOLERANCE
 from dig_jax.diffusion.process import Images, PerImage, Process
 
@@ -132,11 +133,27 @@ class MeanFlow(FlowMatching):
         """Return the timesteps, from 0 to `time_range`."""
         return self.time_range * times
 
+    def targets(self, x0: Images, noise: Images, times: PerImage) -> Images:
+        """Return the velocity, whatever the network predicts."""
+        return combine(x0, noise, "velocity", self.level(times, x0))
+
+    def loss(
+        self, output: Float[Array, "b h w d"], *, x0: Images, noise: Images, x_t: Images, times: PerImage
+    ) -> dict[str, PerImage]:
+        """Return the loss of the velocity, as of steps of length 0; arguments as in `Process.loss`."""
+        velocity = self.average_velocity(output, x_t, times)
+        return super().loss(velocity, x0=x0, noise=noise, x_t=x_t, times=times)
+
+    def predict(self, output: Float[Array, "b h w d"], kind: str, x_t: Images, times: PerImage) -> Images:
+        """Return the estimate of a quantity given the network's output for steps of length 0."""
+        velocity = self.average_velocity(output, x_t, times)
+        return convert(velocity, "velocity", kind, x_t, self.level(times, x_t))
+
     def average_velocity(self, output: Float[Array, "b h w d"], z: Images, times: PerImage) -> Images:
         """Return u for the network's output at z.
 
         The prediction x stands for (σ̇ z - ω x)/σ, on the linear path (z - x)/t, with a divisor of at least
-        0.05 (Lu et al. 2026, pixel MeanFlow).
+        0.05 (Lu et al. 2026, pixel MeanFlow). Below, x is no image: z - 0.05 v is trained to give v.
         """
         prediction = output[..., : z.shape[-1]].astype(z.dtype)
         if self.prediction == "velocity":

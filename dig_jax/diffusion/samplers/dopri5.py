@@ -132,11 +132,11 @@ class Dopri5(BaseSampler):
         import equinox
 
         def velocity(x: Images, times: PerImage) -> Images:
-            prediction = denoiser(x, process.timestep_input(times))[..., : x.shape[-1]].astype(x.dtype)
-            kind, level = process.prediction, process.level(times, x)
-            if self.clip:
-                kind, prediction = "x", jnp.clip(convert(prediction, kind, "x", x, level), -1, 1)
-            return convert(prediction, kind, "velocity", x, level)
+            output = denoiser(x, process.timestep_input(times))
+            if not self.clip:
+                return process.predict(output, "velocity", x, times)
+            image = process.predict_image(output, x, times, clip=True)
+            return convert(image, "x", "velocity", x, process.level(times, x))
 
         # The arrays that the denoiser closes over become arguments, as custom_vmap needs them.
         closed = equinox.filter_closure_convert(velocity, x, jnp.zeros(x.shape[:1], x.dtype))

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from dig_jax.components import Components, Params
 from dig_jax.diffusion.mean_flow import Jumps, MeanFlow
-from dig_jax.diffusion.path import combine
 from dig_jax.training.objectives.denoising import Batch, Draw, Metrics, draw, metrics_of, predict
 
 Images = Float[Array, "b h w c"]
@@ -44,7 +43,7 @@ def errors(components: Components, params: Params, batch: Batch, key: Key[Array,
     jumps = draw_jumps(process, key, batch["index"], drawn)
     x0, frozen = batch["image"], jax.lax.stop_gradient(params)
     z = process.corrupt(x0, drawn.noise, jumps.times)
-    target = combine(x0, drawn.noise, "velocity", process.level(jumps.times, x0))
+    target = process.targets(x0, drawn.noise, jumps.times)
 
     def u(params: Params, z: Images, jumps: Jumps, drawn: Draw = drawn) -> Images:
         timesteps = process.timestep_input(jumps.times)
