@@ -246,6 +246,12 @@ def test_invalid_options_of_the_config_name_the_config():
 
 
 def test_a_weaker_model_of_other_images_or_another_process_is_refused(tmp_path):
-    write_checkpoint(tmp_path, tiny_settings(), step=3)
-    with pytest.raises(ValueError, match="has diffusion.process='ddpm'; expected 'flow'"):
-        sampler()(guidance="autoguidance", weak_model=str(tmp_path), guidance_scale=2.0, **DRAW)
+    others = {
+        "process='ddpm'; expected 'flow'": {},
+        "noise_scale=2; expected 1": FLOW | {"diffusion__noise_scale": 2.0},
+    }
+    for number, (message, fields) in enumerate(others.items()):
+        path = tmp_path / str(number)
+        write_checkpoint(path, tiny_settings(**fields), step=3)
+        with pytest.raises(ValueError, match=f"has diffusion.{message}"):
+            sampler()(guidance="autoguidance", weak_model=str(path), guidance_scale=2.0, **DRAW)

@@ -24,7 +24,7 @@ def read_frozen_model(
     Raises:
         CheckpointError: it does not exist or is unreadable.
         ConfigError: an invalid path, or a failed download.
-        ValueError: it was trained on other images or to predict something else.
+        ValueError: it was trained on other images, with other noise or to predict something else.
     """
     other, _, params = read_model(model_path(path))
     sizes = [(c.image_spec.image_shape, c.image_spec.num_classes) for c in (other, components)]
@@ -37,6 +37,9 @@ def read_frozen_model(
         got, expected = (getattr(c.config.diffusion, field) for c in (other, components))
         if got != expected:
             raise ValueError(f"{name}={path} has diffusion.{field}={got!r}; expected {expected!r}")
+    scales = [c.diffusion.noise_scale for c in (other, components)]
+    if scales[0] != scales[1]:
+        raise ValueError(f"{name}={path} has diffusion.noise_scale={scales[0]:g}; expected {scales[1]:g}")
     # The implementation that trained it may not run on this machine.
     config = dataclasses.replace(other.config.model, implementation=None)
     spec = dataclasses.replace(other.model_spec, config=config)
