@@ -198,6 +198,14 @@ def test_invalid_options_are_named(options, message):
         plain_sampler()(**options)
 
 
+def test_a_null_class_that_nothing_trains_is_refused():
+    undropped = plain_sampler(training__label_dropout=0.0, sampling__guidance_scale=1.0)
+    assert undropped(**DRAW, guidance_scale=1.0).size
+    assert undropped.request(guidance="perturbed", guidance_scale=2.0).spec.guidance is not None
+    with pytest.raises(ValueError, match="guidance_scale=2 of a model trained with training.label_dropout=0"):
+        undropped(**DRAW, guidance_scale=2.0)
+
+
 def shifted_process(shape=None, time_shift=0.0, **fields):
     of = functools.partial(
         GenerationSpec.of, tiny_components(**FLOW, **fields), shape=shape, sampler="euler", guidance_scale=1.0

@@ -109,6 +109,10 @@ def test_options_that_it_cannot_honor_are_refused(trained, options, message):
         ({"model__flow_map": False}, "config.model.flow_map: invalid flow_map=False for process=meanflow"),
         ({"diffusion__process": "flow"}, "config.model.flow_map: invalid flow_map=True for process=flow"),
         ({"diffusion__path": "vp"}, "config.diffusion: unsupported path of meanflow: got 'vp'"),
+        (
+            {"training__label_dropout": 0.0},
+            "guidance_max=8 with config.training.label_dropout=0, which trains",
+        ),
         ({"diffusion__prediction": "noise"}, "unsupported prediction of meanflow: got 'noise'"),
         ({"diffusion__weight": "min_snr"}, "unsupported weight of meanflow: got 'min_snr'"),
         ({"model__internal_head": 1}, "unsupported losses of diffusion.process=meanflow: got internal"),

@@ -293,4 +293,12 @@ def _guidance(fields: Mapping[str, Any], components: Components) -> Guidance | N
         jax.eval_shape(lambda params: isolate_tokens(params, rule.blocks), params)  # checks the blocks
     without_null = rule.weak == "null" and not components.image_spec.num_classes
     learned = isinstance(components.diffusion, MeanFlow)
-    return None if fields["guidance_scale"] == 1 or without_null or learned else guidance
+    if fields["guidance_scale"] == 1 or without_null or learned:
+        return None
+    config = components.config
+    if rule.weak == "null" and not config.training.label_dropout and config.init_from is None:
+        raise ValueError(
+            f"unsupported guidance_scale={fields['guidance_scale']:g} of a model trained with"
+            " training.label_dropout=0, which has no null class to guide away from; expected 1"
+        )
+    return guidance

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Key
 
 from dig_jax.components import Components, ModelSpec, Params
 from dig_jax.diffusion import MeanFlow
-from dig_jax.errors import naming_setting
+from dig_jax.errors import ConfigError, naming_setting
 from dig_jax.training.ema import Average, make_averages
 from dig_jax.training.objectives import denoising, mean_flow
 from dig_jax.training.objectives.auxiliary import AuxiliaryObjective, make_auxiliary
@@ -78,11 +78,20 @@ def _objective(components: Components) -> Objective:
     Raises:
         ConfigError: settings that do not fit together.
     """
-    settings, is_mean_flow = components.config, isinstance(components.diffusion, MeanFlow)
+    settings, process = components.config, components.diffusion
+    is_mean_flow = isinstance(process, MeanFlow)
     with naming_setting("config.model.flow_map"):
         if is_mean_flow != settings.model.flow_map:
             raise ValueError(
                 f"invalid flow_map={not is_mean_flow} for process={settings.diffusion.process}; expected"
                 f" {is_mean_flow}"
             )
-    return mean_flow.loss if is_mean_flow else denoising.loss
+    if not is_mean_flow:
+        return denoising.loss
+    guides = process.guidance_max > 1 and components.image_spec.num_classes
+    if guides and not settings.training.label_dropout and settings.init_from is None:
+        raise ConfigError(
+            f"unsupported config.diffusion.guidance_max={process.guidance_max:g} with"
+            " config.training.label_dropout=0, which trains no null class to guide away from; expected 1"
+        )
+    return mean_flow.loss
