@@ -351,18 +351,24 @@ def _without_unused_options(settings: ModelConfig) -> ModelConfig:
 
 
 def _check_unused_fields(settings: DiffusionConfig) -> None:
-    """Reject fields of flow matching and MeanFlow that another process would ignore."""
+    """Reject fields that the process, or the distribution of times, would ignore."""
     defaults, values = to_dict(DiffusionConfig()), to_dict(settings)
-    ddpm = ("process", "schedule", "num_steps", "loss", "weight")
+    ddpm = ("schedule", "num_steps", "loss")
     mean_flow = ("instant_fraction", "guidance_max", "guidance_power", "time_range")
-    flow = [name for name in values if name not in (*ddpm, *mean_flow)]
-    unused = {"ddpm": [*flow, *mean_flow], "flow": mean_flow, "meanflow": ()}[settings.process]
-    for name in unused:
+    flow = [name for name in values if name not in (*ddpm, *mean_flow, "process", "weight")]
+    users = dict.fromkeys(ddpm, "ddpm") | dict.fromkeys(flow, "flow") | dict.fromkeys(mean_flow, "meanflow")
+    used = {"ddpm": ("ddpm",), "flow": ("flow",), "meanflow": ("flow", "meanflow")}[settings.process]
+    for name, process in users.items():
+        if process not in used:
+            ignores, needs = f"process={settings.process}", f"process={process}"
+        elif settings.times == "uniform" and name in ("time_mean", "time_std"):
+            ignores, needs = "times=uniform", "times=logit_normal"
+        else:
+            continue
         if values[name] != defaults[name]:
-            process = "meanflow" if name in mean_flow else "flow"
             raise ValueError(
-                f"unsupported {name} of process={settings.process}: got {values[name]!r}; expected the"
-                f" default, {defaults[name]!r}, or process={process}"
+                f"unsupported {name} of {ignores}: got {values[name]!r}; expected the default,"
+                f" {defaults[name]!r}, or {needs}"
             )
 
 

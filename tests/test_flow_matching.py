@@ -168,8 +168,12 @@ def test_knots_are_the_shifted_times_from_noise_to_clean_images():
             FlowMatching(Path("vp"), "x", Times("logit_normal"), "min_snr"),
         ),
         (
-            {"process": "flow", "time_mean": 0.8, "time_std": 0.5, "time_low": 0.1, "time_high": 0.9},
-            FlowMatching(times=Times("uniform", 0.8, 0.5, 0.1, 0.9)),
+            {"process": "flow", "times": "logit_normal", "time_mean": 0.8, "time_std": 0.5},
+            FlowMatching(times=Times("logit_normal", 0.8, 0.5)),
+        ),
+        (
+            {"process": "flow", "time_low": 0.1, "time_high": 0.9},
+            FlowMatching(times=Times(low=0.1, high=0.9)),
         ),
         # 4 × 4 × 1 = 16 dimensions: √(16/4096).
         ({"process": "flow", "time_shift": 0.0}, FlowMatching(times=Times(shift=0.0625))),
@@ -200,7 +204,16 @@ def test_the_config_describes_the_process(fields, expected):
         ({"process": "flow", "weight": "snr"}, "config.diffusion: invalid weight: got 'snr'"),
         ({"process": "flow", "times": "normal"}, "config.diffusion: unknown times: got 'normal'"),
         ({"process": "flow", "time_low": 1.0}, "config.diffusion: invalid time_low, time_high: got 1.0, 1.0"),
-        ({"process": "flow", "time_std": 0.0}, "config.diffusion: invalid time_std: got 0.0"),
+        (
+            {"process": "flow", "times": "logit_normal", "time_std": 0.0},
+            "config.diffusion: invalid time_std: got 0.0",
+        ),
+        (
+            {"process": "flow", "time_mean": 0.8},
+            "config.diffusion: unsupported time_mean of times=uniform: got 0.8; expected the default",
+        ),
+        ({"process": "flow", "loss": "kl"}, "unsupported loss of process=flow: got 'kl'; .* process=ddpm"),
+        ({"process": "flow", "schedule": "cosine"}, "unsupported schedule of process=flow: got 'cosine'"),
     ],
 )
 def test_invalid_fields_are_named(fields, message):
