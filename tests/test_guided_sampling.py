@@ -206,6 +206,11 @@ def test_a_null_class_that_nothing_trains_is_refused():
         undropped(**DRAW, guidance_scale=2.0)
 
 
+def test_latents_are_not_clipped():
+    with pytest.raises(ValueError, match="unsupported clip of latents"):
+        plain_sampler(autoencoder__path="missing")(**DRAW, clip=True)
+
+
 def shifted_process(shape=None, time_shift=0.0, **fields):
     of = functools.partial(
         GenerationSpec.of, tiny_components(**FLOW, **fields), shape=shape, sampler="euler", guidance_scale=1.0

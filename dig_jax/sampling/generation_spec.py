@@ -162,15 +162,12 @@ class GenerationSpec:
             ValueError: an option is unknown, invalid, or unsupported by the process or the model.
         """
         fields = with_options(components.config.sampling, options)
-        sampler = make_sampler(
-            fields["sampler"], steps=fields["steps"], clip=fields["clip"], **fields["sampler_options"]
-        )
+        sampler = _sampler(fields, components)
         if trajectory and not isinstance(sampler, LoopSampler):
             raise ValueError(
                 f"unsupported sampler of a trajectory: got {fields['sampler']!r}; expected one with a number"
                 " of steps"
             )
-        sampler.check(components.diffusion)
         shape = shape or components.image_spec.image_shape
         guidance = _guidance(fields, components)
         if guidance is not None and guidance.rule.remembers and not isinstance(sampler, LoopSampler):
@@ -201,6 +198,16 @@ class GenerationSpec:
 def needs_weak_model(fields: Mapping[str, Any]) -> bool:
     """Return whether these fields of `sampling` describe guidance by a weaker model."""
     return fields["guidance_scale"] != 1 and make_rule(fields["guidance"]).weak == "model"
+
+
+def _sampler(fields: Mapping[str, Any], components: Components) -> BaseSampler:
+    sampler = make_sampler(
+        fields["sampler"], steps=fields["steps"], clip=fields["clip"], **fields["sampler_options"]
+    )
+    sampler.check(components.diffusion)
+    if sampler.clip and components.config.autoencoder.path is not None:
+        raise ValueError("unsupported clip of latents, which are not limited to [-1, 1]; expected False")
+    return sampler
 
 
 def _shifted(
