@@ -8,7 +8,7 @@ import pytest
 from dig_jax.data import batches, epoch
 from dig_jax.parallel import batch_sharding, replicated, to_global
 from dig_jax.testing import PixelComponents, mesh_of, random_params, tiny_components, tiny_settings
-from dig_jax.training.heldout import heldout_sums
+from dig_jax.training.heldout import heldout_sums, spread
 from dig_jax.training.objectives.denoising import draw
 from dig_jax.training.state import Purpose, init_state, purpose_key
 from dig_jax.training.step import mean_gradient, train_step
@@ -179,6 +179,14 @@ def test_one_batch_can_be_memorized():
     losses = [step["loss"] for step in metrics]
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
     assert state["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("first", [0, 50_000, 10_000_000])
+def test_heldout_images_have_evenly_spread_times_at_any_index(first):
+    fractions = np.sort(spread(first + jnp.arange(1000)))
+    assert np.abs(fractions - (np.arange(1000) + 0.5) / 1000).max() < 3e-3
+    exact = (first + 999) * (5**0.5 - 1) / 2 % 1
+    np.testing.assert_allclose(spread(jnp.array([first + 999])), exact, atol=1e-2)
 
 
 def test_the_heldout_loss_depends_neither_on_the_batch_size_nor_on_padding():

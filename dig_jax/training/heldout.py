@@ -17,7 +17,7 @@ from dig_jax.training.batch_reader import BatchReader
 from dig_jax.training.objectives.denoising import Batch, Draw, losses
 from dig_jax.training.state import Purpose, purpose_key
 
-_GOLDEN_RATIO = 0.618034
+_GOLDEN_RATIO = 2654435769  # (√5 - 1)/2 of 2³²
 
 
 class HeldoutLoss:
@@ -77,6 +77,12 @@ def heldout_sums(
     key = purpose_key(components, Purpose.HELDOUT)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
     noise = jax.vmap(lambda key: jax.random.normal(key, batch["image"].shape[1:]))(keys)
-    times = components.diffusion.times_at(indices.astype(jnp.float32) * _GOLDEN_RATIO % 1.0)
+    times = components.diffusion.times_at(spread(indices))
     values = losses(components, params, batch, Draw(times, noise))
     return jnp.sum(values * batch["mask"]), jnp.sum(batch["mask"].astype(jnp.float32))
+
+
+def spread(indices: Int[Array, " b"]) -> Float[Array, " b"]:
+    """Return the Weyl sequence of the golden ratio at these indices: evenly spread numbers in [0, 1)."""
+    # Integers wrap around; float32 would round the products, and large indices to few different numbers.
+    return (indices.astype(jnp.uint32) * jnp.uint32(_GOLDEN_RATIO) >> 8).astype(jnp.float32) * 2**-24
