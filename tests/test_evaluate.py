@@ -64,13 +64,20 @@ def test_the_grid_shows_the_first_scored_images_one_row_per_class(tmp_path, monk
 
 
 def test_scores_are_written_with_what_they_depend_on(tmp_path, caplog):
-    sampler = plain_sampler(**DIGITS, sampling__ema="0.99", sampling__guidance_scale=2.0)
+    given = {"guidance_scale": 2.0, "guidance_rescale": 0.7, "guidance_channels": 1, "ema": "0.99"}
+    sampler = plain_sampler(**DIGITS, **{f"sampling__{name}": value for name, value in given.items()})
     with caplog.at_level(logging.INFO, "dig_jax"):
         scores = score(sampler, tmp_path)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     assert scores["num_images"] == 40
     assert scores["accuracy"] < 0.5  # it is noise that is scored here
-    expected = {"step": 7, "ema": "0.99", "sampler": "ddim", "sampling_steps": 2, "guidance_scale": 2.0}
+    expected = given | {
+        "step": 7,
+        "sampler": "ddim",
+        "sampling_steps": 2,
+        "time_shift": 1.0,
+        "weak_model": "",
+    }
     assert scores | expected == scores
     *progress, line = caplog.messages
     assert "image 40/40" in progress[-1]

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from dig_jax.config import Config
+from dig_jax.config import Config, to_dict
 from dig_jax.errors import UserError, naming_setting
 from dig_jax.evaluation.image_sets import Images, Part, Shape
 from dig_jax.parallel import gather_arrays, own_share
+from dig_jax.sampling.generation_spec import OPTIONS
 from dig_jax.sampling.image_set import ImageSet
 from dig_jax.sampling.sampler import Sampler
 
@@ -106,20 +107,14 @@ def provenance(images: GeneratedImages) -> dict[str, Any]:
     return {
         "step": sampler.step,
         "ema": settings.sampled_ema,
-        "sampler": s.sampler,
-        "sampler_options": s.sampler_options,
+        **{name: value for name, value in to_dict(s).items() if name in OPTIONS and name != "steps"},
         "sampling_steps": None if evaluations is None else s.steps,
         "network_evaluations_per_image": (
             float(np.mean(np.concatenate([part["evaluations"] for part in counted])))
             if evaluations is None
             else evaluations
         ),
-        "guidance": s.guidance,
-        "guidance_options": s.guidance_options,
-        "guidance_scale": s.guidance_scale,
         "guidance_interval": list(s.guidance_interval),
-        "internal_guidance_scale": s.internal_guidance_scale,
-        "clip": s.clip,
         "seeds": f"0…{images.count - 1}",
         "labels": labels[settings.evaluation.labels],
         "dtype": settings.model.dtype,
