@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dig_jax.diffusion import FlowMatching, GaussianDiffusion, Guidance, make_rule
-from dig_jax.diffusion.guidance import APG, RULES, CFGZero, ClassifierFree, null_pair
+from dig_jax.diffusion.guidance import APG, GUIDED, RULES, ZERO, CFGZero, ClassifierFree, null_pair
 from dig_jax.diffusion.samplers import DDIM, DPMpp2M, Heun
 
 CLASS, NULL, SCALE = 0.2, -0.4, 2.5
@@ -90,6 +90,12 @@ def test_the_weaker_model_is_evaluated_in_the_interval_only_ends_included():
 def test_cfg_zero_evaluates_nothing_in_its_first_fraction():
     seen = counted(FlowMatching(), Guidance(rule=CFGZero(zero_init=0.2)), DDIM(steps=10))
     assert seen == {"plain": [], "pair": pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])}
+
+
+def test_steps_that_would_all_have_zero_velocity_are_refused():
+    with pytest.raises(ValueError, match="invalid zero_init=0.04 for 1 evaluations"):
+        Guidance(rule=CFGZero()).kinds(DDIM(steps=1).fractions(FlowMatching()))
+    assert Guidance(rule=CFGZero()).kinds(DDIM(steps=2).fractions(FlowMatching())).tolist() == [ZERO, GUIDED]
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "x", "noise", "v"])

@@ -63,8 +63,18 @@ class Guidance:
             )
 
     def kinds(self, fractions: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Return ZERO, PLAIN or GUIDED for each time of a sampler."""
-        return np.array([ZERO, PLAIN, GUIDED, PLAIN])[ranges(self._bounds, fractions)]
+        """Return ZERO, PLAIN or GUIDED for each time of a sampler.
+
+        Raises:
+            ValueError: the velocity is zero at all of them.
+        """
+        kinds = np.array([ZERO, PLAIN, GUIDED, PLAIN])[ranges(self._bounds, fractions)]
+        if (kinds == ZERO).all():
+            raise ValueError(
+                f"invalid zero_init={self.rule.zero_init:g} for {len(kinds)} evaluations, all of which would"
+                " be zero; expected more steps, or zero_init=0"
+            )
+        return kinds
 
     def __call__(
         self, plain: Denoiser, pair: Pair, scale: ArrayLike, process: Process | None = None
