@@ -32,6 +32,8 @@ _STEPS = (5, 10, 20, 50, 100, 250)
 _SCALES = (1.5, 2)
 # Compiled programs in memory; the least recently used one is dropped.
 _PROGRAMS = 16
+# Any scale with guidance: it is an argument of the compiled program.
+_GUIDED = 1.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,11 +181,10 @@ def _with_one(x: Float[np.ndarray, "*n c"]) -> Float[np.ndarray, "*n d"]:
 
 
 def _options(program: Program) -> dict[str, Any]:
-    # The scale is an argument of the compiled program; here it only tells whether there is guidance.
     return {
         "sampler": program.sampler,
         "steps": program.steps,
-        "guidance_scale": 1.01 if program.guided else 1.0,
+        "guidance_scale": _GUIDED if program.guided else 1.0,
     }
 
 
@@ -212,6 +213,8 @@ def _menu(sampler: Sampler) -> Menu:
     untrained = [size for size in scaled if size not in trained and draws(size, sampler=default)]
     scale = float(defaults.guidance_scale)
     min_scale, max_scale = _scales(components.diffusion, scale)
+    if not draws(sampler=default, guidance_scale=_GUIDED):  # such as without a trained null class
+        min_scale, max_scale = 1.0, 1.0
     return Menu(
         class_names=components.image_spec.class_names,
         samplers=(default, *(name for name in samplers if name != default)),

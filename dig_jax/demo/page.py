@@ -114,7 +114,7 @@ def _form(menu: Menu) -> tuple[list[Any], gr.Number, gr.Button, gr.Button]:
         step=0.1,
         label="Guidance",
         info="How strictly the images follow the class; 1 is none.",
-        visible=bool(menu.class_names),
+        visible=bool(menu.class_names) and menu.max_scale > menu.min_scale,
     )
     with gr.Row():
         sampler = gr.Dropdown(list(menu.samplers), value=menu.samplers[0], label="Sampler", min_width=280)

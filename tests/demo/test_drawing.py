@@ -45,6 +45,14 @@ def test_an_image_has_the_same_bits_alone_at_any_place_and_beside_any_others(dra
     assert len(np.unique(np.reshape(alone, (5, -1)), axis=0)) == 5
 
 
+def test_a_model_whose_null_class_nothing_trained_is_offered_without_guidance():
+    settings = tiny_settings(sampling__guidance_scale=1.0, training__label_dropout=0.0)
+    menu = Drawer(Sampler(PlainComponents(settings), {}, step=0), batch_size=2).menu
+    assert menu.usual_scales == (menu.min_scale, menu.max_scale) == (1, 1)
+    with pytest.raises(ValueError, match="invalid guidance_scale: got 2; expected a number from 1 to 1"):
+        menu.read({"class": 0, "guidance_scale": 2})
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_images_are_those_of_the_sampler_up_to_one_gray_level(plain, scale):
     images = plain(program(plain, guidance_scale=scale), [2, 4], [3, 8], [scale, scale], None)
