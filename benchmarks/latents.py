@@ -21,8 +21,9 @@ import numpy as np
 from dig_jax.data import batches, load_source
 from dig_jax.data.latents import FORMAT, INDEX_FILE, Shard, checksum, pack
 from dig_jax.data.source import Source
-from dig_jax.encoding.shard_writer import array_record_writer, file_sha256
+from dig_jax.encoding.shard_writer import array_record_writer
 from dig_jax.files.atomic import write_json
+from dig_jax.files.paths import sha256
 from dig_jax.runtime import prepare_cpu
 
 _BATCH, _SHARD, _CORES = 256, 1024, 2
@@ -39,7 +40,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:_CORES])
     prepare_cpu(1)  # like main.py
     print(f"{'':28}  wall clock  CPU time  v5e at most  ratios")
-    for name, side in {"dig_xl": 32, "dig_xl:512": 64}.items():
+    for name, side in {"dig_xl:256,ours": 32, "dig_xl:512,ours": 64}.items():
         plan = json.loads(_PLANS.read_text())[f"{name} {_PLAN}"]
         most = plan["chip"]["flops"]["bfloat16"] / plan["model_flops_per_image"]
         for dtype in ("float32", "float16"):
@@ -63,7 +64,7 @@ def _write(directory: Path, images: int, side: int, dtype: str) -> None:
                 moments = random.standard_normal((side, side, 8), np.float32).astype(dtype)
                 write(pack(entry % 1000, moments))
         size = (directory / file).stat().st_size
-        shards.append(Shard(file, count, size, file_sha256(directory / file), (), (), ())._asdict())
+        shards.append(Shard(file, count, size, sha256(directory / file), (), (), ())._asdict())
     index = {
         "format": FORMAT,
         "autoencoder": {"path": "", "fingerprint": "", "scaling_factor": 0.18215},

@@ -1,12 +1,17 @@
 """Every command of the documentation is one that this code accepts, or says what it needs.
 
-Commands of main.py and of the converter are parsed with the real flags and configs, without running them.
+Commands of main.py, the converter and the scripts are parsed with the real flags and configs, without running
+them. Inside a sentence, so are those with arguments.
 Commands that no test machine can run are marked in the block, in the paragraph before it or at the top of
 the page: "needs the network", "needs an accelerator".
 """
 
+import argparse
 import re
+import runpy
 import shlex
+import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     Path(name)
     for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md", "benchmarks/README.md")
+    + ("kernels/benchmarks/README.md",)
     + tuple(sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md")))
 ]
 MARK = re.compile(r"[Nn]eeds?\s+(?:an\s+accelerator|the\s+network)")
@@ -33,22 +39,29 @@ PROGRAM = re.compile(r"(?:python|pip|mkdocs|dig-jax|\.ci/\w+|git|curl|gcloud|kub
 LARGE = re.compile(
     r"configs/(?:(?:dig|dit|udig|dis)_\w+|lightningdit|jit|cifar10|celeba64|imagefolder(?:_latents)?)\."
 )
+INLINE = re.compile(r"`(python(?:\s+-m)?\s+(?!-m\s)[^`\s]+\s[^`]+|dig-jax\s[^`]+)`")
 EXTRA = re.compile(r"[a-z]+(?=[,\]])")
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 INSTALLED = {
     extra
     for text in re.findall(r"-e '(.*?)'", (ROOT / ".ci" / "run").read_text())
     for extra in EXTRA.findall(text)
 }
-# Tests or CI run these: they build the site, run pytest, compare the generated pages, and ask a demo.
+# Tests or CI run these: they build the site, run pytest, and compare the generated pages.
 RUN = (
-    ["curl", "http://127.0.0.1:7860/api/images"],
-    ["mkdocs"],
-    [".ci/run"],
-    ["python", "-m", "pytest"],
-    ["python", "-m", "dig_jax.config.reference"],
-    ["python", "-m", "configs.published"],
-    ["pip", "install", "-r", "requirements.txt"],
+    "mkdocs build --strict",
+    "mkdocs serve",
+    ".ci/run",
+    "python -m pytest -n auto --dist=loadfile",
+    "python -m pytest -m slow",
+    "python -m dig_jax.config.reference",
+    "python -m configs.published",
+    "pip install -r requirements.txt",
 )
+
+
+class Parsed(BaseException):
+    """A script has parsed its arguments."""
 
 
 class Command(NamedTuple):
@@ -73,6 +86,10 @@ def commands_of(text: str) -> list[Command]:
         for line in re.sub(r"\\\n\s*", " ", body).splitlines():
             if PROGRAM.match(line.strip()) or ("python main.py" in line and line[0] != "#"):
                 found.append(Command(number, line.strip(), marked))
+    prose = BLOCK.sub(lambda block: "\n" * block[0].count("\n"), text)
+    for span in INLINE.finditer(prose):
+        command = re.sub(r"\[(--.*?)\]", r"\1", " ".join(span[1].split()))  # options may be in brackets
+        found.append(Command(prose[: span.start()].count("\n") + 1, command, True))
     return found
 
 
@@ -97,22 +114,49 @@ def check_main(arguments: list[str], config_json: Path) -> None:
     commands._check_flags(values, values.mode)
 
 
+def check_script(script: str, arguments: list[str]) -> None:
+    """Import a script and what it needs, and parse its arguments as it does."""
+    path = next((path for path in (ROOT / script, ROOT / "kernels" / script) if path.exists()), ROOT / script)
+
+    def parse(parser, parse=argparse.ArgumentParser.parse_args):
+        parse(parser)
+        raise Parsed
+
+    parses = re.search(r"argparse|arguments\(", path.read_text())
+    assert parses or not any(argument.startswith("--") for argument in arguments), f"{script} has no flags"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        patch.setattr(sys, "path", [str(path.parent), *sys.path])
+        try:
+            runpy.run_path(str(path), run_name="__main__" if parses else "imported")
+        except Parsed:
+            parses = None
+    assert not parses, f"{script} did not parse its arguments"
+
+
 def is_exercised(words: list[str], config_json: Path) -> bool:
     """Return whether a command is run or checked; raise if its flags, its config or its file are wrong."""
-    if any(words[: len(known)] == known for known in RUN):
-        return True
-    if words[0].endswith("python") and words[1] == "main.py":
-        check_main(words[2:], config_json)
-    elif words[0] == "dig-jax":
-        check_main(words[1:], config_json)
-    elif words[:3] == ["python", "-m", "dig_jax.convert"]:
-        convert._parser().parse_args(words[3:])
-    elif words[:3] == ["python", "-m", "benchmarks.compare"]:
-        compare.make_parser().parse_args(words[3:])
-    elif words[0] == "python" and words[1].endswith(".py"):
-        return (ROOT / words[1]).exists() or (ROOT / "kernels" / words[1]).exists()
-    else:
-        return words[:3] == ["pip", "install", "-e"] and set(EXTRA.findall(words[3])) <= INSTALLED
+    match words:
+        case [("python" | ".venv/bin/python"), "main.py", *arguments] | ["dig-jax", *arguments]:
+            if arguments != ["--help"]:
+                check_main(arguments, config_json)
+        case ["python", "-m", "dig_jax.convert", *arguments]:
+            convert._parser().parse_args(arguments)
+        case ["python", "-m", "benchmarks.compare", *arguments]:
+            compare.make_parser().parse_args(arguments)
+        case ["python", "-m", "pytest", *arguments, file] if file.startswith("tests/"):
+            return (ROOT / file).exists() and arguments in ([], ["-m", "slow"])
+        case ["python", "docs/guide/draw_faces.py", "faces"]:  # its packages are in no extra
+            return True
+        case ["python", script, *arguments] if script.endswith(".py"):
+            check_script(script, arguments)
+        case ["pip", "install", "-e", package]:
+            extras = set(EXTRA.findall(package))
+            assert package.startswith(".[") and extras <= EXTRAS.keys(), f"no package: {package}"
+            return extras <= INSTALLED
+        case _:
+            return " ".join(words) in RUN
     return True
 
 
@@ -140,8 +184,7 @@ def test_every_command_parses_or_says_what_it_needs(page, config_json, monkeypat
                 if (not is_exercised(words, config_json) or needs_mark(words)) and not marked:
                     wrong.append(f"{page}:{number}: not marked: {text}")
         except (Exception, SystemExit) as error:
-            if not (marked and "main.py" not in text):
-                wrong.append(f"{page}:{number}: {text}: {error}")
+            wrong.append(f"{page}:{number}: {text}: {error}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -152,14 +195,33 @@ def test_the_check_finds_commands_marks_and_mistakes(config_json, monkeypatch):
     curl, main = commands_of(page)
     assert curl == (6, "curl", True)
     assert (main.marked, parts(main.text)) == (False, [["python", "main.py", "--a"]])
-    assert not is_exercised(["curl", "-O", "x"], config_json)
-    assert not is_exercised(["pip", "install", "-e", ".[latents]"], config_json)
-    assert not is_exercised(["python", "benchmarks/no_such_file.py"], config_json)
     assert parts('on_all "cd dig && .venv/bin/python main.py --config=configs/dig_s.py"')[0][1] == "main.py"
     assert needs_mark(["python", "main.py", "--config=configs/dig_s.py"])
-    with pytest.raises(command_line.ConfigError, match="wdth"):
-        is_exercised(
-            ["python", "main.py", "--config=configs/digits.py", "--config.model.wdth=3"], config_json
-        )
-    with pytest.raises(command_line.ConfigError, match="seeds"):
-        is_exercised(["dig-jax", "--config=configs/digits.py", "--seeds=3"], config_json)
+    assert commands_of("# P\n\nA\n`python a.py\n--b`, `[--c]`\n") == [(4, "python a.py --b", True)]
+    assert is_exercised(["python", "benchmarks/latents.py", "--images=8"], config_json)
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("curl -O x", None),
+        ("pip install -e .[latents]", None),
+        ("pip install -e .[latnts]", "latnts"),
+        ("mkdocs buld", None),
+        ("python -m pytest tests/test_no_such_file.py", None),
+        ("python benchmarks/no_such_file.py", "no_such_file"),
+        ("python benchmarks/latents.py --pictures=8", "--pictures=8"),
+        ("python benchmarks/costs.py --a", "no flags"),
+        ("python -m dig_jax.convert a b --c", "--c"),
+        ("python main.py --config=configs/digits.py --config.model.wdth=3", "wdth"),
+        ("dig-jax --config=configs/digits.py --seeds=3", "seeds"),
+    ],
+)
+def test_the_check_refuses_mistakes_with_the_reason(command, reason, config_json, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    if reason is None:
+        assert not is_exercised(command.split(), config_json)
+    else:
+        with pytest.raises((Exception, SystemExit)) as error:
+            is_exercised(command.split(), config_json)
+        assert reason in str(error.value) + capsys.readouterr().err
