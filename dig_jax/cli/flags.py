@@ -18,7 +18,7 @@ _TEXTS = {
     ),
     "seeds": "With --mode=sample: seeds, such as 0-15; by default 0, 1, …",
     "output": (
-        "The file to write. With --mode=export: FILE.safetensors for the parameters, FILE.stablehlo or"
+        "What to write. With --mode=export: FILE.safetensors for the parameters, FILE.stablehlo or"
         " FILE.onnx for the sampler as a program, FOLDER or hf://OWNER/NAME for parameters with a model card."
         " With --mode=sample: FILE.npz, by default"
         " WORKDIR/generated.npz. With --mode=evaluate: a directory for the scores, by default the workdir."

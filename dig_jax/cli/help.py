@@ -95,9 +95,9 @@ def _description(values: FlagValues, name: str, mode: str) -> str:
     flag = values[name]
     first, *rest = re.split(r"With --(mode=[^:]*|coordinator): ", flag.help)
     texts = [text for key, text in zip(rest[::2], rest[1::2], strict=True) if mode in re.findall(r"\w+", key)]
-    help = " ".join(f"{first} {' '.join(texts or rest[1::2])}".split())
+    sentences = [text[:1].upper() + text[1:] for text in (first, *(texts or rest[1::2]))]
     default = f" Default: {flag.default}." if flag.default not in (None, False) else ""
-    return help[:1].upper() + help[1:] + default
+    return " ".join(" ".join(sentences).split()) + default
 
 
 def _width() -> int:
