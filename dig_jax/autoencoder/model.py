@@ -66,7 +66,7 @@ class Autoencoder(nnx.Module):
     def sample(
         self, moments: Float[AnyArray, "n height width moments"], keys: Key[Array, " n"]
     ) -> Float[Array, "n height width c"]:
-        """Sample latents from the posterior, with one key per image."""
+        """Sample latents from the posterior, with one of `keys` per image."""
         mean, logvar = jnp.split(jnp.asarray(moments, jnp.float32), 2, axis=-1)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         return (mean + jnp.exp(0.5 * logvar) * noise) * self.config.scaling_factor

@@ -50,7 +50,7 @@ class Process(Protocol):
         ...
 
     def sample_times(self, keys: Key[Array, " b"], /) -> Times:
-        """Draw the training time of each image from its key."""
+        """Draw the training time of each image from its key in `keys`."""
         ...
 
     def times_at(self, fractions: PerImage, /) -> Times:

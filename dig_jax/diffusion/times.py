@@ -70,7 +70,7 @@ class Times:
                 )
 
     def sample(self, keys: Key[Array, " b"]) -> Float[Array, " b"]:
-        """Draw one time per key."""
+        """Draw one time for each of `keys`."""
         return self.quantile(jax.vmap(lambda key: jax.random.uniform(key))(keys))
 
     def quantile(self, u: Float[Array, "*b"]) -> Float[Array, "*b"]:

@@ -51,7 +51,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "n d"]) -> "Moments":
-        """Return the moments of vectors."""
+        """Return the moments of `features`, one vector each."""
         if not len(features):
             return cls.none(features.shape[1])
         mean = features.mean(0, dtype=np.float64)

@@ -207,7 +207,7 @@ class Sampler:
         return labels.astype(np.int32), seeds.astype(np.int32)
 
     def request(self, size: Size = None, *, trajectory: bool = False, **options: Any) -> Request:
-        """Return what a call with this size and these options passes to `generate`.
+        """Return what a call, or `trajectory`, with this size and these options passes to `generate`.
 
         Raises:
             ValueError: invalid size or options.
@@ -286,7 +286,7 @@ class Sampler:
         return int(height) // factor, int(width) // factor
 
     def decode(self, x: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n height width channels"]:
-        """Convert images in the model's space to pixels, on all devices of this process."""
+        """Convert images `x` in the model's space to pixels, on all devices of this process."""
         rule = self.components.config.sampling.uint8
         if self._decoder is None:
             return to_pixels(x, rule)

@@ -86,7 +86,7 @@ class BaseSampler(abc.ABC):
         noise: Noise,
         return_trajectory: bool = False,
     ) -> Any:
-        """Draw images; see `LoopSampler`."""
+        """Draw images; `LoopSampler` describes `x`, `noise` and `return_trajectory`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
