@@ -5,8 +5,11 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+from dig_jax.doctor import machine
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 # Packages that an extra brings with another one, and packages that storage's extras choose by scheme.
 WITH = {"pyarrow": "datasets", "botocore": "s3fs", "fsspec": "gcsfs"}
 WITH |= {"fastapi": "gradio", "starlette": "gradio", "uvicorn": "gradio"}
@@ -35,30 +38,38 @@ def extra_of(name):
     """Return the extra for users with a distribution."""
     extras = [
         extra
-        for extra, requirements in PROJECT["optional-dependencies"].items()
+        for extra, requirements in EXTRAS.items()
         if name in map(distribution, requirements) and extra != "test"
     ]
     assert extras, f"{name} is in no extra"
     return extras[0]
 
 
+def extras_that_errors_name():
+    """Return the extras in calls of install_command; the doctor's calls take those of its tables."""
+    files = {path: path.read_text("utf-8") for path in (ROOT / "dig_jax").rglob("*.py")}
+    calls = re.compile(r"\binstall_command\((?!extra: str)(.*?)\)")
+    named = {(path.name, argument) for path, text in files.items() for argument in calls.findall(text)}
+    computed = {(name, argument) for name, argument in named if argument[0] not in "'\""}
+    assert computed == {("machine.py", "name"), ("machine.py", "extra")}
+    return {argument[1:-1] for _, argument in named - computed}
+
+
 def test_each_package_that_is_imported_is_a_dependency_or_in_an_extra_that_an_error_names():
     required = set(map(distribution, PROJECT["dependencies"]))
     distributions = metadata.packages_distributions()
-    files = [*(ROOT / "dig_jax").rglob("*.py"), *(ROOT / "kernels" / "pallas_gla").rglob("*.py")]
-    text = "\n".join(path.read_text("utf-8") for path in files)
-    optional = set()
-    for path in files:
+    optional = {"wandb", "libtpu"}  # these are imported by name
+    for path in [*(ROOT / "dig_jax").rglob("*.py"), *(ROOT / "kernels" / "pallas_gla").rglob("*.py")]:
         for package in imports(path):
             names = {distribution(name) for name in distributions.get(package, [package])}
             if not names & required:
                 optional.add(WITH.get(package, distribution(package)))
     assert {"datasets", "huggingface-hub", "tensorflow-datasets"} <= optional
-    for name in (*optional, "wandb", "libtpu"):  # the last two are imported by name
-        assert re.search(rf"install_command\(['\"]{extra_of(name)}['\"]\)", text), name
+    assert set(map(extra_of, optional)) == extras_that_errors_name()
 
 
-def test_an_extra_that_an_error_names_exists():
-    for path in (ROOT / "dig_jax").rglob("*.py"):
-        for extra in re.findall(r"install_command\(['\"](.*?)['\"]\)", path.read_text("utf-8")):
-            assert extra in PROJECT["optional-dependencies"], f"{extra} in {path}"
+def test_the_doctor_looks_for_a_package_of_each_extra_that_an_error_names():
+    for extra, (module, _) in machine._EXTRAS.items():
+        assert distribution(module) in map(distribution, EXTRAS[extra]), extra
+    assert machine._EXTRAS.keys() == extras_that_errors_name() - {"compilers"}
+    assert machine._DRIVERS.keys() <= EXTRAS.keys()

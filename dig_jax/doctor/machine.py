@@ -28,6 +28,7 @@ _EXTRAS = {
     "storage": ("gcsfs", "gs:// and s3://"),
     "demo": ("gradio", "--mode=demo"),
     "ode": ("diffrax", "the sampler dopri5"),
+    "export": ("onnx", "StableHLO and ONNX files"),
     "wandb": ("wandb", "Weights & Biases"),
 }
 # Files that drivers make, by the extra that uses their chips.
