@@ -116,7 +116,7 @@ def check_main(arguments: list[str], config_json: Path) -> None:
 
 def check_script(script: str, arguments: list[str]) -> None:
     """Import a script and what it needs, and parse its arguments as it does."""
-    path = next((path for path in (ROOT / script, ROOT / "kernels" / script) if path.exists()), ROOT / script)
+    path = ROOT / script
 
     def parse(parser, parse=argparse.ArgumentParser.parse_args):
         parse(parser)
