@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +72,14 @@ def test_every_tapped_block_gives_its_output_and_changes_no_other(depth, skip):
 @pytest.mark.parametrize("long_skips", [False, True])
 def test_cut_segments_cover_all_blocks_once_and_end_at_the_cuts(period, long_skips):
     for depth in range(4, 24, 2):
-        for segment in plan_segments(depth, period, long_skips=long_skips):
+        segments = plan_segments(depth, period, long_skips=long_skips)
+        ranges = [range(segment.start, segment.start + segment.num_blocks) for segment in segments]
+        assert list(itertools.chain(*ranges)) == list(range(depth))
+        for segment, inside in zip(segments, ranges, strict=True):
             for cuts in [(), *((i,) for i in range(depth)), (1, 2), range(depth)]:
                 pieces = list(segment.after(cuts))
                 ends = [piece.start + piece.num_blocks - 1 for piece in pieces]
                 blocks = [i for piece in pieces for i in range(piece.start, piece.start + piece.num_blocks)]
-                inside = range(segment.start, segment.start + segment.num_blocks)
                 assert blocks == list(inside)
                 assert {cut for cut in cuts if cut in inside} <= set(ends)
                 assert len(pieces) <= 1 + 3 * len(set(cuts) & set(inside))
