@@ -82,7 +82,9 @@ def test_pytorch_s_own_legacy_files_are_read(path):
     base = torch.arange(24.0).reshape(4, 6)
     stored = {"a": base, "turned": base.T, "part": base[1:, ::2], "p": torch.nn.Parameter(base.bfloat16())}
     torch.save(stored, path, _use_new_zipfile_serialization=False)
-    for name, array in read(path).items():
+    found = read(path)
+    assert found.keys() == stored.keys()
+    for name, array in found.items():
         np.testing.assert_array_equal(array.astype(np.float32), stored[name].detach().float().numpy())
 
 

@@ -103,7 +103,9 @@ def golden_loss(dtype):
 def test_loss_terms_match_golden(precision):
     # The reference rounds its tables to float32, which moves its bound by 2e-6 at t = 0, where σ is 0.007.
     dtype, tolerance = precision
-    for key, values in golden_loss(dtype).items():
+    terms = golden_loss(dtype)
+    assert terms.keys() == {"loss", "mse", "vb"}
+    for key, values in terms.items():
         np.testing.assert_allclose(values, GOLDEN[key], rtol=max(tolerance, 3e-6), err_msg=key)
 
 

@@ -173,13 +173,14 @@ def test_heads_beyond_a_group(case):
     check(case)
 
 
-def test_the_simulated_chip_finds_no_race_and_no_wrong_memory_space(monkeypatch):
-    interpret = pltpu.InterpretParams(detect_races=True)
+def test_the_simulated_chip_finds_no_race_and_no_wrong_memory_space(monkeypatch, capfd):
+    interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     call = launch.pl.pallas_call
     monkeypatch.setattr(
         launch.pl, "pallas_call", lambda *args, **kw: call(*args, **kw | {"interpret": interpret})
     )
-    check(Case((1, 20), heads=1, chunk_size=16, gate="strong", direction="row_reversed"))
+    check(Case((1, 20), heads=1, chunk_size=16, gate="strong", direction="row_reversed", batch=2))
+    assert "RACE DETECTED" not in capfd.readouterr().out  # it does not raise
 
 
 def test_heads_that_do_not_fit_one_block(monkeypatch):

@@ -226,6 +226,8 @@ def test_kernels_compile_without_spills_and_move_little_more_than_the_least_byte
         pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
     command = [sys.executable, str(pathlib.Path(static_selective_scan.__file__)), "--json", "--chips", chip]
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    for kind, figures in json.loads(found.stdout.splitlines()[-1]).items():
+    measured = json.loads(found.stdout.splitlines()[-1])
+    assert measured
+    for kind, figures in measured.items():
         assert figures["spills"] == 0, kind
         assert figures["bytes_to_minimum"] < 1.3, kind
