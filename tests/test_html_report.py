@@ -103,7 +103,7 @@ def test_the_report_is_one_small_file_that_loads_nothing(tmp_path, rows):
     text = "".join(page.texts)
     source = re.sub(r'xmlns(:xlink)?="http://www.w3.org/[^"]*"', "", (tmp_path / "report.html").read_text())
     assert not re.search(r"https?://|@import|url\((?!#)", source)
-    for section in ("Samples and loss", "Loss", "Images per second", "Scores", "Config", "Starts"):
+    for section in ("Samples and loss", "Curves", "Loss", "Images per second", "Scores", "Config", "Starts"):
         assert section in text
     assert f"{rows:,} of 20" in text
 

@@ -1,5 +1,6 @@
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def test_taps_keep_layers_scanned_and_store_one_blocks_tokens():
         run = lambda module, x, c: module.run(x, c, GRID, (5,))  # noqa: E731
         text = nnx.jit(run).lower(module, x, c).as_text()
         assert text.count("stablehlo.while") == 2
-        assert f"tensor<{depth // 4}x3x6x{WIDTH}xf32>" not in text
+        assert not re.search(rf"tensor<\d+x3x6x{WIDTH}xf32>", text)
         sizes[depth] = len(text)
     assert sizes[32] < 1.02 * sizes[16]
 
