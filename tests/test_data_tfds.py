@@ -225,9 +225,10 @@ def test_a_flipped_byte_in_the_storage_is_reported_in_one_line(data_dir, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-def test_reading_imports_no_tensorflow(data_dir):
+def test_reading_imports_no_tensorflow_that_is_installed(data_dir, tmp_path):
+    (tmp_path / "tensorflow.py").write_text("")
     code = (
-        "import sys; from dig_jax.data import load_source;"
+        f"import sys; sys.path.append({str(tmp_path)!r}); from dig_jax.data import load_source;"
         f"load_source('tfds', 'train', dataset='animals', data_dir={str(data_dir)!r})[0];"
         "assert 'tensorflow' not in sys.modules"
     )
