@@ -146,7 +146,7 @@ def test_knots_are_the_shifted_times_from_noise_to_clean_images():
     process = FlowMatching(times=Times("logit_normal", shift=3.0))
     times, level = process.knots(4)
     np.testing.assert_allclose(times, [1, 0.9, 0.75, 0.5, 0])
-    np.testing.assert_allclose(level.sigma, times)
+    np.testing.assert_allclose([level.alpha, level.sigma], [1 - times, times])
     assert FlowMatching(prediction="noise").knots(4).times[0] == 0.999  # α = 0 hides the image at 1
     for steps in (0, "ddim50", None):
         with pytest.raises(ValueError, match="invalid steps: got .*; expected a positive integer"):

@@ -243,7 +243,7 @@ def test_samplers_and_warm_starts_leave_the_heads_out(tmp_path):
         assert "auxiliary" not in read_model(tmp_path, ema)[2]
     read, step, params = read_model(tmp_path)
     write_parameter_file(tmp_path / "model.safetensors", read, step, params)
-    new = tiny_components(model__name="DiT-S/2", auxiliary__log_variance=True)
+    new = tiny_components(model__name="DiT-S/2", auxiliary__sra_weight=1.0)
     fresh = jax.tree.map(jnp.asarray, random_params(new))
     for source in (tmp_path, tmp_path / "model.safetensors"):
         start = read_warm_start(str(source), new, abstract_state(new, mesh_of(1))["params"])

@@ -71,9 +71,10 @@ def test_the_menu_and_the_page_have_the_scale_of_the_config(scale):
 
 
 def test_images_of_a_batch_may_have_different_scales_of_guidance(plain):
-    together = plain(program(plain), [2, 2], [3, 3], [1.5, 6.0], None)
+    together = plain(program(plain), [2, 2], [3, 3], [1.5, 2.0], None)
     assert not np.array_equal(together[0], together[1])
-    for image, scale in zip(together, [1.5, 6.0], strict=True):
+    assert min(len(np.unique(image)) for image in together) > 5  # not black
+    for image, scale in zip(together, [1.5, 2.0], strict=True):
         np.testing.assert_array_equal(plain(program(plain), [2], [3], [scale], None)[0], image)
 
 
