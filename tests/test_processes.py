@@ -97,9 +97,7 @@ def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
 
 
 def train(workdir: Path, processes: int, **changes) -> None:
-    results = run(
-        [smoke(workdir, *own, **changes) for own in joined(processes)], workdir.parent / "compiled"
-    )
+    results = run([smoke(workdir, *own, **changes) for own in joined(processes)], workdir.parent / "compiled")
     for status, log in results:
         assert status == 0, log
 

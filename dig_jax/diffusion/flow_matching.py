@@ -173,7 +173,7 @@ class FlowMatching:
         return jnp.clip(x0, -1, 1) if clip else x0
 
     def predict(self, output: Float[Array, "b h w d"], kind: str, x_t: Images, times: PerImage) -> Images:
-        """Return the denoiser's estimate of a quantity, one of PREDICTIONS, given its output at x_t."""
+        """Return the estimate of `kind`, one of PREDICTIONS, given the output at x_t and `times`."""
         prediction = output[..., : x_t.shape[-1]].astype(x_t.dtype)
         return convert(prediction, self.prediction, kind, x_t, self.level(times, x_t))
 
