@@ -7,6 +7,7 @@ the page: "needs the network", "needs an accelerator".
 """
 
 import argparse
+import functools
 import re
 import runpy
 import shlex
@@ -106,7 +107,8 @@ def parts(text: str) -> list[list[str]]:
     return [each for each in found if each]
 
 
-def check_main(arguments: list[str], config_json: Path) -> None:
+@functools.cache
+def check_main(arguments: tuple[str, ...], config_json: Path) -> None:
     """Parse flags and config as main.py does, and run nothing. `config_json` stands for any run's."""
     arguments = [re.sub(r"^--config=.*\.json$", f"--config={config_json}", each) for each in arguments]
     values = define_flags()
@@ -140,7 +142,7 @@ def is_exercised(words: list[str], config_json: Path) -> bool:
     match words:
         case [("python" | ".venv/bin/python"), "main.py", *arguments] | ["dig-jax", *arguments]:
             if arguments != ["--help"]:
-                check_main(arguments, config_json)
+                check_main(tuple(arguments), config_json)
         case ["python", "-m", "dig_jax.convert", *arguments]:
             convert._parser().parse_args(arguments)
         case ["python", "-m", "benchmarks.compare", *arguments]:

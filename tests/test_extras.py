@@ -19,19 +19,15 @@ def distribution(requirement):
     return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
 
 
-def imports(path):
-    """Yield the top-level packages that a file imports from other distributions."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [node.module]
-        else:
-            continue
-        for name in names:
-            top = name.partition(".")[0]
-            if top not in sys.stdlib_module_names and top not in ("dig_jax", "pallas_gla", "configs"):
-                yield top
+def imports(path, known):
+    """Return the top-level packages other than `known` that a file imports."""
+    text = path.read_text("utf-8")
+    if set(re.findall(r"^ *(?:import|from) (\w+)", text, re.MULTILINE)) <= known:
+        return set()
+    nodes = list(ast.walk(ast.parse(text)))  # lines of docstrings may look like imports
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names} - known
 
 
 def extra_of(name):
@@ -58,12 +54,13 @@ def extras_that_errors_name():
 def test_each_package_that_is_imported_is_a_dependency_or_in_an_extra_that_an_error_names():
     required = set(map(distribution, PROJECT["dependencies"]))
     distributions = metadata.packages_distributions()
+    known = {name for name, found in distributions.items() if required & set(map(distribution, found))}
+    known |= sys.stdlib_module_names | {"dig_jax", "pallas_gla", "configs"}
     optional = {"wandb", "libtpu"}  # these are imported by name
     for path in [*(ROOT / "dig_jax").rglob("*.py"), *(ROOT / "kernels" / "pallas_gla").rglob("*.py")]:
-        for package in imports(path):
-            names = {distribution(name) for name in distributions.get(package, [package])}
-            if not names & required:
-                optional.add(WITH.get(package, distribution(package)))
+        for package in imports(path, known):
+            names = distributions.get(package, [package])
+            optional.add(WITH.get(package, distribution(names[0])))
     assert {"datasets", "huggingface-hub", "tensorflow-datasets"} <= optional
     assert set(map(extra_of, optional)) == extras_that_errors_name()
 
