@@ -265,6 +265,35 @@ def test_compiles_everything_at_the_recorded_cost():
     check_recorded_figures([case for case in static_tpu.all_cases() if case.implementation == "mosaic"])
 
 
+def test_recorded_schedules_stay_near_the_floor_of_memory():
+    # Largest allowed ratio of a schedule's time to the memory floor, for XL at T = 4,096.
+    limits = {("v5e", "forward"): 1.2, ("v6e", "forward"): 1.2, ("v5e", "backward"): 1.3}
+    limits |= {("v6e", "backward"): 1.5}
+    record = json.loads(static_tpu.RECORD.read_text())
+    for (chip, kind), limit in limits.items():
+        case = static_tpu.Case(chip, kind)
+        assert static_tpu.times_floor(case, record[case.name]) <= limit
+        assert record[case.name]["bytes"] <= 1.15 * case.minimum_bytes
+    for chip, direction in itertools.product(("v5e", "v6e"), DIRECTIONS):
+        case = static_tpu.Case(chip, "forward", direction=direction, gated=True)
+        assert static_tpu.times_floor(case, record[case.name]) <= 1.5
+        assert record[case.name]["bytes"] <= 1.15 * case.minimum_bytes
+
+
+@pytest.mark.parametrize("direction", ["row", "column"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_recorded_tangents_cost_few_forward_passes(chip, gated, direction):
+    record = json.loads(static_tpu.RECORD.read_text())
+    _, clock, bandwidth = static_tpu.CHIPS[chip]
+
+    def nanoseconds(kind):
+        figures = record[static_tpu.Case(chip, kind, direction=direction, gated=gated).name]
+        return max(figures["bundles"] / clock, figures["bytes"] / bandwidth * 1e9)
+
+    assert nanoseconds("tangent") <= 2.2 * nanoseconds("forward")
+
+
 LABELS = {
     f"`{'gated_gla_2d' if gated else 'gla'}` {kind}{', columns' * (direction == 'column')}": {
         "gated": gated,

@@ -218,6 +218,19 @@ def test_compiles_for_the_gpu_at_the_recorded_cost(gpu, cases):
 
 
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("direction", ["row", "column"])
+def test_recorded_tangents_cost_at_most_2_2_forward_passes(gated, direction):
+    record = json.loads(static_gpu.RECORD.read_text())
+    forward = record[static_gpu.Case("sm_90a", "forward", gated=gated).name]["gla_forward"]
+    tangent = record[static_gpu.Case("sm_90a", "tangent", gated=gated, direction=direction).name][
+        "gla_tangent"
+    ]
+    # A forward pass takes less time to issue than its bytes take, so bytes limit both.
+    assert tangent["bytes"] <= 1.8 * forward["bytes"]
+    assert tangent["loop"] <= 2.2 * forward["loop"]
+
+
+@pytest.mark.parametrize("gated", [False, True])
 def test_the_pages_show_the_recorded_figures(gated):
     record, folder = json.loads(static_gpu.RECORD.read_text()), static_gpu.RECORD.parent
     summary, details = (folder.parent / "README.md").read_text(), (folder / "README.md").read_text()
