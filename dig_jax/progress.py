@@ -23,6 +23,8 @@ def is_terminal() -> bool:
 class Progress:
     """Progress as one line that is rewritten in place on a terminal, or as lines in the log elsewhere.
 
+    A context manager that ends the line: a line that stays open moves the next one down.
+
     Args:
         what: name of a counted item, such as "step" or "image".
         first: number already done at the start.
@@ -59,6 +61,12 @@ class Progress:
     def close(self) -> None:
         """End the terminal's line, so that other text can follow."""
         self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class _Bar(tqdm):

@@ -1,4 +1,3 @@
-import gc
 import importlib.metadata
 import os
 import tempfile
@@ -19,8 +18,7 @@ compiled = tempfile.TemporaryDirectory(prefix="compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# Tracing and lowering make many objects that stay, and lowering records the Python stack of each operation.
-gc.set_threshold(50_000, 20, 20)
+# Lowering would record the Python stack of each operation.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 # If plugins for TPU or GPU are installed, JAX would look for chips.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

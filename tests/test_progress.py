@@ -1,4 +1,3 @@
-import contextlib
 import io
 import logging
 import os
@@ -6,10 +5,15 @@ import pty
 import re
 import sys
 
+import numpy as np
 import pytest
 import tqdm
 
+from dig_jax import Sampler
+from dig_jax.evaluation.evaluate import score
 from dig_jax.progress import Progress, duration
+from dig_jax.sampling.image_set import ImageSet
+from dig_jax.testing import PlainComponents, tiny_settings
 
 LINE = r"step 5/20, loss 0\.5, ETA \d+:\d\d"
 
@@ -30,7 +34,7 @@ def lines(caplog, monkeypatch):
 
 
 def test_without_a_terminal_progress_is_logged(lines):
-    with contextlib.closing(Progress("step", first=0, total=20)) as line:
+    with Progress("step", first=0, total=20) as line:
         line.show(5, "loss 0.5")
     assert re.fullmatch(LINE, lines()[0])
 
@@ -41,7 +45,7 @@ def test_progress_is_rewritten_in_place_on_a_terminal(caplog, monkeypatch):
     controller, terminal = pty.openpty()
     with open(terminal, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        with contextlib.closing(Progress("step", first=4, total=20)) as line:
+        with Progress("step", first=4, total=20) as line:
             line.show(5, "loss 0.5")
             line.show(5, "loss 0.5")
         shown = ""
@@ -58,7 +62,7 @@ def test_a_dumb_terminal_gets_lines_without_escape_codes(caplog, monkeypatch):
     controller, terminal = pty.openpty()
     with open(terminal, "w") as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
-        with contextlib.closing(Progress("step", first=4, total=20)) as line:
+        with Progress("step", first=4, total=20) as line:
             line.show(5, "loss 0.5")
         stderr.write("end")
     assert os.read(controller, 1000) == b"end"
@@ -67,18 +71,38 @@ def test_a_dumb_terminal_gets_lines_without_escape_codes(caplog, monkeypatch):
 
 
 def test_the_remaining_time_follows_from_the_rate_since_this_start(lines, clock):
-    line = Progress("step", first=1000, total=4000)
-    clock[0] += 30
-    line.show(1010)  # 3 seconds per step
+    with Progress("step", first=1000, total=4000) as line:
+        clock[0] += 30
+        line.show(1010)  # 3 seconds per step
     assert lines() == ["step 1010/4000  3.00s/step, ETA 2:29:30"]
 
 
 def test_the_log_gets_few_lines_and_always_the_last_one(lines, clock):
-    line = Progress("image", first=0, total=5, every_seconds=10.0)
-    for image in range(1, 6):
-        clock[0] += 6
-        line.show(image)
+    with Progress("image", first=0, total=5, every_seconds=10.0) as line:
+        for image in range(1, 6):
+            clock[0] += 6
+            line.show(image)
     assert [text.split()[1].strip(",") for text in lines()] == ["1/5", "3/5", "5/5"]
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def draw(sampler, folder):
+    ImageSet(folder / "set.npz", sampler, np.arange(3), np.arange(3)).draw(index=0, count=1)
+
+
+@pytest.mark.parametrize("work", [score, draw])
+def test_work_that_fails_ends_its_line(work, tmp_path, monkeypatch):
+    """While something holds the traceback, an open line would move the next one down."""
+    before = set(tqdm.tqdm._instances)
+    settings = tiny_settings(data__name="digits", data__options={}, evaluation__num_images=40)
+    monkeypatch.setattr(Sampler, "counted", interrupt)
+    with pytest.raises(KeyboardInterrupt) as error:
+        work(Sampler(PlainComponents(settings), {}, step=7), tmp_path)
+    assert error.tb
+    assert set(tqdm.tqdm._instances) <= before
 
 
 @pytest.mark.parametrize(

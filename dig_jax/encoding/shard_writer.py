@@ -106,7 +106,7 @@ class ShardWriter:
             UserError: an unreadable source, a full disk, or non-finite moments.
         """
         done, total = 0, sum(map(len, chunks))
-        with contextlib.closing(Progress("image", first=0, total=total, every_seconds=30.0)) as progress:
+        with Progress("image", first=0, total=total, every_seconds=30.0) as progress:
             for chunk in chunks:
 
                 def show(count: int, done: int = done) -> None:

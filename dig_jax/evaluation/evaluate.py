@@ -142,12 +142,11 @@ def _scores(task: Task, evaluators: Sequence[Evaluator], size: int) -> Scores:
     first = min(accumulator.first for accumulator in accumulators)
     if first:
         log.info("resuming: the features of %d of %d images already exist", first, task.count)
-    progress = Progress("image", first=first, total=task.count, every_seconds=10.0)
-    for number, (indices, images) in enumerate(task.images.parts(first, size, task.count), 1):
-        for accumulator in accumulators:
-            accumulator.add(indices, images)
-        progress.show(min(first + number * size, task.count))
-    progress.close()
+    with Progress("image", first=first, total=task.count, every_seconds=10.0) as progress:
+        for number, (indices, images) in enumerate(task.images.parts(first, size, task.count), 1):
+            for accumulator in accumulators:
+                accumulator.add(indices, images)
+            progress.show(min(first + number * size, task.count))
     scores: Scores = {}
     for evaluator, accumulator in zip(evaluators, accumulators, strict=True):
         with naming_setting("config.evaluation.num_images"):

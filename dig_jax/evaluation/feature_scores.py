@@ -155,14 +155,13 @@ def collect(images: Images, networks: Networks, needs: Needs, folder: Path | Non
         store = Store(folder / "reference_features.npz", identity | _identity(networks, needs))
         first = store.load(collectors)
     log.info("computing features of %d images of the reference: %s", len(images), images.name)
-    progress = Progress("image", first=first, total=len(images), every_seconds=10.0)
-    for number, (indices, part) in enumerate(images.parts(first, _PART, len(images)), 1):
-        for collector in collectors.values():
-            collector.add(indices, part)
-        if store is not None:
-            store.save_if_due(collectors)
-        progress.show(min(first + number * _PART, len(images)))
-    progress.close()
+    with Progress("image", first=first, total=len(images), every_seconds=10.0) as progress:
+        for number, (indices, part) in enumerate(images.parts(first, _PART, len(images)), 1):
+            for collector in collectors.values():
+                collector.add(indices, part)
+            if store is not None:
+                store.save_if_due(collectors)
+            progress.show(min(first + number * _PART, len(images)))
     collections = {name: gathered(collector.collection) for name, collector in collectors.items()}
     if store is not None:
         store.delete()

@@ -138,19 +138,17 @@ class ImageSet:
         own = [first for first in missing if first // self.chunk_size % count == index]
         if done:
             log.info("%d of %d images already exist", done, len(self.seeds))
-        progress = Progress("image", first=done, total=len(self.seeds), every_seconds=10.0)
         counted = [np.zeros(0, np.int32)]
-        for number, first in enumerate(own, 1):
-            chosen = slice(first, first + self.chunk_size)
-            with naming_setting("config.sampling"):
-                images, evaluations = self.sampler.counted(self.labels[chosen], seeds=self.seeds[chosen])
-            counted.append(evaluations)
-            with naming_directory(self.folder), replacing(self._path(first)) as file:
-                file.write(_header(images.shape) + images.tobytes())
-            if index == 0:
-                progress.show(min(done + number * count * self.chunk_size, len(self.seeds)))
-        if own:
-            progress.close()
+        with Progress("image", first=done, total=len(self.seeds), every_seconds=10.0) as progress:
+            for number, first in enumerate(own, 1):
+                chosen = slice(first, first + self.chunk_size)
+                with naming_setting("config.sampling"):
+                    images, evaluations = self.sampler.counted(self.labels[chosen], seeds=self.seeds[chosen])
+                counted.append(evaluations)
+                with naming_directory(self.folder), replacing(self._path(first)) as file:
+                    file.write(_header(images.shape) + images.tobytes())
+                if index == 0:
+                    progress.show(min(done + number * count * self.chunk_size, len(self.seeds)))
         return np.concatenate(counted)
 
     def collect(self, class_names: tuple[str, ...]) -> None:

@@ -60,7 +60,7 @@ def encode_features(settings: Config) -> None:
     encode = _Encoder(network, settings.encode.batch_size)
     with (
         new_features(folder, len(target), mirrored, about) as append,
-        contextlib.closing(Progress("image", first=0, total=len(target), every_seconds=30.0)) as progress,
+        Progress("image", first=0, total=len(target), every_seconds=30.0) as progress,
         contextlib.closing(_batches(settings, target, encode.batch_size)) as batches,
     ):
         done = 0
