@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -107,7 +108,7 @@ def raise_lost_interrupts() -> None:
 
 def _interrupt_soon() -> None:
     time.sleep(0.1)
-    _thread.interrupt_main()
+    os.kill(os.getpid(), signal.SIGINT)  # a real signal also wakes a call that waits
 
 
 def disable_llvm_symbolizer() -> None:
