@@ -149,7 +149,7 @@ def test_local_attention_on_rows_of_several_devices_equals_that_of_one():
         np.testing.assert_allclose(jax.jit(lambda x: mix(x))(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("own", "tokens"), [(7, 7), (256, 256), (257, 257), (600, 600), (300, 900)])
+@pytest.mark.parametrize(("own", "tokens"), [(7, 7), (256, 256), (257, 257), (300, 900)])
 def test_attention_in_blocks_equals_plain_attention_with_its_gradients(own, tokens):
     q, k, v = (
         jax.random.normal(jax.random.key(i), (2, n, 3, 8)) for i, n in enumerate((own, tokens, tokens))
