@@ -209,6 +209,11 @@ class Components:
         return self.model_spec.denoise
 
     @property
+    def has_trained_null_class(self) -> bool:
+        """Whether label dropout trains the null class, or `init_from` may have."""
+        return self.config.training.label_dropout > 0 or self.config.init_from is not None
+
+    @property
     def abstract_model(self) -> DiffusionTransformer:
         """The network with shapes and dtypes instead of values. It is shared: do not modify it."""
         return _abstract_model(self.model_spec)
@@ -356,20 +361,19 @@ def _check_unused_fields(settings: DiffusionConfig) -> None:
     ddpm = ("schedule", "num_steps", "loss")
     mean_flow = ("instant_fraction", "guidance_max", "guidance_power", "time_range")
     flow = [name for name in values if name not in (*ddpm, *mean_flow, "process", "weight")]
-    users = dict.fromkeys(ddpm, "ddpm") | dict.fromkeys(flow, "flow") | dict.fromkeys(mean_flow, "meanflow")
-    used = {"ddpm": ("ddpm",), "flow": ("flow",), "meanflow": ("flow", "meanflow")}[settings.process]
-    for name, process in users.items():
-        if process not in used:
-            ignores, needs = f"process={settings.process}", f"process={process}"
-        elif settings.times == "uniform" and name in ("time_mean", "time_std"):
-            ignores, needs = "times=uniform", "times=logit_normal"
-        else:
-            continue
-        if values[name] != defaults[name]:
-            raise ValueError(
-                f"unsupported {name} of {ignores}: got {values[name]!r}; expected the default,"
-                f" {defaults[name]!r}, or {needs}"
-            )
+    rules = (  # fields, and the values of another field that use them
+        (ddpm, "process", ("ddpm",)),
+        (flow, "process", ("flow", "meanflow")),
+        (mean_flow, "process", ("meanflow",)),
+        (("time_mean", "time_std"), "times", ("logit_normal",)),
+    )
+    for names, field, users in rules:
+        for name in names:
+            if values[field] not in users and values[name] != defaults[name]:
+                raise ValueError(
+                    f"unsupported {name} of {field}={values[field]}: got {values[name]!r}; expected the"
+                    f" default, {defaults[name]!r}, or {field}={users[0]}"
+                )
 
 
 # Cached outside the spec, because the spec must be picklable.

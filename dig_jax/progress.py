@@ -23,7 +23,7 @@ def is_terminal() -> bool:
 class Progress:
     """Progress as one line that is rewritten in place on a terminal, or as lines in the log elsewhere.
 
-    A context manager that ends the line: a line that stays open moves the next one down.
+    Use it as a context manager: until a line is closed, the next one appears below it.
 
     Args:
         what: name of a counted item, such as "step" or "image".

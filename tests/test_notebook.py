@@ -35,7 +35,7 @@ def code_cells(notebook):
 
 
 def in_seconds(get_msg):
-    """Return `get_msg` that looks every second: a poll may see a reply only when its time is over."""
+    """Return `get_msg` that looks every second: a poll may miss a reply until it times out."""
 
     async def get(timeout):
         for _ in range(round(timeout)):

@@ -95,7 +95,7 @@ def draw(sampler, folder):
 
 @pytest.mark.parametrize("work", [score, draw])
 def test_work_that_fails_ends_its_line(work, tmp_path, monkeypatch):
-    """While something holds the traceback, an open line would move the next one down."""
+    """An open line would push the next one down while a traceback is kept."""
     before = set(tqdm.tqdm._instances)
     settings = tiny_settings(data__name="digits", data__options={}, evaluation__num_images=40)
     monkeypatch.setattr(Sampler, "counted", interrupt)

@@ -63,7 +63,7 @@ class Jumps(NamedTuple):
 
     @property
     def here(self) -> "Jumps":
-        """Steps of length 0, the velocity at t: as in training, guided everywhere or not at all."""
+        """Steps of length 0, which give the velocity at t; as in training, their interval is [0, 1]."""
         zeros = jnp.zeros_like(self.lengths)
         return self._replace(lengths=zeros, strength=self.strength_here, low=zeros, high=zeros + 1)
 
@@ -140,7 +140,7 @@ class MeanFlow(FlowMatching):
     def loss(
         self, output: Float[Array, "b h w d"], *, x0: Images, noise: Images, x_t: Images, times: PerImage
     ) -> dict[str, PerImage]:
-        """Return the loss of the velocity, as of steps of length 0; arguments as in `Process.loss`."""
+        """Return the velocity loss for steps of length 0; arguments as in `Process.loss`."""
         velocity = self.average_velocity(output, x_t, times)
         return super().loss(velocity, x0=x0, noise=noise, x_t=x_t, times=times)
 
@@ -153,7 +153,8 @@ class MeanFlow(FlowMatching):
         """Return u for the network's output at z.
 
         The prediction x stands for (σ̇ z - ω x)/σ, on the linear path (z - x)/t, with a divisor of at least
-        0.05 (Lu et al. 2026, pixel MeanFlow). Below, x is no image: z - 0.05 v is trained to give v.
+        0.05 (Lu et al. 2026, pixel MeanFlow). Where the limit applies, the prediction
+        is z - 0.05 v, not an image.
         """
         prediction = output[..., : z.shape[-1]].astype(z.dtype)
         if self.prediction == "velocity":

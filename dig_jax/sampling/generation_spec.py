@@ -302,8 +302,7 @@ def _guidance(fields: Mapping[str, Any], components: Components) -> Guidance | N
     learned = isinstance(components.diffusion, MeanFlow)
     if fields["guidance_scale"] == 1 or without_null or learned:
         return None
-    config = components.config
-    if rule.weak == "null" and not config.training.label_dropout and config.init_from is None:
+    if rule.weak == "null" and not components.has_trained_null_class:
         raise ValueError(
             f"unsupported guidance_scale={fields['guidance_scale']:g} of a model trained with"
             " training.label_dropout=0, which has no null class to guide away from; expected 1"

@@ -84,5 +84,5 @@ def heldout_sums(
 
 def spread(indices: Int[Array, " b"]) -> Float[Array, " b"]:
     """Return the Weyl sequence of the golden ratio at these indices: evenly spread numbers in [0, 1)."""
-    # Integers wrap around; float32 would round the products, and large indices to few different numbers.
+    # Integer products wrap around exactly; float32 products of large indices would round to a few values.
     return (indices.astype(jnp.uint32) * jnp.uint32(_GOLDEN_RATIO) >> 8).astype(jnp.float32) * 2**-24

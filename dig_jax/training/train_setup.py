@@ -89,7 +89,7 @@ def _objective(components: Components) -> Objective:
     if not is_mean_flow:
         return denoising.loss
     guides = process.guidance_max > 1 and components.image_spec.num_classes
-    if guides and not settings.training.label_dropout and settings.init_from is None:
+    if guides and not components.has_trained_null_class:
         raise ConfigError(
             f"unsupported config.diffusion.guidance_max={process.guidance_max:g} with"
             " config.training.label_dropout=0, which trains no null class to guide away from; expected 1"

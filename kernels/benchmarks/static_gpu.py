@@ -85,8 +85,8 @@ def compiler_changed() -> str | None:
 def regressions(measured: dict[str, dict[str, dict[str, float]]], tolerance: float = 0.05) -> list[str]:
     """Return the figures that differ from the record by more than a tolerance, as text.
 
-    `measured` maps the name of a case to the result of `measure`. Spills may differ by another 8, since
-    they depend on the addresses at which ptxas happens to run.
+    `measured` maps the name of a case to the result of `measure`. Spills may differ by 8 more,
+    because the same ptxas allocates registers differently from run to run.
     """
     record = json.loads(RECORD.read_text())
     return [
